@@ -1,0 +1,23 @@
+"""Train the embedded model from scratch: python jobs/pretrain_shapes.py --folder DIR [--steps 6000 ...]"""
+
+from pathlib import Path
+
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from mi_ray.stages.pretrain import PretrainConfig, pretrain
+
+
+class Command(BaseSettings, PretrainConfig):
+    """Train the embedded model from scratch. The same command in the same folder continues."""
+
+    model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
+
+    folder: Path  # where checkpoints, logs and the finished model go
+
+    def cli_cmd(self):
+        config = PretrainConfig(**self.model_dump(exclude={"folder"}))
+        print(f"The model is in {pretrain(config, self.folder)}")
+
+
+if __name__ == "__main__":
+    CliApp.run(Command)

@@ -1,0 +1,320 @@
+"""The configuration of a run: frozen pydantic models, YAML files and command-line overrides. Imports nothing local."""
+
+import difflib
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, SettingsConfigDict
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "trajectory_banded")
+POINTWISE_SCORES = ("pmi", "pmi_contrastive")
+ScoreName = Literal["mitune", "mitune_eq2", "trajectory_banded", "pmi", "pmi_contrastive"]
+Control = Literal["random", "oracle"]
+
+
+class ConfigError(Exception):
+    """What is wrong with what the user gave: one message a fault."""
+
+    def __init__(self, faults: list[str]):
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PromptsConfig(Section):
+    """The prompts to align the model with."""
+
+    file: str = Field(
+        description="prompts: .txt (one a line), .jsonl or .parquet (columns prompt, category); local or s3://"
+    )
+    limit: Positive | None = Field(None, description="take the first so many")
+    duplicates: Literal["error", "drop"] = Field("error", description="what to do with a repeated prompt")
+    overlong: Literal["error", "skip", "truncate"] = Field(
+        "error", description="what to do with a prompt longer than the text encoder reads"
+    )
+
+
+class ModelConfig(Section):
+    """The model to align."""
+
+    path: str = Field("shapes", description="a shipped model (shapes), a diffusers folder or a hub id")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="of the denoiser; auto: float16 on a GPU, float32 without. Solver and scores are fp32"
+    )
+
+
+class SamplerConfig(Section):
+    """How candidates are sampled. Default: the paper's (DDPM, 100 steps, guidance 7.5)."""
+
+    solver: Literal["ddpm", "ddim", "dpm++2m"] = "ddpm"
+    num_inference_steps: Positive = 100  # MI-TUNE's released code
+    guidance_scale: float = Field(7.5, gt=1, description="above 1: the score needs both branches")  # released code
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
+        None, description="as diffusers names it; default: what the model's scheduler says"
+    )
+
+
+class ScoreConfig(Section):
+    """Which scores each candidate gets. On-trajectory ones are free; pointwise ones cost denoiser evaluations."""
+
+    names: tuple[ScoreName, ...] = Field(("mitune", "mitune_eq2"), description="columns score_<name>, in nats")
+    log_snr_min: float = Field(-5.0, description="lower end of the band of pmi, pmi_contrastive, trajectory_banded")
+    log_snr_max: float = Field(-1.7, description="upper end of the band")  # METHOD: layout is decided below -1.7
+    num_samples: Positive = Field(12, description="noise draws a candidate, pointwise scores")
+    neighbours: Positive = Field(5, description="pmi_contrastive: other prompts nearest in the text encoder's space")
+
+    @model_validator(mode="after")
+    def _band(self):
+        if self.log_snr_min >= self.log_snr_max:
+            raise ValueError("log_snr_min must lie below log_snr_max")
+        return self
+
+
+class GenerateConfig(Section):
+    """The pool of candidates."""
+
+    candidates_per_prompt: Annotated[int, Field(ge=2)] = Field(50, description="pool size")  # MI-TUNE section 4
+    prompts_per_shard: Positive = Field(8, description="prompts in one atomically written file")
+    alignment: Literal["oracle"] | None = Field(
+        None, description="measure every candidate too (decodes all of them); oracle: shapes prompts only"
+    )
+    preview_prompts: Annotated[int, Field(ge=0)] = Field(
+        12, description="prompts all of whose candidates are decoded and kept as images for the report"
+    )
+
+
+class SelectConfig(Section):
+    """Which candidates are kept."""
+
+    by: ScoreName | Control = Field("mitune", description="a score, or a control: random, oracle")
+    top_k: Positive = Field(1, description="kept per prompt")  # MI-TUNE: 1
+
+
+class FinetuneConfig(Section):
+    """LoRA/DoRA fine-tuning on the kept candidates. Defaults: MI-TUNE's released code for SD2.1."""
+
+    adapter: Literal["lora", "dora"] = "lora"
+    rank: Positive = 32
+    alpha: Positive = 32
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: float = Field(1e-2, ge=0)
+    steps: Positive = 300
+    batch_size: Positive = Field(8, description="per step of one worker")
+    gradient_accumulation: Positive = 50
+    max_grad_norm: float = Field(1.0, gt=0)
+    min_snr_gamma: float | None = Field(None, gt=0, description="Hang et al. 2023, eq. 5; none: plain epsilon loss")
+    prompt_dropout: Share = 0.0
+    checkpoint_every: Positive = Field(100, description="optimiser steps")
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+
+
+class EvaluationConfig(Section):
+    """Base and tuned model on the same held-out prompts and seeds. Defaults: the paper's, 10 images, DDIM 50."""
+
+    file: str | None = Field(
+        None, description="held-out prompts, with columns category and split if you like; none: a share of prompts.file"
+    )
+    limit: Positive | None = None
+    holdout_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="without evaluation.file: this share of prompts.file is kept from training"
+    )
+    images_per_prompt: Annotated[int, Field(ge=2)] = 10
+    sampler: SamplerConfig = SamplerConfig(solver="ddim", num_inference_steps=50)
+    alignment: Literal["oracle"] | None = Field(None, description="oracle: shapes prompts only")
+    controls: tuple[Control, ...] = Field((), description="also fine-tune and evaluate on these selections")
+    pmi: bool = Field(True, description="score the images with pmi")
+
+
+class ResourcesConfig(Section):
+    """Where and how fast; nothing here changes a result beyond floating-point tolerance."""
+
+    num_actors: tuple[Positive, Positive] = Field((1, 1), description="least and most generating actors")
+    cpus_per_actor: Annotated[float, Field(ge=0)] = 1
+    gpus_per_actor: Annotated[float, Field(ge=0)] = Field(0, description="0.5: two actors share a GPU")
+    batch_size: Positive = Field(64, description="candidates in one denoiser batch (twice that with guidance)")
+    train_workers: Positive = 1
+    train_cpus: Annotated[float, Field(ge=0)] = Field(1, description="per worker")
+    train_gpus: Annotated[float, Field(ge=0)] = Field(0, description="per worker: 0 or 1")
+
+    @model_validator(mode="after")
+    def _order(self):
+        if self.num_actors[0] > self.num_actors[1]:
+            raise ValueError("num_actors is (least, most); the first exceeds the second")
+        return self
+
+
+class RunConfig(Section):
+    """Align a text-to-image model with its prompts: generate, score, select, fine-tune, evaluate, report."""
+
+    run_dir: str = Field(description="folder of the run, local or s3://; the same command continues it")
+    seed: int = 0
+    rounds: Positive = Field(1, description="each generates with the adapter so far")
+    prompts: PromptsConfig
+    model: ModelConfig = ModelConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    generate: GenerateConfig = GenerateConfig()
+    score: ScoreConfig = ScoreConfig()
+    select: SelectConfig = SelectConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        faults = []
+        if self.select.by in (*TRAJECTORY_SCORES, *POINTWISE_SCORES) and self.select.by not in self.score.names:
+            faults.append(f"select.by is {self.select.by!r}, which score.names lacks: add it there")
+        by_oracle = self.select.by == "oracle" or "oracle" in self.evaluation.controls
+        if by_oracle and self.generate.alignment != "oracle":
+            faults.append("selection by the oracle needs generate.alignment: oracle")
+        if self.select.top_k >= self.generate.candidates_per_prompt:
+            faults.append(
+                f"select.top_k is {self.select.top_k}, which leaves nothing to choose from"
+                f" {self.generate.candidates_per_prompt} candidates: lower it or raise generate.candidates_per_prompt"
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def results_config(self) -> dict:
+        """What the results depend on: everything but where the run lies and what it runs on."""
+        return self.model_dump(mode="json", exclude={"run_dir", "resources"})
+
+    def hash(self) -> str:
+        """Hash of `results_config`, 12 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.results_config(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# ------------------------------------------------------------------------------------------ reading it
+def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += _field_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _suggestion(name: str) -> str:
+    name = name.lstrip("-").partition("=")[0].replace("-", "_")
+    known = _field_names(RunConfig)
+    leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    close = difflib.get_close_matches(name, known, 1, 0.75)
+    close = close or [leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, 1, 0.75)]
+    return f"did you mean {close[0]!r}?" if close else "remove it (--help lists every field)"
+
+
+def _faults(error: ValidationError) -> list[str]:
+    messages = []
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            messages.append(f"{name}: unknown key; {_suggestion(name)}")
+        elif fault["type"] == "missing":
+            messages.append(f"{name}: missing; set it in the config file or with --{name.replace('_', '-')}")
+        elif fault["type"] == "value_error":
+            messages += [f"{name + ': ' if name else ''}{text}" for text in str(fault["ctx"]["error"]).split("\n")]
+        else:
+            reason = fault["msg"][0].lower() + fault["msg"][1:]
+            messages.append(f"{name}: {fault['input']!r} will not do; {reason}")
+    return messages
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config: {path!r} cannot be read ({error}); give a YAML file"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"--config: {path!r} is not YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f"--config: {path!r} holds no mapping of fields; see jobs/configs/"])
+    return tree
+
+
+class _CommandLine(RunConfig, BaseSettings):
+    model_config = SettingsConfigDict(
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_ignore_unknown_args=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="none",
+    )
+    config: str | None = Field(None, description="YAML file of the fields below, which flags override")
+    smoke: bool = Field(False, description="a run of seconds: the smoke config, same code path")
+    dry_run: bool = Field(False, description="print the plan and stop")
+    unknown: CliUnknownArgs = Field(default=[])  # kept, so that every fault is listed at once
+
+
+_COMMAND_FIELDS = {"config": None, "smoke": False, "dry_run": False}
+
+
+def _merge(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merge(below[key], value) if both else value
+    return merged
+
+
+def _flag(argument: str) -> str:
+    """--generate.batch_size=4 and --generate.batch-size=4 are the same."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def load_config(arguments: list[str], description: str = "", smoke_file: str | None = None) -> tuple[RunConfig, bool]:
+    """Read --config, the overrides and --dry-run: (config, dry_run).
+
+    Raises:
+        ConfigError: with every fault of the file and the flags.
+    """
+    command = type("Command", (_CommandLine,), {"__doc__": description or RunConfig.__doc__})
+    flags = [_flag(argument) for argument in arguments]
+    given = CliSettingsSource(command, cli_prog_name=Path(sys.argv[0]).name, cli_parse_args=flags)()
+    file, smoke, dry_run = (given.pop(name, default) for name, default in _COMMAND_FIELDS.items())
+    file = file or (smoke_file if smoke else None)
+    stray = [f"{flag}: unknown flag; {_suggestion(flag)}" for flag in given.pop("unknown", []) if flag.startswith("--")]
+    tree = _merge(_read_yaml(file) if file else {}, given)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(stray + _faults(error)) from error
+    if stray:
+        raise ConfigError(stray)
+    return config, bool(dry_run)
+
+
+def run_command(run: Callable[[RunConfig, bool], None], description: str = "", smoke_file: str | None = None):
+    """Run a job from the command line: exit code 0, 2 with a message for each fault of the user's, 1 for ours."""
+    try:
+        run(*load_config(sys.argv[1:], description, smoke_file))
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)

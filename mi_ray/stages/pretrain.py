@@ -1,0 +1,268 @@
+"""Pre-training of the embedded model on Ray Train: first the autoencoder, then the text encoder and the UNet."""
+
+import json
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import ray.train
+import torch
+from diffusers import AutoencoderKL
+from pydantic import BaseModel, ConfigDict
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, prepare_model
+from torch.nn.functional import mse_loss
+
+from mi_ray.shapes import model
+from mi_ray.shapes.scenes import BACKGROUND
+
+
+class PretrainConfig(BaseModel):
+    """Budget of the pre-training; the defaults made the shipped model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = 0
+    num_workers: int = 1
+    threads_per_worker: int = 2
+    vae_steps: int = 2200
+    vae_batch_size: int = 16
+    vae_learning_rate: float = 1.5e-3
+    kl_weight: float = 1e-6  # times the KL of a whole latent, beside a mean pixel loss
+    pairs: int = 60_000  # caption-image pairs, drawn and encoded once
+    steps: int = 6000
+    batch_size: int = 64
+    learning_rate: float = 8e-4
+    prompt_dropout: float = 0.1
+    min_snr_gamma: float = 5.0  # Hang et al. 2023, eq. 5
+    ema_decay: float = 0.999
+    checkpoint_every: int = 500
+
+
+def _to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 (n, h, w, 3) -> float (n, 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _learning_rate_factor(step: int, total: int) -> float:
+    """Linear warm-up over 200 steps, then a cosine down to 2 %."""
+    warm = min(1.0, (step + 1) / min(200, total))
+    return warm * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / total)))
+
+
+def _pairs(config: PretrainConfig, phase: int, start: int):
+    """This worker's endless stream of pairs; the n-th is a function of (seed, phase, rank, n), so it resumes."""
+    rank = ray.train.get_context().get_world_rank()
+    index = start
+    while True:
+        yield model.draw_pair(np.random.default_rng((config.seed, phase, rank, index)))
+        index += 1
+
+
+class _Checkpoints:
+    """Saves modules, optimiser, averages and the step; restores them when the run continues."""
+
+    def __init__(self, **parts):
+        self.parts = parts
+        self.step = 0
+        if checkpoint := ray.train.get_checkpoint():
+            with checkpoint.as_directory() as folder:
+                state = torch.load(Path(folder) / "state.pt", weights_only=True)
+            self.step = state["step"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+
+    def save(self, step: int, metrics: dict):
+        if ray.train.get_context().get_world_rank() != 0:
+            return ray.train.report(metrics)
+        with tempfile.TemporaryDirectory() as folder:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            torch.save({"step": step, **state}, Path(folder) / "state.pt")
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+class _Progress:
+    """Rank 0's log: a line of `<phase>.jsonl` every 20 steps, a line on the terminal every 100."""
+
+    def __init__(self, folder: str | Path, phase: str, start: int, total: int):
+        self.path, self.phase, self.start, self.total = Path(folder) / f"{phase}.jsonl", phase, start, total
+        self.began = time.monotonic()
+        self.active = ray.train.get_context().get_world_rank() == 0
+
+    def step(self, step: int, **values: torch.Tensor):
+        if not self.active or step % 20:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if step % 100 == 0:
+            left = (self.total - step) * (time.monotonic() - self.began) / (step - self.start) / 60
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            print(f"{self.phase} {step}/{self.total}: {shown}, {left:.0f} min left", flush=True)
+
+
+class _AutoencoderLoss(torch.nn.Module):
+    """L1 + L2 on renders, weighted towards what is drawn, and a slight KL: images (n, 3, h, w) -> loss."""
+
+    def __init__(self, vae: AutoencoderKL, kl_weight: float):
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        posterior = self.vae.encode(x).latent_dist
+        error = self.vae.decode(posterior.sample()).sample - x
+        background = x.new_tensor(BACKGROUND).view(1, 3, 1, 1) / 127.5 - 1
+        drawn = 1 + 2.0 * ((x - background).abs().amax(1, keepdim=True) > 0.1)
+        return (drawn * (error.abs() + error.square())).mean() + self.kl_weight * posterior.kl().mean()
+
+
+def train_vae(settings: dict):
+    """Worker loop: the autoencoder."""
+    config, folder = PretrainConfig(**settings["config"]), settings["folder"]
+    torch.set_num_threads(config.threads_per_worker)
+    torch.manual_seed(config.seed)
+    vae = model.build_vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_learning_rate, weight_decay=1e-4)
+    checkpoints = _Checkpoints(vae=vae, optimizer=optimizer)
+    objective = prepare_model(_AutoencoderLoss(vae, config.kl_weight))
+    batch_size = config.vae_batch_size // ray.train.get_context().get_world_size()
+    stream = _pairs(config, 0, checkpoints.step * batch_size)
+    progress = _Progress(folder, "vae", checkpoints.step, config.vae_steps)
+    for step in range(checkpoints.step, config.vae_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.vae_learning_rate * _learning_rate_factor(step, config.vae_steps)
+        loss = objective(_to_tensor(np.stack([image for _, image in islice(stream, batch_size)])))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        progress.step(step + 1, loss=loss)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.vae_steps:
+            checkpoints.save(step + 1, {"loss": loss.item()})
+    if ray.train.get_context().get_world_rank() == 0:
+        _set_scaling_factor(vae, config)
+        vae.save_pretrained(Path(folder) / "vae")
+
+
+@torch.no_grad()
+def _set_scaling_factor(vae: AutoencoderKL, config: PretrainConfig):
+    """Latents times the scaling factor have unit variance (Rombach et al. 2022, section G)."""
+    images = np.stack([image for _, image in islice(_pairs(config, 2, 0), 512)])
+    latents = torch.cat([vae.encode(x).latent_dist.mode() for x in _to_tensor(images).split(64)])
+    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+
+
+@torch.no_grad()
+def _cached_pairs(config: PretrainConfig, folder: Path, vae: AutoencoderKL, tokenizer):
+    """This worker's share of the pairs as (token ids, latents), drawn and encoded once and kept on disk."""
+    context = ray.train.get_context()
+    path = folder / f"pairs-{context.get_world_rank()}-of-{context.get_world_size()}.pt"
+    if not path.exists():
+        captions, latents = [], []
+        stream = _pairs(config, 1, 0)
+        for _ in range(config.pairs // context.get_world_size() // 100):
+            texts, images = zip(*islice(stream, 100), strict=True)
+            captions += texts
+            encoded = vae.encode(_to_tensor(np.stack(images))).latent_dist.mode()
+            latents.append((encoded * vae.config.scaling_factor).half())
+        ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        torch.save({"ids": ids.short(), "latents": torch.cat(latents)}, path)
+    return torch.load(path, weights_only=True)
+
+
+def train_denoiser(settings: dict):
+    """Worker loop: text encoder and UNet together, epsilon-prediction under min-SNR weights, averaged weights kept."""
+    config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
+    torch.set_num_threads(config.threads_per_worker)
+    context = ray.train.get_context()
+    vae, tokenizer = AutoencoderKL.from_pretrained(folder / "vae"), model.build_tokenizer()
+    data = _cached_pairs(config, folder, vae, tokenizer)
+    null_ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids.short()
+
+    torch.manual_seed(config.seed)
+    modules = torch.nn.ModuleDict({"text_encoder": model.build_text_encoder(tokenizer), "unet": model.build_unet()})
+    average = torch.optim.swa_utils.AveragedModel(
+        modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
+    )
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=config.learning_rate, weight_decay=1e-2)
+    checkpoints = _Checkpoints(modules=modules, average=average, optimizer=optimizer)
+
+    class Loss(torch.nn.Module):
+        """One forward for DDP: (ids, x_t, t, noise) -> weighted loss."""
+
+        def __init__(self):
+            super().__init__()
+            self.modules_ = modules
+
+        def forward(self, ids, noisy, timesteps, noise, weights):
+            embeddings = modules["text_encoder"](ids).last_hidden_state
+            predicted = modules["unet"](noisy, timesteps, encoder_hidden_states=embeddings).sample
+            return (weights * mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))).mean()
+
+    objective = prepare_model(Loss())
+    scheduler = model.build_scheduler()
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    batch_size, count = config.batch_size // context.get_world_size(), len(data["ids"])
+    running = None
+    progress = _Progress(folder, "denoiser", checkpoints.step, config.steps)
+    for step in range(checkpoints.step, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _learning_rate_factor(step, config.steps)
+        generator = torch.Generator().manual_seed(hash((config.seed, context.get_world_rank(), step)) % 2**63)
+        chosen = torch.randint(count, (batch_size,), generator=generator)
+        latents = data["latents"][chosen].float()
+        dropped = torch.rand(batch_size, 1, generator=generator) < config.prompt_dropout
+        ids = torch.where(dropped, null_ids, data["ids"][chosen]).long()
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(1000, (batch_size,), generator=generator)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        weights = (config.min_snr_gamma / snr[timesteps]).clamp(max=1)
+        loss = objective(ids, noisy, timesteps, noise, weights)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(modules)
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        progress.step(step + 1, loss=running, grad_norm=norm)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            checkpoints.save(step + 1, {"loss": running})
+            if context.get_world_rank() == 0:
+                save_pipeline(folder, average.module, vae, tokenizer)
+
+
+def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, vae: AutoencoderKL, tokenizer):
+    """Write `folder`/model, the ordinary diffusers folder; half precision on disk."""
+    copies = {}
+    for name, fresh in (("text_encoder", model.build_text_encoder(tokenizer)), ("unet", model.build_unet())):
+        fresh.load_state_dict(modules[name].state_dict())
+        copies[name] = fresh.half()
+    half_vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float16)
+    model.build_pipeline(vae=half_vae, tokenizer=tokenizer, **copies).save_pretrained(folder / "model")
+
+
+def pretrain(config: PretrainConfig, folder: Path) -> Path:
+    """Train or continue in `folder`; returns the path of the finished diffusers folder."""
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, loop, done in (
+        ("vae", train_vae, folder / "vae" / "config.json"),
+        ("denoiser", train_denoiser, None),
+    ):
+        if done is None or not done.exists():
+            TorchTrainer(
+                loop,
+                train_loop_config={"config": config.model_dump(), "folder": str(folder)},
+                scaling_config=ScalingConfig(
+                    num_workers=config.num_workers, resources_per_worker={"CPU": config.threads_per_worker}
+                ),
+                run_config=RunConfig(
+                    name=name,
+                    storage_path=str(folder / "ray"),
+                    failure_config=FailureConfig(max_failures=3),
+                    checkpoint_config=CheckpointConfig(num_to_keep=2),
+                ),
+            ).fit()
+    return folder / "model"

@@ -1,0 +1,194 @@
+"""Where a run lies: URIs to filesystems, Arrow schemas of its tables, atomic writes and manifests."""
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+
+# ------------------------------------------------------------------------------------------ schemas
+def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"description": meaning})
+
+
+_IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # as Hugging Face datasets shows it
+_LATENTS = pa.list_(pa.float16())
+
+SCORES = {
+    "mitune": "MI-TUNE on-trajectory score, nats; convention of the released code (no alpha_t), arXiv 2405.20759 alg. 2",
+    "mitune_eq2": "MI-TUNE on-trajectory score, nats; with eq. 2's factor alpha_t, arXiv 2405.20759",
+    "trajectory_banded": "on-trajectory score integrated over the band score.log_snr_min..max only, nats",
+    "pmi": "log p(x|y) - log p(x), signed i_s over the band of log SNR, nats; arXiv 2310.07972 eq. 7",
+    "pmi_contrastive": "log p(x|y) - log mean_j p(x|y_j) over the nearest other prompts, same band, nats",
+}
+
+
+def score_columns(names: tuple[str, ...]) -> list[pa.Field]:
+    return [_field(f"score_{name}", pa.float32(), SCORES[name]) for name in names]
+
+
+_METRICS = [
+    _field("exact", pa.float32(), "oracle: 1 if everything said is right and nothing is extra"),
+    _field("objects", pa.float32(), "oracle: share of the named objects present with all their attributes"),
+    _field("attributes", pa.float32(), "oracle: share of the named shapes, colours and textures that are right"),
+    _field("count", pa.float32(), "oracle: share of the named kinds whose number is right"),
+    _field("relation", pa.float32(), "oracle: 1 if the named relation holds; null where none is named"),
+]
+
+
+def candidates_schema(score_names: tuple[str, ...]) -> pa.Schema:
+    """One row a candidate; a row whose `error` is set stands for a prompt (or candidate) that failed."""
+    curve = pa.list_(pa.float32())
+    return pa.schema(
+        [
+            _field("prompt_id", pa.string(), "hash of the prompt's text"),
+            _field("prompt", pa.string(), "the prompt"),
+            _field("category", pa.string(), "the prompt's category, if its file gives one"),
+            _field("candidate_index", pa.int32(), "0 .. candidates_per_prompt - 1"),
+            _field("seed", pa.int64(), "of the candidate's own noise generator"),
+            _field("delta_sq", curve, "per step: squared norm of conditional minus unconditional epsilon"),
+            _field("cross", curve, "per step: inner product of conditional epsilon and that difference"),
+            *score_columns(score_names),
+            *_METRICS,
+            _field("rank", pa.int32(), "within the prompt by the selecting score, 0 is best"),
+            _field("kept", pa.bool_(), "selected for fine-tuning"),
+            _field("latents", _LATENTS, "clean latents, flat; of what some selection keeps"),
+            _field("latents_shape", pa.list_(pa.int32()), "shape of the latents"),
+            _field("image", _IMAGE, "PNG; of what is kept or previewed"),
+            _field("error", pa.string(), "why there is no result"),
+        ]
+    )
+
+
+SELECTED = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "hash of the prompt's text"),
+        _field("prompt", pa.string(), "the prompt"),
+        _field("candidate_index", pa.int32(), "which candidate"),
+        _field("latents", _LATENTS, "clean latents, flat"),
+        _field("latents_shape", pa.list_(pa.int32()), "shape of the latents"),
+        _field("weight", pa.float32(), "of the row in the training loss"),
+    ]
+)
+
+
+def evaluation_schema() -> pa.Schema:
+    """One row an image of one model."""
+    return pa.schema(
+        [
+            _field("prompt_id", pa.string(), "hash of the prompt's text"),
+            _field("prompt", pa.string(), "the prompt"),
+            _field("category", pa.string(), "the prompt's category, if its file gives one"),
+            _field("split", pa.string(), "test (in distribution) or ood, if the file says"),
+            _field("image_index", pa.int32(), "0 .. images_per_prompt - 1"),
+            _field("seed", pa.int64(), "of the image's own noise generator; the same for every model"),
+            *score_columns(("pmi",)),
+            *_METRICS,
+            _field("features", pa.list_(pa.float32()), "of the image, for the quality measures"),
+            _field("image", _IMAGE, "PNG"),
+            _field("error", pa.string(), "why there is no result"),
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------------ files
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a URI or local path, and the path on it."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), str(Path(uri).absolute())
+    return pafs.FileSystem.from_uri(uri)
+
+
+def exists(uri: str) -> bool:
+    system, path = filesystem(uri)
+    return system.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def list_names(uri: str) -> list[str]:
+    """Names of the files and folders in a folder, sorted; none if it does not exist."""
+    system, path = filesystem(uri)
+    return sorted(info.base_name for info in system.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+
+
+def read_bytes(uri: str) -> bytes:
+    system, path = filesystem(uri)
+    with system.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def write_bytes(uri: str, content: bytes):
+    """Write a file whole or not at all: a rename on a local disk, one put on an object store."""
+    system, path = filesystem(uri)
+    if not isinstance(system, pafs.LocalFileSystem):
+        with system.open_output_stream(path) as stream:
+            stream.write(content)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(uri: str) -> dict:
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str, value: dict):
+    write_bytes(uri, json.dumps(value, indent=2, allow_nan=False).encode())
+
+
+def write_table(uri: str, table: pa.Table):
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read_tables(folder: str, columns: list[str] | None = None) -> pa.Table:
+    """All parts of a folder as one table, in the order of their names."""
+    system, path = filesystem(folder)
+    parts = [f"{path}/{name}" for name in list_names(folder) if name.endswith(".parquet")]
+    return pa.concat_tables([pq.read_table(part, columns=columns, filesystem=system) for part in parts])
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    system, path = filesystem(uri)
+    return pq.read_table(path, columns=columns, filesystem=system)
+
+
+# ------------------------------------------------------------------------------------------ manifests, events
+MANIFEST = "manifest.json"
+
+
+def missing_parts(folder: str, names: list[str]) -> list[str]:
+    """Which of the planned parts are not written yet."""
+    present = set(list_names(folder))
+    return [name for name in names if name not in present]
+
+
+def log_event(run_dir: str, event: str, **facts: str | int | float):
+    """Append a line to events.jsonl: what happened, when, to what."""
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n"
+    uri = join(run_dir, "events.jsonl")
+    system, path = filesystem(uri)
+    if isinstance(system, pafs.LocalFileSystem):
+        with Path(path).open("a") as file:
+            file.write(line)
+    else:  # object stores have no append; the driver alone writes this small file
+        before = read_bytes(uri) if exists(uri) else b""
+        write_bytes(uri, before + line.encode())
