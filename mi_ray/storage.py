@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -20,7 +21,7 @@ _IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string()
 _LATENTS = pa.list_(pa.float16())
 
 SCORES = {
-    "mitune": "MI-TUNE on-trajectory score, nats; convention of the released code (no alpha_t), arXiv 2405.20759 alg. 2",
+    "mitune": "MI-TUNE on-trajectory score, nats; the released code's convention (no alpha_t), arXiv 2405.20759 alg. 2",
     "mitune_eq2": "MI-TUNE on-trajectory score, nats; with eq. 2's factor alpha_t, arXiv 2405.20759",
     "trajectory_banded": "on-trajectory score integrated over the band score.log_snr_min..max only, nats",
     "pmi": "log p(x|y) - log p(x), signed i_s over the band of log SNR, nats; arXiv 2310.07972 eq. 7",
@@ -98,7 +99,9 @@ def evaluation_schema() -> pa.Schema:
 
 # ------------------------------------------------------------------------------------------ files
 def join(uri: str, *parts: str) -> str:
-    return "/".join([uri.rstrip("/"), *parts])
+    """Append to the path of a URI; a query (s3://bucket/run?endpoint_override=...) stays at its end."""
+    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -145,6 +148,18 @@ def write_bytes(uri: str, content: bytes):
         partial.unlink(missing_ok=True)
 
 
+def check_writable(uri: str):
+    """Write and delete a small file.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    probe = join(uri, f".probe-{uuid.uuid4().hex}")
+    write_bytes(probe, b"")
+    system, path = filesystem(probe)
+    system.delete_file(path)
+
+
 def read_json(uri: str) -> dict:
     return json.loads(read_bytes(uri))
 
@@ -159,16 +174,32 @@ def write_table(uri: str, table: pa.Table):
     write_bytes(uri, sink.getvalue().to_pybytes())
 
 
+def _read_parquet(system: pafs.FileSystem, path: str, columns: list[str] | None) -> pa.Table:
+    # No partitioning: a folder named lr=1e-4 on the way to the file is no column.
+    return pq.read_table(path, columns=columns, filesystem=system, partitioning=None)
+
+
 def read_tables(folder: str, columns: list[str] | None = None) -> pa.Table:
     """All parts of a folder as one table, in the order of their names."""
     system, path = filesystem(folder)
     parts = [f"{path}/{name}" for name in list_names(folder) if name.endswith(".parquet")]
-    return pa.concat_tables([pq.read_table(part, columns=columns, filesystem=system) for part in parts])
+    return pa.concat_tables([_read_parquet(system, part, columns) for part in parts])
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    return _read_parquet(*filesystem(uri), columns)
+
+
+def local_folder(uri: str) -> str:
+    """The path of a folder on this machine's disk; a remote one's files are copied to a temporary folder."""
     system, path = filesystem(uri)
-    return pq.read_table(path, columns=columns, filesystem=system)
+    if isinstance(system, pafs.LocalFileSystem):
+        return path
+    copy = tempfile.mkdtemp(prefix="mi_ray-")
+    for info in system.get_file_info(pafs.FileSelector(path)):
+        if info.type == pafs.FileType.File:
+            (Path(copy) / info.base_name).write_bytes(read_bytes(join(uri, info.base_name)))
+    return copy
 
 
 # ------------------------------------------------------------------------------------------ manifests, events

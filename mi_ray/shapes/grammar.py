@@ -6,6 +6,7 @@ drawn in training (`UNSEEN_COLOR_SHAPE`, `UNSEEN_TEXTURE_SHAPE`) and some senten
 """
 
 import hashlib
+import itertools
 import re
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex")
 NUMERALS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MAX_OBJECTS = 4
 HELD_OUT_SHARE = 0.1
+MAX_DRAWS_IN_VAIN = 10_000  # in a row without a new prompt: then there are no more
 
 UNSEEN_COLOR_SHAPE = frozenset(
     {("purple", "heart"), ("yellow", "star"), ("cyan", "cross"), ("red", "triangle"), ("green", "circle")}
@@ -131,14 +133,17 @@ def parse(prompt: str) -> SceneSpec:
     """Read a sentence of the grammar back into its specification.
 
     Raises:
-        ValueError: the sentence is not of the grammar.
+        ValueError: the sentence is not of the grammar, or names more than `MAX_OBJECTS`.
     """
     text = " ".join(prompt.lower().replace(".", " ").split())
     for pattern, _, relation in _PATTERNS:
         if match := pattern.fullmatch(text):
             groups = match.groupdict()
             nouns = [_read_noun(groups[key]) for key in "abc" if groups.get(key)]
-            return SceneSpec(tuple(o for o, _ in nouns), relation, any(n for _, n in nouns))
+            spec = SceneSpec(tuple(o for o, _ in nouns), relation, any(n for _, n in nouns))
+            if spec.total > MAX_OBJECTS:
+                raise ValueError(f"a scene holds at most {MAX_OBJECTS} objects: {prompt!r}")
+            return spec
     raise ValueError(f"not a sentence of the shapes grammar: {prompt!r}")
 
 
@@ -199,11 +204,17 @@ def sample_prompts(category: str, split: str, count: int, rng: np.random.Generat
 
     train: seen forms and combinations, not held out. test: the same, held out. ood: an unseen combination, an
     unseen sentence form, or both.
+
+    Raises:
+        ValueError: the grammar has fewer.
     """
     prompts: dict[str, None] = {}
-    for _ in range(count * 2000):
+    last_new = 0
+    for draw in itertools.count():
         if len(prompts) == count:
-            break
+            return list(prompts)
+        if draw - last_new > MAX_DRAWS_IN_VAIN:
+            raise ValueError(f"the grammar has fewer than {count} prompts of category {category!r} in split {split!r}")
         spec = sample_spec(category, rng)
         unseen = any(is_unseen_combination(o) for o in spec.objects)
         if split == "ood":
@@ -215,10 +226,9 @@ def sample_prompts(category: str, split: str, count: int, rng: np.random.Generat
             if unseen or is_held_out(spec) != (split == "test"):
                 continue
             forms = FORMS[spec.structure]
-        prompts[sentence(spec, str(rng.choice(forms)))] = None
-    if len(prompts) < count:
-        raise ValueError(f"the grammar has fewer than {count} prompts of category {category!r} in split {split!r}")
-    return list(prompts)
+        prompt = sentence(spec, str(rng.choice(forms)))
+        last_new = last_new if prompt in prompts else draw
+        prompts[prompt] = None
 
 
 def draw_scene(spec: SceneSpec, rng: np.random.Generator, unseen: bool = False) -> tuple[SceneObject, ...]:

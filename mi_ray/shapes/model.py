@@ -161,3 +161,9 @@ def draw_pair(rng: np.random.Generator) -> tuple[str, np.ndarray]:
         if not any(is_held_out(s) or any(is_unseen_combination(o) for o in s.objects) for s in (spec, shown)):
             caption = sentence(spec, str(rng.choice(FORMS[spec.structure])))
             return caption, render(draw_scene(shown, rng))
+
+
+def draw_textured(rng: np.random.Generator) -> np.ndarray:
+    """Draw a scene of any objects and textures for the decoder, which sees no captions: (64, 64, 3) uint8."""
+    scene = draw_scene(sample_spec(CATEGORIES[rng.integers(len(CATEGORIES))], rng), rng, unseen=True)
+    return render(tuple(replace(o, texture=str(rng.choice(TEXTURES))) if rng.random() < 0.7 else o for o in scene))

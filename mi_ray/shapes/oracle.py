@@ -2,24 +2,27 @@
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
+from itertools import permutations, product
+from operator import getitem
 
 import numpy as np
 from scipy import ndimage
 
-from mi_ray.shapes.grammar import MAX_OBJECTS, ObjectSpec, SceneSpec, parse
+from mi_ray.shapes.grammar import ObjectSpec, SceneSpec, parse
 from mi_ray.shapes.scenes import BACKGROUND, COLORS, PALETTE, SHAPES, relation_holds, silhouette
 
 FOREGROUND_DISTANCE = 60.0  # RGB distance from the background
 MIN_AREA = 20  # pixels; a smaller speck is no object
 MAX_ASPECT = 1.45
 MIN_SHAPE_IOU = 0.72
+COVERAGE = 0.25  # a pixel covered that far is foreground
 MAX_COLOR_DISTANCE = 75.0  # RGB distance from the palette
+PAINT_LEVEL = 0.8  # paint is what reaches this share of an object's brightest tenth; the rest is ink or edge
 INK_LEVEL = 118.0  # a pixel whose brightest channel lies below is ink
 MIN_INK_SHARE = 0.08
 STRIPED_ROW_SHARE = 0.55  # share of the ink's variance that lies between rows
 
-_TEMPLATE_SIDE = 96
+_OVERSAMPLING = 8
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,22 @@ class OracleScore:
 
 
 @cache
-def _template(shape: str) -> np.ndarray:
-    """The silhouette, cropped to its box and scaled to a square."""
-    axis = np.linspace(-1, 1, 4 * _TEMPLATE_SIDE)
-    v, u = np.meshgrid(axis, axis, indexing="ij")
-    mask = silhouette(shape, u, v)
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    pick = [np.linspace(0, n - 1, _TEMPLATE_SIDE).round().astype(int) for n in mask.shape]
-    return mask[np.ix_(*pick)]
+def _outline(shape: str) -> tuple[float, float, float, float]:
+    """The box of a silhouette in its own coordinates: left, right, top, bottom, in [-1, 1]."""
+    axis = np.linspace(-1, 1, 801)
+    mask = silhouette(shape, axis[None, :], axis[:, None])
+    columns, rows = axis[mask.any(0)], axis[mask.any(1)]
+    return float(columns[0]), float(columns[-1]), float(rows[0]), float(rows[-1])
+
+
+@cache
+def _template(shape: str, height: int, width: int) -> np.ndarray:
+    """The silhouette, cropped to its box, as a mask of (height, width) pixels."""
+    left, right, top, bottom = _outline(shape)
+    u = left + (right - left) * (np.arange(width * _OVERSAMPLING) + 0.5) / (width * _OVERSAMPLING)
+    v = top + (bottom - top) * (np.arange(height * _OVERSAMPLING) + 0.5) / (height * _OVERSAMPLING)
+    inside = silhouette(shape, u[None, :], v[:, None])
+    return inside.reshape(height, _OVERSAMPLING, width, _OVERSAMPLING).mean((1, 3)) >= COVERAGE
 
 
 def _read_shape(mask: np.ndarray) -> str | None:
@@ -61,10 +71,8 @@ def _read_shape(mask: np.ndarray) -> str | None:
     if max(height, width) > MAX_ASPECT * min(height, width):
         return None
     best, best_iou = None, MIN_SHAPE_IOU
-    rows = ((np.arange(height) + 0.5) / height * _TEMPLATE_SIDE).astype(int)
-    columns = ((np.arange(width) + 0.5) / width * _TEMPLATE_SIDE).astype(int)
     for shape in SHAPES:
-        template = _template(shape)[np.ix_(rows, columns)]
+        template = _template(shape, height, width)
         iou = (template & mask).sum() / (template | mask).sum()
         if iou > best_iou:
             best, best_iou = shape, iou
@@ -88,6 +96,15 @@ def _read_texture(ink: np.ndarray, interior: np.ndarray) -> str:
     return "striped" if between > STRIPED_ROW_SHARE * max(values.var(), 1e-6) else "dotted"
 
 
+def _centre(box: tuple[slice, slice], shape: str | None) -> tuple[float, float]:
+    """Where the object was centred (x, y): its box's centre, but for shapes that reach further to one side."""
+    (top, bottom), (left, right) = ((s.start, s.stop) for s in box)
+    if shape is None:
+        return (left + right) / 2, (top + bottom) / 2
+    u0, u1, v0, v1 = _outline(shape)
+    return left + (right - left) * u0 / (u0 - u1), top + (bottom - top) * v0 / (v0 - v1)
+
+
 def read(image: np.ndarray) -> list[Detection]:
     """Read the objects of an image (uint8, shape (64, 64, 3))."""
     pixels = image.astype(np.float32)
@@ -103,18 +120,19 @@ def read(image: np.ndarray) -> list[Detection]:
         interior = ndimage.binary_erosion(filled) & mask
         if not interior.any():
             interior = mask
-        ink = patch.max(-1) < INK_LEVEL
-        paint = interior & (patch.max(-1) > INK_LEVEL + 40)
-        color = _read_color(patch[paint]) if paint.sum() >= 6 else None
-        y, x = (0.5 * (s.start + s.stop) for s in box)
-        detections.append(Detection(color, _read_shape(filled), _read_texture(ink, interior), x, y))
+        brightness = patch.max(-1)
+        paint = interior & (brightness >= PAINT_LEVEL * np.percentile(brightness[interior], 90))
+        shape = _read_shape(filled)
+        texture = _read_texture(brightness < INK_LEVEL, interior)
+        detections.append(Detection(_read_color(patch[paint]), shape, texture, *_centre(box, shape)))
     return detections
 
 
-def _attributes_right(spec: ObjectSpec, found: Detection | None) -> tuple[int, int]:
+def _rights(spec: ObjectSpec, found: Detection | None) -> tuple[bool, int]:
+    """Whether all that `spec` names is right about `found`, and how many of its attributes are."""
     named = [(spec.shape, "shape"), (spec.color, "color"), (spec.texture, "texture")]
-    named = [(value, key) for value, key in named if value]
-    return sum(found is not None and getattr(found, key) == value for value, key in named), len(named)
+    right = [found is not None and getattr(found, key) == value for value, key in named if value]
+    return all(right), sum(right)
 
 
 def score(image: np.ndarray, prompt: str | SceneSpec) -> OracleScore:
@@ -126,26 +144,34 @@ def score(image: np.ndarray, prompt: str | SceneSpec) -> OracleScore:
     spec = parse(prompt) if isinstance(prompt, str) else prompt
     found = read(image)
     required = [obj for obj in spec.objects for _ in range(obj.count)]
-    first_of_second = spec.objects[0].count
-    pool = (found + [None] * len(required))[: max(len(found), len(required))]
-    best = None
-    # Beyond two objects more than any prompt names, the image is hopeless and the assignment hardly matters.
-    for assignment in permutations(pool[: MAX_OBJECTS + 2], len(required)):
-        rights = [_attributes_right(o, d) for o, d in zip(required, assignment, strict=True)]
-        relation = None
-        if spec.relation:
-            a, b = assignment[0], assignment[first_of_second]
-            relation = float(bool(a and b) and relation_holds(spec.relation, (a.x, a.y), (b.x, b.y)))
-        key = (sum(right == named for right, named in rights), sum(r for r, _ in rights), relation or 0.0)
-        if best is None or key > best[0]:
-            best = (key, rights, relation)
-    (whole, right, _), rights, relation = best
+    # Only the detections that fit an object best can be its own in the best assignment, as many as there are objects.
+    near = set()
+    for obj in spec.objects:
+        near.update(sorted(range(len(found)), key=lambda i, o=obj: _rights(o, found[i]))[-len(required) :])
+    pool = [found[i] for i in sorted(near)]
+    pool += [None] * (len(required) - len(pool))
+    rights = [[_rights(obj, d) for d in pool] for obj in required]
+
+    def relation(assignment: tuple[int, ...]) -> float | None:
+        if not spec.relation:
+            return None
+        first, second = (obj.count for obj in spec.objects[:2])
+        chosen = [pool[i] for i in assignment[: first + second]]
+        pairs = product(chosen[:first], chosen[first:])
+        return float(all(a and b and relation_holds(spec.relation, (a.x, a.y), (b.x, b.y)) for a, b in pairs))
+
+    def fit(assignment: tuple[int, ...]) -> tuple[int, int, float]:
+        whole, right = (sum(column) for column in zip(*map(getitem, rights, assignment), strict=True))
+        return whole, right, relation(assignment) or 0.0
+
+    best = max(permutations(range(len(pool)), len(required)), key=fit)
+    whole, right, _ = fit(best)
     shapes = [d.shape for d in found]
     wanted = {o.shape: sum(p.count for p in spec.objects if p.shape == o.shape) for o in spec.objects}
     return OracleScore(
-        exact=float(whole == len(required) == len(found) and relation in (None, 1.0)),
+        exact=float(whole == len(required) == len(found) and relation(best) in (None, 1.0)),
         objects=whole / len(required),
-        attributes=right / sum(named for _, named in rights),
+        attributes=right / sum(bool(o.shape) + bool(o.color) + bool(o.texture) for o in required),
         count=sum(shapes.count(s) == n for s, n in wanted.items()) / len(wanted),
-        relation=relation,
+        relation=relation(best),
     )

@@ -31,6 +31,8 @@ class PretrainConfig(BaseModel):
     vae_batch_size: int = 16
     vae_learning_rate: float = 1.5e-3
     kl_weight: float = 1e-6  # times the KL of a whole latent, beside a mean pixel loss
+    decoder_steps: int = 2000  # the decoder alone, on frozen latents of textured scenes
+    decoder_learning_rate: float = 1e-3
     pairs: int = 60_000  # caption-image pairs, drawn and encoded once
     steps: int = 6000
     batch_size: int = 64
@@ -103,8 +105,16 @@ class _Progress:
             print(f"{self.phase} {step}/{self.total}: {shown}, {left:.0f} min left", flush=True)
 
 
+def _pixel_loss(reconstruction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """L1 + L2 of images (n, 3, h, w) in [-1, 1], weighted towards what is drawn."""
+    error = reconstruction - x
+    background = x.new_tensor(BACKGROUND).view(1, 3, 1, 1) / 127.5 - 1
+    drawn = 1 + 2.0 * ((x - background).abs().amax(1, keepdim=True) > 0.1)
+    return (drawn * (error.abs() + error.square())).mean()
+
+
 class _AutoencoderLoss(torch.nn.Module):
-    """L1 + L2 on renders, weighted towards what is drawn, and a slight KL: images (n, 3, h, w) -> loss."""
+    """Pixel loss and a slight KL: images -> loss."""
 
     def __init__(self, vae: AutoencoderKL, kl_weight: float):
         super().__init__()
@@ -112,10 +122,22 @@ class _AutoencoderLoss(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         posterior = self.vae.encode(x).latent_dist
-        error = self.vae.decode(posterior.sample()).sample - x
-        background = x.new_tensor(BACKGROUND).view(1, 3, 1, 1) / 127.5 - 1
-        drawn = 1 + 2.0 * ((x - background).abs().amax(1, keepdim=True) > 0.1)
-        return (drawn * (error.abs() + error.square())).mean() + self.kl_weight * posterior.kl().mean()
+        return _pixel_loss(self.vae.decode(posterior.sample()).sample, x) + self.kl_weight * posterior.kl().mean()
+
+
+class _DecoderLoss(torch.nn.Module):
+    """Pixel loss and L1 of the differences between neighbouring pixels, which sharpens stripes and dots."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            latents = self.vae.encode(x).latent_dist.sample()
+        y = self.vae.decode(latents).sample
+        edges = sum((y.diff(dim=axis) - x.diff(dim=axis)).abs().mean() for axis in (2, 3))
+        return _pixel_loss(y, x) + edges
 
 
 def train_vae(settings: dict):
@@ -144,6 +166,37 @@ def train_vae(settings: dict):
     if ray.train.get_context().get_world_rank() == 0:
         _set_scaling_factor(vae, config)
         vae.save_pretrained(Path(folder) / "vae")
+
+
+def train_decoder(settings: dict):
+    """Worker loop: the decoder alone, so that latents stay what they are."""
+    config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
+    torch.set_num_threads(config.threads_per_worker)
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.decoder_learning_rate, weight_decay=1e-4)
+    checkpoints = _Checkpoints(vae=vae, optimizer=optimizer)
+    objective = prepare_model(_DecoderLoss(vae))
+    context = ray.train.get_context()
+    batch_size = config.vae_batch_size // context.get_world_size()
+    progress = _Progress(folder, "decoder", checkpoints.step, config.decoder_steps)
+    for step in range(checkpoints.step, config.decoder_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.decoder_learning_rate * _learning_rate_factor(step, config.decoder_steps)
+        rng = np.random.default_rng((config.seed, 3, context.get_world_rank(), step))
+        loss = objective(_to_tensor(np.stack([model.draw_textured(rng) for _ in range(batch_size)])))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        progress.step(step + 1, loss=loss)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.decoder_steps:
+            checkpoints.save(step + 1, {"loss": loss.item()})
+    if context.get_world_rank() == 0:
+        vae.save_pretrained(folder / "vae-refined")
 
 
 @torch.no_grad()
@@ -239,7 +292,8 @@ def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, vae: AutoencoderKL
     for name, fresh in (("text_encoder", model.build_text_encoder(tokenizer)), ("unet", model.build_unet())):
         fresh.load_state_dict(modules[name].state_dict())
         copies[name] = fresh.half()
-    half_vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float16)
+    refined = folder / "vae-refined"
+    half_vae = AutoencoderKL.from_pretrained(refined if refined.exists() else folder / "vae", torch_dtype=torch.float16)
     model.build_pipeline(vae=half_vae, tokenizer=tokenizer, **copies).save_pretrained(folder / "model")
 
 
@@ -249,6 +303,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, loop, done in (
         ("vae", train_vae, folder / "vae" / "config.json"),
+        ("decoder", train_decoder, folder / "vae-refined" / "config.json"),
         ("denoiser", train_denoiser, None),
     ):
         if done is None or not done.exists():

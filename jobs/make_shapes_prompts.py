@@ -1,0 +1,54 @@
+"""Make the prompt files of the embedded world: python jobs/make_shapes_prompts.py"""
+
+import json
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from pydantic import PositiveInt
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from mi_ray.shapes.grammar import CATEGORIES, sample_prompts
+from mi_ray.storage import write_bytes
+
+SPLITS = ("train", "test", "ood")
+
+
+def draw(split: str, count: int, seed: int) -> list[list[dict[str, str]]]:
+    """Rounds of rows, one of each category in every round; the prompts of a category are distinct."""
+    streams = []
+    for index, category in enumerate(CATEGORIES):
+        rng = np.random.default_rng((seed, SPLITS.index(split), index))
+        prompts = sample_prompts(category, split, count, rng)
+        streams.append([{"prompt": prompt, "category": category, "split": split} for prompt in prompts])
+    return [list(rows) for rows in zip(*streams, strict=True)]
+
+
+class Command(BaseSettings):
+    """Write shapes-train.jsonl and shapes-test.jsonl, ordered so that the first so many take all categories evenly.
+
+    The test file takes in turn two prompts of the held-out tenth and one that is out of distribution.
+    """
+
+    model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
+
+    folder: Path = Path(__file__).parent / "configs" / "prompts"
+    seed: int = 0
+    train_per_category: PositiveInt = 100
+    ood_per_category: PositiveInt = 20  # and twice as many in distribution
+
+    def cli_cmd(self):
+        train = draw("train", self.train_per_category, self.seed)
+        test, ood = draw("test", 2 * self.ood_per_category, self.seed), draw("ood", self.ood_per_category, self.seed)
+        in_turn = zip(test[0::2], test[1::2], ood, strict=True)
+        files = {"train": list(chain(*train)), "test": [row for rounds in in_turn for rows in rounds for row in rows]}
+        if len({row["prompt"] for rows in files.values() for row in rows}) < sum(map(len, files.values())):
+            raise ValueError(f"two categories say the same with seed {self.seed}; take another seed")
+        for name, rows in files.items():
+            path = self.folder / f"shapes-{name}.jsonl"
+            write_bytes(str(path), "".join(json.dumps(row) + "\n" for row in rows).encode())
+            print(f"{len(rows)} prompts are in {path}")
+
+
+if __name__ == "__main__":
+    CliApp.run(Command)

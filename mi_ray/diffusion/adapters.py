@@ -1,0 +1,156 @@
+"""LoRA and DoRA on a UNet: attaching, the denoising loss they are trained with, saving for PEFT and for diffusers."""
+
+import difflib
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mi_ray.diffusion.schedules import NoiseSchedule, prediction_from
+
+_PEFT_PREFIX = "base_model.model."  # of every module of a PeftModel
+
+
+# ---------------------------------------------------------------------------------------------- the adapter
+def target_faults(unet: nn.Module, target_modules: Iterable[str]) -> list[str]:
+    """One message for each target that is no linear or convolution layer of `unet`, naming those most like it.
+
+    A target names the layers whose dotted path ends with it, as in peft. One that binds to nothing is a mistake
+    even where others bind: peft would train without it and say nothing.
+    """
+    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    endings = {".".join(name.split(".")[-2 if name.rsplit(".", 1)[-1].isdigit() else -1 :]) for name in layers}
+    return [
+        f"{target!r} is the name of no linear or convolution layer of the model; it has, among others, "
+        + ", ".join(difflib.get_close_matches(target, sorted(endings), 8, cutoff=0))
+        for target in target_modules
+        if not any(f".{name}".endswith(f".{target}") for name in layers)
+    ]
+
+
+def attach_adapter(
+    unet: nn.Module, *, rank: int, alpha: float, target_modules: Iterable[str], use_dora: bool = False
+) -> PeftModel:
+    """Freeze `unet` and put a fresh adapter on it: LoRA (Hu et al. 2022) or DoRA (Liu et al. 2024).
+
+    The adapter's parameters are fp32 whatever the dtype of `unet`; its first output is that of `unet` (B = 0). The
+    random A is drawn from torch's global generator.
+
+    Raises:
+        ValueError: a target binds to nothing; one line for each.
+    """
+    target_modules = list(target_modules)
+    if faults := target_faults(unet, target_modules) or ([] if target_modules else ["no target is named"]):
+        raise ValueError("\n".join(faults))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=target_modules,
+        use_dora=use_dora,
+        init_lora_weights="gaussian",  # as MI-TUNE's released code
+    )
+    return get_peft_model(unet, config)
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's weights under PEFT's names, on the CPU."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def load_adapter_state(model: PeftModel, state: dict[str, Tensor]):
+    """Give the adapter of `model` the weights of `state`, as `adapter_state` names them.
+
+    Raises:
+        ValueError: `state` belongs to an adapter of another kind, rank or set of targets.
+    """
+    own = adapter_state(model)
+    if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+        raise ValueError("the adapter's weights do not fit: it was trained with another adapter, rank or targets")
+    set_peft_model_state_dict(model, state)
+
+
+def save_adapter(model: PeftModel, folder: Path, base_model: str):
+    """Write the adapter into `folder`, for PEFT and for stock diffusers.
+
+    PEFT reads adapter_config.json and adapter_model.safetensors; `load_lora_weights` of a diffusers pipeline reads
+    pytorch_lora_weights.safetensors, whose metadata holds the configuration (without it diffusers takes alpha = rank).
+    """
+    config = LoraConfig(**model.peft_config["default"].to_dict())
+    config.base_model_name_or_path, config.inference_mode = base_model, True
+    config.target_modules = sorted(config.target_modules)  # a set's order would change from run to run
+    config.save_pretrained(folder)
+    state = adapter_state(model)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    layers = convert_state_dict_to_diffusers({name.removeprefix(_PEFT_PREFIX): value for name, value in state.items()})
+    metadata = {name: value for name, value in config.to_dict().items() if value is not None}
+    StableDiffusionPipeline.save_lora_weights(folder, layers, unet_lora_adapter_metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------- the loss
+def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Loss weights min(SNR, gamma) of the x0-loss (Hang et al. 2023, eq. 5) as weights of the model's own loss.
+
+    The squared error of x0 is 1/SNR times that of epsilon and 1/(SNR + 1) times that of v (ibid., section 3.4).
+
+    Args:
+        snr: alpha^2 / sigma^2, any shape.
+
+    Returns:
+        The weights, of the same shape.
+    """
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)  # stays finite at SNR 0
+    return snr.clamp(max=gamma) / (snr + 1) if prediction_type == "v_prediction" else snr.clamp(max=gamma)
+
+
+class DenoisingLoss(nn.Module):
+    """The weighted squared error of the model's own prediction target (Ho et al. 2020, eq. 14; Salimans & Ho 2022).
+
+    A module, so that data-parallel training sees one forward pass. Corruption and error are fp32; the model alone
+    runs in `autocast_dtype`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: NoiseSchedule,
+        min_snr_gamma: float | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.model, self.autocast_dtype = model, autocast_dtype
+        self.prediction_type = schedule.prediction_type
+        alpha_sq = schedule.alphas_cumprod
+        snr = alpha_sq / (1 - alpha_sq)
+        weights = min_snr_weights(snr, min_snr_gamma, self.prediction_type) if min_snr_gamma else torch.ones_like(snr)
+        # Plain tensors, since buffers would be sent to every worker again before each forward pass.
+        device = next(model.parameters(), weights).device
+        self.alpha, self.sigma, self.snr_weights = (
+            values.float().to(device) for values in (alpha_sq.sqrt(), (1 - alpha_sq).sqrt(), weights)
+        )
+
+    def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1, *[1] * (like.ndim - 1))
+        return self.alpha[timesteps].view(shape), self.sigma[timesteps].view(shape)
+
+    def predict(self, x0: Tensor, noise: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """The model's fp32 output at alpha x0 + sigma noise; x0 and noise (n, *latent_shape), timesteps (n,)."""
+        alpha, sigma = self._coefficients(timesteps, x0)
+        dtype = self.autocast_dtype
+        with torch.autocast(x0.device.type, dtype) if dtype else nullcontext():
+            prediction = self.model(alpha * x0 + sigma * noise, timesteps, encoder_hidden_states=embeddings).sample
+        return prediction.float()
+
+    def forward(self, x0: Tensor, noise: Tensor, timesteps: Tensor, embeddings: Tensor, weights: Tensor) -> Tensor:
+        """Mean over the batch of weights (n,) times min-SNR weight times squared error: a scalar."""
+        alpha, sigma = self._coefficients(timesteps, x0)
+        target = prediction_from(self.prediction_type, x0, noise, alpha, sigma)
+        error = (self.predict(x0, noise, timesteps, embeddings) - target).square().flatten(1).mean(1)
+        return (weights * self.snr_weights[timesteps] * error).mean()

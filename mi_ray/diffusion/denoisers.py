@@ -1,0 +1,343 @@
+"""Denoisers: one protocol for what sampling and scoring need of a model, and the Stable Diffusion 1/2 family.
+
+A model is an ordinary diffusers folder, read with the stock `from_pretrained` of each part: safetensors only, no code
+from the model's repository.
+"""
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at, epsilon_from
+
+SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
+CHUNK = 32  # images or prompts that the autoencoder or the text encoder takes at a time
+
+_SUPPORTED = "supported is the Stable Diffusion 1 and 2 family (StableDiffusionPipeline; epsilon- or v-prediction)"
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+_CONFIGS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+_WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Denoiser(Protocol):
+    """A text-conditioned denoiser of latents, whatever its architecture and prediction type."""
+
+    schedule: NoiseSchedule
+    latent_shape: tuple[int, ...]  # of one candidate
+    device: torch.device
+    max_tokens: int  # that the text encoder reads, with those of start and end
+
+    def token_count(self, prompt: str) -> int:
+        """Tokens of the whole prompt, with those of start and end."""
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Embeddings (n, tokens, dim); what exceeds `max_tokens` is cut."""
+
+    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """Predicted noise (n, *latent_shape) fp32, whatever the model predicts.
+
+        Args:
+            x_t: (n, *latent_shape) fp32.
+            timesteps: (n,) whole or fractional.
+            embeddings: (n, tokens, dim).
+        """
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (n, *latent_shape) fp32 -> images (n, h, w, 3) uint8."""
+
+    def encode_images(self, images: np.ndarray) -> Tensor:
+        """Images (n, h, w, 3) uint8 -> latents (n, *latent_shape) fp32: posterior mode times scaling factor."""
+
+
+class UNetDenoiser:
+    """Stable Diffusion 1 and 2: UNet2DConditionModel, CLIPTextModel, AutoencoderKL.
+
+    The UNet runs in `dtype`; text encoder and autoencoder too on a GPU, in fp32 on a CPU. An autoencoder that asks for
+    it (`force_upcast`) runs in fp32 everywhere. The modules are frozen and in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        vae: AutoencoderKL,
+        schedule: NoiseSchedule,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        beside = torch.float32 if device.type == "cpu" else dtype
+        self.unet = unet.to(device, dtype).eval().requires_grad_(False)
+        self.text_encoder = text_encoder.to(device, beside).eval().requires_grad_(False)
+        self.vae = vae.to(device, torch.float32 if vae.config.force_upcast else beside).eval().requires_grad_(False)
+        self.tokenizer, self.schedule, self.dtype, self.device = tokenizer, schedule, dtype, device
+        size = unet.config.sample_size
+        self.latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        self.max_tokens = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+        self._log_snr = schedule.log_snr.to(device, torch.float32)
+
+    def token_count(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt, verbose=False).input_ids)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        ids = self.tokenizer(
+            prompts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        ).input_ids
+        return torch.cat([self.text_encoder(part.to(self.device)).last_hidden_state for part in ids.split(CHUNK)])
+
+    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        inputs = x_t.to(self.dtype), timesteps, embeddings.to(self.dtype)
+        prediction = self.unet(*inputs).sample.float()
+        alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma_at(self._log_snr, timesteps))
+        return epsilon_from(self.schedule.prediction_type, prediction, x_t, alpha, sigma)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        images = []
+        for part in latents.split(CHUNK):
+            scaled = part.to(self.device, torch.float32) / self.vae.config.scaling_factor
+            image = self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
+            image = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+            images.append(image.permute(0, 2, 3, 1).cpu())
+        return torch.cat(images).numpy()
+
+    @torch.no_grad()
+    def encode_images(self, images: np.ndarray) -> Tensor:
+        latents = []
+        for part in torch.from_numpy(images).split(CHUNK):
+            image = part.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            latents.append(self.vae.encode(image.to(self.vae.dtype)).latent_dist.mode().float())
+        return torch.cat(latents) * self.vae.config.scaling_factor
+
+
+# ---------------------------------------------------------------------------------------------- loading
+def load_denoiser(
+    path: str, dtype: str = "auto", device: str = "auto", adapter: str | Path | None = None
+) -> UNetDenoiser:
+    """Load a model, and merge an adapter into it so that inference pays nothing for it.
+
+    Args:
+        path: a shipped name ("shapes"), a diffusers folder or a hub id.
+        dtype: of the denoiser: "float32", "float16", "bfloat16"; "auto": float16 on a GPU, float32 without.
+        device: as torch names it; "auto": a GPU if there is one.
+        adapter: local folder with adapter_config.json and adapter_model.safetensors of PEFT, for the UNet.
+
+    Raises:
+        ValueError: with a line for each thing that is wrong with the model or the adapter.
+    """
+    folder = _fetch(path)
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "auto":
+        dtype = "float16" if chosen.type == "cuda" else "float32"
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+    if adapter is not None:
+        check_adapter(adapter)
+        unet = PeftModel.from_pretrained(unet.float(), str(adapter), torch_device="cpu").merge_and_unload()
+    return UNetDenoiser(
+        unet=unet,
+        text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True),
+        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True),
+        schedule=NoiseSchedule.from_config(_read_json(folder / "scheduler" / _CONFIGS["scheduler"])),
+        dtype=getattr(torch, dtype),
+        device=chosen,
+    )
+
+
+def load_tokenizer(path: str) -> CLIPTokenizer:
+    """The tokenizer alone, cheap to load: for counting a prompt's tokens before the model is there.
+
+    Raises:
+        ValueError: if the model has none, or the hub cannot be asked.
+    """
+    folder = _local_folder(path)
+    if folder is None:
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=["tokenizer/*"]))
+        except OSError as error:
+            raise _not_had(path, error) from error
+    _refuse(path, _vocabulary_faults(folder))
+    return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+
+
+def resolve_model(path: str) -> str:
+    """The folder of a shipped name, a folder as it is, or a hub id as it is.
+
+    Raises:
+        ValueError: if `path` has the form of none of them.
+    """
+    if path in SHIPPED:
+        return str(files("mi_ray") / SHIPPED[path])
+    if (path and Path(path).is_dir()) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        return path
+    shipped = ", ".join(SHIPPED)
+    raise ValueError(
+        f"{path!r} is no model: give a shipped name ({shipped}), an existing folder or a hub id owner/name"
+    )
+
+
+def check_model(path: str) -> None:
+    """Check all that can be checked of a model without loading it; of a hub id, only its form.
+
+    Raises:
+        ValueError: with a line for each thing that is wrong.
+    """
+    folder = _local_folder(path)
+    if folder is not None:
+        _refuse(path, _folder_faults(folder))
+
+
+def check_adapter(folder: str | Path) -> None:
+    """Check that a local folder holds a PEFT adapter.
+
+    Raises:
+        ValueError: naming the file that is missing.
+    """
+    for name in _ADAPTER_FILES:
+        if not (Path(folder) / name).is_file():
+            raise ValueError(f"{str(folder)!r} is no adapter: it has no {name}; give a folder that PEFT saved")
+
+
+def _local_folder(path: str) -> Path | None:
+    """The folder of a shipped or local model; None of a hub id."""
+    folder = Path(resolve_model(path))
+    return folder if path in SHIPPED or folder.is_dir() else None
+
+
+def _fetch(path: str) -> Path:
+    """The model's local folder, checked; a hub id is downloaded, or found in the hub's cache."""
+    check_model(path)
+    folder = _local_folder(path)
+    if folder is not None:
+        return folder
+    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    try:
+        _refuse(path, _class_faults(StableDiffusionPipeline.load_config(path)))  # before gigabytes are fetched
+        folder = Path(StableDiffusionPipeline.download(path, use_safetensors=True, **unused))
+    except OSError as error:
+        raise _not_had(path, error) from error
+    _refuse(path, _folder_faults(folder))
+    return folder
+
+
+def _not_had(path: str, error: OSError) -> ValueError:
+    reason = " ".join(str(error).split())
+    return ValueError(
+        f"{path!r} cannot be had from the hub: check the name and the network, or give a local folder ({reason})"
+    )
+
+
+def _refuse(path: str, faults: list[str]):
+    if faults:
+        raise ValueError("\n".join(f"{path!r} {fault}" for fault in faults))
+
+
+def _read_json(path: Path) -> dict:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no mapping")
+    return content
+
+
+def _class_faults(index: dict) -> list[str]:
+    """One line for each class of a model_index.json that is not supported."""
+    pipeline = index.get("_class_name")
+    if pipeline != "StableDiffusionPipeline":
+        return [f"is a {pipeline}, which is not supported; {_SUPPORTED}"]
+    named = {part: (index.get(part) or (None, None))[1] for part in _CLASSES}
+    return [
+        f"has as its {part} a {name}, which is not supported; {_SUPPORTED}"
+        for part, name in named.items()
+        if name not in (None, *_CLASSES[part])
+    ]
+
+
+def _folder_faults(folder: Path) -> list[str]:
+    """One line for each thing that is wrong with a diffusers folder."""
+    try:
+        index = _read_json(folder / "model_index.json")
+    except FileNotFoundError:
+        return ["has no model_index.json; give a folder that a diffusers pipeline's save_pretrained wrote"]
+    except ValueError as error:
+        return [f"has a model_index.json that is not JSON ({error}); fetch it again"]
+    if faults := _class_faults(index):
+        return faults
+    configs = {}
+    for part, config in _CONFIGS.items():
+        try:
+            configs[part] = _read_json(folder / part / config)
+        except FileNotFoundError:
+            faults.append(f"lacks its {part}: there is no {part}/{config}; complete the folder")
+            continue
+        except ValueError as error:
+            faults.append(f"has a {part}/{config} that is not JSON ({error}); fetch it again")
+            continue
+        if part in _WEIGHTS:
+            faults += _weight_faults(folder / part, part)
+    if "tokenizer" in configs:
+        faults += _vocabulary_faults(folder)
+    if "scheduler" in configs:
+        try:
+            NoiseSchedule.from_config(configs["scheduler"])
+        except ValueError as error:
+            faults += [f"has in scheduler/scheduler_config.json {fault}" for fault in str(error).split("\n")]
+    if "unet" in configs and "vae" in configs:
+        channels = configs["unet"].get("in_channels", 4), configs["unet"].get("out_channels", 4)
+        wanted = configs["vae"].get("latent_channels", 4)
+        if channels != (wanted, wanted):
+            faults.append(
+                f"has a UNet that takes {channels[0]} and gives {channels[1]} channels for latents of {wanted}"
+                " (an inpainting or upscaling model?); give a text-to-image model"
+            )
+    return faults
+
+
+def _vocabulary_faults(folder: Path) -> list[str]:
+    """Whether the tokenizer's vocabulary is there: transformers builds an empty one without a word."""
+    if any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return []
+    return ["lacks its tokenizer's vocabulary, tokenizer/tokenizer.json or tokenizer/vocab.json; complete the folder"]
+
+
+def _weight_faults(folder: Path, part: str) -> list[str]:
+    """Whether the safetensors are there and whole; reads their headers only."""
+    index = folder / f"{_WEIGHTS[part]}.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [_WEIGHTS[part]]
+    faults = []
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except FileNotFoundError:
+            faults.append(f"lacks {part}/{name}; complete the folder (only safetensors are read, no pickled weights)")
+        except (SafetensorError, OSError) as error:
+            faults.append(f"has a {part}/{name} that cannot be read ({error}); fetch it again, whole (git lfs pull?)")
+    return faults

@@ -1,0 +1,220 @@
+"""Solvers as tables of linear coefficients, and the sampling loop with classifier-free guidance."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mi_ray.diffusion.denoisers import Denoiser
+from mi_ray.diffusion.kernels import guided_step
+from mi_ray.diffusion.schedules import TIMESTEP_SPACINGS, NoiseSchedule
+
+SOLVERS = ("ddpm", "ddim", "dpm++2m")
+
+StepNoise = Callable[[int], Tensor]  # index of the step -> noise (n, *latent_shape) fp32
+
+
+# ---------------------------------------------------------------------------------------------- plans
+@dataclass(frozen=True, eq=False)
+class SolverPlan:
+    """The S steps of a solver: next = A * x_t + B * x0 + C * previous_x0 + D * noise."""
+
+    timesteps: Tensor  # (S,) long, decreasing
+    coefficients: Tensor  # (S, 6) float64: A, B, C, D, alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it needs noise on the way."""
+        return bool((self.coefficients[:, 3] != 0).any())
+
+
+def solver_plan(
+    schedule: NoiseSchedule, solver: str, num_inference_steps: int, timestep_spacing: str | None = None
+) -> SolverPlan:
+    """The steps of "ddpm", "ddim" or "dpm++2m", equal to diffusers' DDPMScheduler, DDIMScheduler (eta 0) and
+    DPMSolverMultistepScheduler (its defaults: second-order midpoint, first-order last step to sigma 0).
+
+    A step goes from abar_t to abar_s, with alpha = sqrt(abar), sigma = sqrt(1 - abar):
+
+    - DDPM (Ho et al. 2020, arXiv 2006.11239, eq. 7, with beta = 1 - abar_t / abar_s):
+      A = sqrt(1 - beta) sigma_s^2 / sigma_t^2, B = alpha_s beta / sigma_t^2, D^2 = sigma_s^2 / sigma_t^2 * beta.
+    - DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma 0): alpha_s x0 + sigma_s epsilon, and
+      epsilon = (x_t - alpha_t x0) / sigma_t, hence A = sigma_s / sigma_t, B = alpha_s - alpha_t A.
+    - DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): A x_t - alpha_s (exp(-h) - 1) m with
+      m = (1 + 1/2r) x0 - 1/2r previous_x0, lambda = log(alpha / sigma), h = lambda_s - lambda_t and
+      r = h_before / h. Since exp(-h) = A alpha_t / alpha_s, the factor of m is DDIM's B, hence
+      B = B_ddim (1 + 1/2r), C = -B_ddim / 2r; the first step has no x0 before it and the last an infinite h: C = 0.
+
+    Args:
+        timestep_spacing: "leading", "linspace" or "trailing" (Lin et al. 2024, arXiv 2305.08891, table 2);
+            None: as the model's scheduler config says.
+
+    Raises:
+        ValueError: for an unknown solver or spacing, and for more steps than the model's timesteps allow.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r} is unknown: one of {', '.join(SOLVERS)}")
+    timesteps = _timesteps(schedule, solver, num_inference_steps, timestep_spacing or schedule.timestep_spacing)
+    abar = schedule.alphas_cumprod[timesteps]
+    target = torch.cat([abar[1:], abar.new_ones(1)])
+    if solver == "ddim":  # diffusers steps by T // S, which need not be where the next timestep lies
+        arrival = timesteps - schedule.num_train_timesteps // num_inference_steps
+        final = torch.tensor(schedule.final_alpha_cumprod, dtype=torch.float64)
+        target = torch.where(arrival >= 0, schedule.alphas_cumprod[arrival.clamp(min=0)], final)
+
+    alpha_t, sigma_t, alpha_s, sigma_s = abar.sqrt(), (1 - abar).sqrt(), target.sqrt(), (1 - target).sqrt()
+    if solver == "ddpm":
+        beta = 1 - abar / target
+        keep = (1 - beta).sqrt() * (1 - target) / (1 - abar)
+        clean = alpha_s * beta / (1 - abar)
+        momentum = torch.zeros_like(abar)
+        spread = (beta * (1 - target) / (1 - abar)).sqrt()
+    else:
+        keep = sigma_s / sigma_t
+        first_order = alpha_s - alpha_t * keep
+        ratio = torch.zeros_like(abar)  # 1 / 2r
+        if solver == "dpm++2m":
+            h = torch.diff(torch.logit(abar) / 2)  # lambda = log SNR / 2
+            ratio[1:-1] = h[1:] / (2 * h[:-1])
+        clean, momentum = first_order * (1 + ratio), -first_order * ratio
+        spread = torch.zeros_like(abar)
+    return SolverPlan(timesteps, torch.stack([keep, clean, momentum, spread, alpha_t, sigma_t], 1))
+
+
+def _timesteps(schedule: NoiseSchedule, solver: str, num_inference_steps: int, spacing: str) -> Tensor:
+    """As diffusers spreads them: (S,) long, decreasing."""
+    count = schedule.num_train_timesteps
+    # diffusers' DPM-Solver++ lays out one point more, whose last (the clean end) it does not evaluate
+    points = num_inference_steps + (solver == "dpm++2m")
+    if not 1 <= points <= count:
+        raise ValueError(
+            f"num_inference_steps {num_inference_steps} will not do: the model has {count} timesteps;"
+            f" give 1 to {count - (solver == 'dpm++2m')}"
+        )
+    match spacing:
+        case "leading":
+            grid = (np.arange(points) * (count // points))[::-1] + schedule.steps_offset
+        case "linspace":
+            grid = np.linspace(0, count - 1, points).round()[::-1]
+        case "trailing":  # rounding may add a point below zero, which diffusers' DDPM and DDIM keep
+            grid = np.arange(count, 0, -count / num_inference_steps).round() - 1
+        case _:
+            raise ValueError(f"timestep_spacing {spacing!r} is unknown: one of {', '.join(TIMESTEP_SPACINGS)}")
+    timesteps = torch.from_numpy(grid[:num_inference_steps].astype(np.int64))
+    if timesteps[0] >= count:
+        raise ValueError(
+            f"num_inference_steps {num_inference_steps} with steps_offset {schedule.steps_offset} begins at timestep"
+            f" {timesteps[0]}, beyond the model's last, {count - 1}: take fewer steps or another timestep_spacing"
+        )
+    return timesteps
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What sampling n candidates leaves, on the denoiser's device."""
+
+    latents: Tensor  # (n, *latent_shape) fp32, clean
+    timesteps: Tensor  # (S,) long, on the CPU
+    delta_sq: Tensor  # (n, S) fp32: ||conditional - unconditional epsilon||^2 at each step
+    cross: Tensor  # (n, S) fp32: <conditional epsilon, conditional - unconditional epsilon> at each step
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where sampling stands after a step."""
+
+    step: int  # index of the step just done
+    latents: Tensor  # (n, *latent_shape) fp32
+    x0: Tensor  # (n, *latent_shape) fp32, the clean latents that the step predicted
+    delta_sq: Tensor  # (n, S) fp32, written up to `step`
+    cross: Tensor  # (n, S) fp32, written up to `step`
+
+
+@torch.no_grad()
+def sampling_steps(
+    denoiser: Denoiser,
+    plan: SolverPlan,
+    embeddings: Tensor,
+    null_embeddings: Tensor,
+    latents: Tensor,
+    guidance_scale: float,
+    step_noise: StepNoise | None = None,
+) -> Iterator[State]:
+    """Denoise with classifier-free guidance, yielding the state after each step. The arguments are `sample`'s.
+
+    Both branches go in one denoiser batch, and nothing in the loop waits for the device.
+    """
+    if plan.stochastic and step_noise is None:
+        raise ValueError("this solver adds noise at its steps: give step_noise")
+    device, n, count = denoiser.device, len(latents), len(plan.timesteps)
+    timesteps = plan.timesteps.to(device)
+    coefficients = plan.coefficients.float().to(device)
+    multistep = bool((plan.coefficients[:, 2] != 0).any())
+    noisy = (plan.coefficients[:, 3] != 0).tolist()
+    both = torch.cat([embeddings, null_embeddings.expand_as(embeddings)]).to(device)
+    x_t, x0 = latents.to(device, torch.float32), None
+    delta_sq, cross = (torch.empty(n, count, device=device) for _ in range(2))
+    for i in range(count):
+        epsilon = denoiser.predict_epsilon(torch.cat([x_t, x_t]), timesteps[i].expand(2 * n), both)
+        noise = _to_device(step_noise(i), device) if noisy[i] else None
+        x_t, x0 = guided_step(
+            *epsilon.chunk(2),
+            latents=x_t,
+            previous_x0=x0 if multistep else None,
+            noise=noise,
+            coefficients=coefficients[i],
+            guidance_scale=guidance_scale,
+            delta_sq=delta_sq[:, i],
+            cross=cross[:, i],
+        )
+        yield State(i, x_t, x0, delta_sq, cross)
+
+
+def sample(
+    denoiser: Denoiser,
+    plan: SolverPlan,
+    embeddings: Tensor,
+    null_embeddings: Tensor,
+    latents: Tensor,
+    guidance_scale: float,
+    step_noise: StepNoise | None = None,
+) -> Trajectory:
+    """Sample n candidates, each with its own prompt.
+
+    Args:
+        embeddings: (n, tokens, dim), from `denoiser.encode_prompts`.
+        null_embeddings: (n, tokens, dim) or (1, tokens, dim), of the empty prompt.
+        latents: (n, *latent_shape) standard normal, on any device.
+        step_noise: standard normal noise of a step; asked in order, and only where the plan is stochastic.
+
+    Raises:
+        ValueError: if the plan is stochastic and step_noise is None.
+    """
+    steps = sampling_steps(denoiser, plan, embeddings, null_embeddings, latents, guidance_scale, step_noise)
+    last = deque(steps, maxlen=1).pop()
+    return Trajectory(last.latents, plan.timesteps, last.delta_sq, last.cross)
+
+
+def _to_device(noise: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting: from pinned memory, where the device is a GPU."""
+    if device.type == "cuda" and not noise.is_cuda:
+        noise = noise.pin_memory()
+    return noise.to(device, torch.float32, non_blocking=True)
+
+
+def candidate_noise(seeds: list[int], latent_shape: tuple[int, ...]) -> tuple[Tensor, StepNoise]:
+    """Initial latents (n, *latent_shape) and the noise of the steps, fp32 on the CPU.
+
+    Candidate i's come from its own generator, seeded with seeds[i], in this order: latents, first noisy step, second,
+    and so on. So a candidate never depends on its batch, nor on the device.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw() -> Tensor:
+        return torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
+
+    return draw(), lambda step: draw()

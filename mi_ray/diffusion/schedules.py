@@ -1,0 +1,216 @@
+"""Noise schedules of variance-preserving diffusion, and the conversions between what a denoiser may predict.
+
+x_t = alpha * x0 + sigma * epsilon with alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t) (Ho et al. 2020, arXiv
+2006.11239, eq. 4). alpha and sigma below are tensors that broadcast against x_t.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+# diffusers' schedulers of a variance-preserving model with discrete timesteps: their configs say the same of a model
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+_CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # whose clip_sample is true unless the config says otherwise
+
+
+# ---------------------------------------------------------------------------------------------- conversions
+def x0_from_epsilon(epsilon: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The clean sample that `epsilon` implies (Ho et al. 2020, eq. 15)."""
+    return (x_t - sigma * epsilon) / alpha
+
+
+def epsilon_from_x0(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that `x0` implies; inverse of `x0_from_epsilon`."""
+    return (x_t - alpha * x0) / sigma
+
+
+def velocity(x0: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """v = alpha * epsilon - sigma * x0 (Salimans & Ho 2022, arXiv 2202.00512, section 4)."""
+    return alpha * epsilon - sigma * x0
+
+
+def epsilon_from_velocity(v: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """epsilon = alpha * v + sigma * x_t (Salimans & Ho 2022, appendix D), since alpha^2 + sigma^2 = 1."""
+    return alpha * v + sigma * x_t
+
+
+def epsilon_from(prediction_type: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that a model's prediction implies.
+
+    Raises:
+        ValueError: for a prediction type other than epsilon, v_prediction, sample.
+    """
+    match prediction_type:
+        case "epsilon":
+            return prediction
+        case "v_prediction":
+            return epsilon_from_velocity(prediction, x_t, alpha, sigma)
+        case "sample":
+            return epsilon_from_x0(prediction, x_t, alpha, sigma)
+    raise ValueError(f"prediction_type {prediction_type!r} is not supported: one of {', '.join(PREDICTION_TYPES)}")
+
+
+def prediction_from(prediction_type: str, x0: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What a model of that type should predict at alpha * x0 + sigma * epsilon; inverse of `epsilon_from`.
+
+    Raises:
+        ValueError: for a prediction type other than epsilon, v_prediction, sample.
+    """
+    match prediction_type:
+        case "epsilon":
+            return epsilon
+        case "v_prediction":
+            return velocity(x0, epsilon, alpha, sigma)
+        case "sample":
+            return x0
+    raise ValueError(f"prediction_type {prediction_type!r} is not supported: one of {', '.join(PREDICTION_TYPES)}")
+
+
+# ---------------------------------------------------------------------------------------------- schedule
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """What a model was trained with, and how its config wants timesteps spread."""
+
+    alphas_cumprod: Tensor  # (T,) float64 on the CPU, decreasing, within (0, 1)
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    final_alpha_cumprod: float = 1.0  # abar that DDIM's last step arrives at: 1, or alphas_cumprod[0]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """From a diffusers scheduler config; a key that it lacks has the value that DDPMScheduler gives it.
+
+        Raises:
+            ValueError: with a line for each setting that is not supported.
+        """
+        if faults := _faults(config):
+            raise ValueError("\n".join(faults))
+        alphas_cumprod = torch.cumprod(1 - _betas(config), 0)
+        return cls(
+            alphas_cumprod=alphas_cumprod,
+            prediction_type=config.get("prediction_type", "epsilon"),
+            timestep_spacing=config.get("timestep_spacing", "leading"),
+            steps_offset=config.get("steps_offset", 0),
+            final_alpha_cumprod=1.0 if config.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
+        )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def alphas(self) -> Tensor:
+        """alpha_t = abar_t / abar_{t-1}: (T,) float64. Not the alpha = sqrt(abar_t) of the conversions."""
+        return torch.cat([self.alphas_cumprod[:1], self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]])
+
+    @property
+    def betas(self) -> Tensor:
+        """beta_t = 1 - alpha_t: (T,) float64."""
+        return 1 - self.alphas
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log(abar_t / (1 - abar_t)): (T,) float64, decreasing."""
+        return torch.logit(self.alphas_cumprod)
+
+    def timestep_at(self, log_snr: Tensor) -> Tensor:
+        """The fractional timesteps, within [0, T - 1], at which the noise has these log SNRs; same shape and dtype.
+
+        Linear between the timesteps; beyond the ends, the ends.
+        """
+        table = -self.log_snr.to(log_snr.device)
+        wanted = -log_snr.double()
+        upper = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
+        below, above = table[upper - 1], table[upper]
+        fraction = ((wanted - below) / (above - below)).clamp(0, 1)
+        return (upper - 1 + fraction).to(log_snr.dtype)
+
+
+def alpha_sigma_at(log_snr_table: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(abar), sqrt(1 - abar) at whole or fractional timesteps (n,): two (n,) in the table's dtype.
+
+    Args:
+        log_snr_table: (T,) `NoiseSchedule.log_snr` on the timesteps' device; linear between its entries, so that
+            this inverts `NoiseSchedule.timestep_at`.
+    """
+    lower = timesteps.long().clamp(0, len(log_snr_table) - 2)
+    fraction = timesteps.to(log_snr_table.dtype) - lower
+    log_snr = torch.lerp(log_snr_table[lower], log_snr_table[lower + 1], fraction)
+    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+
+# ---------------------------------------------------------------------------------------------- scheduler configs
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """beta_t as diffusers defines them, in float64: (T,)."""
+    if config.get("trained_betas") is not None:
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    count = config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    match config.get("beta_schedule", "linear"):
+        case "linear":  # Ho et al. 2020, section 4
+            return torch.linspace(start, end, count, dtype=torch.float64)
+        case "scaled_linear":  # Rombach et al. 2022: linear in sqrt(beta)
+            return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
+        case _:  # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17, capped at 0.999
+            time = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+            abar = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
+            return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+
+
+def _faults(config: Mapping[str, Any]) -> list[str]:
+    """One line for each setting that is not supported."""
+    faults = []
+    name = config.get("_class_name")
+    if name is not None and name not in SCHEDULERS:
+        faults.append(f"_class_name {name!r} is not supported: use a model trained with one of {', '.join(SCHEDULERS)}")
+    for key, known, default in (
+        ("prediction_type", PREDICTION_TYPES, "epsilon"),
+        ("timestep_spacing", TIMESTEP_SPACINGS, "leading"),
+        ("beta_schedule", BETA_SCHEDULES, "linear"),
+    ):
+        value = config.get(key, default)
+        if value not in known and not (key == "beta_schedule" and config.get("trained_betas") is not None):
+            faults.append(f"{key} {value!r} is not supported: one of {', '.join(known)}")
+    if config.get("rescale_betas_zero_snr"):
+        faults.append(
+            "rescale_betas_zero_snr true is not supported (epsilon is undefined at zero SNR): set it to false"
+        )
+    if config.get("clip_sample", name in _CLIPPING):
+        faults.append("clip_sample true is not supported (latents have no fixed range): set it to false")
+    if config.get("thresholding"):
+        faults.append("thresholding true is not supported (latents have no fixed range): set it to false")
+    if config.get("use_flow_sigmas"):
+        faults.append("use_flow_sigmas true is not supported: flow-matching models are not variance-preserving")
+    if str(config.get("variance_type")).startswith("learned"):
+        faults.append(
+            f"variance_type {config['variance_type']!r} is not supported: use a model that predicts no variance"
+        )
+    if not faults:
+        betas = _betas(config)
+        if len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
+            faults.append(
+                "betas must be two or more numbers between 0 and 1: mend beta_start, beta_end or trained_betas"
+            )
+    return faults

@@ -1,0 +1,153 @@
+"""The report's figures, as SVG data URIs that follow the reader's light or dark colour scheme."""
+
+import base64
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = "#010203"  # stands for the page's text colour; replaced when the figure is written
+COLORS = {"base": "#8b929e", "tuned": "#3f74d8", "random": "#c98a1b", "oracle": "#3f9b6b"}
+EXACT, NOT_EXACT = "#2f9e6e", "#d0605e"
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",  # the same run gives the same bytes
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlecolor": INK,
+    "axes.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+}
+_SCHEME = "svg{color:#33383f}@media(prefers-color-scheme:dark){svg{color:#c9ced6}}"
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    with mpl.rc_context(_STYLE):
+        yield Figure((width, height), layout="constrained")
+
+
+def _data_uri(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    text = buffer.getvalue().replace(INK, "currentColor").replace("*{", f"{_SCHEME}*{{", 1)
+    text = re.sub(r"(font: [^;\"]*?px) [^;\"]+", r"\1 system-ui, sans-serif", text)
+    return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
+
+
+def _errorbar(axes: Axes, result: dict, key: str, y: float, scale: float, color: str):
+    """A point with its interval, if it has one."""
+    value = result[key] * scale
+    if result["low"] is not None:
+        axes.plot([result["low"] * scale, result["high"] * scale], [y, y], color=color, lw=1.6, solid_capstyle="round")
+    axes.plot(value, y, "o", color=color, ms=5)
+
+
+def difference_plot(groups: dict[str, dict]) -> str:
+    """Paired differences of `exact` in percentage points with their intervals, one line a group."""
+    with _figure(5.4, 0.6 + 0.3 * len(groups)) as figure:
+        axes = figure.subplots()
+        axes.axvline(0, color=INK, lw=0.8, alpha=0.5)
+        for y, result in enumerate(groups.values()):
+            clear = result["low"] is not None and result["low"] * result["high"] > 0
+            color = (EXACT if result["difference"] > 0 else NOT_EXACT) if clear else COLORS["base"]
+            _errorbar(axes, result, "difference", y, 100, color)
+        axes.set_yticks(range(len(groups)), list(groups))
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("tuned − base, points of exact")
+        return _data_uri(figure)
+
+
+def auc_plot(aucs: dict[str, dict]) -> str:
+    """Within-prompt AUC of each score with its interval; 0.5 is chance."""
+    with _figure(5.4, 0.6 + 0.32 * len(aucs)) as figure:
+        axes = figure.subplots()
+        axes.axvline(0.5, color=INK, lw=0.8, alpha=0.5, ls=(0, (3, 3)))
+        for y, result in enumerate(aucs.values()):
+            axes.barh(y, result["value"] - 0.5, left=0.5, height=0.55, color=COLORS["tuned"], alpha=0.35)
+            _errorbar(axes, result, "value", y, 1, COLORS["tuned"])
+            # Beside the interval, or inside the axes' left edge for a score that is worse than chance.
+            axes.annotate(f"{result['value']:.2f}", (1.0, y), (4, 0), "data", "offset points", va="center", fontsize=9)
+        axes.set_yticks(range(len(aucs)), list(aucs))
+        axes.set_ylim(len(aucs) - 0.5, -0.5)
+        axes.set_xlim(min(0.3, *(r["value"] - 0.05 for r in aucs.values())), 1)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("AUC within prompts (0.5: chance)")
+        return _data_uri(figure)
+
+
+def score_plot(candidates: pd.DataFrame, score_names: tuple[str, ...]) -> str:
+    """Distribution of each score minus its prompt's mean, split by `exact` where that is known.
+
+    Prompts differ in level, and only the order within a prompt selects: so each prompt is centred.
+    """
+    columns = min(3, len(score_names))
+    rows = -(-len(score_names) // columns)
+    with _figure(11, 2.3 * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, name in zip(panels, score_names, strict=False):
+            column = f"score_{name}"
+            centred = candidates[column] - candidates.groupby(["round", "prompt_id"])[column].transform("mean")
+            low, high = np.nanpercentile(centred, [0.5, 99.5])
+            bins = np.linspace(low, high if high > low else low + 1, 41)
+            exact = candidates["exact"]
+            parts = [("exact", exact == 1, EXACT), ("not exact", exact.notna() & (exact != 1), NOT_EXACT)]
+            if exact.isna().all():
+                parts = [("all", exact.isna(), COLORS["tuned"])]
+            for label, chosen, color in parts:
+                values = centred[chosen].dropna().clip(bins[0], bins[-1])
+                if len(values):
+                    axes.hist(values, bins, density=True, histtype="stepfilled", color=color, alpha=0.28)
+                    axes.hist(values, bins, density=True, histtype="step", color=color, lw=1.2, label=label)
+            axes.set_title(name, loc="left")
+            axes.set_xlabel("nats above the prompt's mean")
+            axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
+        for axes in panels[len(score_names) :]:
+            axes.set_visible(False)
+        if not candidates["exact"].isna().all():
+            panels[0].legend(loc="upper right")
+        return _data_uri(figure)
+
+
+def training_plot(training: dict[str, dict]) -> str:
+    """Loss, raw and smoothed, and gradient norm over the optimiser steps, one colour a model."""
+    with _figure(11, 2.8) as figure:
+        panels = figure.subplots(1, 2)
+        for model, result in training.items():
+            for axes, key in zip(panels, ("loss", "grad_norm"), strict=True):
+                values = pd.Series(result[key], dtype=float)
+                window = max(1, len(values) // 20)
+                steps = np.arange(1, len(values) + 1)
+                axes.plot(steps, values, color=COLORS[model], lw=0.7, alpha=0.35)
+                smooth = values.rolling(window, min_periods=1, center=True).mean()
+                axes.plot(steps, smooth, color=COLORS[model], lw=1.6, label=model)
+                for start in result["round_starts"][1:]:
+                    axes.axvline(start + 0.5, color=COLORS[model], lw=0.8, ls=(0, (2, 3)))
+        panels[0].set_title("loss", loc="left")
+        panels[1].set_title("gradient norm (before clipping)", loc="left")
+        for axes in panels:
+            axes.set_xlabel("optimiser step")
+        panels[0].legend(loc="upper right")
+        return _data_uri(figure)

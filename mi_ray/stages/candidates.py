@@ -1,0 +1,151 @@
+"""What one actor does with its prompts: sample, score, measure, decode. Knows the device, not the cluster."""
+
+import hashlib
+import io
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mi_ray.alignment import oracle
+from mi_ray.config import POINTWISE_SCORES, SamplerConfig, ScoreConfig
+from mi_ray.diffusion.denoisers import Denoiser
+from mi_ray.diffusion.sampling import Trajectory, candidate_noise, sample, solver_plan
+from mi_ray.information import pointwise, trajectory
+
+NEIGHBOUR_POOL = 2000  # prompts among which the nearest are sought; keeps memory flat however long the list is
+
+
+def derived_seed(*parts: str | int) -> int:
+    """A 63-bit seed that depends on all parts and on nothing else."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def encode_png(image: np.ndarray) -> dict:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@dataclass
+class Work:
+    """What was spent: denoiser evaluations of sampling and of pointwise scores, seconds inside each."""
+
+    denoiser_evaluations: int = 0
+    score_evaluations: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, name: str, began: float):
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+class Sampler:
+    """Samples candidates of many prompts in full batches."""
+
+    def __init__(self, denoiser: Denoiser, config: SamplerConfig, batch_size: int):
+        self.denoiser, self.config, self.batch_size = denoiser, config, batch_size
+        self.plan = solver_plan(
+            denoiser.schedule, config.solver, config.num_inference_steps, timestep_spacing=config.timestep_spacing
+        )
+        self.null = denoiser.encode_prompts([""])
+
+    def __call__(self, embeddings: Tensor, seeds: list[list[int]], work: Work) -> Trajectory:
+        """Sample seeds[p] for each of the P prompts of embeddings (P, tokens, dim): sum of len(seeds[p]) candidates."""
+        began = time.perf_counter()
+        flat = [seed for of_prompt in seeds for seed in of_prompt]
+        index = torch.repeat_interleave(torch.arange(len(seeds)), torch.tensor([len(s) for s in seeds]))
+        parts = []
+        for rows in torch.arange(len(flat)).split(self.batch_size):
+            latents, step_noise = candidate_noise([flat[i] for i in rows.tolist()], self.denoiser.latent_shape)
+            prompts = embeddings[index[rows].to(embeddings.device)]
+            null = self.null.expand(len(rows), -1, -1)
+            noise = step_noise if self.plan.stochastic else None
+            scale = self.config.guidance_scale
+            parts.append(sample(self.denoiser, self.plan, prompts, null, latents, scale, noise))
+        work.denoiser_evaluations += 2 * len(flat) * len(self.plan.timesteps)
+        work.timed("sample", began)
+        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("latents", "delta_sq", "cross")}
+        return Trajectory(timesteps=parts[0].timesteps, **joined)
+
+
+class Scorer:
+    """Turns trajectories and latents into the columns score_<name>."""
+
+    def __init__(self, denoiser: Denoiser, config: ScoreConfig, batch_size: int, seed: int, pool: list[str]):
+        self.denoiser, self.config, self.batch_size, self.seed = denoiser, config, batch_size, seed
+        self.null = denoiser.encode_prompts([""])
+        self.pool = pool[:NEIGHBOUR_POOL] if "pmi_contrastive" in config.names else []
+        chunks = [self.pool[i : i + 256] for i in range(0, len(self.pool), 256)]
+        self.pool_embeddings = torch.cat([denoiser.encode_prompts(chunk) for chunk in chunks]) if chunks else None
+
+    def _neighbours(self, prompts: list[str], embeddings: Tensor) -> Tensor:
+        """Embeddings (P, J, tokens, dim) of the J other prompts nearest to each in the text encoder's space."""
+        distance = torch.cdist(embeddings.flatten(1).float(), self.pool_embeddings.flatten(1).float())
+        for row, prompt in enumerate(prompts):
+            distance[row, [column for column, other in enumerate(self.pool) if other == prompt]] = torch.inf
+        nearest = distance.topk(min(self.config.neighbours, len(self.pool) - 1), largest=False).indices
+        return self.pool_embeddings[nearest]
+
+    def __call__(
+        self, prompts: list[str], embeddings: Tensor, index: Tensor, sampled: Trajectory, work: Work
+    ) -> dict[str, list[float]]:
+        """Score the N candidates of P prompts; index (N,) says whose each is. {score_<name>: N values in nats}."""
+        config, schedule = self.config, self.denoiser.schedule
+        scores = {}
+        curves = (sampled.delta_sq, sampled.timesteps, schedule)
+        if "mitune" in config.names:
+            scores["mitune"] = trajectory.mitune(*curves)
+        if "mitune_eq2" in config.names:
+            scores["mitune_eq2"] = trajectory.mitune_eq2(*curves)
+        if "trajectory_banded" in config.names:
+            band = (config.log_snr_min, config.log_snr_max)
+            scores["trajectory_banded"] = trajectory.trajectory_banded(*curves, *band)
+        if any(name in POINTWISE_SCORES for name in config.names):
+            scores |= self._pointwise(prompts, embeddings, index, sampled.latents, work)
+        return {f"score_{name}": scores[name].cpu().tolist() for name in config.names}
+
+    def _pointwise(self, prompts: list[str], embeddings: Tensor, index: Tensor, latents: Tensor, work: Work):
+        began = time.perf_counter()
+        config = self.config
+        branches = [embeddings[:, None]]
+        if "pmi" in config.names:
+            branches.append(self.null.expand(len(prompts), -1, -1)[:, None])
+        if "pmi_contrastive" in config.names:
+            branches.append(self._neighbours(prompts, embeddings))
+        branches = torch.cat(branches, 1)
+        probes = pointwise.draw_probes(
+            [derived_seed(self.seed, "probes", prompt) for prompt in prompts],
+            config.num_samples,
+            config.log_snr_min,
+            config.log_snr_max,
+            self.denoiser.latent_shape,
+        )
+        errors = pointwise.denoising_errors(
+            self.denoiser.predict_epsilon,
+            self.denoiser.schedule,
+            latents,
+            index,
+            branches,
+            probes,
+            2 * self.batch_size,
+        )
+        work.score_evaluations += errors.numel()
+        work.timed("score", began)
+        scores = {}
+        if "pmi" in config.names:
+            scores["pmi"], _ = pointwise.pmi(errors[:, 0], errors[:, 1], probes)
+        if "pmi_contrastive" in config.names:
+            first = 2 if "pmi" in config.names else 1
+            scores["pmi_contrastive"] = pointwise.pmi_contrastive(errors[:, 0], errors[:, first:], probes)
+        return scores
+
+
+def measured(images: np.ndarray, prompts: list[str], alignment: str | None) -> dict[str, list]:
+    """Alignment metrics as columns; None where nothing is measured."""
+    if alignment == "oracle":
+        return oracle.measure(images, prompts)
+    return {metric: [None] * len(prompts) for metric in oracle.METRICS}

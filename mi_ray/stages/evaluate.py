@@ -1,0 +1,102 @@
+"""Evaluation on Ray Data: the same held-out prompts and seeds for every model; images, alignment, PMI, features."""
+
+import time
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mi_ray import storage
+from mi_ray.alignment.quality import latent_features
+from mi_ray.config import RunConfig
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.prompts import Shard
+from mi_ray.shapes.grammar import draw_scene, parse
+from mi_ray.shapes.scenes import render
+from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured
+from mi_ray.stages.generate import error_row, run_stage, shard_of, take_cpus, whole_or_one_by_one, written
+
+REFERENCE = "reference"  # real renders instead of a model's images
+
+
+class Evaluator:
+    """Ray Data actor: a batch holding one shard of held-out prompts -> one row that says what was written.
+
+    The judge of PMI and the source of features is always the base model, whichever model draws.
+    """
+
+    def __init__(self, config: dict, model: str, folder: str, adapter: str | None):
+        config = RunConfig.model_validate(config)
+        take_cpus(config.resources.cpus_per_actor)
+        self.config, self.model, self.folder = config, model, folder
+        evaluation, batch_size = config.evaluation, config.resources.batch_size
+        self.base = load_denoiser(config.model.path, config.model.dtype)
+        drawing = load_denoiser(config.model.path, config.model.dtype, adapter=adapter) if adapter else self.base
+        self.sampler = Sampler(drawing, evaluation.sampler, batch_size)
+        judged = config.score.model_copy(update={"names": ("pmi",)})
+        self.scorer = Scorer(self.base, judged, batch_size, config.seed, []) if evaluation.pmi else None
+        self.schema = storage.evaluation_schema()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
+        shard = shard_of(batch)
+        began, work = time.perf_counter(), Work()
+        rows, failures = whole_or_one_by_one(self._rows, shard, work)
+        rows += [error_row(self.schema, shard, position, message) for position, message in failures]
+        storage.write_table(storage.join(self.folder, shard.name), pa.Table.from_pylist(rows, schema=self.schema))
+        return written(shard, len(rows), len(failures), work, began)
+
+    def _rows(self, shard: Shard, positions: list[int], work: Work) -> list[dict]:
+        evaluation = self.config.evaluation
+        each = evaluation.images_per_prompt
+        owner = [p for p in positions for _ in range(each)]
+        seeds = [
+            [derived_seed(self.config.seed, "evaluation", shard.prompt_ids[p], i) for i in range(each)]
+            for p in positions
+        ]
+        prompts = [shard.prompts[p] for p in owner]
+        flat_seeds = [seed for of_prompt in seeds for seed in of_prompt]
+        pmi = [None] * len(owner)
+        if self.model == REFERENCE:
+            images = np.stack([draw(p, seed) for p, seed in zip(prompts, flat_seeds, strict=True)])
+        else:
+            distinct = [shard.prompts[p] for p in positions]
+            embeddings = self.base.encode_prompts(distinct)
+            sampled = self.sampler(embeddings, seeds, work)
+            index = torch.arange(len(positions)).repeat_interleave(each)
+            if self.scorer:
+                pmi = self.scorer(distinct, embeddings, index, sampled, work)["score_pmi"]
+            began = time.perf_counter()
+            images = self.base.decode(sampled.latents)
+            work.timed("decode", began)
+        features = latent_features(self.base.encode_images(images)).cpu().numpy()
+        columns = {
+            "prompt_id": [shard.prompt_ids[p] for p in owner],
+            "prompt": prompts,
+            "category": [shard.categories[p] for p in owner],
+            "split": [shard.splits[p] for p in owner],
+            "image_index": list(range(each)) * len(positions),
+            "seed": flat_seeds,
+            "score_pmi": pmi,
+            **measured(images, prompts, evaluation.alignment),
+            "features": list(features),
+            "image": [encode_png(image) for image in images],
+            "error": [None] * len(owner),
+        }
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def draw(prompt: str, seed: int) -> np.ndarray:
+    """A real render of what a shapes prompt says, (64, 64, 3) uint8."""
+    return render(draw_scene(parse(prompt), np.random.default_rng(seed), unseen=True))
+
+
+def evaluate(config: RunConfig, shards: list[Shard], model: str, adapter: str | None) -> dict:
+    """Draw and measure `images_per_prompt` images of every held-out prompt into evaluation/<model>.
+
+    Args:
+        model: base, tuned, a control, or `REFERENCE`: real renders, for the quality measures.
+        adapter: folder of the model's adapter; None: the base model.
+    """
+    folder = storage.join(config.run_dir, "evaluation", model)
+    constructor = {"config": config.model_dump(mode="json"), "model": model, "folder": folder, "adapter": adapter}
+    return run_stage("evaluate", model, Evaluator, constructor, shards, folder, config)

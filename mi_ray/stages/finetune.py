@@ -1,0 +1,371 @@
+"""Fine-tuning on Ray Train: an adapter learns the kept (latents, prompt) pairs, data-parallel and resumable."""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import ray.train
+import torch
+import torch.distributed as dist
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from mi_ray.config import ConfigError, RunConfig, flatten
+from mi_ray.diffusion.adapters import (
+    DenoisingLoss,
+    adapter_state,
+    attach_adapter,
+    load_adapter_state,
+    save_adapter,
+    target_faults,
+)
+from mi_ray.diffusion.denoisers import Denoiser, load_denoiser, resolve_model
+from mi_ray.stages.training_log import TrainingLog, check_loggers
+from mi_ray.storage import exists, filesystem, join, read_bytes, read_json, read_table, write_bytes, write_json
+
+SUMMARY = "summary.json"  # written last: it marks the adapter complete
+CHANGED = 1e-6  # relative; what floating-point noise alone may move an output by
+_QUIET = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray's tee prints every line twice
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+}
+
+
+# ---------------------------------------------------------------------------------------------- data
+@dataclass(frozen=True)
+class TrainingSet:
+    """The kept candidates, encoded once and held in memory.
+
+    latents (n, *latent_shape) fp32, weights (n,), prompts (n,): rows of embeddings (prompts + 1, tokens, dim), whose
+    last row is the null prompt's.
+    """
+
+    latents: Tensor
+    weights: Tensor
+    prompts: Tensor
+    embeddings: Tensor
+
+
+def read_training_set(uri: str, denoiser: Denoiser) -> TrainingSet:
+    """Read a table of schema `storage.SELECTED` and encode its distinct prompts.
+
+    Raises:
+        ValueError: no rows, or latents that are not the model's.
+    """
+    table = read_table(uri, ["prompt", "latents", "latents_shape", "weight"])
+    shapes = {tuple(shape) for shape in table["latents_shape"].to_pylist()}
+    if shapes != {tuple(denoiser.latent_shape)}:
+        found = ", ".join(map(str, sorted(shapes))) or "no rows"
+        raise ValueError(f"{uri} holds {found}; the model has latents {tuple(denoiser.latent_shape)}")
+    flat = table["latents"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    texts = table["prompt"].to_pylist()
+    distinct = list(dict.fromkeys(texts))
+    rows = {text: row for row, text in enumerate(distinct)}
+    return TrainingSet(
+        latents=torch.from_numpy(flat.copy()).float().view(len(table), *denoiser.latent_shape),
+        weights=torch.tensor(table["weight"].to_pylist()),
+        prompts=torch.tensor([rows[text] for text in texts]),
+        embeddings=denoiser.encode_prompts([*distinct, ""]).cpu(),
+    )
+
+
+def _generator(*key: object) -> torch.Generator:
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=_generator("order", seed, epoch))
+
+
+def sample_indices(seed: int, microbatch: int, batch_size: int, count: int) -> Tensor:
+    """Which of `count` samples the run's `microbatch`-th microbatch holds, (batch_size,).
+
+    Microbatches cut the endless row of the epochs' permutations into equal pieces, so that every epoch holds each
+    sample once. Rank r's m-th microstep of optimiser step s takes microbatch (s microsteps + m) workers + r.
+    """
+    positions = range(microbatch * batch_size, (microbatch + 1) * batch_size)
+    return torch.stack([_permutation(seed, i // count, count)[i % count] for i in positions])
+
+
+def draw_microbatch(
+    data: TrainingSet, seed: int, microbatch: int, batch_size: int, num_train_timesteps: int, prompt_dropout: float
+) -> tuple[Tensor, ...]:
+    """(x0, noise, timesteps, embeddings, weights) of a microbatch: a pure function of (seed, microbatch)."""
+    chosen = sample_indices(seed, microbatch, batch_size, len(data.latents))
+    generator = _generator("noise", seed, microbatch)
+    latents = data.latents[chosen]
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(num_train_timesteps, (batch_size,), generator=generator)
+    dropped = torch.rand(batch_size, generator=generator) < prompt_dropout
+    prompts = torch.where(dropped, len(data.embeddings) - 1, data.prompts[chosen])
+    return latents, noise, timesteps, data.embeddings[prompts], data.weights[chosen]
+
+
+# ---------------------------------------------------------------------------------------------- training
+def optimizer_step(
+    objective: torch.nn.Module,
+    microbatches: list[Callable[[], tuple[Tensor, ...]]],
+    parameters: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step over accumulated microbatches; workers exchange gradients once, at the last.
+
+    Returns:
+        This worker's mean loss, and the norm of the gradient before it was clipped to `max_grad_norm`.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=parameters[0].device)
+    for number, draw in enumerate(microbatches, 1):
+        hold = isinstance(objective, torch.nn.parallel.DistributedDataParallel) and number < len(microbatches)
+        with objective.no_sync() if hold else nullcontext():
+            loss = objective(*draw()) / len(microbatches)
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(iter([]), max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return total, norm
+
+
+def _prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[DenoisingLoss, TrainingSet]:
+    """The model under its starting adapter and its data; the text encoder and the VAE are let go."""
+    tuning = config.finetune
+    # Half precision is for GPUs, under autocast; on a CPU it would be slow and coarse.
+    denoiser = load_denoiser(settings["model"], config.model.dtype if device.type == "cuda" else "float32", str(device))
+    data = read_training_set(settings["selected"], denoiser)
+    torch.manual_seed(config.seed)  # of the adapter's random A: the same on every worker and after a restart
+    model = attach_adapter(
+        denoiser.unet,
+        rank=tuning.rank,
+        alpha=tuning.alpha,
+        target_modules=tuning.target_modules,
+        use_dora=tuning.adapter == "dora",
+    )
+    if settings["previous_adapter"]:
+        weights = read_bytes(join(settings["previous_adapter"], "adapter_model.safetensors"))
+        load_adapter_state(model, load_safetensors(weights))
+    half = denoiser.unet.dtype if denoiser.unet.dtype != torch.float32 else None
+    return DenoisingLoss(model, denoiser.schedule, tuning.min_snr_gamma, half), data
+
+
+def _restore(model: PeftModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> list[dict]:
+    """Continue from the run's last checkpoint, if there is one; returns the log's lines up to it."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return []
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+    load_adapter_state(model, state["adapter"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["lines"]
+
+
+def train_loop(settings: dict) -> dict | None:
+    """What each worker does; rank 0 returns the summary. Takes `loop_settings`.
+
+    Runs in the calling process under `ScalingConfig(num_workers=0)`.
+    """
+    config = RunConfig.model_validate(settings["config"])
+    tuning, context, device = config.finetune, ray.train.get_context(), get_device()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    cores = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    torch.set_num_threads(min(max(1, int(config.resources.train_cpus)), cores))
+    began = time.monotonic()
+
+    objective, data = _prepare(config, settings, device)
+    parameters = [p for p in objective.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast_dtype == torch.float16)
+
+    def draw(microbatch: int) -> tuple[Tensor, ...]:
+        steps = len(objective.alpha)
+        batch = draw_microbatch(data, config.seed, microbatch, tuning.batch_size, steps, tuning.prompt_dropout)
+        return tuple(tensor.to(device) for tensor in batch)
+
+    probe = draw(0)[:4]
+    with torch.no_grad():
+        before = objective.predict(*probe)
+    lines = _restore(objective.model, optimizer, scaler)
+    parallel = prepare_model(objective)
+
+    log = nullcontext()
+    if rank == 0:
+        shown = flatten(config.results_config())
+        log = TrainingLog(settings["destination"], settings["run"], tuning.steps, tuning.log_to, shown, lines)
+    with log:
+        for step in range(len(lines), tuning.steps):
+            rate = tuning.learning_rate * min(1, (step + 1) / max(1, tuning.lr_warmup_steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            first = step * tuning.gradient_accumulation * workers + rank
+            turns = range(first, first + tuning.gradient_accumulation * workers, workers)
+            loss, norm = optimizer_step(
+                parallel,
+                [lambda turn=turn: draw(turn) for turn in turns],
+                parameters,
+                optimizer,
+                scaler,
+                tuning.max_grad_norm,
+            )
+            if workers > 1:
+                dist.all_reduce(loss)
+            mean_loss = loss.item() / workers
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {mean_loss} at step {step + 1}: lower finetune.learning_rate")
+            if rank == 0:
+                log.step(step + 1, mean_loss, norm.item(), rate)
+            # Reporting takes about two seconds of Ray's time and halts every worker: at checkpoints only.
+            if (step + 1) % tuning.checkpoint_every == 0 and step + 1 < tuning.steps:
+                _report(objective.model, optimizer, scaler, log.lines if rank == 0 else None)
+    if rank != 0:
+        return None
+    with torch.no_grad():
+        after = objective.predict(*probe)
+    change = float((after - before).norm() / before.norm())
+    if change <= CHANGED:
+        print(
+            f"warning: fine-tuning changed no output of the model (by {change:.1e}); raise finetune.learning_rate",
+            flush=True,
+        )
+    _upload_adapter(objective.model, config.model.path, settings["destination"])
+    return {
+        "steps": tuning.steps,
+        "trainable_parameters": sum(p.numel() for p in parameters),
+        "outputs_changed": change > CHANGED,
+        "output_change": change,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def _report(model: PeftModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lines: list[dict] | None):
+    """Checkpoint; every worker calls it, the one with the log's lines uploads."""
+    if lines is None:
+        return ray.train.report({})
+    with tempfile.TemporaryDirectory() as folder:
+        state = {
+            "adapter": adapter_state(model),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "lines": lines,
+        }
+        torch.save(state, Path(folder) / "state.pt")
+        ray.train.report(lines[-1], checkpoint=Checkpoint.from_directory(folder))
+
+
+def _upload_adapter(model: PeftModel, base_model: str, destination: str):
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, Path(folder), base_model)
+        for file in sorted(Path(folder).iterdir()):
+            write_bytes(join(destination, file.name), file.read_bytes())
+
+
+# ---------------------------------------------------------------------------------------------- the stage
+def check_targets(config: RunConfig):
+    """Check that each of `finetune.target_modules` binds to a layer; reads the UNet's configuration, not its weights.
+
+    Raises:
+        ConfigError: with a message for each that binds to nothing.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(resolve_model(config.model.path), subfolder="unet")
+        )
+    if faults := target_faults(unet, config.finetune.target_modules):
+        raise ConfigError([f"finetune.target_modules: {fault}" for fault in faults])
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).absolute())
+
+
+def loop_settings(config: RunConfig, selected: str, destination: str, previous_adapter: str | None, name: str) -> dict:
+    """What `train_loop` takes: paths made absolute, for they run elsewhere, and the name that a rerun finds again."""
+    model = str(resolve_model(config.model.path))
+    inputs = {
+        "config": config.model_dump(mode="json", include={"seed", "model", "finetune"}),
+        "workers": config.resources.train_workers,
+        "selected": _absolute(selected),
+        "previous_adapter": previous_adapter and _absolute(previous_adapter),
+    }
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
+    return {
+        **inputs,
+        "config": config.model_dump(mode="json"),
+        "model": _absolute(model) if Path(model).is_dir() else model,
+        "destination": _absolute(destination),
+        "run": f"{name}-{key}",
+    }
+
+
+def finetune(config: RunConfig, selected: str, destination: str, previous_adapter: str | None, name: str) -> dict:
+    """Fine-tune an adapter on the selected candidates; Ray must be initialised.
+
+    Called again, it continues at the step and the data of the last checkpoint, or returns at once if it had ended.
+
+    Args:
+        selected: URI of a table of schema `storage.SELECTED`.
+        destination: URI of the adapter's folder. It holds adapter_config.json, adapter_model.safetensors (PEFT),
+            pytorch_lora_weights.safetensors (diffusers), training.jsonl, tensorboard/ and summary.json in the end,
+            checkpoints/ until then: on several nodes it must be shared or on an object store.
+        previous_adapter: URI of the folder of an adapter to start from (an earlier round's).
+        name: of the training run, for Ray and the trackers.
+
+    Returns:
+        The content of summary.json: steps, trainable_parameters, outputs_changed, output_change (relative L2
+        distance of the model's predictions before and after, on a fixed batch) and seconds (since the last start).
+
+    Raises:
+        ConfigError: a target binds to nothing, a tracker is not installed.
+        ray.train.TrainingFailedError: more than `finetune.max_failures` failures.
+    """
+    summary, checkpoints = join(destination, SUMMARY), _absolute(join(destination, "checkpoints"))
+    system, storage_path = filesystem(checkpoints)
+    if not exists(summary):
+        check_loggers(config.finetune.log_to)
+        check_targets(config)
+        settings, resources = loop_settings(config, selected, destination, previous_adapter, name), config.resources
+        result = TorchTrainer(
+            train_loop,
+            train_loop_config=settings,
+            scaling_config=ScalingConfig(
+                num_workers=resources.train_workers,
+                use_gpu=resources.train_gpus > 0,
+                resources_per_worker={"CPU": resources.train_cpus}
+                | ({"GPU": resources.train_gpus} if resources.train_gpus else {}),
+            ),
+            run_config=RayRunConfig(
+                name=settings["run"],
+                storage_path=storage_path,
+                storage_filesystem=system,
+                failure_config=FailureConfig(max_failures=config.finetune.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+                worker_runtime_env={"env_vars": _QUIET},
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        ).fit()
+        write_json(summary, result.return_value)
+    if system.get_file_info(storage_path).type != pafs.FileType.NotFound:
+        system.delete_dir(storage_path)
+    return read_json(summary)

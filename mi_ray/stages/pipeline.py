@@ -1,0 +1,220 @@
+"""The main job: rounds of generate, select and fine-tune, then evaluation and the report, in one resumable folder."""
+
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+
+import pyarrow as pa
+import ray
+
+from mi_ray import storage
+from mi_ray.alignment.oracle import foreign_prompts
+from mi_ray.config import ConfigError, RunConfig, flatten
+from mi_ray.diffusion.denoisers import check_model, load_tokenizer
+from mi_ray.prompts import holdout, plan_shards, read_prompts
+from mi_ray.report.page import alignment_table, write_report
+from mi_ray.stages.evaluate import REFERENCE, evaluate
+from mi_ray.stages.finetune import check_targets, finetune
+from mi_ray.stages.generate import generate
+from mi_ray.stages.select import select
+from mi_ray.stages.training_log import check_loggers
+
+PACKAGES = ("mi-ray", "torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "numpy")
+
+
+class Plan:
+    """What a run will do: its prompts and shards. Building it checks everything that can be checked beforehand.
+
+    Raises:
+        ConfigError: with every fault of the model, the prompt files and the run folder.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        faults: list[str] = []
+        tokenizer = None
+        with collecting(faults):
+            tokenizer = _checked_tokenizer(config)
+        with collecting(faults):
+            check_loggers(config.finetune.log_to)
+        if tokenizer:
+            with collecting(faults):
+                check_targets(config)
+        with collecting(faults):
+            _check_run_dir(config)
+        token_count = tokenizer and (lambda prompt: len(tokenizer(prompt).input_ids))
+        max_tokens = tokenizer and tokenizer.model_max_length
+        self.skipped: list[dict] = []
+        self.train = self.held_out = None
+        with collecting(faults):
+            self.train = self._read(config.prompts.file, "prompts.file", config.prompts.limit, token_count, max_tokens)
+        if config.evaluation.file:
+            with collecting(faults):
+                file, limit = config.evaluation.file, config.evaluation.limit
+                self.held_out = self._read(file, "evaluation.file", limit, token_count, max_tokens)
+        elif self.train is not None:
+            self.train, self.held_out = holdout(self.train, config.evaluation.holdout_share, config.seed)
+            self.held_out = self.held_out.slice(0, config.evaluation.limit)
+        with collecting(faults):
+            _check_alignment(config, self.train, self.held_out)
+        if faults:
+            raise ConfigError(faults)
+        key = config.hash()
+        self.shards = plan_shards(self.train, config.generate.prompts_per_shard, key)
+        self.evaluation_shards = plan_shards(self.held_out, config.generate.prompts_per_shard, key)
+
+    def _read(self, file: str, field: str, limit: int | None, token_count, max_tokens) -> pa.Table:
+        prompts = self.config.prompts
+        table, skipped = read_prompts(
+            file,
+            field=field,
+            limit=limit,
+            duplicates=prompts.duplicates,
+            overlong=prompts.overlong,
+            token_count=token_count,
+            max_tokens=max_tokens,
+        )
+        self.skipped += skipped
+        return table
+
+    @property
+    def pool(self) -> list[str]:
+        """The prompts among which pmi_contrastive finds neighbours."""
+        return self.train["prompt"].slice(0, 2000).to_pylist()
+
+
+class collecting:
+    """Collect the faults of a ConfigError instead of raising it, so that all are told at once."""
+
+    def __init__(self, faults: list[str]):
+        self.faults = faults
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if kind and issubclass(kind, ConfigError):
+            self.faults += error.faults
+            return True
+        return False
+
+
+def _checked_tokenizer(config: RunConfig):
+    try:
+        check_model(config.model.path)
+        return load_tokenizer(config.model.path)
+    except ValueError as error:
+        raise ConfigError([f"model.path: {fault}" for fault in str(error).split("\n")]) from error
+
+
+def _check_alignment(config: RunConfig, *tables: pa.Table | None):
+    faults = []
+    for field, wanted, table in zip(
+        ("generate.alignment", "evaluation.alignment"),
+        (config.generate.alignment, config.evaluation.alignment),
+        tables,
+        strict=True,
+    ):
+        if wanted == "oracle" and table is not None and (foreign := foreign_prompts(table["prompt"].to_pylist())):
+            shown = ", ".join(repr(prompt) for prompt in foreign[:3])
+            faults.append(
+                f"{field}: the oracle reads only prompts of the shapes grammar, not {shown}"
+                f" ({len(foreign)} of {len(table)}); set it to none for your own prompts"
+            )
+    if faults:
+        raise ConfigError(faults)
+
+
+def _check_run_dir(config: RunConfig):
+    """The folder can be written to, and what it holds was made by the same config."""
+    try:
+        known = storage.exists(storage.join(config.run_dir, "run.json"))
+        storage.check_writable(config.run_dir)
+    except OSError as error:
+        message = f"run_dir: {config.run_dir!r} cannot be written to ({error}); give another --run-dir"
+        raise ConfigError([message]) from error
+    if not known:
+        return
+    before = flatten(storage.read_json(storage.join(config.run_dir, "run.json"))["config"])
+    now = flatten(config.results_config())
+    differing = [key for key in before | now if before.get(key) != now.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
+        message = (
+            f"run_dir: {config.run_dir!r} holds a run of another config: {changes}; undo that or give another --run-dir"
+        )
+        raise ConfigError([message])
+
+
+# ------------------------------------------------------------------------------------------ running
+def timed(config: RunConfig, stage: str, run: Callable[[], dict | None]) -> dict | None:
+    began = time.monotonic()
+    result = run()
+    storage.log_event(config.run_dir, "stage_finished", stage=stage, seconds=round(time.monotonic() - began, 3))
+    return result
+
+
+def open_run(plan: Plan):
+    """Write run.json, which makes the folder this run's, and note what was read."""
+    config = plan.config
+    versions = {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    content = {"config": config.results_config(), "config_hash": config.hash(), "versions": versions}
+    content |= {"resources": config.resources.model_dump(mode="json")}
+    storage.write_json(storage.join(config.run_dir, "run.json"), content)
+    storage.log_event(config.run_dir, "run_started", config_hash=config.hash())
+    for stage, table in (("train", plan.train), ("evaluation", plan.held_out)):
+        storage.log_event(config.run_dir, "prompts_read", stage=stage, used=len(table), skipped=len(plan.skipped))
+    for skipped in plan.skipped:
+        storage.log_event(config.run_dir, "prompt_skipped", **skipped)
+
+
+def align(plan: Plan, arm: str = "tuned") -> str:
+    """All rounds of one arm; returns the last adapter's folder.
+
+    The arm `tuned` selects by `select.by`. A control is an arm that selects otherwise: it shares the first round's pool
+    and from then on generates with its own adapters, so that arms differ in nothing but the selection.
+    """
+    config, run_dir = plan.config, plan.config.run_dir
+    home = run_dir if arm == "tuned" else storage.join(run_dir, "controls", arm)
+    by = config.select.by if arm == "tuned" else arm
+    suffix = "" if arm == "tuned" else f"_{arm}"
+    previews = plan.train["prompt_id"].slice(0, config.generate.preview_prompts).to_pylist()
+    adapter = None
+    for r in range(config.rounds):
+        round_dir = storage.join(home, f"round-{r}")
+        candidates = storage.join(run_dir if r == 0 else home, f"round-{r}", "candidates")
+        keep_by = [config.select.by, *config.evaluation.controls] if r == 0 else [by]
+        if r or arm == "tuned":
+            pool = (plan.shards, candidates, r, adapter, keep_by, previews, plan.pool)
+            timed(config, f"generate{suffix}", lambda pool=pool: generate(config, *pool))
+        selected = storage.join(round_dir, "selected.parquet")
+        timed(config, f"select{suffix}", lambda c=candidates, s=selected: select(config, c, s, by))
+        tuned = storage.join(round_dir, "adapter")
+        training = (selected, tuned, adapter, f"{arm}-{r}")
+        timed(config, f"finetune{suffix}", lambda training=training: finetune(config, *training))
+        adapter = tuned
+    return adapter
+
+
+def run(config: RunConfig) -> str:
+    """Run or continue the whole job; returns the report's URI.
+
+    Raises:
+        ConfigError: something the user gave is wrong; nothing was started.
+    """
+    plan = Plan(config)
+    ray.init(logging_level="warning")
+    open_run(plan)
+    adapters: dict[str, str | None] = {"base": None, "tuned": align(plan)}
+    adapters |= {arm: align(plan, arm) for arm in config.evaluation.controls}
+    if config.evaluation.alignment == "oracle":
+        timed(config, "evaluate_reference", lambda: evaluate(config, plan.evaluation_shards, REFERENCE, None))
+    for model, adapter in adapters.items():
+        shards = plan.evaluation_shards
+        timed(config, f"evaluate_{model}", lambda m=model, a=adapter, s=shards: evaluate(config, s, m, a))
+    storage.log_event(config.run_dir, "run_finished")
+    report = write_report(config.run_dir, config)
+    print(alignment_table(storage.read_json(storage.join(config.run_dir, "report", "report.json"))))
+    print(f"report: {report}")
+    return report

@@ -1,0 +1,57 @@
+"""Selection: the best candidates of each prompt by a score, or by a control (random, oracle)."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+
+
+def ranks(columns: dict[str, list], by: str, seed: int) -> list[int]:
+    """Rank the candidates of one prompt, 0 the best; ties fall by a hash, never by the order of generation.
+
+    Args:
+        columns: of one prompt's candidates: candidate_index, prompt_id, score_<name>, exact, objects, attributes.
+        by: a score's name, `random` or `oracle` (exact first, then the shares of right objects and attributes).
+    """
+    count = len(columns["candidate_index"])
+    lots = [
+        hashlib.sha256(f"{seed}/{prompt}/{index}".encode()).digest()
+        for prompt, index in zip(columns["prompt_id"], columns["candidate_index"], strict=True)
+    ]
+    if by == "random":
+        worth = [()] * count
+    elif by == "oracle":
+        worth = list(zip(*(columns[name] for name in ("exact", "objects", "attributes", "relation")), strict=True))
+        worth = [tuple(value or 0.0 for value in values) for values in worth]
+    else:
+        worth = [(value if value is not None and np.isfinite(value) else -np.inf,) for value in columns[f"score_{by}"]]
+    order = sorted(range(count), key=lambda i: (tuple(-value for value in worth[i]), lots[i]))
+    return np.argsort(order).tolist()
+
+
+def select(config: RunConfig, candidates: str, destination: str, by: str) -> dict[str, int]:
+    """Write the `select.top_k` best of every prompt in the folder `candidates` to the table `destination`.
+
+    Returns:
+        Counts: prompts, kept.
+    """
+    if storage.exists(destination):
+        kept = storage.read_table(destination, ["prompt_id"])
+        return {"prompts": len(pc.unique(kept["prompt_id"])), "kept": len(kept)}
+    scores = [f"score_{name}" for name in config.score.names]
+    wanted = ["prompt_id", "candidate_index", "error", "exact", "objects", "attributes", "relation", *scores]
+    table = storage.read_tables(candidates, [*wanted, "prompt", "latents", "latents_shape"])
+    table = table.filter(pc.is_null(table["error"]))
+    rows = []
+    for prompt_id in pc.unique(table["prompt_id"]).to_pylist():
+        of_prompt = table.filter(pc.equal(table["prompt_id"], prompt_id))
+        rank = pa.array(ranks(of_prompt.select(wanted).to_pydict(), by, config.seed))
+        rows.append(of_prompt.filter(pc.less(rank, config.select.top_k)))
+    kept = pa.concat_tables(rows)
+    kept = kept.append_column("weight", pa.array(np.ones(len(kept), np.float32)))
+    storage.write_table(destination, kept.select(storage.SELECTED.names).cast(storage.SELECTED))
+    return {"prompts": len(rows), "kept": len(kept)}

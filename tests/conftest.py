@@ -1,0 +1,80 @@
+"""Tiny models that every test may use: the real classes and files, random weights, milliseconds a step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from mi_ray.shapes.model import MAX_TOKENS, build_tokenizer
+
+WIDTH = 16
+
+
+def _save_pipeline(folder: Path, prediction_type: str) -> Path:
+    """A Stable Diffusion folder with latents of (4, 8, 8) and images of 64 x 64, from a fixed seed."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        **special,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.5,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory) -> Path:
+    """Folder of a tiny StableDiffusionPipeline that predicts epsilon; do not write to it."""
+    return _save_pipeline(tmp_path_factory.mktemp("tiny") / "epsilon", "epsilon")
+
+
+@pytest.fixture(scope="session")
+def tiny_v_pipeline(tmp_path_factory) -> Path:
+    """Folder of a tiny StableDiffusionPipeline that predicts v; do not write to it."""
+    return _save_pipeline(tmp_path_factory.mktemp("tiny") / "v", "v_prediction")

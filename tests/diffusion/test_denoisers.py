@@ -1,0 +1,212 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from huggingface_hub import constants
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_tokenizer, resolve_model
+
+
+@pytest.fixture(scope="module")
+def denoiser(tiny_pipeline):
+    return load_denoiser(str(tiny_pipeline), device="cpu")
+
+
+@pytest.fixture
+def copy(tiny_pipeline, tmp_path):
+    """A copy of the tiny model, to be broken."""
+    return shutil.copytree(tiny_pipeline, tmp_path / "model")
+
+
+def _inputs(denoiser, n: int = 3):
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(n, *denoiser.latent_shape, generator=generator)
+    return x_t, torch.tensor([10, 400, 900])[:n], denoiser.encode_prompts(["a red circle", "a blue star", ""][:n])
+
+
+# ---------------------------------------------------------------------------------------------- what it computes
+def test_shapes_and_tokens(denoiser):
+    assert denoiser.latent_shape == (4, 8, 8)
+    assert denoiser.max_tokens == 24
+    assert denoiser.encode_prompts(["a red circle"] * 70).shape == (70, 24, 16)
+    assert denoiser.token_count("a red circle") == 5  # with start and end
+    assert denoiser.token_count("a red circle " * 20) == 62
+    assert not any(p.requires_grad for p in denoiser.unet.parameters())
+
+
+def test_prompts_are_encoded_as_by_the_pipeline(denoiser, tiny_pipeline):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    prompts = ["a red circle", "a blue star " * 20]
+    theirs, null = pipeline.encode_prompt(prompts, "cpu", 1, True)
+    torch.testing.assert_close(denoiser.encode_prompts(prompts), theirs)
+    torch.testing.assert_close(denoiser.encode_prompts([""]), null[:1])
+
+
+def test_v_prediction_becomes_epsilon(tiny_v_pipeline):
+    denoiser = load_denoiser(str(tiny_v_pipeline), device="cpu")
+    x_t, timesteps, embeddings = _inputs(denoiser)
+    v = denoiser.unet(x_t, timesteps, embeddings).sample
+    abar = denoiser.schedule.alphas_cumprod[timesteps].float().view(-1, 1, 1, 1)
+    expected = abar.sqrt() * v + (1 - abar).sqrt() * x_t
+    torch.testing.assert_close(denoiser.predict_epsilon(x_t, timesteps, embeddings), expected)
+    between = denoiser.predict_epsilon(x_t, timesteps + 0.5, embeddings)
+    assert not torch.equal(between, expected)
+    torch.testing.assert_close(between, expected, rtol=0.05, atol=0.05)
+
+
+def test_half_precision_stays_inside(denoiser, tiny_pipeline):
+    half = load_denoiser(str(tiny_pipeline), dtype="bfloat16", device="cpu")
+    assert half.unet.dtype == half.dtype == torch.bfloat16
+    assert half.text_encoder.dtype == half.vae.dtype == torch.float32  # on a CPU
+    inputs = _inputs(denoiser)
+    predicted = half.predict_epsilon(*inputs)
+    assert predicted.dtype == torch.float32
+    torch.testing.assert_close(predicted, denoiser.predict_epsilon(*inputs), rtol=0.1, atol=0.1)
+
+
+def test_images_are_those_of_the_pipelines_autoencoder(denoiser, tiny_pipeline):
+    vae = StableDiffusionPipeline.from_pretrained(tiny_pipeline).vae
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (35, 64, 64, 3), dtype=np.uint8)  # more than one chunk
+    latents = denoiser.encode_images(images)
+    processor = VaeImageProcessor()
+    with torch.no_grad():
+        expected = (
+            vae.encode(processor.preprocess(images / 255.0).float()).latent_dist.mode() * vae.config.scaling_factor
+        )
+        decoded = vae.decode(latents / vae.config.scaling_factor).sample
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    theirs = np.stack([np.array(image) for image in processor.postprocess(decoded)])
+    ours = denoiser.decode(latents)
+    assert ours.dtype == np.uint8
+    assert np.abs(ours.astype(int) - theirs).max() <= 1  # half a grey level may round either way
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_merged_adapter_equals_the_unmerged_model(tiny_pipeline, tmp_path, denoiser, use_dora):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+        use_dora=use_dora,
+        init_lora_weights=False,
+    )
+    get_peft_model(unet, config).save_pretrained(tmp_path)
+    fresh = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
+    unmerged = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
+
+    tuned = load_denoiser(str(tiny_pipeline), device="cpu", adapter=tmp_path)
+    x_t, timesteps, embeddings = _inputs(tuned)
+    with torch.no_grad():
+        expected = unmerged(x_t, timesteps, embeddings).sample
+    predicted = tuned.predict_epsilon(x_t, timesteps, embeddings)
+    torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-4)
+    assert (predicted - denoiser.predict_epsilon(x_t, timesteps, embeddings)).abs().max() > 1e-2
+    assert isinstance(tuned.unet, UNet2DConditionModel)
+    assert not any("lora" in name for name, _ in tuned.unet.named_modules())
+
+
+def test_a_folder_without_adapter_is_refused(tiny_pipeline, tmp_path):
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        load_denoiser(str(tiny_pipeline), device="cpu", adapter=tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- checks
+def test_a_good_model_passes(tiny_pipeline, tiny_v_pipeline):
+    check_model(str(tiny_pipeline))
+    check_model(str(tiny_v_pipeline))
+    assert load_tokenizer(str(tiny_pipeline))("a red circle").input_ids
+
+
+def test_names_of_models(tmp_path):
+    assert resolve_model("shapes").endswith("mi_ray/shapes/weights")
+    assert resolve_model(str(tmp_path)) == str(tmp_path)
+    assert resolve_model("stabilityai/stable-diffusion-2-1-base") == "stabilityai/stable-diffusion-2-1-base"
+    check_model("stabilityai/stable-diffusion-2-1-base")  # of a hub id, only the form
+    for bad in ("shape", "a/b/c", "./nowhere", "", "../x", "s3://bucket/model"):
+        with pytest.raises(ValueError, match="hub id"):
+            resolve_model(bad)
+
+
+def test_folder_without_index(tmp_path):
+    with pytest.raises(ValueError, match=r"model_index\.json") as error:
+        check_model(str(tmp_path))
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ("unet", "unet/config.json"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+        ("text_encoder/model.safetensors", "text_encoder/model.safetensors"),
+        ("tokenizer", "tokenizer/tokenizer_config.json"),
+        ("tokenizer/tokenizer.json", "tokenizer/vocab.json"),
+        ("scheduler", "scheduler/scheduler_config.json"),
+    ],
+)
+def test_a_missing_part_is_named(copy, missing, named):
+    path = copy / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError, match=named):
+        check_model(str(copy))
+    with pytest.raises(ValueError, match=named):
+        load_denoiser(str(copy))
+
+
+def test_all_missing_parts_are_listed(copy):
+    shutil.rmtree(copy / "vae")
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (copy / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(ValueError, match="vae") as error:
+        check_model(str(copy))
+    lines = str(error.value).split("\n")
+    assert len(lines) == 3
+    assert all(str(copy) in line for line in lines)
+
+
+def _change(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_other_families_are_refused(copy):
+    _change(copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline.*Stable Diffusion 1 and 2"):
+        check_model(str(copy))
+
+
+def test_other_parts_are_refused(copy):
+    _change(copy / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
+    with pytest.raises(ValueError, match=r"vae.*AutoencoderTiny"):
+        check_model(str(copy))
+
+
+def test_other_schedules_are_refused(copy):
+    _change(copy / "scheduler" / "scheduler_config.json", prediction_type="flow_prediction", thresholding=True)
+    with pytest.raises(ValueError, match=r"scheduler_config\.json.*flow_prediction") as error:
+        check_model(str(copy))
+    assert "thresholding" in str(error.value)
+
+
+def test_inpainting_is_refused(copy):
+    _change(copy / "unet" / "config.json", in_channels=9)
+    with pytest.raises(ValueError, match="9"):
+        check_model(str(copy))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for load in (load_denoiser, load_tokenizer):
+        with pytest.raises(ValueError, match="nobody/nothing") as error:
+            load("nobody/nothing")
+        assert "\n" not in str(error.value)

@@ -1,0 +1,146 @@
+"""A small run folder as the stages would leave it, with known truth; images are renders of the embedded world."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from mi_ray.config import RunConfig
+from mi_ray.shapes.grammar import draw_scene, parse, sample_prompts
+from mi_ray.shapes.scenes import render
+from mi_ray.storage import candidates_schema, evaluation_schema, write_json, write_table
+
+SCORES = ("mitune", "pmi_contrastive")
+CANDIDATES, SEEDS = 12, 4
+HOSTILE = '<script>alert("prompt")</script> & a <b>red</b> circle'
+EXACT_SHARE = {"base": 0.4, "tuned": 0.6, "random": 0.42}
+
+
+def prompt_id(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def png(image: np.ndarray) -> dict:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def features(image: np.ndarray) -> list[float]:
+    """Means of 8 x 8 pixel blocks, 192 values."""
+    return (image.reshape(8, 8, 8, 8, 3).mean((1, 3)).ravel() / 255).tolist()
+
+
+def config_of(run_dir: Path) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(run_dir),
+            "prompts": {"file": "prompts.txt"},
+            "score": {"names": SCORES},
+            "select": {"by": "pmi_contrastive"},
+            "generate": {"candidates_per_prompt": CANDIDATES, "alignment": "oracle"},
+            "evaluation": {"images_per_prompt": SEEDS, "alignment": "oracle", "controls": ["random"]},
+        }
+    )
+
+
+def _metrics(exact: bool, rng: np.random.Generator) -> dict:
+    part = 1.0 if exact else float(rng.choice([0.0, 0.5]))
+    return {"exact": float(exact), "objects": part, "attributes": max(part, 0.5), "count": 1.0, "relation": None}
+
+
+def _image(prompt: str, exact: bool, prompts: list[str], rng: np.random.Generator) -> np.ndarray:
+    """What the prompt says if exact, else what another one says."""
+    shown = prompt if exact else str(rng.choice([other for other in prompts if other != prompt]))
+    return render(draw_scene(parse(shown), rng, unseen=True))
+
+
+def _write_candidates(run_dir: Path, prompts: list[str], rng: np.random.Generator):
+    rows = []
+    for number, prompt in enumerate(prompts):
+        pool = []
+        for index in range(CANDIDATES):
+            exact = bool(rng.random() < 0.4)
+            # mitune knows nothing of `exact`; pmi_contrastive does, and ties now and then.
+            scores = {
+                "score_mitune": rng.normal(number, 1),
+                "score_pmi_contrastive": round(rng.normal(1.2 * exact, 1), 1),
+            }
+            pool.append({"candidate_index": index, "seed": index, **scores, **_metrics(exact, rng)})
+        order = sorted(pool, key=lambda row: -row["score_pmi_contrastive"])
+        for rank, row in enumerate(order):
+            image = png(_image(prompt, row["exact"] == 1, prompts, rng)) if rank == 0 or number < 4 else None
+            rows.append({"prompt_id": prompt_id(prompt), "prompt": prompt, "rank": rank, "kept": rank == 0, **row})
+            rows[-1]["image"] = image
+    rows.append({"prompt_id": prompt_id(HOSTILE), "prompt": HOSTILE, "error": "no <scene> drawn"})
+    table = pa.Table.from_pylist(rows, candidates_schema(SCORES))
+    write_table(str(run_dir / "round-0" / "candidates" / "part-00000-0.parquet"), table)
+
+
+def _write_evaluation(run_dir: Path, prompts: dict[str, tuple[str, str]], rng: np.random.Generator):
+    for model, share in {**EXACT_SHARE, "reference": 1.0}.items():
+        rows = []
+        for prompt, (category, split) in prompts.items():
+            for index in range(SEEDS):
+                exact = bool(rng.random() < share)
+                image = _image(prompt, exact, list(prompts), rng)
+                facts = {"prompt_id": prompt_id(prompt), "prompt": prompt, "category": category, "split": split}
+                measured = {"score_pmi": rng.normal(5 + exact, 1), "features": features(image), "image": png(image)}
+                rows.append({**facts, "image_index": index, "seed": 100 + index, **measured, **_metrics(exact, rng)})
+        table = pa.Table.from_pylist(rows, evaluation_schema())
+        write_table(str(run_dir / "evaluation" / model / "part-00000-0.parquet"), table)
+
+
+def _write_events(run_dir: Path):
+    shard = {"model": "base", "shard": "part-00000-0.parquet"}
+    generated = {"stage": "generate", "rows": 60, "denoiser_evaluations": 6000, "score_evaluations": 600, "seconds": 9}
+    evaluated = {"stage": "evaluate", "rows": 96, "denoiser_evaluations": 9600, "score_evaluations": 960, "seconds": 8}
+    skipped = {"prompt": "a b c", "stage": "prompts", "message": "longer than 77 tokens"}
+    events = [
+        (0, "prompts_read", {"stage": "generate", "read": 26, "used": 25, "skipped": 1}),
+        (0, "prompt_skipped", skipped),
+        (5, "shard_written", {**shard, **generated}),  # then the session was killed
+        (100, "prompts_read", {"stage": "generate", "read": 26, "used": 25, "skipped": 1}),
+        (100, "prompt_skipped", skipped),
+        (108, "shard_written", {**shard, **generated}),
+        (110, "stage_finished", {"stage": "generate", "seconds": 10.0}),
+        (111, "prompts_read", {"stage": "evaluate", "read": 24, "used": 24, "skipped": 0}),
+        (120, "stage_finished", {"stage": "finetune", "seconds": 6.5}),
+        (125, "shard_written", {**shard, **evaluated}),
+        (130, "stage_finished", {"stage": "evaluate", "seconds": 8.0}),
+        (140, "stage_finished", {"stage": "finetune", "seconds": 2.0}),
+    ]
+    lines = [json.dumps({"time": 1.7e9 + time, "event": event, **facts}) for time, event, facts in events]
+    (run_dir / "events.jsonl").write_text("\n".join([*lines, '{"time": 17000']))  # the last line cut short by a kill
+
+
+def _write_training(folder: Path, rng: np.random.Generator):
+    folder.mkdir(parents=True)
+    steps = [*range(1, 31), *range(21, 61)]  # restarted from step 20
+    loss = [float("nan") if step == 60 else 0.1 + 1 / step + 0.02 * rng.random() for step in steps]
+    lines = [
+        json.dumps({"step": step, "loss": value, "grad_norm": 0.5, "learning_rate": 1e-4})
+        for step, value in zip(steps, loss, strict=True)
+    ]
+    (folder / "training.jsonl").write_text("\n".join(lines))
+    summary = {"steps": 60, "trainable_parameters": 1234, "outputs_changed": True, "output_change": 0.02}
+    write_json(str(folder / "summary.json"), summary)
+
+
+def write_run(folder: Path):
+    """Two dozen prompts, half of them out of distribution; base, tuned and random evaluated, real renders beside."""
+    rng = np.random.default_rng(0)
+    prompts = {}
+    for category in ("color", "spatial", "complex"):
+        for split in ("test", "ood"):
+            prompts |= dict.fromkeys(sample_prompts(category, split, 4, rng), (category, split))
+    _write_candidates(folder, list(prompts), rng)
+    _write_evaluation(folder, prompts, rng)
+    _write_events(folder)
+    _write_training(folder / "round-0" / "adapter", rng)
+    _write_training(folder / "controls" / "random" / "adapter", rng)
+    write_json(str(folder / "run.json"), {"config": {"seed": 0}, "config_hash": "abc", "versions": {"torch": "2"}})

@@ -1,0 +1,149 @@
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from run_folder import HOSTILE, SEEDS, config_of, png
+
+from mi_ray.report.page import _tile, alignment_table, headline, write_report
+from mi_ray.report.summary import summarise
+from mi_ray.storage import read_tables, write_table
+
+
+class Page(HTMLParser):
+    """The tags of a page and its text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def written(run_dir, config):
+    uri = write_report(str(run_dir), config)
+    return uri, Path(uri).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(written):
+    return Page(written[1])
+
+
+def test_both_files_are_written(written, run_dir, config):
+    assert written[0] == f"{run_dir}/report/index.html"
+    content = (run_dir / "report" / "report.json").read_text()
+    assert json.loads(content) == summarise(str(run_dir), config)
+
+
+def test_page_is_self_contained(page, written):
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    sources = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "srcset")]
+    assert sources
+    assert all(source.startswith("data:image/") for source in sources)
+    assert not re.search(r"url\(|@import", written[1])
+
+
+def test_text_is_escaped(page, written):
+    assert "<script" not in written[1]
+    assert HOSTILE in page.text  # as text
+    assert "no <scene> drawn" in page.text
+
+
+def test_every_section_is_there(page):
+    headings = "".join(page.text.split("\n"))
+    for heading in ("Alignment", "Base and tuned on the same seeds", "Candidates by score", "What the scores know"):
+        assert heading in headings
+    for heading in ("Fine-tuning", "Image quality", "Errors and skipped prompts", "Full configuration"):
+        assert heading in headings
+    plots = [attrs for tag, attrs in page.tags if tag == "img" and attrs.get("class") == "plot"]
+    assert len(plots) == 4
+    kept = [attrs for tag, attrs in page.tags if tag == "div" and "kept" in attrs.get("class", "")]
+    assert len(kept) == 4  # one in each previewed pool
+
+
+def test_side_by_side_shows_the_same_seeds(page):
+    for model in ("base", "tuned"):
+        images = [a for tag, a in page.tags if tag == "img" and a["alt"].startswith(f"{model} model")]
+        assert len(images) == 12 * SEEDS
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [(0.02, 0.08, "prompts better"), (-0.02, 0.08, "no clear difference"), (-0.08, -0.02, "prompts worse")],
+)
+def test_headline_is_honest(low, high, says):
+    mean = (low + high) / 2
+    report = {
+        "alignment": {
+            "base": {"exact": {"value": 0.482, "low": 0.4, "high": 0.5}},
+            "tuned": {"exact": {"value": 0.482 + mean, "low": 0.4, "high": 0.6}},
+        },
+        "comparison": {"tuned-base": {"exact": {"difference": mean, "low": low, "high": high}}},
+    }
+    title, verdict = headline(report)
+    assert says in verdict
+    assert title.startswith(f"exact: 48.2 % → {48.2 + 100 * mean:.1f} % (")
+    assert f"± {50 * (high - low):.1f} points" in title
+
+
+def test_alignment_table(run_dir, config):
+    report = summarise(str(run_dir), config)
+    table = alignment_table(report)
+    exact = next(line for line in table.splitlines() if line.startswith("exact %"))
+    numbers = re.findall(r"[+−\d.]+(?= ±)", exact)
+    assert numbers[:2] == [f"{100 * report['alignment'][m]['exact']['value']:.1f}" for m in ("base", "tuned")]
+    difference = report["comparison"]["tuned-base"]["exact"]["difference"]
+    assert numbers[-1] == f"{100 * difference:+.1f}".replace("-", "−")
+    assert "ood" in table
+    assert "tuned − random" in table
+
+
+def test_a_run_without_results(tmp_path):
+    config = config_of(tmp_path)
+    page = Page(Path(write_report(str(tmp_path), config)).read_text())
+    assert "Not evaluated yet" in page.text
+    assert alignment_table(summarise(str(tmp_path), config)) == "no evaluation yet"
+
+
+def test_a_run_without_oracle_and_previews(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    for folder in ("round-0/candidates", "evaluation/base", "evaluation/tuned"):
+        table = read_tables(str(run_dir / folder))
+        for name in ("exact", "objects", "attributes", "count", "category", "split", "features"):
+            if name in table.column_names:
+                index = table.column_names.index(name)
+                field = table.schema.field(name)
+                table = table.set_column(index, field, pa.nulls(len(table), field.type))
+        write_table(str(tmp_path / "run" / folder / "part-00000-0.parquet"), table)
+    shutil.rmtree(tmp_path / "run" / "evaluation" / "random")
+    config = config_of(tmp_path / "run")
+    page = Page(Path(write_report(str(tmp_path / "run"), config)).read_text())
+    assert "PMI: " in page.text
+    assert not [a for _, a in page.tags if "corner" in a.get("class", "")]
+    assert "exact %" not in alignment_table(summarise(str(tmp_path / "run"), config))
+
+
+def test_large_images_become_thumbnails():
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    tile = _tile({"image": png(noise), "exact": None})
+    assert not tile["crisp"]
+    assert len(tile["source"]) < 200_000
+    small = _tile({"image": png(noise[:64, :64]), "exact": 1.0})
+    assert small["crisp"]
+    assert small["exact"] is True
+    thumbnail = Image.open(io.BytesIO(base64.b64decode(tile["source"].partition(",")[2])))
+    assert thumbnail.size == (256, 256)

@@ -1,0 +1,152 @@
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from mi_ray.report.statistics import (
+    auc,
+    diversity,
+    is_collapsed,
+    kernel_distance,
+    paired_difference,
+    prompt_mean,
+    within_prompt_auc,
+)
+
+
+def brute_force_auc(scores, positive):
+    pairs = [(p > n) + 0.5 * (p == n) for p in scores[positive] for n in scores[~positive]]
+    return sum(pairs) / len(pairs)
+
+
+def evaluation(rng, share, prompts=40, seeds=4):
+    ids = np.repeat([f"p{i}" for i in range(prompts)], seeds)
+    exact = (rng.random(prompts * seeds) < share).astype(float)
+    return pd.DataFrame({"prompt_id": ids, "seed": np.tile(np.arange(seeds), prompts), "exact": exact})
+
+
+def test_prompt_mean_is_scipys_interval_of_the_prompts_means():
+    rows = evaluation(np.random.default_rng(0), 0.4)
+    means = rows["exact"].to_numpy().reshape(40, 4).mean(1)
+    low, high = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    result = prompt_mean(rows, "exact")
+    assert [result[k] for k in ("value", "low", "high")] == pytest.approx([means.mean(), low, high])
+    assert (result["n_prompts"], result["n_images"]) == (40, 160)
+
+
+def test_prompt_mean_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(400):
+        rates = rng.beta(1, 1, 60)  # prompts differ in difficulty; their mean is 0.5
+        rows = pd.DataFrame({"prompt_id": np.repeat(np.arange(60), 4)})
+        rows["exact"] = (rng.random(240) < np.repeat(rates, 4)).astype(float)
+        result = prompt_mean(rows, "exact")
+        covered += result["low"] <= 0.5 <= result["high"]
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_missing_values_and_single_prompts():
+    rows = pd.DataFrame({"prompt_id": ["a", "a", "b"], "exact": [1.0, 0.0, np.nan]})
+    result = prompt_mean(rows, "exact")
+    assert result == {"value": 0.5, "low": None, "high": None, "n_prompts": 1, "n_images": 2}
+    assert prompt_mean(rows.assign(exact=np.nan), "exact") is None
+    same = prompt_mean(pd.DataFrame({"prompt_id": ["a", "b"], "exact": [1.0, 1.0]}), "exact")
+    assert (same["low"], same["high"]) == (1, 1)
+
+
+def test_paired_difference_is_scipys_paired_interval():
+    rng = np.random.default_rng(2)
+    base, tuned = evaluation(rng, 0.4), evaluation(rng, 0.55)
+    means = [frame["exact"].to_numpy().reshape(40, 4).mean(1) for frame in (tuned, base)]
+    low, high = stats.ttest_rel(*means).confidence_interval(0.95)
+    shuffled = tuned.sample(frac=1, random_state=0)  # pairs are found by prompt and seed, not by position
+    result = paired_difference(shuffled, base, "exact")
+    expected = [means[0].mean() - means[1].mean(), low, high]
+    assert [result[k] for k in ("difference", "low", "high")] == pytest.approx(expected)
+
+
+def test_paired_difference_leaves_out_what_one_side_lacks():
+    base = pd.DataFrame({"prompt_id": ["a", "a", "b"], "seed": [0, 1, 0], "exact": [0.0, 1.0, 0.0]})
+    tuned = pd.DataFrame({"prompt_id": ["a", "a", "c"], "seed": [0, 1, 0], "exact": [1.0, np.nan, 1.0]})
+    result = paired_difference(tuned, base, "exact")
+    assert (result["difference"], result["n_prompts"], result["n_images"]) == (1, 1, 1)
+    assert paired_difference(tuned[tuned.prompt_id == "c"], base, "exact") is None
+
+
+def test_auc_counts_pairs_and_ties_half():
+    rng = np.random.default_rng(3)
+    scores, positive = rng.integers(0, 6, 50).astype(float), rng.random(50) < 0.3
+    assert auc(scores, positive) == pytest.approx(brute_force_auc(scores, positive))
+    assert auc(np.ones(4), np.array([True, False, False, True])) == 0.5
+
+
+def test_within_prompt_auc_ignores_differences_between_prompts():
+    rng = np.random.default_rng(4)
+    pool = pd.DataFrame({"round": 0, "prompt_id": np.repeat(np.arange(50), 20)})
+    rates = np.repeat(rng.uniform(0.2, 0.8, 50), 20)
+    pool["exact"] = (rng.random(1000) < rates).astype(float)
+    pool["level"] = rates + 1e-3 * rng.normal(size=1000)  # tells easy prompts from hard ones, and nothing else
+    pool["truth"] = pool["exact"] - 100 * pool["prompt_id"]
+    result = within_prompt_auc(pool, "level")
+    assert result["low"] < 0.5 < result["high"]
+    assert within_prompt_auc(pool, "truth")["value"] == 1
+    assert auc(pool["level"].to_numpy(), pool["exact"].to_numpy() == 1) > 0.6  # what a pooled AUC would have said
+
+
+def test_within_prompt_auc_needs_both_kinds():
+    pool = pd.DataFrame({"round": 0, "prompt_id": [0, 0, 1, 1], "exact": [1.0, 1.0, 1.0, 0.0], "s": [1.0, 2, 3, 4]})
+    assert within_prompt_auc(pool, "s") == {"value": 0, "low": None, "high": None, "n_prompts": 1}
+    assert within_prompt_auc(pool[pool.prompt_id == 0], "s") is None
+
+
+def unbiased_mmd(x, y):
+    """Binkowski et al. (2018), eq. 4, written out."""
+    d, m = x.shape[1], len(x)
+    k = lambda a, b: (a @ b / d + 1) ** 3  # noqa: E731
+    within = sum(k(a[i], a[j]) for a in (x, y) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within - 2 * sum(k(a, b) for a in x for b in y) / m**2
+
+
+def test_kernel_distance_is_the_unbiased_estimator():
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(30, 6)) + 0.5, rng.normal(size=(30, 6))
+    standard = [np.clip((z - y.mean(0)) / y.std(0), -3, 3) for z in (x, y)]
+    assert kernel_distance(x, y) == pytest.approx(unbiased_mmd(*standard))
+
+
+def test_kernel_distance_is_not_decided_by_a_feature_that_the_reference_hardly_shows():
+    rng = np.random.default_rng(8)
+    x, y = rng.normal(size=(2, 200, 16))
+    x[:, 0], y[:, 0] = rng.random(200) < 0.02, 0
+    y[0, 0] = 0.01
+    assert abs(kernel_distance(x, y)) < 0.05
+
+
+def test_kernel_distance_is_near_zero_for_one_distribution_and_large_for_two():
+    rng = np.random.default_rng(6)
+    reference = rng.normal(size=(400, 16)) * 1000  # the features' unit does not matter
+    same, shifted = rng.normal(size=(300, 16)) * 1000, rng.normal(size=(300, 16)) * 1000 + 700
+    assert abs(kernel_distance(same, reference)) < 0.05
+    assert kernel_distance(shifted, reference) > 1
+    assert kernel_distance(same[:1], reference) is None
+
+
+def test_diversity_and_collapse():
+    rng = np.random.default_rng(7)
+    prompts = np.repeat(np.arange(50), 6)
+    base = rng.normal(size=(300, 16))
+    narrow = np.repeat(base[::6], 6, 0) + 0.1 * rng.normal(size=(300, 16))
+
+    def quality(features):
+        return {
+            "kernel_distance": kernel_distance(features, base),
+            "diversity": diversity(features, prompts, base),
+        }
+
+    good = quality(rng.normal(size=(300, 16)))
+    assert good["diversity"] == pytest.approx(np.sqrt(2), rel=0.05)  # of independent unit Gaussians
+    assert not is_collapsed(good, good)
+    assert is_collapsed(quality(narrow), good)
+    assert is_collapsed(quality(base + 1), good)
+    assert diversity(base[:2], np.array(["a", "b"]), base) is None

@@ -1,0 +1,40 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mi_ray.shapes.grammar import CATEGORIES, parse
+
+ROOT = Path(__file__).parents[2]
+FILES = ROOT / "jobs" / "configs" / "prompts"
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (FILES / name).read_text().splitlines()]
+
+
+def test_the_shipped_files_are_what_the_job_makes(tmp_path):
+    subprocess.run([sys.executable, ROOT / "jobs" / "make_shapes_prompts.py", "--folder", tmp_path], check=True)
+    for name in ("shapes-train.jsonl", "shapes-test.jsonl"):
+        assert (tmp_path / name).read_bytes() == (FILES / name).read_bytes()
+
+
+def test_no_prompt_is_in_both_files():
+    train, test = ({row["prompt"] for row in rows(name)} for name in ("shapes-train.jsonl", "shapes-test.jsonl"))
+    assert (len(train), len(test)) == (600, 360)
+    assert not train & test
+    assert all(parse(prompt) for prompt in train | test)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("shapes-train.jsonl", 96), ("shapes-test.jsonl", 36)])
+def test_the_first_so_many_take_all_categories_evenly(name, limit):
+    first = [row["category"] for row in rows(name)[:limit]]
+    assert {first.count(category) for category in CATEGORIES} == {limit // 6}
+
+
+def test_two_prompts_in_distribution_to_one_out_of_it():
+    for start in range(0, 360, 18):
+        splits = [row["split"] for row in rows("shapes-test.jsonl")[start : start + 18]]
+        assert (splits.count("test"), splits.count("ood")) == (12, 6)

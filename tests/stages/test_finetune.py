@@ -1,0 +1,344 @@
+"""The adapter, its loss and its training: against closed forms, stock diffusers and an undisturbed run."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+from safetensors.torch import load_file
+
+from mi_ray import storage
+from mi_ray.config import ConfigError, RunConfig
+from mi_ray.diffusion.adapters import (
+    DenoisingLoss,
+    adapter_state,
+    attach_adapter,
+    load_adapter_state,
+    min_snr_weights,
+    save_adapter,
+)
+from mi_ray.diffusion.schedules import NoiseSchedule, epsilon_from, prediction_from, x0_from_epsilon
+from mi_ray.shapes import model as shapes_model
+from mi_ray.stages import finetune as stage
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def small_unet(seed: int = 0) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=shapes_model.EMBEDDING_SIZE,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    ).eval()
+
+
+def inputs(count: int = 3) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(count, 16, 8, 8, generator=generator),
+        torch.arange(count) * 300 + 10,
+        torch.randn(count, 6, shapes_model.EMBEDDING_SIZE, generator=generator),
+    )
+
+
+@torch.no_grad()
+def output(unet: torch.nn.Module) -> torch.Tensor:
+    x_t, timesteps, embeddings = inputs()
+    return unet(x_t, timesteps, encoder_hidden_states=embeddings).sample
+
+
+def trained(adapter: str, rank: int = 4, alpha: int = 8) -> PeftModel:
+    """An adapter whose every weight is away from its start."""
+    model = attach_adapter(small_unet(), rank=rank, alpha=alpha, target_modules=TARGETS, use_dora=adapter == "dora")
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+def test_adapter_that_binds_to_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"'to_query'.*to_q"):
+        attach_adapter(small_unet(), rank=4, alpha=4, target_modules=("to_k", "to_query"))
+
+
+def test_half_precision_unet_has_a_float32_adapter_that_starts_at_the_unet():
+    unet = small_unet()
+    before = output(unet)
+    model = attach_adapter(unet, rank=4, alpha=4, target_modules=TARGETS)
+    assert torch.equal(output(model), before)
+    half = attach_adapter(small_unet().half(), rank=4, alpha=4, target_modules=TARGETS, use_dora=True)
+    trainable = [p for p in half.parameters() if p.requires_grad]
+    assert trainable
+    assert all(p.dtype == torch.float32 for p in trainable)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_saved_adapter_makes_the_same_outputs_in_diffusers_and_peft(tmp_path, adapter):
+    model = trained(adapter)
+    expected = output(model)
+    assert (expected - output(small_unet())).abs().max() > 1e-2
+    save_adapter(model, tmp_path, "some/model")
+
+    tokenizer = shapes_model.build_tokenizer()
+    text_encoder = shapes_model.build_text_encoder(tokenizer)
+    pipeline = shapes_model.build_pipeline(None, text_encoder, tokenizer, small_unet())
+    pipeline.load_lora_weights(tmp_path)
+    torch.testing.assert_close(output(pipeline.unet), expected, atol=1e-5, rtol=1e-4)
+    again = PeftModel.from_pretrained(small_unet(), tmp_path)
+    torch.testing.assert_close(output(again), expected, atol=1e-5, rtol=1e-4)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
+
+
+def test_weights_of_another_adapter_are_refused():
+    model, state = trained("lora"), adapter_state(trained("lora", rank=2))
+    with pytest.raises(ValueError, match="do not fit"):
+        load_adapter_state(model, state)
+
+
+# ---------------------------------------------------------------------------------------------- loss
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weights_turn_every_loss_into_the_capped_x0_loss(prediction_type):
+    gamma, snr = 5.0, torch.logspace(-3, 3, 13, dtype=torch.float64)
+    alpha, sigma = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()
+    x0, epsilon, prediction = torch.randn(3, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_t = alpha * x0 + sigma * epsilon
+    target = prediction_from(prediction_type, x0, epsilon, alpha, sigma)
+    implied = x0_from_epsilon(epsilon_from(prediction_type, prediction, x_t, alpha, sigma), x_t, alpha, sigma)
+    weighted = min_snr_weights(snr, gamma, prediction_type) * (prediction - target).square()
+    torch.testing.assert_close(weighted, snr.clamp(max=gamma) * (implied - x0).square())  # Hang et al. 2023, eq. 5
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss_of_a_perfect_model_is_zero_and_a_sample_counts_by_its_weight(prediction_type):
+    class Oracle(torch.nn.Module):
+        """Knows the noise and errs by 2 in the second sample."""
+
+        def forward(self, x_t, timesteps, encoder_hidden_states):
+            self.x_t = x_t
+            a = schedule.alphas_cumprod[timesteps].float().view(-1, 1, 1, 1)
+            answer = prediction_from(prediction_type, x0, noise, a.sqrt(), (1 - a).sqrt())
+            return type("Output", (), {"sample": answer + torch.tensor([0.0, 2.0]).view(-1, 1, 1, 1)})
+
+    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
+    schedule = NoiseSchedule.from_config(scheduler.config)
+    x0, noise = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    timesteps, oracle = torch.tensor([3, 900]), Oracle()
+    objective = DenoisingLoss(oracle, schedule)
+    loss = objective(x0, noise, timesteps, torch.zeros(2, 1, 1), torch.tensor([1.0, 0.5]))
+    assert loss.item() == pytest.approx(0.5 * 4 / 2, rel=1e-5)
+    torch.testing.assert_close(oracle.x_t, scheduler.add_noise(x0, noise, timesteps))
+
+
+def test_clipping_clips_what_the_optimiser_sees_and_accumulation_is_a_mean():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 1)
+    parameters = list(layer.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    data = [torch.randn(4, 3) * 100 for _ in range(3)]
+    objective = torch.nn.Sequential(layer, torch.nn.Flatten(0))
+    loss = torch.nn.Module()
+    loss.forward = lambda x: objective(x).square().mean()
+    whole = loss(torch.cat(data))
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(whole, parameters)]).norm()
+    before = [p.detach().clone() for p in parameters]
+    mean, norm = stage.optimizer_step(
+        loss,
+        [lambda x=x: (x,) for x in data],
+        parameters,
+        optimizer,
+        torch.amp.GradScaler("cpu", enabled=False),
+        max_grad_norm=0.5,
+    )
+    moved = torch.cat([(p - q).flatten() for p, q in zip(parameters, before, strict=True)]).norm()
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert mean.item() == pytest.approx(whole.item(), rel=1e-4)
+    assert norm > 10
+    assert moved.item() == pytest.approx(0.5, rel=1e-3)  # SGD with rate 1 moves by the gradient
+
+
+# ---------------------------------------------------------------------------------------------- data
+@pytest.mark.parametrize(("count", "batch_size", "workers", "microsteps"), [(7, 2, 2, 3), (12, 3, 2, 1), (2, 5, 1, 2)])
+def test_every_epoch_holds_each_sample_once_over_all_workers(count, batch_size, workers, microsteps):
+    steps = count  # a whole number of epochs
+    microbatches = [
+        (step * microsteps + microstep) * workers + rank
+        for step in range(steps)
+        for microstep in range(microsteps)
+        for rank in range(workers)
+    ]
+    drawn = torch.cat([stage.sample_indices(5, m, batch_size, count) for m in microbatches]).view(-1, count)
+    assert all(Counter(epoch) == Counter(range(count)) for epoch in drawn.tolist())
+    assert count < 5 or not torch.equal(drawn[0], drawn[1])
+
+
+def test_prompt_dropout_takes_the_null_prompt_and_weights_follow_their_samples():
+    count = 20
+    data = stage.TrainingSet(
+        latents=torch.arange(count).float().view(-1, 1, 1, 1),
+        weights=torch.arange(count) / 10,
+        prompts=torch.arange(count),
+        embeddings=torch.arange(count + 1).float().view(-1, 1, 1),
+    )
+    batches = [stage.draw_microbatch(data, 0, m, 50, 1000, 0.3) for m in range(40)]
+    latents, noise, timesteps, embeddings, weights = (
+        torch.cat(parts).flatten() for parts in zip(*batches, strict=True)
+    )
+    dropped = embeddings == count
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.05)  # 2000 draws: 5 standard errors
+    assert torch.equal(embeddings[~dropped], latents[~dropped])
+    assert torch.equal(weights, latents / 10)
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    assert timesteps.min() < 20
+    assert timesteps.max() > 980
+
+
+# ---------------------------------------------------------------------------------------------- with Ray
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tokenizer = shapes_model.build_tokenizer()
+    parts = (shapes_model.build_vae(), shapes_model.build_text_encoder(tokenizer), tokenizer, small_unet())
+    shapes_model.build_pipeline(*parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def selected(tmp_path):
+    rng = np.random.default_rng(0)
+    prompts = [f"a {color} circle" for color in ("red", "blue", "green", "red", "blue")]
+    rows = {
+        "prompt_id": [f"{i:016x}" for i in range(5)],
+        "prompt": prompts,
+        "candidate_index": list(range(5)),
+        "latents": [rng.standard_normal(1024).astype(np.float16) for _ in prompts],
+        "latents_shape": [[16, 8, 8]] * 5,
+        "weight": [1.0, 1.0, 0.5, 2.0, 1.0],
+    }
+    path = str(tmp_path / "selected.parquet")
+    storage.write_table(path, pa.table(rows, schema=storage.SELECTED))
+    return path
+
+
+def run_config(model_folder, *, workers: int, **finetune) -> RunConfig:
+    settings = {"adapter": "dora", "rank": 4, "alpha": 4, "learning_rate": 1e-2, "lr_warmup_steps": 2, "steps": 6}
+    settings |= {"batch_size": 2, "checkpoint_every": 2, "max_failures": 1, "prompt_dropout": 0.2, "min_snr_gamma": 5}
+    return RunConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "prompts": {"file": "unused"},
+            "model": {"path": str(model_folder)},
+            "finetune": settings | finetune,
+            "resources": {"train_workers": workers},
+        }
+    )
+
+
+def in_process(config: RunConfig, selected: str, destination, previous: str | None = None) -> dict:
+    settings = stage.loop_settings(config, selected, str(destination), previous, "here")
+    trainer = TorchTrainer(stage.train_loop, train_loop_config=settings, scaling_config=ScalingConfig(num_workers=0))
+    return trainer.fit().return_value
+
+
+def log_of(destination) -> list[dict]:
+    return [json.loads(line) for line in (destination / "training.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("finetune", "message"),
+    [
+        ({"target_modules": ["to_query"]}, r"finetune.target_modules: 'to_query'.*to_q"),
+        ({"log_to": ["mlflow"]}, r"finetune.log_to: mlflow is not installed; pip install"),
+    ],
+)
+def test_targets_and_trackers_are_checked_before_anything_starts(
+    model_folder, tmp_path, monkeypatch, finetune, message
+):
+    monkeypatch.setattr("mi_ray.stages.training_log.find_spec", lambda name: None if name == "mlflow" else name)
+    with pytest.raises(ConfigError, match=message):
+        stage.finetune(run_config(model_folder, workers=1, **finetune), "none", str(tmp_path / "adapter"), None, "test")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_later_round_starts_from_the_adapter_before_it(model_folder, selected, tmp_path):
+    config = run_config(model_folder, workers=1, steps=3, gradient_accumulation=1)
+    summary = in_process(config, selected, tmp_path / "first")
+    assert summary["outputs_changed"]
+    idle = run_config(model_folder, workers=1, steps=1, gradient_accumulation=1, learning_rate=1e-12, weight_decay=0)
+    summary = in_process(idle, selected, tmp_path / "second", str(tmp_path / "first"))
+    assert not summary["outputs_changed"]
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, atol=1e-8, rtol=1e-6)
+
+
+@pytest.fixture
+def local_ray():
+    ray.init(address="local", num_cpus=2, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+def test_two_workers_with_a_failure_end_where_an_undisturbed_worker_does(
+    model_folder, selected, tmp_path, local_ray, monkeypatch
+):
+    """Rank 0 dies in step 4, past the checkpoint of step 2; two workers' two microsteps see what one's four see."""
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    expected = in_process(run_config(model_folder, workers=1, gradient_accumulation=4), selected, undisturbed)
+
+    died = tmp_path / "died"
+
+    def fails_once(settings: dict) -> dict | None:
+        from mi_ray.stages import finetune as module
+
+        optimizer_step, calls = module.optimizer_step, []
+
+        def step(*arguments):
+            calls.append(1)
+            if len(calls) == 4 and not died.exists() and ray.train.get_context().get_world_rank() == 0:
+                died.touch()
+                raise RuntimeError("as if the node had gone")
+            return optimizer_step(*arguments)
+
+        module.optimizer_step = step
+        return module.train_loop(settings)
+
+    config = run_config(model_folder, workers=2, gradient_accumulation=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "train_loop", fails_once)
+        summary = stage.finetune(config, selected, str(disturbed), None, "test")
+    assert died.exists()
+    assert summary["output_change"] == pytest.approx(expected["output_change"], rel=1e-3)
+
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (undisturbed, disturbed))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3)
+    one, two = log_of(undisturbed), log_of(disturbed)
+    assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-3)
+
+    # done: neither Ray nor the model is needed any more
+    monkeypatch.setattr(stage, "TorchTrainer", None)
+    assert stage.finetune(config, selected, str(disturbed), None, "test") == summary
+    assert not (disturbed / "checkpoints").exists()
+    StableDiffusionPipeline.from_pretrained(model_folder).load_lora_weights(disturbed)
