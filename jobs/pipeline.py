@@ -1,7 +1,7 @@
 """The main job: python jobs/pipeline.py --config jobs/configs/shapes.yaml --run-dir runs/demo [--field value ...]"""
 
 from mi_ray.config import RunConfig, run_command
-from mi_ray.stages.pipeline import Plan, run
+from mi_ray.stages.pipeline import Plan, run_pipeline
 from mi_ray.stages.preflight import describe
 
 
@@ -9,7 +9,7 @@ def main(config: RunConfig, dry_run: bool):
     if dry_run:
         print(describe(Plan(config)))
     else:
-        run(config)
+        run_pipeline(config)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,14 @@ from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    CliToggleFlag,
+    CliUnknownArgs,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -30,7 +37,15 @@ class ConfigError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none(cls, values):
+        """`none` means no value, in YAML as on the command line."""
+        if not isinstance(values, dict):
+            return values
+        return {k: None if isinstance(v, str) and v.lower() == "none" else v for k, v in values.items()}
 
 
 class PromptsConfig(Section):
@@ -58,8 +73,8 @@ class ModelConfig(Section):
 class SamplerConfig(Section):
     """How candidates are sampled. Default: the paper's (DDPM, 100 steps, guidance 7.5)."""
 
-    solver: Literal["ddpm", "ddim", "dpm++2m"] = "ddpm"
-    num_inference_steps: Positive = 100  # MI-TUNE's released code
+    solver: Literal["ddpm", "ddim", "dpm++2m"] = Field("ddpm", description="DDPM, DDIM or DPM-Solver++(2M)")
+    num_inference_steps: Positive = Field(100, description="denoising steps")  # MI-TUNE's released code
     guidance_scale: float = Field(7.5, gt=1, description="above 1: the score needs both branches")  # released code
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
         None, description="as diffusers names it; default: what the model's scheduler says"
@@ -78,7 +93,7 @@ class ScoreConfig(Section):
     @model_validator(mode="after")
     def _band(self):
         if self.log_snr_min >= self.log_snr_max:
-            raise ValueError("log_snr_min must lie below log_snr_max")
+            raise ValueError(f"log_snr_min is {self.log_snr_min}, not below log_snr_max, {self.log_snr_max}; lower it")
         return self
 
 
@@ -105,22 +120,26 @@ class SelectConfig(Section):
 class FinetuneConfig(Section):
     """LoRA/DoRA fine-tuning on the kept candidates. Defaults: MI-TUNE's released code for SD2.1."""
 
-    adapter: Literal["lora", "dora"] = "lora"
-    rank: Positive = 32
-    alpha: Positive = 32
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    learning_rate: float = Field(1e-4, gt=0)
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: float = Field(1e-2, ge=0)
-    steps: Positive = 300
+    adapter: Literal["lora", "dora"] = Field("lora", description="DoRA: Liu et al. 2024, arXiv 2402.09353")
+    rank: Positive = Field(32, description="of the adapter's matrices")
+    alpha: Positive = Field(32, description="the adapter is scaled by alpha / rank")
+    target_modules: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"), description="ends of the names of the layers that get an adapter"
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="of AdamW")
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="optimiser steps of linear warm-up")
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW")
+    steps: Positive = Field(300, description="optimiser steps")
     batch_size: Positive = Field(8, description="per step of one worker")
-    gradient_accumulation: Positive = 50
-    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_accumulation: Positive = Field(50, description="batches in one optimiser step")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
     min_snr_gamma: float | None = Field(None, gt=0, description="Hang et al. 2023, eq. 5; none: plain epsilon loss")
-    prompt_dropout: Share = 0.0
+    prompt_dropout: Share = Field(0.0, description="share of the rows that train without their prompt")
     checkpoint_every: Positive = Field(100, description="optimiser steps")
-    max_failures: Annotated[int, Field(ge=-1)] = 3
-    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    max_failures: Annotated[int, Field(ge=-1)] = Field(3, description="restarts of the workers; -1: no limit")
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="where losses go besides training.jsonl; the last two by extras"
+    )
 
 
 class EvaluationConfig(Section):
@@ -129,11 +148,11 @@ class EvaluationConfig(Section):
     file: str | None = Field(
         None, description="held-out prompts, with columns category and split if you like; none: a share of prompts.file"
     )
-    limit: Positive | None = None
+    limit: Positive | None = Field(None, description="take the first so many")
     holdout_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="without evaluation.file: this share of prompts.file is kept from training"
     )
-    images_per_prompt: Annotated[int, Field(ge=2)] = 10
+    images_per_prompt: Annotated[int, Field(ge=2)] = Field(10, description="each with its own seed")
     sampler: SamplerConfig = SamplerConfig(solver="ddim", num_inference_steps=50)
     alignment: Literal["oracle"] | None = Field(None, description="oracle: shapes prompts only")
     controls: tuple[Control, ...] = Field((), description="also fine-tune and evaluate on these selections")
@@ -144,25 +163,25 @@ class ResourcesConfig(Section):
     """Where and how fast; nothing here changes a result beyond floating-point tolerance."""
 
     num_actors: tuple[Positive, Positive] = Field((1, 1), description="least and most generating actors")
-    cpus_per_actor: Annotated[float, Field(ge=0)] = 1
+    cpus_per_actor: Annotated[float, Field(ge=0)] = Field(1, description="and its threads")
     gpus_per_actor: Annotated[float, Field(ge=0)] = Field(0, description="0.5: two actors share a GPU")
     batch_size: Positive = Field(64, description="candidates in one denoiser batch (twice that with guidance)")
-    train_workers: Positive = 1
+    train_workers: Positive = Field(1, description="data-parallel workers of the fine-tuning")
     train_cpus: Annotated[float, Field(ge=0)] = Field(1, description="per worker")
     train_gpus: Annotated[float, Field(ge=0)] = Field(0, description="per worker: 0 or 1")
 
     @model_validator(mode="after")
     def _order(self):
         if self.num_actors[0] > self.num_actors[1]:
-            raise ValueError("num_actors is (least, most); the first exceeds the second")
+            raise ValueError(f"num_actors is (least, most), and {self.num_actors} has them the wrong way round")
         return self
 
 
 class RunConfig(Section):
     """Align a text-to-image model with its prompts: generate, score, select, fine-tune, evaluate, report."""
 
-    run_dir: str = Field(description="folder of the run, local or s3://; the same command continues it")
-    seed: int = 0
+    run_dir: str = Field(min_length=1, description="folder of the run, local or s3://; the same command continues it")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the whole run")
     rounds: Positive = Field(1, description="each generates with the adapter so far")
     prompts: PromptsConfig
     model: ModelConfig = ModelConfig()
@@ -221,10 +240,12 @@ def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
 def _suggestion(name: str) -> str:
     name = name.lstrip("-").partition("=")[0].replace("-", "_")
     known = _field_names(RunConfig)
-    leaf = {k.rsplit(".", 1)[-1]: k for k in known}
     close = difflib.get_close_matches(name, known, 1, 0.75)
-    close = close or [leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, 1, 0.75)]
-    return f"did you mean {close[0]!r}?" if close else "remove it (--help lists every field)"
+    if not close:  # then by the last part of the name alone
+        leaves = {k: k.rsplit(".", 1)[-1] for k in known}
+        leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves.values(), 1, 0.75)
+        close = [k for k in known if leaves[k] in leaf]
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "remove it (--help lists every field)"
 
 
 def _faults(error: ValidationError) -> list[str]:
@@ -237,6 +258,8 @@ def _faults(error: ValidationError) -> list[str]:
             messages.append(f"{name}: missing; set it in the config file or with --{name.replace('_', '-')}")
         elif fault["type"] == "value_error":
             messages += [f"{name + ': ' if name else ''}{text}" for text in str(fault["ctx"]["error"]).split("\n")]
+        elif fault["type"] == "model_type":
+            messages.append(f"{name}: {fault['input']!r} will not do; it holds fields of its own (--help lists them)")
         else:
             reason = fault["msg"][0].lower() + fault["msg"][1:]
             messages.append(f"{name}: {fault['input']!r} will not do; {reason}")
@@ -258,14 +281,15 @@ def _read_yaml(path: str) -> dict:
 class _CommandLine(RunConfig, BaseSettings):
     model_config = SettingsConfigDict(
         cli_kebab_case=True,
-        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
         cli_ignore_unknown_args=True,
         cli_hide_none_type=True,
         cli_parse_none_str="none",
     )
     config: str | None = Field(None, description="YAML file of the fields below, which flags override")
-    smoke: bool = Field(False, description="a run of seconds: the smoke config, same code path")
-    dry_run: bool = Field(False, description="print the plan and stop")
+    smoke: CliToggleFlag[bool] = Field(False, description="a run of seconds: the smoke config, same code path")
+    dry_run: CliToggleFlag[bool] = Field(False, description="print the plan and stop")
     unknown: CliUnknownArgs = Field(default=[])  # kept, so that every fault is listed at once
 
 
@@ -288,6 +312,17 @@ def _flag(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+def _strays(unknown: list[str]) -> list[str]:
+    """A message for each argument that no field takes; what follows an unknown flag is its value."""
+    faults = []
+    for before, argument in zip(["", *unknown], unknown, strict=False):
+        if argument.startswith("--"):
+            faults.append(f"{argument}: unknown flag; {_suggestion(argument)}")
+        elif not before.startswith("--") or "=" in before:
+            faults.append(f"{argument}: belongs to no flag; write --field {argument}, or remove it")
+    return faults
+
+
 def load_config(arguments: list[str], description: str = "", smoke_file: str | None = None) -> tuple[RunConfig, bool]:
     """Read --config, the overrides and --dry-run: (config, dry_run).
 
@@ -296,11 +331,14 @@ def load_config(arguments: list[str], description: str = "", smoke_file: str | N
     """
     command = type("Command", (_CommandLine,), {"__doc__": description or RunConfig.__doc__})
     flags = [_flag(argument) for argument in arguments]
-    given = CliSettingsSource(command, cli_prog_name=Path(sys.argv[0]).name, cli_parse_args=flags)()
+    try:
+        given = CliSettingsSource(command, cli_prog_name=Path(sys.argv[0]).name, cli_parse_args=flags)()
+    except SettingsError as error:
+        raise ConfigError([str(error).removeprefix("error parsing CLI: ").removeprefix("argument ")]) from error
     file, smoke, dry_run = (given.pop(name, default) for name, default in _COMMAND_FIELDS.items())
     file = file or (smoke_file if smoke else None)
-    stray = [f"{flag}: unknown flag; {_suggestion(flag)}" for flag in given.pop("unknown", []) if flag.startswith("--")]
-    tree = _merge(_read_yaml(file) if file else {}, given)
+    stray = _strays(given.pop("unknown", []))
+    tree = _merge({"prompts": {}}, _merge(_read_yaml(file) if file else {}, given))
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:

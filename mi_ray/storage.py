@@ -91,7 +91,7 @@ def evaluation_schema() -> pa.Schema:
             *score_columns(("pmi",)),
             *_METRICS,
             _field("features", pa.list_(pa.float32()), "of the image, for the quality measures"),
-            _field("image", _IMAGE, "PNG"),
+            _field("image", _IMAGE, "encoded as PNG"),
             _field("error", pa.string(), "why there is no result"),
         ]
     )

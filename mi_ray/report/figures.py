@@ -86,8 +86,6 @@ def auc_plot(aucs: dict[str, dict]) -> str:
         for y, result in enumerate(aucs.values()):
             axes.barh(y, result["value"] - 0.5, left=0.5, height=0.55, color=COLORS["tuned"], alpha=0.35)
             _errorbar(axes, result, "value", y, 1, COLORS["tuned"])
-            # Beside the interval, or inside the axes' left edge for a score that is worse than chance.
-            axes.annotate(f"{result['value']:.2f}", (1.0, y), (4, 0), "data", "offset points", va="center", fontsize=9)
         axes.set_yticks(range(len(aucs)), list(aucs))
         axes.set_ylim(len(aucs) - 0.5, -0.5)
         axes.set_xlim(min(0.3, *(r["value"] - 0.05 for r in aucs.values())), 1)
@@ -110,7 +108,8 @@ def score_plot(candidates: pd.DataFrame, score_names: tuple[str, ...]) -> str:
             column = f"score_{name}"
             centred = candidates[column] - candidates.groupby(["round", "prompt_id"])[column].transform("mean")
             low, high = np.nanpercentile(centred, [0.5, 99.5])
-            bins = np.linspace(low, high if high > low else low + 1, 41)
+            edges = int(np.clip(np.sqrt(len(centred)), 12, 40)) + 1
+            bins = np.linspace(low, high if high > low else low + 1, edges)
             exact = candidates["exact"]
             parts = [("exact", exact == 1, EXACT), ("not exact", exact.notna() & (exact != 1), NOT_EXACT)]
             if exact.isna().all():

@@ -28,6 +28,11 @@ def _half(result: dict) -> float | None:
     return None if result["low"] is None else (result["high"] - result["low"]) / 2
 
 
+def decimal(value: float | None, digits: int = 2, sign: str = "") -> str:
+    """A number with a true minus sign; a dash for None. `sign`: "+" shows that of positive numbers too."""
+    return "–" if value is None else f"{value:{sign}.{digits}f}".replace("-", "−")
+
+
 def _with_half(text: str, half: float | None, digits: int) -> str:
     return text if half is None else f"{text} ± {half:.{digits}f}"
 
@@ -37,11 +42,11 @@ def percent(result: dict | None) -> str:
     if result is None:
         return "–"
     half = _half(result)
-    return _with_half(f"{100 * result['value']:.1f}", half and 100 * half, 1)
+    return _with_half(decimal(100 * result["value"], 1), half and 100 * half, 1)
 
 
 def nats(result: dict | None) -> str:
-    return "–" if result is None else _with_half(f"{result['value']:.2f}", _half(result), 2)
+    return "–" if result is None else _with_half(decimal(result["value"]), _half(result), 2)
 
 
 def points(result: dict | None) -> str:
@@ -49,13 +54,13 @@ def points(result: dict | None) -> str:
     if result is None:
         return "–"
     half = _half(result)
-    return _with_half(f"{100 * result['difference']:+.1f}".replace("-", "−"), half and 100 * half, 1)
+    return _with_half(decimal(100 * result["difference"], 1, "+"), half and 100 * half, 1)
 
 
 def nats_difference(result: dict | None) -> str:
     if result is None:
         return "–"
-    return _with_half(f"{result['difference']:+.2f}".replace("-", "−"), _half(result), 2)
+    return _with_half(decimal(result["difference"], sign="+"), _half(result), 2)
 
 
 def direction(result: dict | None) -> str:
@@ -104,6 +109,8 @@ def headline(report: dict) -> tuple[str, str]:
             clear = {"better": "clear of zero", "worse": "clear of zero, the wrong way", "unclear": "not clear of zero"}
             verdict += f" Against fine-tuning on randomly chosen candidates: {change(random)} {unit_of_change}"
             verdict += f" ({clear[direction(random)]})."
+        if report["quality"].get("tuned", {}).get("collapsed"):
+            verdict += " But the tuned model's images have collapsed: see Image quality."
         return f"{name}: {before}{unit} → {after}{unit} ({change(difference)} {unit_of_change})", verdict
     if alignment:
         return f"Evaluated so far: {', '.join(alignment)}", "Base and tuned model cannot be compared yet."
@@ -144,9 +151,10 @@ def alignment_table(report: dict) -> str:
             if "exact" in metrics:
                 rows.append([f"  exact %, {name}", *cells, *change])
     sizes = next(iter(alignment[models[0]][m] for m in ("exact", "pmi") if m in alignment[models[0]]), None)
-    notes = [f"{sizes['n_prompts']} prompts, {sizes['n_images']} images a model; ± is a 95 % interval over prompts"] * (
-        sizes is not None
-    )
+    notes = []
+    if sizes:
+        size = f"{sizes['n_prompts']} prompts, {sizes['n_images']} images a model"
+        notes.append(f"{size}; ± is a 95 % interval over prompts, differences are paired")
     for name, result in comparison.items():
         if "exact" in result and name != "tuned-base":
             notes.append(f"{name.replace('-', ' − ')}: {points(result['exact'])} points of exact, paired")
@@ -230,7 +238,9 @@ def previews(run_dir: str, config: RunConfig) -> list[dict]:
 
 
 def _strips(pool: list[dict], score: str) -> dict:
-    pool = sorted((row for row in pool if row[score] is not None), key=lambda row: -row[score])
+    pool = sorted(
+        (row for row in pool if row[score] is not None and np.isfinite(row[score])), key=lambda row: -row[score]
+    )
     size = min(STRIP, len(pool) // 2)
     strips = {"highest": pool[:size], "lowest": pool[len(pool) - size :]}
     tiles = {
@@ -273,7 +283,7 @@ def render(report: dict, config: RunConfig) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (percent, nats, points, nats_difference, direction, number, duration)
+    filters = (percent, nats, points, nats_difference, decimal, direction, number, duration)
     environment.filters |= {function.__name__: function for function in filters}
     title, verdict = headline(report)
     return environment.get_template("template.html.j2").render(
@@ -289,6 +299,8 @@ def render(report: dict, config: RunConfig) -> str:
         previews=previews(run_dir, config),
         shown_score=shown_score(config),
         shown_errors=SHOWN_ERRORS,
+        strip=STRIP,
+        seeds_shown=SIDE_BY_SIDE_SEEDS,
     )
 
 

@@ -21,6 +21,7 @@ from mi_ray.storage import exists, join, list_names, read_bytes, read_json, read
 
 MODELS = ("base", "tuned", "random", "oracle")
 PAIRS = (("tuned", "base"), ("tuned", "random"), ("random", "base"), ("oracle", "base"), ("tuned", "oracle"))
+REFERENCE = "reference"  # real renders, evaluated like a model
 METRICS = ("exact", "objects", "attributes", "count", "relation")
 CLOCK_SLACK_S = 1.0  # between a stage's own stopwatch and the times in events.jsonl
 
@@ -31,7 +32,8 @@ def _read_frame(folder: str, columns: list[str]) -> pd.DataFrame | None:
         return None
     frame = read_tables(folder, columns).to_pandas()
     numbers = [c for c in columns if c in METRICS or c.startswith("score_")]
-    return frame.astype(dict.fromkeys(numbers, np.float64))
+    frame[numbers] = frame[numbers].astype(np.float64).replace([np.inf, -np.inf], np.nan)
+    return frame
 
 
 def _read_lines(uri: str) -> list[dict]:
@@ -62,7 +64,7 @@ def read_candidates(run_dir: str, score_names: tuple[str, ...]) -> pd.DataFrame:
 
 
 def read_evaluation(run_dir: str, model: str) -> pd.DataFrame | None:
-    """The evaluated images of a model (or of the "reference") without the images; None if there are none."""
+    """The evaluated images of a model (or of `REFERENCE`) without the images; None if there are none."""
     columns = ["prompt_id", "prompt", "category", "split", "seed", "score_pmi", *METRICS, "features", "error"]
     frame = _read_frame(join(run_dir, "evaluation", model), columns)
     return frame if frame is None else frame.rename(columns={"score_pmi": "pmi"})
@@ -75,7 +77,7 @@ def _run(run_dir: str, config: RunConfig, events: list[dict]) -> dict:
     times = [datetime.fromtimestamp(e["time"], UTC).isoformat(timespec="seconds") for e in events]
     return {
         "run_dir": run_dir,
-        "config": recorded.get("config") or config.model_dump(mode="json"),
+        "config": recorded.get("config", config.results_config()) | {"resources": config.resources.model_dump()},
         "config_hash": recorded.get("config_hash") or config.hash(),
         "versions": recorded.get("versions") or {},
         "started": times[0] if times else None,
@@ -92,14 +94,22 @@ def _timing(events: list[dict]) -> dict:
     return {**seconds, "total_s": sum(seconds.values())}
 
 
+def _shards(events: list[dict], stage: str) -> list[dict]:
+    """The shards that a stage wrote, without those of the reference, which no model draws."""
+    written = [e for e in events if e["event"] == "shard_written" and e["stage"] == stage]
+    return [e for e in written if e["model"] != REFERENCE]
+
+
 def _finished_work(events: list[dict], stage: str) -> tuple[list[dict], float]:
     """The shards that were written in sessions that finished the stage, and those sessions' seconds.
 
-    A killed session leaves shards but no time; to count them would overstate the throughput.
+    `stage` stands for all its arms too (evaluate: evaluate_base, evaluate_tuned). A killed session leaves shards but
+    no time; to count them would overstate the throughput.
     """
-    sessions = [e for e in events if e["event"] == "stage_finished" and e["stage"] == stage]
+    finished = [e for e in events if e["event"] == "stage_finished" and e["stage"].partition("_")[0] == stage]
+    sessions = [e for e in finished if not e["stage"].endswith(REFERENCE)]
     windows = [(e["time"] - e["seconds"] - CLOCK_SLACK_S, e["time"]) for e in sessions]
-    shards = [e for e in events if e["event"] == "shard_written" and e["stage"] == stage]
+    shards = _shards(events, stage)
     timed = [s for s in shards if any(start <= s["time"] <= end for start, end in windows)]
     return timed, sum(e["seconds"] for e in sessions)
 
@@ -122,9 +132,7 @@ def _throughput(events: list[dict]) -> dict:
 
 def _denoiser_evaluations(events: list[dict]) -> dict:
     """generate: sampling the candidates; score: their pointwise scores; evaluate: sampling and scoring its images."""
-    written = [e for e in events if e["event"] == "shard_written"]
-    generated = [e for e in written if e["stage"] == "generate"]
-    evaluated = [e for e in written if e["stage"] == "evaluate"]
+    generated, evaluated = _shards(events, "generate"), _shards(events, "evaluate")
     return {
         "generate": sum(e["denoiser_evaluations"] for e in generated),
         "score": sum(e["score_evaluations"] for e in generated),
@@ -133,17 +141,19 @@ def _denoiser_evaluations(events: list[dict]) -> dict:
 
 
 def _prompts(events: list[dict], candidates: pd.DataFrame, evaluation: dict[str, pd.DataFrame]) -> dict:
-    """Counts of the last session that read them: a resumed one reads the same file again."""
+    """Counts of the last session: a resumed one reads the same files again."""
     read = {"training": {}, "evaluation": {}}
     for event in events:
         if event["event"] == "prompts_read":
             read["evaluation" if event["stage"].startswith("eval") else "training"] = event
+    training = read["training"]
     generated = candidates["prompt_id"].nunique()
     evaluated = max((frame["prompt_id"].nunique() for frame in evaluation.values()), default=0)
+    used, skipped = training.get("used", generated), training.get("skipped", 0)
     return {
-        "read": read["training"].get("read", generated),
-        "used": read["training"].get("used", generated),
-        "skipped": sum(event.get("skipped", 0) for event in read.values()),
+        "read": training.get("read", used + skipped),
+        "used": used,
+        "skipped": skipped,
         "evaluation": read["evaluation"].get("used", evaluated),
     }
 
@@ -250,9 +260,13 @@ def _training_of(folders: list[str]) -> dict | None:
 
 
 def _training(run_dir: str) -> dict:
-    folders = {"tuned": [join(run_dir, f"round-{number}", "adapter") for number in round_numbers(run_dir)]}
-    folders |= {name: [join(run_dir, "controls", name, "adapter")] for name in ("random", "oracle")}
-    return _present({model: _training_of(places) for model, places in folders.items()})
+    homes = {"tuned": run_dir} | {control: join(run_dir, "controls", control) for control in ("random", "oracle")}
+    return _present(
+        {
+            model: _training_of([join(home, f"round-{number}", "adapter") for number in round_numbers(home)])
+            for model, home in homes.items()
+        }
+    )
 
 
 def _errors(events: list[dict], candidates: pd.DataFrame, evaluation: dict[str, pd.DataFrame]) -> list[dict]:
@@ -296,7 +310,7 @@ def summarise(run_dir: str, config: RunConfig) -> dict:
         "prompts": _prompts(events, candidates, evaluation),
         "alignment": _alignment(sound),
         "comparison": _comparison(sound),
-        "quality": _quality(sound, read_evaluation(run_dir, "reference")),
+        "quality": _quality(sound, read_evaluation(run_dir, REFERENCE)),
         "selection": _selection(candidates[candidates["error"].isna()], config.score.names),
         "training": _training(run_dir),
         "errors": _errors(events, candidates, evaluation),

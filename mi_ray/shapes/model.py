@@ -102,7 +102,12 @@ def build_unet() -> UNet2DConditionModel:
 def build_scheduler() -> DDPMScheduler:
     """Stable Diffusion's own schedule: scaled-linear betas, 1000 steps, epsilon-prediction."""
     return DDPMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
     )
 
 

@@ -8,7 +8,7 @@ from importlib import metadata
 import pyarrow as pa
 import ray
 
-from mi_ray import storage
+from mi_ray import __version__, storage
 from mi_ray.alignment.oracle import foreign_prompts
 from mi_ray.config import ConfigError, RunConfig, flatten
 from mi_ray.diffusion.denoisers import check_model, load_tokenizer
@@ -20,7 +20,7 @@ from mi_ray.stages.generate import generate
 from mi_ray.stages.select import select
 from mi_ray.stages.training_log import check_loggers
 
-PACKAGES = ("mi-ray", "torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "numpy")
+PACKAGES = ("torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "numpy")
 
 
 class Plan:
@@ -158,7 +158,8 @@ def timed(config: RunConfig, stage: str, run: Callable[[], dict | None]) -> dict
 def open_run(plan: Plan):
     """Write run.json, which makes the folder this run's, and note what was read."""
     config = plan.config
-    versions = {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    versions = {"mi_ray": __version__, "python": platform.python_version(), **versions}
     content = {"config": config.results_config(), "config_hash": config.hash(), "versions": versions}
     content |= {"resources": config.resources.model_dump(mode="json")}
     storage.write_json(storage.join(config.run_dir, "run.json"), content)
@@ -197,7 +198,7 @@ def align(plan: Plan, arm: str = "tuned") -> str:
     return adapter
 
 
-def run(config: RunConfig) -> str:
+def run_pipeline(config: RunConfig) -> str:
     """Run or continue the whole job; returns the report's URI.
 
     Raises:

@@ -282,8 +282,8 @@ def train_denoiser(settings: dict):
         progress.step(step + 1, loss=running, grad_norm=norm)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             checkpoints.save(step + 1, {"loss": running})
-            if context.get_world_rank() == 0:
-                save_pipeline(folder, average.module, vae, tokenizer)
+    if context.get_world_rank() == 0:
+        save_pipeline(folder, average.module, vae, tokenizer)
 
 
 def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, vae: AutoencoderKL, tokenizer):

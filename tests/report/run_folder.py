@@ -101,17 +101,19 @@ def _write_events(run_dir: Path):
     evaluated = {"stage": "evaluate", "rows": 96, "denoiser_evaluations": 9600, "score_evaluations": 960, "seconds": 8}
     skipped = {"prompt": "a b c", "stage": "prompts", "message": "longer than 77 tokens"}
     events = [
-        (0, "prompts_read", {"stage": "generate", "read": 26, "used": 25, "skipped": 1}),
+        (0, "prompts_read", {"stage": "train", "read": 26, "used": 25, "skipped": 1}),
         (0, "prompt_skipped", skipped),
         (5, "shard_written", {**shard, **generated}),  # then the session was killed
-        (100, "prompts_read", {"stage": "generate", "read": 26, "used": 25, "skipped": 1}),
+        (100, "prompts_read", {"stage": "train", "read": 26, "used": 25, "skipped": 1}),
         (100, "prompt_skipped", skipped),
         (108, "shard_written", {**shard, **generated}),
         (110, "stage_finished", {"stage": "generate", "seconds": 10.0}),
-        (111, "prompts_read", {"stage": "evaluate", "read": 24, "used": 24, "skipped": 0}),
+        (111, "prompts_read", {"stage": "evaluation", "read": 24, "used": 24, "skipped": 0}),
         (120, "stage_finished", {"stage": "finetune", "seconds": 6.5}),
         (125, "shard_written", {**shard, **evaluated}),
-        (130, "stage_finished", {"stage": "evaluate", "seconds": 8.0}),
+        (130, "stage_finished", {"stage": "evaluate_base", "seconds": 8.0}),
+        (132, "shard_written", {**shard, **evaluated, "model": "reference"}),
+        (133, "stage_finished", {"stage": "evaluate_reference", "seconds": 2.0}),
         (140, "stage_finished", {"stage": "finetune", "seconds": 2.0}),
     ]
     lines = [json.dumps({"time": 1.7e9 + time, "event": event, **facts}) for time, event, facts in events]
@@ -142,5 +144,5 @@ def write_run(folder: Path):
     _write_evaluation(folder, prompts, rng)
     _write_events(folder)
     _write_training(folder / "round-0" / "adapter", rng)
-    _write_training(folder / "controls" / "random" / "adapter", rng)
+    _write_training(folder / "controls" / "random" / "round-0" / "adapter", rng)
     write_json(str(folder / "run.json"), {"config": {"seed": 0}, "config_hash": "abc", "versions": {"torch": "2"}})

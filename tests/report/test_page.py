@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from run_folder import HOSTILE, SEEDS, config_of, png
 
-from mi_ray.report.page import _tile, alignment_table, headline, write_report
+from mi_ray.report.page import _strips, _tile, alignment_table, headline, write_report
 from mi_ray.report.summary import summarise
 from mi_ray.storage import read_tables, write_table
 
@@ -69,7 +69,7 @@ def test_every_section_is_there(page):
         assert heading in headings
     for heading in ("Fine-tuning", "Image quality", "Errors and skipped prompts", "Full configuration"):
         assert heading in headings
-    plots = [attrs for tag, attrs in page.tags if tag == "img" and attrs.get("class") == "plot"]
+    plots = [attrs for tag, attrs in page.tags if tag == "img" and attrs.get("class", "").startswith("plot")]
     assert len(plots) == 4
     kept = [attrs for tag, attrs in page.tags if tag == "div" and "kept" in attrs.get("class", "")]
     assert len(kept) == 4  # one in each previewed pool
@@ -94,8 +94,9 @@ def test_headline_is_honest(low, high, says):
         },
         "comparison": {"tuned-base": {"exact": {"difference": mean, "low": low, "high": high}}},
     }
-    title, verdict = headline(report)
+    title, verdict = headline(report | {"quality": {}})
     assert says in verdict
+    assert "collapsed" in headline(report | {"quality": {"tuned": {"collapsed": True}}})[1]
     assert title.startswith(f"exact: 48.2 % → {48.2 + 100 * mean:.1f} % (")
     assert f"± {50 * (high - low):.1f} points" in title
 
@@ -135,6 +136,16 @@ def test_a_run_without_oracle_and_previews(run_dir, tmp_path):
     assert "PMI: " in page.text
     assert not [a for _, a in page.tags if "corner" in a.get("class", "")]
     assert "exact %" not in alignment_table(summarise(str(tmp_path / "run"), config))
+
+
+def test_strips_show_a_score_of_zero_and_no_unmeasured_candidate():
+    scores = [0.0, None, -1.0, float("nan"), 2.0, 1.0]
+    image = png(np.zeros((8, 8, 3), np.uint8))
+    pool = [{"prompt": "a", "s": score, "kept": score == 2, "exact": None, "image": image} for score in scores]
+    tiles = _strips(pool, "s")["tiles"]
+    assert [tile["score"] for tile in tiles["highest"]] == [2, 1]
+    assert [tile["score"] for tile in tiles["lowest"]] == [0, -1]
+    assert [tile["kept"] for tile in tiles["highest"]] == [True, False]
 
 
 def test_large_images_become_thumbnails():

@@ -29,14 +29,15 @@ def test_json_is_strict(report):
 def test_run_and_times(report):
     assert report["run"]["config_hash"] == "abc"
     assert report["run"]["started"] == "2023-11-14T22:13:20+00:00"
-    assert report["timing"] == {"generate_s": 10, "finetune_s": 8.5, "evaluate_s": 8, "total_s": 26.5}
+    stages = {"generate_s": 10, "finetune_s": 8.5, "evaluate_base_s": 8, "evaluate_reference_s": 2}
+    assert report["timing"] == {**stages, "total_s": 28.5}
 
 
 def test_work_counts_all_sessions_but_rates_only_timed_ones(report):
     assert report["denoiser_evaluations"] == {"generate": 12000, "score": 1200, "evaluate": 10560}
     throughput = report["throughput"]
     assert throughput["candidates_per_s"] == 6  # 60 rows in 10 s; the killed session's have no time
-    assert throughput["images_per_s"] == 12
+    assert throughput["images_per_s"] == 12  # 96 images in 8 s; real renders do not count
     assert throughput["denoiser_evaluations_per_s"] == pytest.approx((6600 + 10560) / 18)
 
 

@@ -1,0 +1,30 @@
+# Everything runs in .venv, which the first target to need it makes; another interpreter: make demo PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+RUN_DIR ?= runs/demo
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed  ## from prompts to a report, on two CPU cores
+	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes.yaml --run-dir $(RUN_DIR)
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+clean:  ## the environment, not the runs
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# A stamp for each set of extras, so that pip is asked once.
+.venv/installed: EXTRAS :=
+.venv/installed-test: EXTRAS := [test]
+.venv/installed-dev: EXTRAS := [dev]
+.venv/installed .venv/installed-test .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -e ".$(EXTRAS)" -c constraints.txt
+	touch $@

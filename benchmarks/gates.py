@@ -1,0 +1,149 @@
+"""What every benchmark shares: its command line, its report as JSON and as a table, and its gates."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from pydantic_settings import BaseSettings, CliApp, CliToggleFlag, SettingsConfigDict
+
+from mi_ray.storage import write_json
+
+PACKAGES = ("mi-ray", "torch", "ray", "diffusers", "transformers", "peft", "numpy", "scipy", "pyarrow")
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a measured value must keep to: at least `minimum`, at most `maximum`."""
+
+    value: float
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """False for a value that is not a number."""
+        low = self.minimum is None or self.value >= self.minimum
+        return low and (self.maximum is None or self.value <= self.maximum)
+
+    def as_json(self) -> dict:
+        bounds = {"min": self.minimum, "max": self.maximum}
+        return {"value": self.value, **{k: v for k, v in bounds.items() if v is not None}, "holds": self.holds}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a benchmark found: rows that share their columns, and the gates by name."""
+
+    rows: list[dict[str, str | int | float]]
+    gates: dict[str, Gate]
+
+
+class Benchmark(BaseSettings):
+    """A question with its command line. A subclass says the question as its docstring and answers it."""
+
+    model_config = SettingsConfigDict(
+        cli_kebab_case=True, cli_hide_none_type=True, cli_parse_none_str="none", extra="forbid"
+    )
+
+    out: Path | None = Field(None, description="JSON file to write")
+    check: CliToggleFlag[bool] = Field(False, description="exit with 1 if a gate does not hold")
+    smoke: CliToggleFlag[bool] = Field(False, description="a smaller measurement by the same code, in seconds")
+
+    def answer(self) -> Findings:
+        """Measure.
+
+        Raises:
+            ValueError: what the user gave will not do.
+        """
+        raise NotImplementedError
+
+    def cli_cmd(self):
+        question = " ".join(type(self).__doc__.split())
+        try:
+            findings = self.answer()
+        except ValueError as error:
+            sys.exit(_refused(error))
+        gates = {name: gate.as_json() for name, gate in findings.gates.items()}
+        surroundings = environment()
+        print(f"{question}\n\n{table(findings.rows)}\n")
+        print(table([{"gate": name, **gate} for name, gate in gates.items()]))
+        print("\n" + ", ".join(f"{name} {value}" for name, value in surroundings.items() if name != "versions"))
+        if self.out:
+            content = {"question": question, "results": findings.rows, "gates": gates, "environment": surroundings}
+            write_json(str(self.out), content)
+        if self.check and not all(gate.holds for gate in findings.gates.values()):
+            sys.exit(1)
+
+
+def main(benchmark: type[Benchmark]):
+    """Run a benchmark from the command line."""
+    CliApp.run(benchmark)
+
+
+def _refused(error: ValueError) -> int:
+    for fault in str(error).splitlines():
+        print(f"error: {fault}", file=sys.stderr)
+    return 2
+
+
+def environment() -> dict:
+    """Where the measurement was made: versions, processor, cores it may use, GPU, and the commit of the code."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit, with a plus if files differ from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as aligned text; a column for every key that some row has."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value).strip('"')

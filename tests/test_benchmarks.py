@@ -1,0 +1,57 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def gates(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gates
+
+    return gates
+
+
+def test_gates_hold_between_their_bounds(gates):
+    assert gates.Gate(0.99, minimum=0.99).as_json() == {"value": 0.99, "min": 0.99, "holds": True}
+    assert gates.Gate(1.2, maximum=1.1).as_json() == {"value": 1.2, "max": 1.1, "holds": False}
+    assert not gates.Gate(0.98, minimum=0.99).holds
+    assert not gates.Gate(float("nan"), minimum=0.0).holds
+
+
+def test_tables_are_aligned_and_leave_gaps(gates):
+    assert (
+        gates.table([{"a": "x", "b": 1.23456}, {"a": "long", "c": False}])
+        == "a     b      c\nx     1.235\nlong         NO"
+    )
+
+
+@pytest.mark.slow
+def test_the_oracle_benchmark_tells_a_bad_autoencoder(tiny_pipeline, tmp_path):
+    """The tiny pipeline's autoencoder is untrained: fresh renders are read, decoded ones are not."""
+    out = tmp_path / "oracle.json"
+    done = run("oracle.py", "--smoke", "--check", "--model", str(tiny_pipeline), "--out", str(out))
+    assert done.returncode == 1, done.stderr
+    report = json.loads(out.read_text())
+    assert set(report) == {"question", "results", "gates", "environment"}
+    assert report["gates"]["exact_fresh"] == {"value": report["results"][0]["all"], "min": 0.99, "holds": True}
+    assert report["gates"]["exact_decoded"]["holds"] is False
+    assert report["question"] in done.stdout
+    assert "exact_decoded" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_oracle_benchmark_refuses_what_is_no_model(tmp_path):
+    done = run("oracle.py", "--smoke", "--model", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: model: ")
+    assert "model_index.json" in done.stderr
