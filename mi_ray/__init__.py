@@ -1,7 +1,7 @@
 """Information-theoretic text-to-image alignment as a distributed batch system.
 
-For notebooks: `load_denoiser` a model, sample with a `Sampler`, score with a `Scorer`, `RunConfig` and `run_pipeline` for
-the whole job. Names are imported when first used, so that `import mi_ray` costs nothing.
+For notebooks: `load_denoiser` a model, sample with a `Sampler`, score with a `Scorer`; `RunConfig` and `run_pipeline`
+for the whole job. Names are imported when first used, so that `import mi_ray` costs nothing.
 """
 
 import os

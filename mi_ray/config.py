@@ -130,8 +130,10 @@ class FinetuneConfig(Section):
     lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="optimiser steps of linear warm-up")
     weight_decay: float = Field(1e-2, ge=0, description="of AdamW")
     steps: Positive = Field(300, description="optimiser steps")
-    batch_size: Positive = Field(8, description="per step of one worker")
-    gradient_accumulation: Positive = Field(50, description="batches in one optimiser step")
+    batch_size: Positive = Field(8, description="rows in one batch of one worker")
+    gradient_accumulation: Positive = Field(
+        50, description="batches in one optimiser step, shared out among the workers"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
     min_snr_gamma: float | None = Field(None, gt=0, description="Hang et al. 2023, eq. 5; none: plain epsilon loss")
     prompt_dropout: Share = Field(0.0, description="share of the rows that train without their prompt")
@@ -205,6 +207,11 @@ class RunConfig(Section):
             faults.append(
                 f"select.top_k is {self.select.top_k}, which leaves nothing to choose from"
                 f" {self.generate.candidates_per_prompt} candidates: lower it or raise generate.candidates_per_prompt"
+            )
+        if self.finetune.gradient_accumulation % self.resources.train_workers:
+            faults.append(
+                f"finetune.gradient_accumulation is {self.finetune.gradient_accumulation}, which does not divide among"
+                f" {self.resources.train_workers} workers: make it a multiple of resources.train_workers"
             )
         if faults:
             raise ValueError("\n".join(faults))

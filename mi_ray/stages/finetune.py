@@ -99,7 +99,8 @@ def sample_indices(seed: int, microbatch: int, batch_size: int, count: int) -> T
     """Which of `count` samples the run's `microbatch`-th microbatch holds, (batch_size,).
 
     Microbatches cut the endless row of the epochs' permutations into equal pieces, so that every epoch holds each
-    sample once. Rank r's m-th microstep of optimiser step s takes microbatch (s microsteps + m) workers + r.
+    sample once. Of the microbatches of an optimiser step, rank r takes every workers-th, from the r-th on: what a step
+    learns from does not depend on the number of workers.
     """
     positions = range(microbatch * batch_size, (microbatch + 1) * batch_size)
     return torch.stack([_permutation(seed, i // count, count)[i % count] for i in positions])
@@ -219,8 +220,8 @@ def train_loop(settings: dict) -> dict | None:
             rate = tuning.learning_rate * min(1, (step + 1) / max(1, tuning.lr_warmup_steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            first = step * tuning.gradient_accumulation * workers + rank
-            turns = range(first, first + tuning.gradient_accumulation * workers, workers)
+            first = step * tuning.gradient_accumulation
+            turns = range(first + rank, first + tuning.gradient_accumulation, workers)
             loss, norm = optimizer_step(
                 parallel,
                 [lambda turn=turn: draw(turn) for turn in turns],

@@ -1,5 +1,6 @@
 """Generation on Ray Data: an actor pool samples, scores, ranks and writes one atomic file a shard."""
 
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -180,6 +181,7 @@ def run_shards(actor: type, constructor: dict, shards: list[Shard], config: RunC
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     least, most = (min(n, len(shards)) for n in config.resources.num_actors)
     dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
     dataset = dataset.map_batches(

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable
+from contextlib import contextmanager
 from importlib import metadata
 
 import pyarrow as pa
@@ -84,20 +84,13 @@ class Plan:
         return self.train["prompt"].slice(0, 2000).to_pylist()
 
 
-class collecting:
+@contextmanager
+def collecting(faults: list[str]):
     """Collect the faults of a ConfigError instead of raising it, so that all are told at once."""
-
-    def __init__(self, faults: list[str]):
-        self.faults = faults
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace) -> bool:
-        if kind and issubclass(kind, ConfigError):
-            self.faults += error.faults
-            return True
-        return False
+    try:
+        yield
+    except ConfigError as error:
+        faults += error.faults
 
 
 def _checked_tokenizer(config: RunConfig):
@@ -148,11 +141,12 @@ def _check_run_dir(config: RunConfig):
 
 
 # ------------------------------------------------------------------------------------------ running
-def timed(config: RunConfig, stage: str, run: Callable[[], dict | None]) -> dict | None:
+@contextmanager
+def timed(config: RunConfig, stage: str):
+    """Log how long a stage took."""
     began = time.monotonic()
-    result = run()
+    yield
     storage.log_event(config.run_dir, "stage_finished", stage=stage, seconds=round(time.monotonic() - began, 3))
-    return result
 
 
 def open_run(plan: Plan):
@@ -165,12 +159,13 @@ def open_run(plan: Plan):
     storage.write_json(storage.join(config.run_dir, "run.json"), content)
     storage.log_event(config.run_dir, "run_started", config_hash=config.hash())
     for stage, table in (("train", plan.train), ("evaluation", plan.held_out)):
-        storage.log_event(config.run_dir, "prompts_read", stage=stage, used=len(table), skipped=len(plan.skipped))
+        facts = {"used": len(table), "skipped": len(plan.skipped), "read": len(table) + len(plan.skipped)}
+        storage.log_event(config.run_dir, "prompts_read", stage=stage, **facts)
     for skipped in plan.skipped:
         storage.log_event(config.run_dir, "prompt_skipped", **skipped)
 
 
-def align(plan: Plan, arm: str = "tuned") -> str:
+def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
     """All rounds of one arm; returns the last adapter's folder.
 
     The arm `tuned` selects by `select.by`. A control is an arm that selects otherwise: it shares the first round's pool
@@ -183,38 +178,49 @@ def align(plan: Plan, arm: str = "tuned") -> str:
     previews = plan.train["prompt_id"].slice(0, config.generate.preview_prompts).to_pylist()
     adapter = None
     for r in range(config.rounds):
-        round_dir = storage.join(home, f"round-{r}")
         candidates = storage.join(run_dir if r == 0 else home, f"round-{r}", "candidates")
-        keep_by = [config.select.by, *config.evaluation.controls] if r == 0 else [by]
+        selected, tuned = (storage.join(home, f"round-{r}", name) for name in ("selected.parquet", "adapter"))
         if r or arm == "tuned":
-            pool = (plan.shards, candidates, r, adapter, keep_by, previews, plan.pool)
-            timed(config, f"generate{suffix}", lambda pool=pool: generate(config, *pool))
-        selected = storage.join(round_dir, "selected.parquet")
-        timed(config, f"select{suffix}", lambda c=candidates, s=selected: select(config, c, s, by))
-        tuned = storage.join(round_dir, "adapter")
-        training = (selected, tuned, adapter, f"{arm}-{r}")
-        timed(config, f"finetune{suffix}", lambda training=training: finetune(config, *training))
+            keep_by = [by] if r else [by, *config.evaluation.controls]
+            with timed(config, f"generate{suffix}"):
+                generate(config, plan.shards, candidates, r, adapter, keep_by, previews, plan.pool)
+        if until == "generate":
+            return None
+        with timed(config, f"select{suffix}"):
+            select(config, candidates, selected, by)
+        with timed(config, f"finetune{suffix}"):
+            finetune(config, selected, tuned, adapter, f"{arm}-{r}")
         adapter = tuned
     return adapter
 
 
-def run_pipeline(config: RunConfig) -> str:
-    """Run or continue the whole job; returns the report's URI.
+def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
+    """Run or continue the whole job, or what comes up to a stage; returns the report's URI.
+
+    Args:
+        until: the last stage to run: generate (of the first round), finetune, evaluate or report.
 
     Raises:
         ConfigError: something the user gave is wrong; nothing was started.
     """
     plan = Plan(config)
-    ray.init(logging_level="warning")
+    ray.init(logging_level="warning", ignore_reinit_error=True)
     open_run(plan)
-    adapters: dict[str, str | None] = {"base": None, "tuned": align(plan)}
+    adapters: dict[str, str | None] = {"base": None, "tuned": align(plan, until=until)}
+    if until == "generate":
+        return None
     adapters |= {arm: align(plan, arm) for arm in config.evaluation.controls}
+    if until == "finetune":
+        return None
     if config.evaluation.alignment == "oracle":
-        timed(config, "evaluate_reference", lambda: evaluate(config, plan.evaluation_shards, REFERENCE, None))
+        with timed(config, "evaluate_reference"):
+            evaluate(config, plan.evaluation_shards, REFERENCE, None)
     for model, adapter in adapters.items():
-        shards = plan.evaluation_shards
-        timed(config, f"evaluate_{model}", lambda m=model, a=adapter, s=shards: evaluate(config, s, m, a))
+        with timed(config, f"evaluate_{model}"):
+            evaluate(config, plan.evaluation_shards, model, adapter)
     storage.log_event(config.run_dir, "run_finished")
+    if until == "evaluate":
+        return None
     report = write_report(config.run_dir, config)
     print(alignment_table(storage.read_json(storage.join(config.run_dir, "report", "report.json"))))
     print(f"report: {report}")

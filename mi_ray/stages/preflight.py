@@ -22,7 +22,7 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     branches += config.score.neighbours * ("pmi_contrastive" in config.score.names)
     scored = any(name in POINTWISE_SCORES for name in config.score.names)
     finetune = config.finetune
-    samples = finetune.steps * finetune.batch_size * finetune.gradient_accumulation * config.resources.train_workers
+    samples = finetune.steps * finetune.batch_size * finetune.gradient_accumulation
     images = held_out * config.evaluation.images_per_prompt * (1 + arms)
     per_image = 2 * config.evaluation.sampler.num_inference_steps + 2 * config.score.num_samples * config.evaluation.pmi
     return {

@@ -31,7 +31,7 @@ class PretrainConfig(BaseModel):
     vae_batch_size: int = 16
     vae_learning_rate: float = 1.5e-3
     kl_weight: float = 1e-6  # times the KL of a whole latent, beside a mean pixel loss
-    decoder_steps: int = 2000  # the decoder alone, on frozen latents of textured scenes
+    decoder_steps: int = 1500  # the decoder alone, on frozen latents of textured scenes
     decoder_learning_rate: float = 1e-3
     pairs: int = 60_000  # caption-image pairs, drawn and encoded once
     steps: int = 6000

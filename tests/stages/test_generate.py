@@ -1,0 +1,167 @@
+"""The generating actor called directly, without Ray: what it writes, and what does not change it."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.information import trajectory
+from mi_ray.prompts import Shard, prompt_id
+from mi_ray.stages import candidates
+from mi_ray.stages.candidates import Sampler, Work
+from mi_ray.stages.generate import CandidateGenerator
+
+PROMPTS = ["a red circle", "a blue square and a green star", "two hearts"]
+EACH = 4
+
+
+def config_for(model, **resources) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "prompts": {"file": "unused"},
+            "model": {"path": str(model)},
+            "sampler": {"solver": "ddpm", "num_inference_steps": 8, "guidance_scale": 3.0},
+            "generate": {"candidates_per_prompt": EACH},
+            "score": {
+                "names": ["mitune", "mitune_eq2", "trajectory_banded", "pmi", "pmi_contrastive"],
+                "num_samples": 3,
+                "neighbours": 2,
+            },
+            "select": {"by": "pmi_contrastive"},
+            "resources": resources,
+        }
+    )
+
+
+def shard_batch(prompts: list[str], index: int = 0) -> dict[str, np.ndarray]:
+    """As Ray Data hands a shard over."""
+
+    def column(values):
+        array = np.empty(1, object)
+        array[0] = np.array(values, object)
+        return array
+
+    nothing = [None] * len(prompts)
+    return {
+        "index": np.array([index]),
+        "name": np.array([f"part-{index:05d}.parquet"], object),
+        "prompt_ids": column([prompt_id(p) for p in prompts]),
+        "prompts": column(prompts),
+        "categories": column(nothing),
+        "splits": column(nothing),
+    }
+
+
+def generate(model, folder, shards, keep_by=("pmi_contrastive",), previews=(), **resources):
+    actor = CandidateGenerator(
+        config_for(model, **resources).model_dump(mode="json"),
+        0,
+        str(folder),
+        None,
+        list(keep_by),
+        list(previews),
+        PROMPTS,
+    )
+    done = [actor(shard_batch(prompts, index)) for index, prompts in enumerate(shards)]
+    return storage.read_tables(str(folder)).to_pandas(), done, actor
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    return generate(tiny_pipeline, folder, [PROMPTS], ("pmi_contrastive", "random"), [prompt_id(PROMPTS[0])])
+
+
+def test_every_candidate_has_a_row_with_its_seed_curves_and_scores(pool):
+    rows, done, _ = pool
+    assert len(rows) == len(PROMPTS) * EACH
+    assert rows["seed"].nunique() == len(rows)
+    assert rows["error"].isna().all()
+    assert all(len(curve) == 8 for curve in rows["delta_sq"])
+    assert np.isfinite(rows.filter(like="score_")).to_numpy().all()
+    assert done[0]["denoiser_evaluations"] == [len(rows) * 8 * 2]
+    assert done[0]["score_evaluations"] == [len(rows) * 3 * (1 + 1 + 2)]
+
+
+def test_the_best_by_the_selecting_score_is_kept_with_latents_and_image(pool):
+    rows, _, actor = pool
+    for _, of_prompt in rows.groupby("prompt_id"):
+        best = of_prompt.loc[of_prompt["score_pmi_contrastive"].idxmax()]
+        assert of_prompt["kept"].sum() == 1
+        assert best["kept"]
+        assert best["rank"] == 0
+        latents = torch.tensor(np.array(best["latents"], np.float32)).view(1, *best["latents_shape"])
+        image = np.array(Image.open(io.BytesIO(best["image"]["bytes"])))
+        decoded = actor.denoiser.decode(latents)[0]
+        assert np.abs(image.astype(int) - decoded.astype(int)).max() <= 2  # latents are stored in half precision
+
+
+def test_only_kept_and_previewed_candidates_have_images(pool):
+    rows, _, _ = pool
+    previewed = rows["prompt"] == PROMPTS[0]
+    assert (rows["image"].notna() == (previewed | rows["kept"])).all()
+
+
+def test_stored_curves_can_be_scored_anew(pool):
+    rows, _, actor = pool
+    curves = torch.tensor(np.stack(rows["delta_sq"]))
+    again = trajectory.mitune(curves, actor.sampler.plan.timesteps, actor.denoiser.schedule)
+    np.testing.assert_allclose(rows["score_mitune"], again, rtol=1e-5)
+
+
+def test_batches_and_shards_change_no_candidate(pool, tiny_pipeline, tmp_path):
+    rows, _, _ = pool
+    other, _, _ = generate(tiny_pipeline, tmp_path, [PROMPTS[2:], PROMPTS[:2]], batch_size=3)
+    key = ["prompt_id", "candidate_index"]
+    rows, other = (table.sort_values(key).reset_index(drop=True) for table in (rows, other))
+    assert (rows["seed"] == other["seed"]).all()
+    assert (rows["kept"] == other["kept"]).all()
+    for column in rows.filter(like="score_"):
+        np.testing.assert_allclose(rows[column], other[column], rtol=1e-3, atol=1e-3)
+
+
+def test_a_candidate_can_be_made_again_from_its_seed(pool, tiny_pipeline):
+    rows, _, _ = pool
+    row = rows[rows["kept"]].iloc[1]
+    denoiser = load_denoiser(str(tiny_pipeline))
+    sampler = Sampler(denoiser, config_for(tiny_pipeline).sampler, 1)
+    again = sampler(denoiser.encode_prompts([row["prompt"]]), [[int(row["seed"])]], Work())
+    np.testing.assert_allclose(again.latents.flatten().numpy(), row["latents"].astype(np.float32), rtol=1e-3, atol=1e-3)
+
+
+def test_a_prompt_that_fails_is_one_error_row(tiny_pipeline, tmp_path, monkeypatch):
+    encode = CandidateGenerator._rows
+
+    def fail(self, shard: Shard, positions, work):
+        if any(shard.prompts[p] == PROMPTS[1] for p in positions):
+            raise RuntimeError("injected")
+        return encode(self, shard, positions, work)
+
+    monkeypatch.setattr(CandidateGenerator, "_rows", fail)
+    rows, done, _ = generate(tiny_pipeline, tmp_path, [PROMPTS])
+    bad = rows[rows["error"].notna()]
+    assert bad["prompt"].tolist() == [PROMPTS[1]]
+    assert bad["error"].tolist() == ["RuntimeError: injected"]
+    assert len(rows) == 2 * EACH + 1
+    assert done[0]["errors"] == [1]
+
+
+def test_what_is_not_finite_is_marked_and_never_kept(tiny_pipeline, tmp_path, monkeypatch):
+    sample = candidates.sample
+
+    def broken(*arguments):
+        result = sample(*arguments)
+        result.latents[0] = torch.nan
+        return result
+
+    monkeypatch.setattr(candidates, "sample", broken)
+    rows, _, _ = generate(tiny_pipeline, tmp_path, [PROMPTS])
+    assert rows["error"].notna().tolist() == [True] + [False] * (len(rows) - 1)
+    assert not rows["kept"].iloc[0]
+    assert rows.groupby("prompt_id")["kept"].sum().tolist() == [1, 1, 1]

@@ -1,0 +1,168 @@
+"""The main job as a user runs it: a process, a folder, an exit code."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from mi_ray.diffusion.denoisers import resolve_model
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ["--config", "jobs/configs/shapes-smoke.yaml"]
+
+
+def job(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, f"jobs/{name}.py", *SMOKE, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A whole smoke run."""
+    folder = tmp_path_factory.mktemp("run")
+    done = job("pipeline", "--run-dir", str(folder), "--evaluation.controls", "random")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "tuned − base" in done.stdout
+    assert str(folder / "report" / "index.html") in done.stdout
+    return folder
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+class TestWholeRun:
+    def test_the_report_holds_what_is_promised(self, run_dir):
+        report = json.loads((run_dir / "report/report.json").read_text())
+        for model in ("base", "tuned", "random"):
+            exact = report["alignment"][model]["exact"]
+            assert exact["n_prompts"] == 6
+            assert exact["n_images"] == 12
+            assert "low" in exact
+            assert "value" in report["alignment"][model]["pmi"]
+        assert {"generate_s", "finetune_s", "finetune_random_s", "evaluate_base_s", "total_s"} <= set(report["timing"])
+        assert report["throughput"]["candidates_per_s"] > 0
+        assert report["denoiser_evaluations"]["generate"] == 12 * 4 * 6 * 2
+        assert report["training"]["tuned"]["outputs_changed"]
+        assert report["errors"] == []
+
+    def test_stock_diffusers_makes_the_same_tuned_images(self, run_dir):
+        row = pd.read_parquet(run_dir / "evaluation/tuned").iloc[0]
+        pipe = StableDiffusionPipeline.from_pretrained(resolve_model("shapes"), safety_checker=None)
+        pipe.load_lora_weights(run_dir / "round-0/adapter", weight_name="pytorch_lora_weights.safetensors")
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(int(row["seed"])))
+        image = pipe(row["prompt"], num_inference_steps=6, guidance_scale=3.0, latents=noise, output_type="np").images[
+            0
+        ]
+        ours = np.array(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int)
+        assert np.abs(ours - (image * 255).round().astype(int)).max() <= 2
+
+    def test_the_same_command_again_repeats_nothing(self, run_dir):
+        parts = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.parquet")}
+        again = job("pipeline", "--run-dir", str(run_dir), "--evaluation.controls", "random")
+        assert again.returncode == 0
+        assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.parquet")} == parts
+
+    def test_another_config_in_the_same_folder_is_refused(self, run_dir):
+        refused = job("pipeline", "--run-dir", str(run_dir), "--seed", "1")
+        assert refused.returncode == 2
+        assert "seed was 0 and is 1" in refused.stderr
+        assert "evaluation.controls" in refused.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_driver_loses_and_repeats_nothing(tmp_path):
+    small = ["--prompts.limit", "8", "--generate.prompts-per-shard", "1"]
+    whole = tmp_path / "whole"
+    assert job("generate", "--run-dir", str(whole), *small, "--resources.batch-size", "3").returncode == 0
+    killed = tmp_path / "killed"
+    command = [sys.executable, "jobs/generate.py", *SMOKE, "--run-dir", str(killed), *small]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("round-0/candidates/part-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survived = {p.name: p.stat().st_mtime_ns for p in killed.glob("round-0/candidates/part-*")}
+    assert 0 < len(survived) < 8
+    assert job("generate", "--run-dir", str(killed), *small, "--resources.num-actors", "2,2").returncode == 0
+    kept_files = {p.name: p.stat().st_mtime_ns for p in killed.glob("round-0/candidates/part-*")}
+    assert survived.items() <= kept_files.items()
+    key = ["prompt_id", "candidate_index"]
+    one, two = (
+        pd.read_parquet(d / "round-0/candidates").sort_values(key).reset_index(drop=True) for d in (whole, killed)
+    )
+    assert not two.duplicated(key).any()
+    pd.testing.assert_frame_equal(one[[*key, "seed", "kept"]], two[[*key, "seed", "kept"]])
+    for column in one.filter(like="score_"):
+        np.testing.assert_allclose(one[column], two[column], rtol=1e-3, atol=1e-3)
+
+
+def broken_model(tmp_path: Path) -> Path:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(resolve_model("shapes"), folder)
+    shutil.rmtree(folder / "vae")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "prompts.file"),
+        (b"", "empty"),
+        (b"\x00\x01\xff\xfe", "prompts.file"),
+        (b"a red circle\na blue star\na red circle\n", "prompts.duplicates"),
+        (b"a red circle and " * 40 + b"a star\n", "prompts.overlong"),
+    ],
+)
+def test_a_bad_prompt_file_is_one_message_and_code_2(tmp_path, content, told):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    run_dir = tmp_path / "run"
+    done = job("pipeline", "--run-dir", str(run_dir), "--prompts.file", str(file), "--generate.alignment", "none")
+    assert done.returncode == 2
+    faults = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(faults) == 1
+    assert told in faults[0]
+    assert not list(run_dir.rglob("*")), "something was written"
+
+
+def test_faults_of_different_kinds_are_told_together(tmp_path):
+    done = job(
+        "pipeline",
+        *("--run-dir", "/proc/nowhere", "--model.path", str(broken_model(tmp_path)), "--prompts.file", "missing.txt"),
+    )
+    assert done.returncode == 2
+    for told in ("run_dir", "model.path", "vae", "prompts.file"):
+        assert told in done.stderr
+
+
+def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path):
+    done = job("pipeline", "--run-dir", str(tmp_path), "--finetune.lerning-rate", "1")
+    assert done.returncode == 2
+    assert "finetune.learning_rate" in done.stderr
+
+
+def test_crlf_prompts_are_read_and_the_dry_run_prints_the_plan(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"a red circle\r\na blue star")
+    run_dir = tmp_path / "run"
+    done = job("pipeline", "--dry-run", "--run-dir", str(run_dir), "--prompts.file", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "2 to train on" in done.stdout
+    assert "denoiser evaluations" in done.stdout
+    assert not list(run_dir.rglob("*"))

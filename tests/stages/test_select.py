@@ -1,0 +1,68 @@
+"""Ranking and selection against orders known beforehand."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+from mi_ray.stages.select import ranks, select
+
+COLUMNS = {
+    "prompt_id": ["p"] * 4,
+    "candidate_index": [0, 1, 2, 3],
+    "score_pmi": [0.5, float("nan"), 2.0, -1.0],
+    "exact": [0.0, 1.0, 0.0, 0.0],
+    "objects": [0.5, 1.0, 1.0, 0.5],
+    "attributes": [0.9, 1.0, 1.0, 0.5],
+    "relation": [None, 1.0, 0.0, None],
+}
+
+
+def test_the_highest_score_ranks_first_and_what_is_not_finite_last():
+    assert ranks(COLUMNS, "pmi", 0) == [1, 3, 0, 2]
+
+
+def test_the_oracle_puts_exact_images_first():
+    assert ranks(COLUMNS, "oracle", 0) == [2, 0, 1, 3]
+
+
+def test_random_is_fair_and_repeatable():
+    firsts = [ranks({**COLUMNS, "prompt_id": [f"p{i}"] * 4}, "random", 0).index(0) for i in range(400)]
+    assert ranks(COLUMNS, "random", 3) == ranks(COLUMNS, "random", 3)
+    assert np.bincount(firsts, minlength=4).min() > 70
+
+
+@pytest.mark.parametrize("by", ["pmi", "random"])
+def test_select_writes_the_kept_of_every_prompt_and_no_error_rows(tmp_path, by):
+    schema = storage.candidates_schema(("pmi",))
+    blank = dict.fromkeys(schema.names)
+    rows = [
+        blank
+        | {
+            "prompt_id": f"p{p}",
+            "prompt": f"prompt {p}",
+            "candidate_index": c,
+            "score_pmi": float(c),
+            "latents": [p, c],
+        }
+        | {"latents_shape": [2]}
+        for p in range(3)
+        for c in range(5)
+    ]
+    rows.append(blank | {"prompt_id": "bad", "prompt": "bad", "error": "no"})
+    storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist(rows, schema=schema))
+    config = RunConfig.model_validate(
+        {
+            "run_dir": str(tmp_path),
+            "prompts": {"file": "unused"},
+            "score": {"names": ["pmi"]},
+            "select": {"by": "pmi", "top_k": 2},
+        }
+    )
+    destination = str(tmp_path / "selected.parquet")
+    assert select(config, str(tmp_path / "candidates"), destination, by) == {"prompts": 3, "kept": 6}
+    kept = storage.read_table(destination).to_pandas()
+    assert kept["prompt_id"].value_counts().to_dict() == {"p0": 2, "p1": 2, "p2": 2}
+    if by == "pmi":
+        assert sorted(kept["candidate_index"]) == [3, 3, 3, 4, 4, 4]
