@@ -203,7 +203,7 @@ def local_folder(uri: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------ manifests, events
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"  # readers of the folder as one table skip a leading underscore
 
 
 def missing_parts(folder: str, names: list[str]) -> list[str]:

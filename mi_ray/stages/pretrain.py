@@ -287,14 +287,17 @@ def train_denoiser(settings: dict):
 
 
 def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, vae: AutoencoderKL, tokenizer):
-    """Write `folder`/model, the ordinary diffusers folder; half precision on disk."""
-    copies = {}
-    for name, fresh in (("text_encoder", model.build_text_encoder(tokenizer)), ("unet", model.build_unet())):
-        fresh.load_state_dict(modules[name].state_dict())
-        copies[name] = fresh.half()
+    """Write `folder`/model, the ordinary diffusers folder; the two large parts in half precision on disk.
+
+    The text encoder stays in single precision: transformers loads a model in the precision of its file, diffusers in
+    single, and stock `from_pretrained` must give parts that fit together.
+    """
+    text_encoder, unet = model.build_text_encoder(tokenizer), model.build_unet()
+    text_encoder.load_state_dict(modules["text_encoder"].state_dict())
+    unet.load_state_dict(modules["unet"].state_dict())
     refined = folder / "vae-refined"
     half_vae = AutoencoderKL.from_pretrained(refined if refined.exists() else folder / "vae", torch_dtype=torch.float16)
-    model.build_pipeline(vae=half_vae, tokenizer=tokenizer, **copies).save_pretrained(folder / "model")
+    model.build_pipeline(half_vae, text_encoder, tokenizer, unet.half()).save_pretrained(folder / "model")
 
 
 def pretrain(config: PretrainConfig, folder: Path) -> Path:
