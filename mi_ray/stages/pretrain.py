@@ -1,6 +1,7 @@
 """Pre-training of the embedded model on Ray Train: first the autoencoder, then the text encoder and the UNet."""
 
 import json
+import math
 import tempfile
 import time
 from itertools import islice
@@ -51,7 +52,7 @@ def _to_tensor(images: np.ndarray) -> torch.Tensor:
 def _learning_rate_factor(step: int, total: int) -> float:
     """Linear warm-up over 200 steps, then a cosine down to 2 %."""
     warm = min(1.0, (step + 1) / min(200, total))
-    return warm * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / total)))
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
 
 
 def _pairs(config: PretrainConfig, phase: int, start: int):
