@@ -2,7 +2,6 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -25,7 +24,6 @@ from mi_ray.stages.select import ranks
 def take_cpus(count: float):
     """Use as many threads as CPUs were asked for, so that actors never fight for cores."""
     torch.set_num_threads(max(1, int(count)))
-    warnings.filterwarnings("ignore", message=".*torchvision.*")
 
 
 class CandidateGenerator:
@@ -182,6 +180,7 @@ def run_shards(actor: type, constructor: dict, shards: list[Shard], config: RunC
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
     least, most = (min(n, len(shards)) for n in config.resources.num_actors)
     dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
     dataset = dataset.map_batches(

@@ -8,7 +8,7 @@ import torch
 from mi_ray.config import POINTWISE_SCORES, RunConfig
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.stages.generate import take_cpus
-from mi_ray.stages.pipeline import Plan
+from mi_ray.stages.pipeline import Plan, run_pipeline
 
 TRAINING_COST = 3  # a training pass in denoiser evaluations: forward, and backward at twice that
 
@@ -79,3 +79,11 @@ def describe(plan: Plan) -> str:
         f"  {'total':<12}{sum(counts.values()):>14,}{sum(minutes.values()):>10.1f} min",
     ]
     return "\n".join(lines)
+
+
+def run_or_describe(config: RunConfig, dry_run: bool, until: str = "report"):
+    """What the jobs do: print the plan on a dry run, otherwise run the pipeline up to a stage."""
+    if dry_run:
+        print(describe(Plan(config)))
+    else:
+        run_pipeline(config, until)
