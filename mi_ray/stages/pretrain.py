@@ -298,6 +298,7 @@ def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, vae: AutoencoderKL
     unet.load_state_dict(modules["unet"].state_dict())
     refined = folder / "vae-refined"
     half_vae = AutoencoderKL.from_pretrained(refined if refined.exists() else folder / "vae", torch_dtype=torch.float16)
+    half_vae.register_to_config(_name_or_path="shapes")  # not the folder of this machine
     model.build_pipeline(half_vae, text_encoder, tokenizer, unet.half()).save_pretrained(folder / "model")
 
 
