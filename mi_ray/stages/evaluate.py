@@ -31,6 +31,7 @@ class Evaluator:
         self.config, self.model, self.folder = config, model, folder
         evaluation, batch_size = config.evaluation, config.resources.batch_size
         self.base = load_denoiser(config.model.path, config.model.dtype)
+        adapter = adapter and storage.local_folder(adapter)
         drawing = load_denoiser(config.model.path, config.model.dtype, adapter=adapter) if adapter else self.base
         self.sampler = Sampler(drawing, evaluation.sampler, batch_size)
         judged = config.score.model_copy(update={"names": ("pmi",)})

@@ -43,6 +43,7 @@ class CandidateGenerator:
         take_cpus(config.resources.cpus_per_actor)
         self.config, self.round, self.folder, self.keep_by = config, round_index, folder, keep_by
         self.previews = frozenset(previews)
+        adapter = adapter and storage.local_folder(adapter)
         self.denoiser = load_denoiser(config.model.path, config.model.dtype, adapter=adapter)
         self.sampler = Sampler(self.denoiser, config.sampler, config.resources.batch_size)
         self.scorer = Scorer(self.denoiser, config.score, config.resources.batch_size, config.seed, pool)
@@ -130,7 +131,7 @@ class CandidateGenerator:
 def shard_of(batch: dict[str, np.ndarray]) -> Shard:
     """The one shard that a Ray Data batch of size 1 holds."""
     fields = {name: values[0] for name, values in batch.items()}
-    lists = {k: [None if v is None else v for v in list(x)] for k, x in fields.items() if isinstance(x, np.ndarray)}
+    lists = {name: list(values) for name, values in fields.items() if isinstance(values, np.ndarray)}
     return Shard(index=int(fields["index"]), name=str(fields["name"]), **lists)
 
 

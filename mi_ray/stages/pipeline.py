@@ -14,6 +14,7 @@ from mi_ray.config import ConfigError, RunConfig, flatten
 from mi_ray.diffusion.denoisers import check_model, load_tokenizer
 from mi_ray.prompts import holdout, plan_shards, read_prompts
 from mi_ray.report.page import alignment_table, write_report
+from mi_ray.stages.candidates import NEIGHBOUR_POOL
 from mi_ray.stages.evaluate import REFERENCE, evaluate
 from mi_ray.stages.finetune import check_targets, finetune
 from mi_ray.stages.generate import generate
@@ -81,7 +82,7 @@ class Plan:
     @property
     def pool(self) -> list[str]:
         """The prompts among which pmi_contrastive finds neighbours."""
-        return self.train["prompt"].slice(0, 2000).to_pylist()
+        return self.train["prompt"].slice(0, NEIGHBOUR_POOL).to_pylist()
 
 
 @contextmanager
