@@ -26,6 +26,7 @@ UNSEEN_COLOR_SHAPE = frozenset(
 UNSEEN_TEXTURE_SHAPE = frozenset({("striped", "star"), ("dotted", "cross")})
 
 _PHRASE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+_MIRRORED = {"right": "left", "below": "above"}
 _LONG_PHRASE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 
 # Sentence forms by the structure of the specification. {a}, {b}, {c}: noun phrases; {r}, {long}: relation phrases.
@@ -150,8 +151,10 @@ def parse(prompt: str) -> SceneSpec:
 # ---------------------------------------------------------------------------------------------- sampling
 def is_held_out(spec: SceneSpec) -> bool:
     """Whether `spec` belongs to the tenth that pre-training and fine-tuning never see; the same for every wording."""
-    kinds = [repr(o) for o in spec.objects]
-    key = "|".join([*(kinds if spec.relation else sorted(kinds)), str(spec.relation)])
+    kinds, relation = [repr(o) for o in spec.objects], spec.relation
+    if relation in _MIRRORED:  # "a right of b" says "b left of a"
+        kinds[:2], relation = kinds[1::-1], _MIRRORED[relation]
+    key = "|".join([*(kinds if relation else sorted(kinds)), str(relation)])
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") < HELD_OUT_SHARE * 2**32
 
 

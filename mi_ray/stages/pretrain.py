@@ -227,7 +227,7 @@ def _cached_pairs(config: PretrainConfig, folder: Path, vae: AutoencoderKL, toke
 
 
 def train_denoiser(settings: dict):
-    """Worker loop: text encoder and UNet together, epsilon-prediction under min-SNR weights, averaged weights kept."""
+    """Worker loop: text encoder and UNet together, epsilon-prediction under min-SNR weighting, averaged weights kept."""
     config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
     torch.set_num_threads(config.threads_per_worker)
     context = ray.train.get_context()
@@ -240,24 +240,26 @@ def train_denoiser(settings: dict):
     average = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
     )
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=config.learning_rate, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=config.learning_rate, weight_decay=1e-2, fused=True)
     checkpoints = _Checkpoints(modules=modules, average=average, optimizer=optimizer)
 
     class Loss(torch.nn.Module):
-        """One forward for DDP: (ids, x_t, t, noise) -> weighted loss."""
+        """One forward for DDP: (ids, x_t, t, noise) -> loss."""
 
         def __init__(self):
             super().__init__()
             self.modules_ = modules
 
-        def forward(self, ids, noisy, timesteps, noise, weights):
+        def forward(self, ids, noisy, timesteps, noise):
             embeddings = modules["text_encoder"](ids).last_hidden_state
             predicted = modules["unet"](noisy, timesteps, encoder_hidden_states=embeddings).sample
-            return (weights * mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))).mean()
+            return mse_loss(predicted, noise)
 
     objective = prepare_model(Loss())
     scheduler = model.build_scheduler()
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    # Drawn in proportion to the min-SNR weight instead of weighted by it: the same objective, less variance.
+    frequency = (config.min_snr_gamma / snr).clamp(max=1)
     batch_size, count = config.batch_size // context.get_world_size(), len(data["ids"])
     running = None
     progress = _Progress(folder, "denoiser", checkpoints.step, config.steps)
@@ -270,10 +272,9 @@ def train_denoiser(settings: dict):
         dropped = torch.rand(batch_size, 1, generator=generator) < config.prompt_dropout
         ids = torch.where(dropped, null_ids, data["ids"][chosen]).long()
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(1000, (batch_size,), generator=generator)
+        timesteps = torch.multinomial(frequency, batch_size, replacement=True, generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        weights = (config.min_snr_gamma / snr[timesteps]).clamp(max=1)
-        loss = objective(ids, noisy, timesteps, noise, weights)
+        loss = objective(ids, noisy, timesteps, noise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)

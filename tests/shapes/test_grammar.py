@@ -91,6 +91,16 @@ def test_about_a_tenth_is_held_out_in_any_order_of_its_objects():
         assert is_held_out(spec) == is_held_out(SceneSpec(spec.objects[::-1]))
 
 
+def test_a_relation_said_from_the_other_side_is_held_out_alike():
+    mirrored = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    for category in ("spatial", "complex"):
+        for spec in specs(category, 300):
+            if spec.relation:
+                first, second, *others = spec.objects
+                turned = SceneSpec((second, first, *others), mirrored[spec.relation])
+                assert is_held_out(spec) == is_held_out(turned)
+
+
 def test_training_pairs_say_and_show_nothing_held_out():
     rng = np.random.default_rng(0)
     for _ in range(300):
