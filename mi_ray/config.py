@@ -22,9 +22,9 @@ from pydantic_settings import (
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "trajectory_banded")
+TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "asd", "trajectory_banded")
 POINTWISE_SCORES = ("pmi", "pmi_contrastive")
-ScoreName = Literal["mitune", "mitune_eq2", "trajectory_banded", "pmi", "pmi_contrastive"]
+ScoreName = Literal["mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_contrastive"]
 Control = Literal["random", "oracle"]
 
 
@@ -87,6 +87,9 @@ class ScoreConfig(Section):
     names: tuple[ScoreName, ...] = Field(("mitune", "mitune_eq2"), description="columns score_<name>, in nats")
     log_snr_min: float = Field(-5.0, description="lower end of the band of pmi, pmi_contrastive, trajectory_banded")
     log_snr_max: float = Field(-1.7, description="upper end of the band")  # METHOD: layout is decided below -1.7
+    banded: Literal["mitune", "mitune_eq2", "asd"] = Field(
+        "mitune", description="the on-trajectory score that trajectory_banded restricts to the band"
+    )
     num_samples: Positive = Field(12, description="noise draws a candidate, pointwise scores")
     neighbours: Positive = Field(5, description="pmi_contrastive: other prompts nearest in the text encoder's space")
 

@@ -23,7 +23,8 @@ _LATENTS = pa.list_(pa.float16())
 SCORES = {
     "mitune": "MI-TUNE on-trajectory score, nats; the released code's convention (no alpha_t), arXiv 2405.20759 alg. 2",
     "mitune_eq2": "MI-TUNE on-trajectory score, nats; with eq. 2's factor alpha_t, arXiv 2405.20759",
-    "trajectory_banded": "on-trajectory score integrated over the band score.log_snr_min..max only, nats",
+    "asd": "sum over the steps of ||conditional - unconditional prediction||^2, no weight (ASD / CFG-rejection)",
+    "trajectory_banded": "the on-trajectory score score.banded, of the steps within score.log_snr_min..max, nats",
     "pmi": "log p(x|y) - log p(x), signed i_s over the band of log SNR, nats; arXiv 2310.07972 eq. 7",
     "pmi_contrastive": "log p(x|y) - log mean_j p(x|y_j) over the nearest other prompts, same band, nats",
 }

@@ -1,18 +1,40 @@
 """On-trajectory scores: pure functions of the statistics that sampling records, so stored candidates can be rescored.
 
-Guidance evaluates the denoiser with and without the prompt at every step; these scores weigh what that already tells,
-||Delta||^2 with Delta = epsilon(x_t, prompt) - epsilon(x_t, null). Guidance itself never enters.
+Guidance evaluates the denoiser with and without the prompt at every step; these scores weigh what that already tells:
 
-Shapes throughout: delta_sq (n, S) fp32; timesteps (S,) of the sampler's steps; result (n,) in nats.
+    delta_sq = ||Delta||^2,  cross = <g, Delta>,  Delta = g - g_null
+
+with g the model's conditional prediction, g_null its unconditional one: epsilon of a variance-preserving model, the
+velocity u = epsilon - x0 of a rectified flow. Guidance itself never enters, but in `rfmi_guided`.
+
+Shapes throughout: delta_sq, cross (n, S) fp32; timesteps, times (S,) of the sampler's steps; result (n,) in nats.
+Every score is linear in its curves, so that `banded` curves give the part of it that falls into a band.
 """
 
+import torch
 from torch import Tensor
 
 from mi_ray.diffusion.schedules import NoiseSchedule
 
-DROPPED_SHARE = 0.05  # steps with t <= 50 of 1000: the weight is unbounded as t -> 0 (MI-TUNE's released code)
+DROPPED_SHARE = 0.05  # steps with t <= 50 of 1000: the weight is unbounded as t -> 0 (both papers' released code)
 
 
+def banded(curve: Tensor, log_snr: Tensor, log_snr_min: float, log_snr_max: float) -> Tensor:
+    """The curve (n, S) with zeros at the steps outside a band of log SNR: any score of it is the band's part.
+
+    Args:
+        log_snr: (S,) at the steps: `schedule.log_snr[timesteps]`, or `flow_log_snr` of a rectified flow.
+    """
+    inside = (log_snr >= log_snr_min) & (log_snr <= log_snr_max)
+    return curve * inside.to(curve.device)
+
+
+def asd(delta_sq: Tensor) -> Tensor:
+    """Sum of ||Delta||^2 over the steps, with no weight: the signal of ASD / CFG-rejection. Not in nats."""
+    return delta_sq.sum(1)
+
+
+# ---------------------------------------------------------------------------------------------- diffusion
 def kappa(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     """kappa_t = beta_t T / (2 (1 - alphabar_t)), MI-TUNE (arXiv 2405.20759) algorithm 2: shape (S,).
 
@@ -26,7 +48,7 @@ def kappa(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
 def mitune(delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The released code's score: mean over steps t > T/20 of kappa_t ||Delta||^2."""
     retained = timesteps > DROPPED_SHARE * schedule.num_train_timesteps
-    return (delta_sq * kappa(schedule, timesteps))[:, retained].mean(1)
+    return (delta_sq * kappa(schedule, timesteps).to(delta_sq.device))[:, retained].mean(1)
 
 
 def mitune_eq2(delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -35,10 +57,46 @@ def mitune_eq2(delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> 
     return mitune(delta_sq * alpha, timesteps, schedule)
 
 
-def trajectory_banded(
-    delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule, log_snr_min: float, log_snr_max: float
-) -> Tensor:
-    """The part of the mean of kappa_t ||Delta||^2 over all steps that falls into a band of log SNR."""
-    log_snr = schedule.log_snr[timesteps.long().cpu()].to(delta_sq.device)
-    inside = (log_snr >= log_snr_min) & (log_snr <= log_snr_max)
-    return (delta_sq * kappa(schedule, timesteps) * inside).mean(1)
+# ---------------------------------------------------------------------------------------------- rectified flow
+def flow_log_snr(times: Tensor) -> Tensor:
+    """log SNR of x_t = (1 - t) x0 + t epsilon: 2 log((1 - t) / t), shape (S,)."""
+    return 2 * torch.logit(1 - times)
+
+
+def rfmi(cross: Tensor, times: Tensor) -> Tensor:
+    """RFMI (arXiv 2503.14358): mean over steps of (1 - t) / t <u, u - u_null>, t <= 0.05 and t = 1 dropped.
+
+    Args:
+        times: (S,) within (0, 1], 1 is noise: diffusers' timesteps / 1000.
+    """
+    return (cross * _flow_weight(times, cross))[:, _flow_retained(times)].mean(1)
+
+
+def rfmi_guided(cross: Tensor, delta_sq: Tensor, times: Tensor, guidance_scale: float) -> Tensor:
+    """RFMI's released code: `rfmi` with the guided velocity u_cfg = u_null + w Delta in u's place.
+
+    <u_cfg, u_cfg - u_null> = w <u_null + w Delta, Delta> = w (cross + (w - 1) delta_sq).
+    """
+    return rfmi(guidance_scale * (cross + (guidance_scale - 1) * delta_sq), times)
+
+
+def flow_difference(delta_sq: Tensor, times: Tensor) -> Tensor:
+    """The integral of (1 - t) / t ||u - u_null||^2 dt over the retained steps: a flow's i_o on its sampling path.
+
+    epsilon_hat = x_t + (1 - t) u turns i_o's 1/2 ||epsilon difference||^2 d log SNR into this, since
+    d log SNR = 2 dt / (t (1 - t)). Each step stands for half the way to each neighbour, cut at t = 0.05 and 1.
+    """
+    retained = _flow_retained(times)
+    kept = times[retained].double()
+    middles = (kept[1:] + kept[:-1]) / 2
+    edges = torch.cat([kept.new_ones(1), middles, kept.new_full((1,), DROPPED_SHARE)])
+    widths = (edges[:-1] - edges[1:]).to(delta_sq.device, delta_sq.dtype)
+    return (delta_sq * _flow_weight(times, delta_sq))[:, retained] @ widths
+
+
+def _flow_weight(times: Tensor, like: Tensor) -> Tensor:
+    return ((1 - times) / times).to(like.device, like.dtype)
+
+
+def _flow_retained(times: Tensor) -> Tensor:
+    return (times > DROPPED_SHARE) & (times < 1)

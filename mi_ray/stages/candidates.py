@@ -14,6 +14,7 @@ from mi_ray.alignment import oracle
 from mi_ray.config import POINTWISE_SCORES, SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.sampling import Trajectory, candidate_noise, sample, solver_plan
+from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise, trajectory
 
 NEIGHBOUR_POOL = 2000  # prompts among which the nearest are sought; keeps memory flat however long the list is
@@ -72,6 +73,23 @@ class Sampler:
         return Trajectory(timesteps=parts[0].timesteps, **joined)
 
 
+def trajectory_scores(
+    config: ScoreConfig, delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule
+) -> dict[str, Tensor]:
+    """The on-trajectory scores of config.names from curves (n, S), just recorded or stored: {name: (n,)}."""
+    by_name = {
+        "mitune": lambda curve: trajectory.mitune(curve, timesteps, schedule),
+        "mitune_eq2": lambda curve: trajectory.mitune_eq2(curve, timesteps, schedule),
+        "asd": trajectory.asd,
+    }
+    scores = {name: score(delta_sq) for name, score in by_name.items() if name in config.names}
+    if "trajectory_banded" in config.names:
+        log_snr = schedule.log_snr[timesteps.long().cpu()]
+        curve = trajectory.banded(delta_sq, log_snr, config.log_snr_min, config.log_snr_max)
+        scores["trajectory_banded"] = by_name[config.banded](curve)
+    return scores
+
+
 class Scorer:
     """Turns trajectories and latents into the columns score_<name>."""
 
@@ -94,16 +112,8 @@ class Scorer:
         self, prompts: list[str], embeddings: Tensor, index: Tensor, sampled: Trajectory, work: Work
     ) -> dict[str, list[float]]:
         """Score the N candidates of P prompts; index (N,) says whose each is. {score_<name>: N values in nats}."""
-        config, schedule = self.config, self.denoiser.schedule
-        scores = {}
-        curves = (sampled.delta_sq, sampled.timesteps, schedule)
-        if "mitune" in config.names:
-            scores["mitune"] = trajectory.mitune(*curves)
-        if "mitune_eq2" in config.names:
-            scores["mitune_eq2"] = trajectory.mitune_eq2(*curves)
-        if "trajectory_banded" in config.names:
-            band = (config.log_snr_min, config.log_snr_max)
-            scores["trajectory_banded"] = trajectory.trajectory_banded(*curves, *band)
+        config = self.config
+        scores = trajectory_scores(config, sampled.delta_sq, sampled.timesteps, self.denoiser.schedule)
         if any(name in POINTWISE_SCORES for name in config.names):
             scores |= self._pointwise(prompts, embeddings, index, sampled.latents, work)
         return {f"score_{name}": scores[name].cpu().tolist() for name in config.names}

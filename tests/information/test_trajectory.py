@@ -1,5 +1,6 @@
 """On-trajectory scores against the papers' formulas written out step by step."""
 
+import pytest
 import torch
 
 from mi_ray.diffusion.schedules import NoiseSchedule
@@ -41,10 +42,84 @@ def test_kappa_is_half_the_log_snr_that_a_step_spans():
     torch.testing.assert_close(kappa, (spanned / 2).float(), rtol=0.02, atol=0)
 
 
-def test_bands_add_up_to_the_whole():
-    all_steps = trajectory.trajectory_banded(DELTA_SQ, TIMESTEPS, SCHEDULE, -20, 20)
-    low = trajectory.trajectory_banded(DELTA_SQ, TIMESTEPS, SCHEDULE, -20, -1)
-    high = trajectory.trajectory_banded(DELTA_SQ, TIMESTEPS, SCHEDULE, -1, 20)
-    torch.testing.assert_close(all_steps, low + high)
-    assert (low > 0).all()
-    assert (high > 0).all()
+# ------------------------------------------------------------------------------------------ rectified flow
+TIMES = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.06, 0.05, 0.01])
+GUIDANCE = 4.0
+
+
+def velocities():
+    """(conditional, unconditional) velocities (n, S, dim) and the curves that a step records of them."""
+    generator = torch.Generator().manual_seed(1)
+    conditional, unconditional = (torch.randn(3, len(TIMES), 20, generator=generator) for _ in range(2))
+    delta = conditional - unconditional
+    return conditional, unconditional, delta.square().sum(-1), (conditional * delta).sum(-1)
+
+
+def test_rfmi_is_the_papers_mean_with_the_conditional_velocity():
+    conditional, unconditional, _, cross = velocities()
+    terms = [
+        (1 - t) / t * (conditional[:, i] * (conditional[:, i] - unconditional[:, i])).sum(-1)
+        for i, t in enumerate(TIMES.tolist())
+        if 0.05 < round(t, 6) < 1
+    ]
+    assert len(terms) == 4
+    torch.testing.assert_close(trajectory.rfmi(cross, TIMES), torch.stack(terms).mean(0))
+
+
+def test_rfmi_guided_is_the_released_codes_with_the_guided_velocity():
+    conditional, unconditional, delta_sq, cross = velocities()
+    guided = unconditional + GUIDANCE * (conditional - unconditional)
+    terms = [
+        (1 - t) / t * (guided[:, i] * (guided[:, i] - unconditional[:, i])).sum(-1)
+        for i, t in enumerate(TIMES.tolist())
+        if 0.05 < round(t, 6) < 1
+    ]
+    computed = trajectory.rfmi_guided(cross, delta_sq, TIMES, GUIDANCE)
+    torch.testing.assert_close(computed, torch.stack(terms).mean(0))
+    torch.testing.assert_close(trajectory.rfmi_guided(cross, delta_sq, TIMES, 1.0), trajectory.rfmi(cross, TIMES))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_difference_is_the_orthogonal_integral_however_the_steps_are_spread(shift):
+    """||epsilon difference||^2 = (1 - t)^2 ||velocity difference||^2, integrated on both axes."""
+    uniform = torch.linspace(1, 0, 2001, dtype=torch.float64)[:-1]
+    times = shift * uniform / (1 + (shift - 1) * uniform)  # SD3's (arXiv 2403.03206, eq. 23)
+    delta_sq = (30 * times.square() * (1 + times.sin()))[None]
+    alpha = torch.linspace(-12, trajectory.flow_log_snr(torch.tensor(0.05)).item(), 20001, dtype=torch.float64)
+    t = torch.sigmoid(-alpha / 2)
+    truth = torch.trapezoid(0.5 * (1 - t).square() * 30 * t.square() * (1 + t.sin()), alpha)
+    torch.testing.assert_close(trajectory.flow_difference(delta_sq, times)[0], truth, rtol=2e-3, atol=0)
+
+
+def test_flow_log_snr_is_that_of_the_interpolation():
+    torch.testing.assert_close(trajectory.flow_log_snr(torch.tensor([0.25])), torch.tensor([9.0]).log())
+
+
+# ------------------------------------------------------------------------------------------ all of them
+def test_asd_has_no_weights():
+    torch.testing.assert_close(trajectory.asd(DELTA_SQ), torch.stack([row.sum() for row in DELTA_SQ]))
+
+
+@pytest.mark.parametrize("name", ["mitune", "mitune_eq2", "asd", "rfmi", "rfmi_guided", "flow_difference"])
+def test_bands_add_up_to_the_whole(name):
+    _, _, delta_sq, cross = velocities()
+    flow = name in ("rfmi", "rfmi_guided", "flow_difference")
+    log_snr = trajectory.flow_log_snr(TIMES.clamp(max=1 - 1e-6)) if flow else SCHEDULE.log_snr[TIMESTEPS]
+
+    def score(low, high):
+        curves = [trajectory.banded(curve, log_snr, low, high) for curve in (delta_sq, cross)]
+        match name:
+            case "mitune" | "mitune_eq2":
+                return getattr(trajectory, name)(curves[0], TIMESTEPS, SCHEDULE)
+            case "rfmi_guided":
+                return trajectory.rfmi_guided(curves[1], curves[0], TIMES, GUIDANCE)
+            case "rfmi":
+                return trajectory.rfmi(curves[1], TIMES)
+            case "flow_difference":
+                return trajectory.flow_difference(curves[0], TIMES)
+        return trajectory.asd(curves[0])
+
+    low, high = score(-40, -1), score(-1, 40)
+    torch.testing.assert_close(score(-40, 40), low + high)
+    assert (low != 0).all()
+    assert (high != 0).all()

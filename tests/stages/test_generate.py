@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 from mi_ray import storage
-from mi_ray.config import RunConfig
+from mi_ray.config import TRAJECTORY_SCORES, RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.information import trajectory
 from mi_ray.prompts import Shard, prompt_id
 from mi_ray.stages import candidates
 from mi_ray.stages.candidates import Sampler, Work
@@ -29,7 +28,7 @@ def config_for(model, **resources) -> RunConfig:
             "sampler": {"solver": "ddpm", "num_inference_steps": 8, "guidance_scale": 3.0},
             "generate": {"candidates_per_prompt": EACH},
             "score": {
-                "names": ["mitune", "mitune_eq2", "trajectory_banded", "pmi", "pmi_contrastive"],
+                "names": ["mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_contrastive"],
                 "num_samples": 3,
                 "neighbours": 2,
             },
@@ -111,8 +110,11 @@ def test_only_kept_and_previewed_candidates_have_images(pool):
 def test_stored_curves_can_be_scored_anew(pool):
     rows, _, actor = pool
     curves = torch.tensor(np.stack(rows["delta_sq"]))
-    again = trajectory.mitune(curves, actor.sampler.plan.timesteps, actor.denoiser.schedule)
-    np.testing.assert_allclose(rows["score_mitune"], again, rtol=1e-5)
+    timesteps, schedule = actor.sampler.plan.timesteps, actor.denoiser.schedule
+    again = candidates.trajectory_scores(actor.config.score, curves, timesteps, schedule)
+    assert set(again) == set(TRAJECTORY_SCORES)
+    for name, values in again.items():
+        np.testing.assert_allclose(rows[f"score_{name}"], values, rtol=1e-5)
 
 
 def test_batches_and_shards_change_no_candidate(pool, tiny_pipeline, tmp_path):
