@@ -19,9 +19,10 @@ ARROWS = {
     "diffusion": (),
     "information": ("diffusion.schedules",),
     "shapes": (),
+    "language": ("shapes",),
     "alignment": ("shapes",),
     "report": ("config", "storage"),
-    "stages": ("config", "storage", "prompts", "diffusion", "information", "shapes", "alignment", "report"),
+    "stages": ("config", "storage", "prompts", "diffusion", "information", "shapes", "language", "alignment", "report"),
 }
 WITH_RAY = ("stages",)
 

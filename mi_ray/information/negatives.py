@@ -1,0 +1,39 @@
+"""Which of a prompt and its hard negatives an image shows, by the model's own likelihoods, in nats.
+
+A hard negative y_j is the prompt y changed in one thing. With log p(x|y) of `pointwise` (up to a constant of x, which
+cancels), the score
+
+    log p(x|y) - logsumexp_j log p(x|y_j)
+
+is the log odds that x shows y and not one of its J negatives, all 1 + J held equally likely before: above zero, y is
+more likely than all of them together. The negative with the highest posterior says which way the prompt is wrong.
+"""
+
+import torch
+from torch import Tensor
+
+from mi_ray.information.pointwise import Probes, log_density
+
+
+def pmi_negatives(errors: Tensor, negative_errors: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
+    """The log odds of the prompt against its negatives, and their standard error: (N, K), (N, J, K) -> (N,) each.
+
+    The standard error is that of the first-order expansion: a mean of K independent paired differences between the
+    prompt's error and those of the negatives, weighted by their posteriors among themselves (the delta method).
+    """
+    densities = log_density(negative_errors, probes)
+    value = log_density(errors, probes) - densities.logsumexp(-1)
+    shares = densities.softmax(-1)[..., None]
+    each = _weights(probes, errors) * 0.5 * ((shares * negative_errors).sum(-2) - errors)
+    count = errors.shape[-1]
+    spread = each.std(-1) if count > 1 else torch.full_like(value, torch.nan)
+    return value, count**0.5 * spread
+
+
+def posteriors(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Tensor:
+    """Of the prompt (first) and each negative, all equally likely before: (N, K), (N, J, K) -> (N, 1 + J)."""
+    return log_density(torch.cat([errors[:, None], negative_errors], 1), probes).softmax(-1)
+
+
+def _weights(probes: Probes, like: Tensor) -> Tensor:
+    return torch.as_tensor(probes.weight, device=like.device, dtype=like.dtype)

@@ -1,0 +1,97 @@
+"""Words of free English whose contraries are known: what text-to-image prompts say most of colour, texture and place.
+
+Small and plain on purpose. The attribute words are those of T2I-CompBench's colour, shape and texture prompts (Huang et
+al., NeurIPS 2023) and their like; a word that is in no list is left alone.
+"""
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "color": (
+        *("red", "orange", "yellow", "green", "cyan", "turquoise", "blue", "purple", "pink", "brown", "black", "white"),
+        *("gray", "grey", "gold", "golden", "silver", "beige", "maroon", "navy", "teal", "violet"),
+    ),
+    "shape": (
+        *("round", "circular", "square", "rectangular", "triangular", "oval", "cubic", "cubical", "spherical"),
+        *("conical", "cylindrical", "pyramidal", "oblong", "teardrop", "diamond", "pentagonal", "hexagonal"),
+    ),
+    "texture": ("solid", "striped", "dotted", "spotted", "checkered", "plaid", "floral"),
+    "material": (
+        *("wooden", "metallic", "metal", "leather", "rubber", "plastic", "fabric", "glass", "stone", "ceramic"),
+        *("paper", "fluffy", "furry", "woolen", "velvet"),
+    ),
+    "size": ("tiny", "small", "little", "big", "large", "huge", "giant"),
+    "height": ("tall", "short", "low"),
+    "length": ("long", "short"),
+    "age": ("old", "young", "new", "ancient", "modern"),
+    "state": ("open", "closed", "empty", "full", "wet", "dry", "clean", "dirty", "broken"),
+    "light": ("bright", "dark", "sunny", "cloudy", "rainy", "snowy"),
+}
+SYNONYMS: tuple[frozenset[str], ...] = tuple(
+    map(
+        frozenset,
+        (
+            ("gray", "grey", "silver"),
+            ("gold", "golden", "yellow"),
+            ("cyan", "turquoise", "teal"),
+            ("blue", "navy"),
+            ("purple", "violet"),
+            ("round", "circular", "spherical", "oval"),
+            ("square", "cubic", "cubical", "rectangular"),
+            ("triangular", "pyramidal", "conical"),
+            ("oblong", "rectangular", "oval"),
+            ("dotted", "spotted"),
+            ("checkered", "plaid"),
+            ("metallic", "metal"),
+            ("fluffy", "furry", "woolen", "velvet", "fabric"),
+            ("tiny", "small", "little"),
+            ("big", "large", "huge", "giant"),
+            ("short", "low"),
+            ("old", "ancient"),
+            ("new", "modern", "young"),
+            ("dark", "cloudy", "rainy"),
+            ("bright", "sunny"),
+            ("wet", "rainy"),
+        ),
+    )
+)
+CONTRARIES: dict[str, str] = {  # where the list alone would offer something that may hold as well
+    **{"open": "closed", "closed": "open", "empty": "full", "full": "empty", "wet": "dry", "dry": "wet"},
+    **{"clean": "dirty", "dirty": "clean", "broken": "clean", "bright": "dark", "dark": "bright"},
+}
+NUMBERS: dict[str, int] = {
+    word: number
+    for number, word in enumerate(
+        ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"), start=1
+    )
+}
+RELATIONS: dict[str, str] = {  # a directed relation and its opposite, the longest phrases first
+    "on the left side of": "on the right side of",
+    "on the right side of": "on the left side of",
+    "to the left of": "to the right of",
+    "to the right of": "to the left of",
+    "on the left of": "on the right of",
+    "on the right of": "on the left of",
+    "at the top of": "at the bottom of",
+    "at the bottom of": "at the top of",
+    "on the top of": "on the bottom of",
+    "on the bottom of": "on the top of",
+    "in front of": "behind",
+    "on top of": "underneath",
+    "left of": "right of",
+    "right of": "left of",
+    "underneath": "on top of",
+    "beneath": "above",
+    "below": "above",
+    "under": "above",
+    "above": "below",
+    "behind": "in front of",
+    "inside": "outside",
+    "outside": "inside",
+}
+_DETERMINERS = "a an the this that these those some its his her their my your our another each every"
+_BOUNDARIES = """
+and or but with without in on at of to from by for near next beside between against over under above below behind inside
+outside into onto through across around along while as is are was were has have had being be there who which that where
+when front top bottom wearing holding sitting standing riding
+"""
+DETERMINERS = frozenset(_DETERMINERS.split())
+BOUNDARIES = frozenset(_BOUNDARIES.split())  # words that end a noun phrase

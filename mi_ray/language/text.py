@@ -1,0 +1,218 @@
+"""Hard negatives of free English, by a small lexicon and the noun phrases of the prompt.
+
+Noun phrases come from regular expressions, or from spaCy if it and one of its models are installed. Neither knows what
+the words mean: an alternative is a word of the same list (`lexicon`), and a prompt without any known word, number,
+relation or second noun phrase has no negatives. On the embedded world's prompts `shapes` is exact and comes first.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+from mi_ray.language.lexicon import (
+    ATTRIBUTES,
+    BOUNDARIES,
+    CONTRARIES,
+    DETERMINERS,
+    NUMBERS,
+    RELATIONS,
+    SYNONYMS,
+)
+from mi_ray.language.negatives import Negative, shuffled
+
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_RELATION = re.compile(r"\b(?:" + "|".join(RELATIONS).replace(" ", r"\s+") + r")\b", re.IGNORECASE)
+_MAX_MODIFIERS = 4
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A noun phrase by its character offsets, determiner left out: the whole, and its head noun."""
+
+    start: int
+    end: int
+    head: int  # where the head noun begins; it ends with the phrase
+
+
+FindPhrases = Callable[[str], list[Phrase]]
+_Edit = tuple[int, int, str]  # start, end, what stands there instead
+_Change = tuple[str, str, str, str, list[_Edit]]  # kind, attribute, said, instead, the edits
+
+
+# ---------------------------------------------------------------------------------------------- noun phrases
+def plain_phrases(prompt: str) -> list[Phrase]:
+    """Noun phrases as the words between a determiner or number and the next boundary, comma or form in -ing."""
+    words = list(_WORD.finditer(prompt))
+    relations = [match.span() for match in _RELATION.finditer(prompt)]
+    phrases, index = [], 0
+    while index < len(words):
+        opener = words[index].group().lower()
+        index += 1
+        if opener not in DETERMINERS and opener not in NUMBERS and not opener.isdigit():
+            continue
+        end = index
+        while end < len(words) and end - index <= _MAX_MODIFIERS:
+            word, gap = words[end].group().lower(), prompt[words[end - 1].end() : words[end].start()]
+            ends = word in BOUNDARIES or word in DETERMINERS or (word.endswith("ing") and end > index)
+            if ends or gap.strip() or any(a <= words[end].start() < b for a, b in relations):
+                break
+            end += 1
+        if end > index + 1 and re.fullmatch(r"\w{3,}ed", words[end - 1].group()):  # a car parked
+            end -= 1
+        if end > index:
+            phrases.append(Phrase(words[index].start(), words[end - 1].end(), words[end - 1].start()))
+            index = end
+    return phrases
+
+
+def spacy_phrases(model: str) -> FindPhrases:
+    """Noun phrases as spaCy's noun chunks. `model`: an installed pipeline with a parser, or its folder.
+
+    Raises:
+        ValueError: spaCy or the model is not installed.
+    """
+    try:
+        import spacy
+    except ImportError as error:
+        raise ValueError('"spacy" needs spaCy: pip install "mi-ray[nlp]"') from error
+    try:
+        pipeline = spacy.load(model)
+    except OSError as error:
+        message = f"spaCy's model {model!r} is not installed: python -m spacy download {model}"
+        raise ValueError(message) from error
+    return lambda prompt: chunks(pipeline(prompt))
+
+
+def chunks(document) -> list[Phrase]:
+    """The noun chunks of a parsed spaCy document, without determiners, numbers and pronouns."""
+    phrases = []
+    for chunk in document.noun_chunks:
+        words = [word for word in chunk if word.i <= chunk.root.i and word.pos_ not in ("DET", "NUM", "PRON", "PUNCT")]
+        if words and words[-1].i == chunk.root.i:
+            head = words[-1]
+            phrases.append(Phrase(words[0].idx, head.idx + len(head), head.idx))
+    return phrases
+
+
+# ---------------------------------------------------------------------------------------------- negatives
+def negatives(prompt: str, find_phrases: FindPhrases = plain_phrases) -> list[Negative]:
+    """The prompt changed in one thing, as often as the lexicon allows; none repeats the prompt or another."""
+    phrases = find_phrases(prompt)
+    made, meanings = [], {_meaning(prompt, phrases)}
+    for kind, attribute, said, instead, edits in _changes(prompt, phrases):
+        other = _edited(prompt, edits)
+        meaning = _meaning(other, find_phrases(other))
+        if meaning not in meanings:
+            meanings.add(meaning)
+            made.append(Negative(other, kind, attribute, said, instead))
+    return made
+
+
+def _meaning(prompt: str, phrases: list[Phrase]) -> tuple:
+    """The same where two noun phrases have changed places that no relation tells apart."""
+    text = " ".join(prompt.lower().split())
+    if _RELATION.search(text) or any(len(_WORD.findall(gap)) > 1 for gap in _gaps(prompt, phrases)[1:-1]):
+        return (text,)
+    named = sorted(prompt[p.start : p.end].lower() for p in phrases)
+    return (*named, *(" ".join(_without_articles(gap)) for gap in _gaps(prompt, phrases)))
+
+
+def _gaps(prompt: str, phrases: list[Phrase]) -> list[str]:
+    edges = [0, *(edge for p in phrases for edge in (p.start, p.end)), len(prompt)]
+    return [_without(prompt[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _without(text: str) -> str:
+    return " ".join(_without_articles(text))
+
+
+def _without_articles(text: str) -> list[str]:
+    return [word for word in text.lower().split() if word not in ("a", "an")]
+
+
+def _edited(prompt: str, edits: list[_Edit]) -> str:
+    for start, end, text in sorted(edits, reverse=True):
+        prompt = prompt[:start] + text + prompt[end:]
+    return _with_right_articles(prompt)
+
+
+def _with_right_articles(text: str) -> str:
+    """a before consonants, an before vowels; by the letter, as the lexicon's words allow."""
+    return re.sub(r"\b([Aa])n?(?=\s+(\w))", lambda m: m.group(1) + ("n" if m.group(2).lower() in "aeiou" else ""), text)
+
+
+def _changes(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
+    words = [(m.start(), m.end(), m.group()) for m in _WORD.finditer(prompt)]
+    heads = {phrase.head for phrase in phrases}  # an orange is no attribute
+    attributes = [
+        (kind, start, end, word)
+        for start, end, word in words
+        if start not in heads
+        for kind, values in ATTRIBUTES.items()
+        if word.lower() in values
+    ]
+    for (kind, s1, e1, one), (other_kind, s2, e2, two) in combinations(attributes, 2):
+        if kind == other_kind and not _synonymous(one, two):
+            said, instead = f"{one} … {two}", f"{two} … {one}"
+            yield "attribute swap", kind, said, instead, [(s1, e1, _cased(two, one)), (s2, e2, _cased(one, two))]
+    related = list(_RELATION.finditer(prompt))
+    for match in related:
+        said = " ".join(match.group().lower().split())
+        yield "relation flip", "relation", said, RELATIONS[said], [(*match.span(), _cased(RELATIONS[said], said))]
+    yield from _object_swaps(prompt, phrases, related)
+    yield from _replacements(prompt, attributes)
+    for (start, end, word), (_, _, after) in zip(words, [*words[1:], (0, 0, "of")], strict=False):
+        yield from _counts(start, end, word, after)
+
+
+def _object_swaps(prompt: str, phrases: list[Phrase], related: list[re.Match]) -> Iterator[_Change]:
+    """Heads change places under their attributes; without attributes, two phrases about a directed relation do."""
+    for a, b in combinations(phrases, 2):
+        heads = prompt[a.head : a.end], prompt[b.head : b.end]
+        if heads[0].lower() == heads[1].lower() or heads[0].endswith("s") != heads[1].endswith("s"):
+            continue  # a plural would meet the singular's article
+        between = any(a.end <= match.start() and match.end() <= b.start for match in related)
+        part = {"of", "with"} & set(prompt[a.end : b.start].lower().split())  # a woman with golden hair
+        if between or (a.head > a.start and b.head > b.start and not part):
+            said = " … ".join(prompt[p.start : p.end] for p in (a, b))
+            instead = " … ".join((prompt[a.start : a.head] + heads[1], prompt[b.start : b.head] + heads[0]))
+            yield "object swap", "object", said, instead, [(a.head, a.end, heads[1]), (b.head, b.end, heads[0])]
+
+
+def _replacements(prompt: str, attributes: list[tuple[str, int, int, str]]) -> Iterator[_Change]:
+    """Every attribute once, then every one again: another one of the prompt first, then any of its list."""
+    queues = []
+    for kind, start, end, word in attributes:
+        others = [v for v in ATTRIBUTES[kind] if not _synonymous(v, word)]
+        if word.lower() in CONTRARIES:
+            others = [CONTRARIES[word.lower()]]
+        said = {w.lower() for k, *_, w in attributes if k == kind}
+        others = sorted(shuffled(others, prompt, str(start)), key=lambda value, said=said: value not in said)
+        queues.append([(kind, start, end, word, other) for other in others])
+    for place in range(max(map(len, queues), default=0)):
+        for kind, start, end, word, other in (queue[place] for queue in queues if place < len(queue)):
+            yield "attribute replacement", kind, word, other, [(start, end, _cased(other, word))]
+
+
+def _counts(start: int, end: int, word: str, after: str) -> Iterator[_Change]:
+    """Another number of the same plural: one more, one less. `one` and a year stay as they are."""
+    known = {number: name for name, number in NUMBERS.items()}
+    number = NUMBERS.get(word.lower()) or (int(word) if re.fullmatch("[0-9]{1,2}", word) else 0)
+    if not 2 <= number <= 12 or after.lower() in ("of", "am", "pm", "k", "d", "mm"):
+        return
+    for other in (number + 1, number - 1):
+        if 2 <= other <= 12:
+            text = str(other) if word.isdigit() else _cased(known[other], word)
+            yield "count change", "count", word, text, [(start, end, text)]
+
+
+def _synonymous(one: str, two: str) -> bool:
+    one, two = one.lower(), two.lower()
+    return one == two or any(one in group and two in group for group in SYNONYMS)
+
+
+def _cased(word: str, like: str) -> str:
+    if like.isupper() and len(like) > 1:
+        return word.upper()
+    return word.capitalize() if like[:1].isupper() else word.lower()

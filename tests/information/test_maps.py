@@ -1,0 +1,106 @@
+"""Maps and word scores: sums, closed forms per pixel, and the shipped model."""
+
+import pytest
+import torch
+from pixel_world import BAND, SCHEDULE, PixelGaussians, embedded
+
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.information.maps import information_maps, upsampled, without_each_word
+from mi_ray.information.pointwise import denoising_errors, draw_probes, pmi
+
+PLACE = (slice(None), slice(1, 3), slice(4, 7))  # rows and columns that the prompt speaks of
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Label 1 differs from label 0 in one place only."""
+    means = torch.zeros(2, 3, 8, 8)
+    means[1][PLACE] = 0.6
+    return PixelGaussians(means)
+
+
+def maps_of(world, x, num_samples, seed=0, batch_size=4096):
+    probes = draw_probes([seed], num_samples, *BAND, x.shape[1:])
+    index = torch.zeros(len(x), dtype=torch.long)
+    return information_maps(
+        world.predict_epsilon, SCHEDULE, x, index, embedded(1), embedded(0), probes, batch_size
+    ), probes
+
+
+def test_the_direct_map_is_each_pixels_log_likelihood_ratio(world):
+    x = torch.cat([world.draw(1, 2), world.draw(0, 2, seed=1)])
+    draws = torch.stack([maps_of(world, x, 300, seed)[0].direct for seed in range(20)])
+    error = draws.std(0) / 20**0.5
+    assert ((draws.mean(0) - world.log_ratio(x, 1, 0)).abs() < 4.5 * error + 0.01).all()
+
+
+def test_maps_lie_where_the_prompt_speaks(world):
+    maps, _ = maps_of(world, world.draw(1, 3), 40)
+    elsewhere = torch.ones(8, 8, dtype=torch.bool)
+    elsewhere[PLACE[1:]] = False
+    assert (maps.orthogonal[:, ~elsewhere] > 0.05).all()
+    for values in (maps.direct, maps.orthogonal):
+        torch.testing.assert_close(values[:, elsewhere], torch.zeros_like(values[:, elsewhere]), atol=1e-4, rtol=0)
+    assert maps.direct[:, ~elsewhere].sum() > 0
+
+
+def test_a_prompt_that_is_wrong_has_negative_pixels(world):
+    maps, _ = maps_of(world, world.means[[0]], 100)
+    assert (maps.direct[0][PLACE[1:]] < 0).all()
+    assert (maps.orthogonal >= 0).all()
+
+
+def test_batches_change_nothing(world):
+    x = world.draw(1, 3)
+    whole, pieces = (maps_of(world, x, 7, batch_size=size)[0] for size in (4096, 5))
+    torch.testing.assert_close(whole.direct, pieces.direct)
+    torch.testing.assert_close(whole.orthogonal, pieces.orthogonal)
+
+
+def test_upsampling_keeps_sums_and_places():
+    maps = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    large = upsampled(maps, (64, 64))
+    assert large.shape == (2, 64, 64)
+    torch.testing.assert_close(large.sum((1, 2)), maps.sum((1, 2)), rtol=1e-4, atol=1e-4)
+    spot = torch.zeros(1, 8, 8)
+    spot[0, 2, 5] = 1
+    peak = upsampled(spot, (64, 64))[0]
+    assert peak[16:24, 40:48].max() == peak.max()
+
+
+def test_words_are_left_out_one_by_one():
+    assert without_each_word("A red circle, left of a blue square.") == [
+        ("red", "A circle, left of a blue square."),
+        ("circle", "A red , left of a blue square."),
+        ("left", "A red circle, of a blue square."),
+        ("blue", "A red circle, left of a square."),
+        ("square", "A red circle, left of a blue ."),
+    ]
+    assert without_each_word("a red, red rose")[1] == ("red", "a red, rose")
+    assert without_each_word("") == without_each_word("a , the") == []
+
+
+class TestOnTheShippedModel:
+    @pytest.fixture(scope="class")
+    def denoiser(self):
+        return load_denoiser("shapes")
+
+    @pytest.fixture(scope="class")
+    def case(self, denoiser):
+        prompts = ["a red circle left of a blue square", "two hearts"]
+        latents = torch.randn(3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
+        index = torch.tensor([0, 1, 0])
+        probes = draw_probes([1, 2], 5, -5.0, -1.0, denoiser.latent_shape)
+        return latents, index, denoiser.encode_prompts(prompts), denoiser.encode_prompts([""]), probes
+
+    def test_maps_have_the_latents_shape_and_sum_to_the_values(self, denoiser, case):
+        latents, index, embeddings, null, probes = case
+        maps = information_maps(
+            denoiser.predict_epsilon, denoiser.schedule, latents, index, embeddings, null, probes, 16
+        )
+        branches = torch.stack([embeddings, null.expand_as(embeddings)], 1)
+        errors = denoising_errors(denoiser.predict_epsilon, denoiser.schedule, latents, index, branches, probes, 16)
+        value, _ = pmi(errors[:, 0], errors[:, 1], probes)
+        assert maps.direct.shape == maps.orthogonal.shape == (3, *denoiser.latent_shape[1:])
+        torch.testing.assert_close(maps.direct.sum((1, 2)), value, rtol=1e-3, atol=1e-3)
+        assert (maps.orthogonal.sum((1, 2)) > 0).all()
