@@ -1,13 +1,18 @@
 """Tiny models that every test may use: the real classes and files, random weights, milliseconds a step."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from mi_ray.shapes.model import MAX_TOKENS, build_tokenizer
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its programs run on the CPU
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
+
+from mi_ray.shapes.model import MAX_TOKENS, build_tokenizer  # noqa: E402
 
 WIDTH = 16
 

@@ -60,14 +60,17 @@ class Denoiser(Protocol):
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Embeddings (n, tokens, dim); what exceeds `max_tokens` is cut."""
 
-    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        """Predicted noise (n, *latent_shape) fp32, whatever the model predicts.
+    def predict(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """The model's own prediction (n, *latent_shape), of `schedule.prediction_type` and in the model's dtype.
 
         Args:
             x_t: (n, *latent_shape) fp32.
             timesteps: (n,) whole or fractional.
             embeddings: (n, tokens, dim).
         """
+
+    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """Predicted noise (n, *latent_shape) fp32, whatever the model predicts; the arguments are `predict`'s."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, *latent_shape) fp32 -> images (n, h, w, 3) uint8."""
@@ -113,9 +116,11 @@ class UNetDenoiser:
         ).input_ids
         return torch.cat([self.text_encoder(part.to(self.device)).last_hidden_state for part in ids.split(CHUNK)])
 
+    def predict(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        return self.unet(x_t.to(self.dtype), timesteps, embeddings.to(self.dtype)).sample
+
     def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        inputs = x_t.to(self.dtype), timesteps, embeddings.to(self.dtype)
-        prediction = self.unet(*inputs).sample.float()
+        prediction = self.predict(x_t, timesteps, embeddings).float()
         alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma_at(self._log_snr, timesteps))
         return epsilon_from(self.schedule.prediction_type, prediction, x_t, alpha, sigma)
 

@@ -1,7 +1,7 @@
 """Solvers as tables of linear coefficients, and the sampling loop with classifier-free guidance."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mi_ray.diffusion.denoisers import Denoiser
-from mi_ray.diffusion.kernels import guided_step
-from mi_ray.diffusion.schedules import TIMESTEP_SPACINGS, NoiseSchedule
+from mi_ray.diffusion.kernels import Kernel, guided_step, statistics_parts
+from mi_ray.diffusion.schedules import PREDICTION_TYPES, TIMESTEP_SPACINGS, NoiseSchedule
 
 SOLVERS = ("ddpm", "ddim", "dpm++2m")
 
@@ -29,6 +29,41 @@ class SolverPlan:
     def stochastic(self) -> bool:
         """Whether it needs noise on the way."""
         return bool((self.coefficients[:, 3] != 0).any())
+
+    @property
+    def multistep(self) -> bool:
+        """Whether it needs the x0 of the step before."""
+        return bool((self.coefficients[:, 2] != 0).any())
+
+    def guided(self, interval: tuple[float, float] | None) -> list[bool]:
+        """Which steps evaluate both branches: those whose log SNR lies in the interval; all without one."""
+        if interval is None:
+            return [True] * len(self.timesteps)
+        alpha, sigma = self.coefficients[:, 4:].unbind(1)
+        log_snr = 2 * (alpha / sigma).log()
+        return ((log_snr >= interval[0]) & (log_snr <= interval[1])).tolist()
+
+    def table(self, prediction_type: str) -> Tensor:
+        """The steps as `kernels.guided_step` takes them, (S, 8) float64: the columns of `kernels.Coefficients`.
+
+        x0 = kx x_t + kp prediction and epsilon = p prediction + q x_t, of what a model of that type predicts.
+
+        Raises:
+            ValueError: for a prediction type other than epsilon, v_prediction, sample.
+        """
+        *solver, alpha, sigma = self.coefficients.unbind(1)
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        match prediction_type:
+            case "epsilon":  # Ho et al. 2020, eq. 15
+                conversion = 1 / alpha, -sigma / alpha, one, zero
+            case "v_prediction":  # Salimans & Ho 2022, appendix D
+                conversion = alpha, -sigma, alpha, sigma
+            case "sample":
+                conversion = zero, one, -alpha / sigma, 1 / sigma
+            case _:
+                known = ", ".join(PREDICTION_TYPES)
+                raise ValueError(f"prediction_type {prediction_type!r} is not supported: one of {known}")
+        return torch.stack([*solver, *conversion], 1)
 
 
 def solver_plan(
@@ -129,9 +164,18 @@ class State:
 
     step: int  # index of the step just done
     latents: Tensor  # (n, *latent_shape) fp32
-    x0: Tensor  # (n, *latent_shape) fp32, the clean latents that the step predicted
-    delta_sq: Tensor  # (n, S) fp32, written up to `step`
-    cross: Tensor  # (n, S) fp32, written up to `step`
+    x0: Tensor | None  # (n, *latent_shape) fp32, the clean latents that the step predicted, where they were asked for
+    statistics: Tensor  # (S, 2, n, parts) fp32, as `kernels.guided_step` writes them; NaN where no step did
+
+    @property
+    def delta_sq(self) -> Tensor:
+        """||conditional - unconditional epsilon||^2 of each step: (n, S) fp32."""
+        return self.statistics[:, 0].sum(-1).T
+
+    @property
+    def cross(self) -> Tensor:
+        """<conditional epsilon, conditional - unconditional epsilon> of each step: (n, S) fp32."""
+        return self.statistics[:, 1].sum(-1).T
 
 
 @torch.no_grad()
@@ -141,37 +185,56 @@ def sampling_steps(
     embeddings: Tensor,
     null_embeddings: Tensor,
     latents: Tensor,
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
     step_noise: StepNoise | None = None,
+    *,
+    guidance_interval: tuple[float, float] | None = None,
+    kernel: Kernel = "eager",
+    steps: range | None = None,
+    previous_x0: Tensor | None = None,
+    x0_at: Container[int] | None = None,
 ) -> Iterator[State]:
-    """Denoise with classifier-free guidance, yielding the state after each step. The arguments are `sample`'s.
+    """Denoise with classifier-free guidance, yielding the state after each step. The other arguments are `sample`'s.
 
     Both branches go in one denoiser batch, and nothing in the loop waits for the device.
+
+    Args:
+        steps: which steps of the plan to do; None: all. What one call leaves, the next may continue from, with other
+            candidates beside: latents, previous_x0 (where the plan is multistep) and the noise say all.
+        x0_at: steps whose x0 is wanted; None: all. A multistep plan has it always.
     """
     if plan.stochastic and step_noise is None:
         raise ValueError("this solver adds noise at its steps: give step_noise")
     device, n, count = denoiser.device, len(latents), len(plan.timesteps)
     timesteps = plan.timesteps.to(device)
-    coefficients = plan.coefficients.float().to(device)
-    multistep = bool((plan.coefficients[:, 2] != 0).any())
-    noisy = (plan.coefficients[:, 3] != 0).tolist()
-    both = torch.cat([embeddings, null_embeddings.expand_as(embeddings)]).to(device)
-    x_t, x0 = latents.to(device, torch.float32), None
-    delta_sq, cross = (torch.empty(n, count, device=device) for _ in range(2))
-    for i in range(count):
-        epsilon = denoiser.predict_epsilon(torch.cat([x_t, x_t]), timesteps[i].expand(2 * n), both)
-        noise = _to_device(step_noise(i), device) if noisy[i] else None
-        x_t, x0 = guided_step(
-            *epsilon.chunk(2),
-            latents=x_t,
-            previous_x0=x0 if multistep else None,
-            noise=noise,
-            coefficients=coefficients[i],
-            guidance_scale=guidance_scale,
-            delta_sq=delta_sq[:, i],
-            cross=cross[:, i],
+    prediction_type = denoiser.schedule.prediction_type
+    table = plan.table(prediction_type).float().to(device)
+    noisy, guided = (plan.coefficients[:, 3] != 0).tolist(), plan.guided(guidance_interval)
+    embeddings = embeddings.to(device)
+    both = torch.cat([embeddings, null_embeddings.to(device).expand_as(embeddings)])
+    if kernel == "triton" and not isinstance(guidance_scale, Tensor):
+        guidance_scale = torch.full((1,), guidance_scale, device=device)
+    x_t, x0 = latents.to(device, torch.float32), previous_x0
+    parts = statistics_parts(x_t.shape[1:], kernel)
+    statistics = torch.full((count, 2, n, parts), torch.nan, device=device)
+    for i in range(count) if steps is None else steps:
+        branches = 2 if guided[i] else 1
+        prediction = denoiser.predict(
+            torch.cat([x_t] * branches), timesteps[i].expand(branches * n), both[: branches * n]
         )
-        yield State(i, x_t, x0, delta_sq, cross)
+        x_t, x0 = guided_step(
+            *(prediction.chunk(2) if guided[i] else (prediction, None)),
+            latents=_like(x_t, prediction),
+            previous_x0=x0 if plan.multistep else None,
+            noise=_to_device(step_noise(i), device) if noisy[i] else None,
+            coefficients=table[i : i + 1],
+            guidance_scale=guidance_scale,
+            statistics=statistics[i],
+            converted=prediction_type != "epsilon",
+            with_x0=plan.multistep or x0_at is None or i in x0_at,
+            kernel=kernel,
+        )
+        yield State(i, x_t, x0, statistics)
 
 
 def sample(
@@ -180,8 +243,11 @@ def sample(
     embeddings: Tensor,
     null_embeddings: Tensor,
     latents: Tensor,
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
     step_noise: StepNoise | None = None,
+    *,
+    guidance_interval: tuple[float, float] | None = None,
+    kernel: Kernel = "eager",
 ) -> Trajectory:
     """Sample n candidates, each with its own prompt.
 
@@ -189,14 +255,26 @@ def sample(
         embeddings: (n, tokens, dim), from `denoiser.encode_prompts`.
         null_embeddings: (n, tokens, dim) or (1, tokens, dim), of the empty prompt.
         latents: (n, *latent_shape) standard normal, on any device.
+        guidance_scale: one for all, or each candidate's own, (n,) fp32 on the device.
         step_noise: standard normal noise of a step; asked in order, and only where the plan is stochastic.
+        guidance_interval: of log SNR; outside it the conditional branch alone is evaluated and followed, and the
+            statistics are NaN (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: guidance everywhere.
+        kernel: which implementation of the step, from `kernels.choose_kernel`.
 
     Raises:
         ValueError: if the plan is stochastic and step_noise is None.
     """
-    steps = sampling_steps(denoiser, plan, embeddings, null_embeddings, latents, guidance_scale, step_noise)
+    arguments = (denoiser, plan, embeddings, null_embeddings, latents, guidance_scale, step_noise)
+    steps = sampling_steps(*arguments, guidance_interval=guidance_interval, kernel=kernel, x0_at=())
     last = deque(steps, maxlen=1).pop()
     return Trajectory(last.latents, plan.timesteps, last.delta_sq, last.cross)
+
+
+def _like(latents: Tensor, prediction: Tensor) -> Tensor:
+    """The latents in the memory layout of the prediction; a channels-last model has another than the noise."""
+    if latents.ndim == 4 and prediction.ndim == 4 and not prediction.is_contiguous():
+        return latents.contiguous(memory_format=torch.channels_last)
+    return latents
 
 
 def _to_device(noise: Tensor, device: torch.device) -> Tensor:
@@ -206,15 +284,27 @@ def _to_device(noise: Tensor, device: torch.device) -> Tensor:
     return noise.to(device, torch.float32, non_blocking=True)
 
 
-def candidate_noise(seeds: list[int], latent_shape: tuple[int, ...]) -> tuple[Tensor, StepNoise]:
-    """Initial latents (n, *latent_shape) and the noise of the steps, fp32 on the CPU.
+class CandidateNoise:
+    """The noise of candidates, fp32 on the CPU, each from its own generator: a candidate never depends on its batch,
+    nor on the device.
 
-    Candidate i's come from its own generator, seeded with seeds[i], in this order: latents, first noisy step, second,
-    and so on. So a candidate never depends on its batch, nor on the device.
+    A generator, seeded with the candidate's seed, gives in this order: latents, first noisy step, second, and so on.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def draw() -> Tensor:
-        return torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators])
+    def __init__(self, seeds: list[int], latent_shape: tuple[int, ...]):
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._shape = latent_shape
 
-    return draw(), lambda step: draw()
+    def draw(self, rows: list[int] | None = None) -> Tensor:
+        """The next noise of each, or of some candidates: (n, *latent_shape)."""
+        chosen = self._generators if rows is None else [self._generators[row] for row in rows]
+        noise = torch.empty(len(chosen), *self._shape)
+        for values, generator in zip(noise, chosen, strict=True):
+            values.normal_(generator=generator)
+        return noise
+
+
+def candidate_noise(seeds: list[int], latent_shape: tuple[int, ...]) -> tuple[Tensor, StepNoise]:
+    """Initial latents (n, *latent_shape) and the noise of the steps of candidates that stay together."""
+    noise = CandidateNoise(seeds, latent_shape)
+    return noise.draw(), lambda step: noise.draw()

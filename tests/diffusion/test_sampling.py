@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.kernels import guided_step
 from mi_ray.diffusion.sampling import candidate_noise, sample, sampling_steps, solver_plan
-from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at, epsilon_from
+from mi_ray.diffusion.schedules import NoiseSchedule
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++2m": DPMSolverMultistepScheduler}
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -37,12 +37,12 @@ def _theirs(scheduler, steps: int, latents: torch.Tensor, seed: int) -> list[tor
 
 def _ours(schedule, plan, latents: torch.Tensor, seed: int) -> list[torch.Tensor]:
     states, x_t, x0 = [], latents, None
-    unused, generator = torch.empty(len(latents)), torch.Generator().manual_seed(seed)
+    unused, generator = torch.empty(2, len(latents), 1), torch.Generator().manual_seed(seed)
+    table = plan.table(schedule.prediction_type).float()
     for i, t in enumerate(plan.timesteps):
-        alpha, sigma = alpha_sigma_at(schedule.log_snr.float(), t)
-        epsilon = epsilon_from(schedule.prediction_type, _prediction(x_t, t), x_t, alpha, sigma)
+        prediction = _prediction(x_t, t)
         noise = torch.randn(latents.shape, generator=generator)
-        x_t, x0 = guided_step(epsilon, epsilon, x_t, x0, noise, plan.coefficients[i].float(), 3.0, unused, unused)
+        x_t, x0 = guided_step(prediction, prediction, x_t, x0, noise, table[i : i + 1], 3.0, unused)
         states.append(x_t)
     return states
 
