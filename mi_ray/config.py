@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -23,8 +24,8 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "asd", "trajectory_banded")
-POINTWISE_SCORES = ("pmi", "pmi_contrastive")
-ScoreName = Literal["mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_contrastive"]
+POINTWISE_SCORES = ("pmi", "pmi_contrastive", "pmi_negatives")
+ScoreName = Literal["mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_contrastive", "pmi_negatives"]
 Control = Literal["random", "oracle"]
 
 
@@ -92,6 +93,13 @@ class ScoreConfig(Section):
     )
     num_samples: Positive = Field(12, description="noise draws a candidate, pointwise scores")
     neighbours: Positive = Field(5, description="pmi_contrastive: other prompts nearest in the text encoder's space")
+    negatives: str = Field(
+        "auto",
+        pattern="^(auto|shapes|text|spacy(:.+)?)$",
+        description="pmi_negatives: who changes the prompt in one thing: shapes, text, spacy, spacy:MODEL; auto: shapes"
+        " for its prompts, else text",
+    )
+    max_negatives: Positive = Field(8, description="pmi_negatives: so many changed prompts at most, one branch each")
 
     @model_validator(mode="after")
     def _band(self):
@@ -238,18 +246,25 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 
 # ------------------------------------------------------------------------------------------ reading it
+Config = TypeVar("Config", bound=Section)
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
 def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if _is_section(field):
             names += _field_names(field.annotation, f"{prefix}{name}.")
     return names
 
 
-def _suggestion(name: str) -> str:
+def _suggestion(name: str, model: type[BaseModel]) -> str:
     name = name.lstrip("-").partition("=")[0].replace("-", "_")
-    known = _field_names(RunConfig)
+    known = _field_names(model)
     close = difflib.get_close_matches(name, known, 1, 0.75)
     if not close:  # then by the last part of the name alone
         leaves = {k: k.rsplit(".", 1)[-1] for k in known}
@@ -258,12 +273,12 @@ def _suggestion(name: str) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "remove it (--help lists every field)"
 
 
-def _faults(error: ValidationError) -> list[str]:
+def _faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
     messages = []
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            messages.append(f"{name}: unknown key; {_suggestion(name)}")
+            messages.append(f"{name}: unknown key; {_suggestion(name, model)}")
         elif fault["type"] == "missing":
             messages.append(f"{name}: missing; set it in the config file or with --{name.replace('_', '-')}")
         elif fault["type"] == "value_error":
@@ -288,7 +303,7 @@ def _read_yaml(path: str) -> dict:
     return tree
 
 
-class _CommandLine(RunConfig, BaseSettings):
+class _CommandLine(BaseSettings):
     model_config = SettingsConfigDict(
         cli_kebab_case=True,
         cli_avoid_json=True,
@@ -322,24 +337,29 @@ def _flag(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _strays(unknown: list[str]) -> list[str]:
+def _strays(unknown: list[str], model: type[BaseModel]) -> list[str]:
     """A message for each argument that no field takes; what follows an unknown flag is its value."""
     faults = []
     for before, argument in zip(["", *unknown], unknown, strict=False):
         if argument.startswith("--"):
-            faults.append(f"{argument}: unknown flag; {_suggestion(argument)}")
+            faults.append(f"{argument}: unknown flag; {_suggestion(argument, model)}")
         elif not before.startswith("--") or "=" in before:
             faults.append(f"{argument}: belongs to no flag; write --field {argument}, or remove it")
     return faults
 
 
-def load_config(arguments: list[str], description: str = "", smoke_file: str | None = None) -> tuple[RunConfig, bool]:
+def load_config(
+    arguments: list[str], description: str = "", smoke_file: str | None = None, model: type[Config] = RunConfig
+) -> tuple[Config, bool]:
     """Read --config, the overrides and --dry-run: (config, dry_run).
+
+    Args:
+        model: the configuration to read; its docstring is the description where none is given.
 
     Raises:
         ConfigError: with every fault of the file and the flags.
     """
-    command = type("Command", (_CommandLine,), {"__doc__": description or RunConfig.__doc__})
+    command = type("Command", (model, _CommandLine), {"__doc__": description or model.__doc__})
     flags = [_flag(argument) for argument in arguments]
     try:
         given = CliSettingsSource(command, cli_prog_name=Path(sys.argv[0]).name, cli_parse_args=flags)()
@@ -347,21 +367,27 @@ def load_config(arguments: list[str], description: str = "", smoke_file: str | N
         raise ConfigError([str(error).removeprefix("error parsing CLI: ").removeprefix("argument ")]) from error
     file, smoke, dry_run = (given.pop(name, default) for name, default in _COMMAND_FIELDS.items())
     file = file or (smoke_file if smoke else None)
-    stray = _strays(given.pop("unknown", []))
-    tree = _merge({"prompts": {}}, _merge(_read_yaml(file) if file else {}, given))
+    stray = _strays(given.pop("unknown", []), model)
+    sections = {name: {} for name, field in model.model_fields.items() if field.is_required() and _is_section(field)}
+    tree = _merge(sections, _merge(_read_yaml(file) if file else {}, given))
     try:
-        config = RunConfig.model_validate(tree)
+        config = model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(stray + _faults(error)) from error
+        raise ConfigError(stray + _faults(error, model)) from error
     if stray:
         raise ConfigError(stray)
     return config, bool(dry_run)
 
 
-def run_command(run: Callable[[RunConfig, bool], None], description: str = "", smoke_file: str | None = None):
+def run_command(
+    run: Callable[[Config, bool], None],
+    description: str = "",
+    smoke_file: str | None = None,
+    model: type[Config] = RunConfig,
+):
     """Run a job from the command line: exit code 0, 2 with a message for each fault of the user's, 1 for ours."""
     try:
-        run(*load_config(sys.argv[1:], description, smoke_file))
+        run(*load_config(sys.argv[1:], description, smoke_file, model))
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)

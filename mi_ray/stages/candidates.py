@@ -16,6 +16,9 @@ from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.sampling import Trajectory, candidate_noise, sample, solver_plan
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise, trajectory
+from mi_ray.information.negatives import pmi_negatives
+from mi_ray.language.negatives import chosen, negatives_by
+from mi_ray.stages.branches import branch_errors
 
 NEIGHBOUR_POOL = 2000  # prompts among which the nearest are sought; keeps memory flat however long the list is
 
@@ -96,6 +99,7 @@ class Scorer:
     def __init__(self, denoiser: Denoiser, config: ScoreConfig, batch_size: int, seed: int, pool: list[str]):
         self.denoiser, self.config, self.batch_size, self.seed = denoiser, config, batch_size, seed
         self.null = denoiser.encode_prompts([""])
+        self.negatives = negatives_by(config.negatives)
         self.pool = pool[:NEIGHBOUR_POOL] if "pmi_contrastive" in config.names else []
         chunks = [self.pool[i : i + 256] for i in range(0, len(self.pool), 256)]
         self.pool_embeddings = torch.cat([denoiser.encode_prompts(chunk) for chunk in chunks]) if chunks else None
@@ -151,7 +155,28 @@ class Scorer:
         if "pmi_contrastive" in config.names:
             first = 2 if "pmi" in config.names else 1
             scores["pmi_contrastive"] = pointwise.pmi_contrastive(errors[:, 0], errors[:, first:], probes)
+        if "pmi_negatives" in config.names:
+            scores["pmi_negatives"] = self._against_negatives(prompts, index, latents, errors[:, 0], probes, work)
         return scores
+
+    def _against_negatives(
+        self, prompts: list[str], index: Tensor, latents: Tensor, errors: Tensor, probes: pointwise.Probes, work: Work
+    ) -> Tensor:
+        """The log odds of each candidate's prompt against its hard negatives, (N,); nan where it has none.
+
+        errors: (N, K) under the prompts themselves, at the probes that the negatives meet too.
+        """
+        began = time.perf_counter()
+        negatives = [chosen(self.negatives(prompt), self.config.max_negatives) for prompt in prompts]
+        texts = [[negative.prompt for negative in of_prompt] for of_prompt in negatives]
+        others = branch_errors(self.denoiser, latents, index, texts, probes, 2 * self.batch_size)
+        work.score_evaluations += sum(other.numel() for other in others)
+        work.timed("score", began)
+        scored = [
+            pmi_negatives(own[None], other[None], probes)[0] if len(other) else own.new_full((1,), torch.nan)
+            for own, other in zip(errors, others, strict=True)
+        ]
+        return torch.cat(scored)
 
 
 def measured(images: np.ndarray, prompts: list[str], alignment: str | None) -> dict[str, list]:

@@ -20,6 +20,7 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     candidates = prompts * config.generate.candidates_per_prompt * pools
     branches = 1 + ("pmi" in config.score.names)
     branches += config.score.neighbours * ("pmi_contrastive" in config.score.names)
+    branches += config.score.max_negatives * ("pmi_negatives" in config.score.names)
     scored = any(name in POINTWISE_SCORES for name in config.score.names)
     finetune = config.finetune
     samples = finetune.steps * finetune.batch_size * finetune.gradient_accumulation
