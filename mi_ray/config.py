@@ -46,6 +46,9 @@ class Section(BaseModel):
         """`none` means no value, in YAML as on the command line."""
         if not isinstance(values, dict):
             return values
+        for name, value in values.items():  # they would end in logs and in the run's folder
+            if isinstance(value, str) and "@" in value.partition("://")[2].partition("/")[0]:
+                raise ValueError(f"{name} holds credentials; take them out: set the environment or an instance role")
         return {k: None if isinstance(v, str) and v.lower() == "none" else v for k, v in values.items()}
 
 
@@ -179,6 +182,12 @@ class ResourcesConfig(Section):
     cpus_per_actor: Annotated[float, Field(ge=0)] = Field(1, description="and its threads")
     gpus_per_actor: Annotated[float, Field(ge=0)] = Field(0, description="0.5: two actors share a GPU")
     batch_size: Positive = Field(64, description="candidates in one denoiser batch (twice that with guidance)")
+    shard_timeout_s: float | None = Field(
+        None, gt=0, description="an actor that takes longer over a shard is ended, and the shard given to another"
+    )
+    lease_s: float = Field(
+        40, gt=0, description="a driver on another machine not heard of for so long is taken for dead; one here at once"
+    )
     train_workers: Positive = Field(1, description="data-parallel workers of the fine-tuning")
     train_cpus: Annotated[float, Field(ge=0)] = Field(1, description="per worker")
     train_gpus: Annotated[float, Field(ge=0)] = Field(0, description="per worker: 0 or 1")

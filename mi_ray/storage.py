@@ -1,15 +1,20 @@
-"""Where a run lies: URIs to filesystems, Arrow schemas of its tables, atomic writes and manifests."""
+"""Where a run lies: URIs to filesystems, Arrow schemas of its tables, atomic writes, commits and events."""
 
 import json
 import os
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+
+from mi_ray import s3
 
 
 # ------------------------------------------------------------------------------------------ schemas
@@ -107,10 +112,25 @@ def join(uri: str, *parts: str) -> str:
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a URI or local path, and the path on it."""
+    """The filesystem of a URI or local path, and the path on it.
+
+    Raises:
+        ValueError: an unknown scheme, or a URI that carries credentials, which would end in logs and in run.json.
+    """
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).absolute())
-    return pafs.FileSystem.from_uri(uri)
+    if "@" in uri.partition("://")[2].partition("/")[0]:
+        raise ValueError(
+            "the URI carries credentials; take them out: they come from the environment or an instance role"
+        )
+    if not uri.startswith("s3://"):
+        return pafs.FileSystem.from_uri(uri)
+    return s3.filesystem(uri)
+
+
+def relative(uri: str, folder: str) -> str:
+    """The path of what lies in a folder, from there."""
+    return filesystem(uri)[1].removeprefix(filesystem(folder)[1] + "/")
 
 
 def exists(uri: str) -> bool:
@@ -137,7 +157,13 @@ def write_bytes(uri: str, content: bytes):
         with system.open_output_stream(path) as stream:
             stream.write(content)
         return
-    target = Path(path)
+    with _partial(Path(path), content) as partial:
+        partial.replace(path)
+
+
+@contextmanager
+def _partial(target: Path, content: bytes) -> Iterator[Path]:
+    """The content under another name beside its target, on the disk for sure; gone at the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -145,21 +171,52 @@ def write_bytes(uri: str, content: bytes):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(target)
+        yield partial
     finally:
         partial.unlink(missing_ok=True)
 
 
-def check_writable(uri: str):
-    """Write and delete a small file.
+def create_bytes(uri: str, content: bytes) -> bool:
+    """Write a file whole, unless there is one of that name: of several writers at once, one alone wins.
+
+    A hard link does it on a local disk, a put with `If-None-Match: *` on S3.
+
+    Returns:
+        Whether the file holds this content now by this call.
 
     Raises:
-        OSError: the folder cannot be made or written to.
+        ValueError: the store of the URI has neither.
+    """
+    system, path = filesystem(uri)
+    if isinstance(system, pafs.LocalFileSystem):
+        with _partial(Path(path), content) as partial:
+            try:
+                os.link(partial, path)
+            except FileExistsError:
+                return False
+        return True
+    if not uri.startswith("s3://"):
+        raise ValueError(f"{uri} is on no store with conditional writes; give a local folder or an s3:// URI")
+    # After a refusal: it may be our own, if the answer to an earlier attempt was lost.
+    return s3.create(uri, content) or read_bytes(uri) == content
+
+
+def delete(uri: str):
+    system, path = filesystem(uri)
+    system.delete_file(path)
+
+
+def check_writable(uri: str):
+    """Write and delete a small file, and see that the store keeps a second writer from it.
+
+    Raises:
+        OSError: the folder cannot be made or written to, or two drivers could both win there.
     """
     probe = join(uri, f".probe-{uuid.uuid4().hex}")
-    write_bytes(probe, b"")
-    system, path = filesystem(probe)
-    system.delete_file(path)
+    first, second = create_bytes(probe, b"1"), create_bytes(probe, b"2")
+    delete(probe)
+    if not first or second:
+        raise OSError("its store does not honour If-None-Match, which keeps two drivers apart")
 
 
 def read_json(uri: str) -> dict:
@@ -170,10 +227,14 @@ def write_json(uri: str, value: dict):
     write_bytes(uri, json.dumps(value, indent=2, allow_nan=False).encode())
 
 
-def write_table(uri: str, table: pa.Table):
+def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_bytes(uri, sink.getvalue().to_pybytes())
+    return sink.getvalue().to_pybytes()
+
+
+def write_table(uri: str, table: pa.Table):
+    write_bytes(uri, _parquet(table))
 
 
 def _read_parquet(system: pafs.FileSystem, path: str, columns: list[str] | None) -> pa.Table:
@@ -204,24 +265,97 @@ def local_folder(uri: str) -> str:
     return copy
 
 
-# ------------------------------------------------------------------------------------------ manifests, events
+# ------------------------------------------------------------------------------------------ commits
 MANIFEST = "_manifest.json"  # readers of the folder as one table skip a leading underscore
+COMMITS = "_commits"
+
+
+def commit(folder: str, name: str, table: pa.Table, receipt: dict) -> dict:
+    """Add a part to a folder, once: the table first, then `_commits/<part>.json`, which makes it count.
+
+    Neither is ever replaced. Whoever comes second finds the part there and gets the first one's receipt.
+
+    Args:
+        receipt: what is to be known about the part without opening it.
+
+    Returns:
+        The receipt that counts.
+    """
+    if not create_bytes(join(folder, name), _parquet(table)):
+        receipt = receipt | _counts(folder, name)
+    marker = join(folder, COMMITS, f"{name}.json")
+    create_bytes(marker, json.dumps(receipt | {"name": name, "time": round(time.time(), 3)}).encode())
+    return read_json(marker)
+
+
+def committed(folder: str, name: str) -> dict | None:
+    """The receipt of a part; None if it is not committed."""
+    marker = join(folder, COMMITS, f"{name}.json")
+    return read_json(marker) if exists(marker) else None
+
+
+def _counts(folder: str, name: str) -> dict[str, int]:
+    table = read_table(join(folder, name), ["error"])
+    return {"rows": len(table), "errors": len(table) - table["error"].null_count}
+
+
+def adopt_parts(folder: str, names: list[str]) -> list[str]:
+    """Commit the parts that are whole but lack their marker: a kill came between the two. Returns their names."""
+    present = set(list_names(folder)) & set(missing_parts(folder, names))
+    for name in present:
+        facts = _counts(folder, name) | {"name": name, "adopted": True, "time": round(time.time(), 3)}
+        create_bytes(join(folder, COMMITS, f"{name}.json"), json.dumps(facts).encode())
+    return sorted(present)
 
 
 def missing_parts(folder: str, names: list[str]) -> list[str]:
-    """Which of the planned parts are not written yet."""
-    present = set(list_names(folder))
-    return [name for name in names if name not in present]
+    """Which of the planned parts are not committed yet."""
+    present = set(list_names(join(folder, COMMITS)))
+    return [name for name in names if f"{name}.json" not in present]
 
 
-def log_event(run_dir: str, event: str, **facts: str | int | float):
-    """Append a line to events.jsonl: what happened, when, to what."""
-    line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n"
+# ------------------------------------------------------------------------------------------ events
+_pending: dict[str, list[bytes]] = {}  # by URI of an events.jsonl: lines that its object store has not got yet
+_written_at: dict[str, float] = {}
+EVENTS_EVERY = 10.0  # seconds; each time the whole file is put anew
+
+
+def log_event(run_dir: str, event: str, **facts: str | int | float | bool | None):
+    """Append a line to events.jsonl: what happened, when, to what. The holder of the run alone calls it.
+
+    Object stores have no append: there, the frequent `shard_written` waits for up to `EVENTS_EVERY` seconds. A kill
+    loses none of them, for they are made again from the receipts (`stages.generate`).
+    """
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}).encode() + b"\n"
     uri = join(run_dir, "events.jsonl")
     system, path = filesystem(uri)
     if isinstance(system, pafs.LocalFileSystem):
-        with Path(path).open("a") as file:
+        with Path(path).open("ab+") as file:
+            if file.tell() and not _ends_with_newline(file):  # a kill cut the last line short
+                line = b"\n" + line
             file.write(line)
-    else:  # object stores have no append; the driver alone writes this small file
-        before = read_bytes(uri) if exists(uri) else b""
-        write_bytes(uri, before + line.encode())
+        return
+    waiting = _pending.setdefault(uri, [])
+    waiting.append(line)
+    if event == "shard_written" and time.monotonic() - _written_at.get(uri, 0.0) < EVENTS_EVERY:
+        return
+    before = read_bytes(uri) if exists(uri) else b""
+    write_bytes(uri, before + b"".join(waiting))
+    waiting.clear()
+    _written_at[uri] = time.monotonic()
+
+
+def _ends_with_newline(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def read_lines(uri: str) -> list[dict]:
+    """The lines of a .jsonl file; none if it is missing. A line that a kill cut short is left out."""
+    lines = []
+    for line in read_bytes(uri).splitlines() if exists(uri) else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines

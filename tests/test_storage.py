@@ -1,9 +1,13 @@
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import boto3
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
 from mi_ray import storage
@@ -20,13 +24,18 @@ def endpoint():
     server.start()
     address = "{}:{}".format(*server.get_host_and_port())
     with pytest.MonkeyPatch.context() as patch:
+        put, one_at_a_time = S3Response.put_object, threading.RLock()
+
+        def atomic_put(*arguments, **keywords):  # moto checks If-None-Match and writes in two steps, S3 in one
+            with one_at_a_time:
+                return put(*arguments, **keywords)
+
+        patch.setattr(S3Response, "put_object", atomic_put)
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        query = f"endpoint_override={address}&scheme=http&allow_bucket_creation=true"
-        system, _ = storage.filesystem(f"s3://runs?{query}")
-        system.create_dir("runs")
+        boto3.client("s3", endpoint_url=f"http://{address}").create_bucket(Bucket="runs")
         yield address
     server.stop()
 
@@ -61,12 +70,80 @@ def test_files_are_found_and_read_back(root):
 def test_tables_are_read_back_in_the_order_of_their_names(root):
     folder = storage.join(root, "candidates")
     names = ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
-    assert storage.missing_parts(folder, names) == names
     for name in (names[2], names[0]):
         storage.write_table(storage.join(folder, name), TABLE.append_column("part", [[name, name]]))
-    assert storage.missing_parts(folder, names) == [names[1]]
     assert storage.read_tables(folder)["part"].to_pylist() == [names[0]] * 2 + [names[2]] * 2
     assert storage.read_table(storage.join(folder, names[0]), ["score"]) == TABLE.select(["score"])
+
+
+# ------------------------------------------------------------------------------------------ exactly once
+def part(value: float, errors: int = 0) -> pa.Table:
+    return pa.table({"score": [value] * 3, "error": pa.array(["bad"] * errors + [None] * (3 - errors), pa.string())})
+
+
+def test_of_many_who_create_a_file_one_wins(root):
+    uri = storage.join(root, "token")
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: storage.create_bytes(uri, b"%d" % i), range(8)))
+    assert won.count(True) == 1
+    assert storage.read_bytes(uri) == b"%d" % won.index(True)
+
+
+def test_two_drivers_at_a_shard_leave_one_part_and_one_receipt(root):
+    folder = storage.join(root, "candidates")
+    with ThreadPoolExecutor(4) as pool:
+        receipts = list(pool.map(lambda i: storage.commit(folder, "part-0.parquet", part(i), {"by": i}), range(4)))
+    assert all(receipt == receipts[0] for receipt in receipts)
+    assert storage.committed(folder, "part-0.parquet") == receipts[0]
+    assert len(storage.read_tables(folder)) == 3
+    before = storage.read_bytes(storage.join(folder, "part-0.parquet"))
+    storage.commit(folder, "part-0.parquet", part(9), {"by": 9})
+    assert storage.read_bytes(storage.join(folder, "part-0.parquet")) == before
+
+
+def test_what_is_missing_is_what_has_no_receipt(root):
+    folder = storage.join(root, "candidates")
+    names = ["part-0.parquet", "part-1.parquet", "part-2.parquet"]
+    assert storage.missing_parts(folder, names) == names
+    storage.commit(folder, names[1], part(1.0), {"rows": 3})
+    assert storage.committed(folder, names[0]) is None
+    assert storage.missing_parts(folder, names) == [names[0], names[2]]
+
+
+def test_a_part_whose_receipt_a_kill_prevented_is_adopted(root):
+    folder = storage.join(root, "candidates")
+    names = ["part-0.parquet", "part-1.parquet"]
+    storage.write_table(storage.join(folder, names[0]), part(1.0, errors=2))
+    assert storage.adopt_parts(folder, names) == [names[0]]
+    receipt = storage.committed(folder, names[0])
+    assert (receipt["rows"], receipt["errors"], receipt["adopted"]) == (3, 2, True)
+    assert storage.missing_parts(folder, names) == [names[1]]
+
+
+def test_a_receipt_speaks_of_the_part_that_is_there(root):
+    folder = storage.join(root, "candidates")
+    storage.write_table(storage.join(folder, "part-0.parquet"), part(1.0, errors=1))
+    assert storage.commit(folder, "part-0.parquet", part(2.0), {"rows": 3, "errors": 0})["errors"] == 1
+
+
+def test_a_put_that_the_store_carried_out_without_telling_is_ours(monkeypatch, root):
+    """The answer to the first attempt is lost; the second is refused, since the object is there."""
+    if not root.startswith("s3://"):
+        pytest.skip("of object stores")
+    put = storage.s3.create
+    monkeypatch.setattr(storage.s3, "create", lambda uri, content: put(uri, content) and put(uri, content))
+    assert storage.create_bytes(storage.join(root, "token"), b"mine")
+    assert not storage.create_bytes(storage.join(root, "token"), b"another's")
+
+
+def test_a_store_that_lets_two_win_is_refused(monkeypatch, root):
+    def heedless(uri, content):
+        storage.write_bytes(uri, content)
+        return True
+
+    monkeypatch.setattr(storage, "create_bytes", heedless)
+    with pytest.raises(OSError, match="If-None-Match"):
+        storage.check_writable(root)
 
 
 def test_events_are_appended(root):
@@ -78,6 +155,18 @@ def test_events_are_appended(root):
     events = [json.loads(line) for line in lines]
     assert [(e["event"], e.get("shards")) for e in events] == [("started", 3), ("finished", None)]
     assert storage.list_names(root) == ["events.jsonl", "run.json"]
+
+
+def test_shards_wait_for_the_next_event_on_an_object_store_and_none_is_lost(root):
+    storage.log_event(root, "started") if root.startswith("s3://") else storage.write_json(
+        storage.join(root, "run.json"), {}
+    )
+    for index in range(3):
+        storage.log_event(root, "shard_written", index=index)
+    storage.log_event(root, "finished")
+    events = storage.read_lines(storage.join(root, "events.jsonl"))
+    assert [e.get("index") for e in events if e["event"] == "shard_written"] == [0, 1, 2]
+    assert events[-1]["event"] == "finished"
 
 
 def test_prompts_are_read_from_there(root):
@@ -106,6 +195,26 @@ def test_a_folder_is_there_as_a_local_one(root):
 )
 def test_join(uri, joined):
     assert storage.join(uri, "b", "c.json") == joined
+
+
+def test_a_line_that_a_kill_cut_short_costs_only_itself(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"event": "started"}\n{"event": "sha')
+    storage.log_event(str(tmp_path), "resumed")
+    events = storage.read_lines(str(tmp_path / "events.jsonl"))
+    assert [e["event"] for e in events] == ["started", "resumed"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://AKIAEXAMPLE:secret@bucket/run", "instance role"),
+        ("s3://bucket/run?colour=red", "colour"),
+    ],
+)
+def test_uris_that_will_not_do(uri, told):
+    with pytest.raises(ValueError, match=told) as fault:
+        storage.filesystem(uri)
+    assert "secret" not in str(fault.value)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
@@ -153,7 +262,8 @@ def test_every_column_says_what_it_is(schema):
     for field in schema:
         assert len(field.metadata[b"description"]) > 5, field.name
         if field.name.startswith("score_"):
-            assert b"nats" in field.metadata[b"description"]
+            meaning = field.metadata[b"description"]
+            assert b"nats" in meaning or b"no weight" in meaning
 
 
 def test_descriptions_survive_the_file(tmp_path):

@@ -3,7 +3,6 @@
 import time
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from mi_ray import storage
@@ -14,7 +13,7 @@ from mi_ray.prompts import Shard
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
 from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured
-from mi_ray.stages.generate import error_row, run_stage, shard_of, take_cpus, whole_or_one_by_one, written
+from mi_ray.stages.shards import ShardWriter, run_stage, take_cpus
 
 REFERENCE = "reference"  # real renders instead of a model's images
 
@@ -25,10 +24,10 @@ class Evaluator:
     The judge of PMI and the source of features is always the base model, whichever model draws.
     """
 
-    def __init__(self, config: dict, model: str, folder: str, adapter: str | None):
+    def __init__(self, config: dict, model: str, folder: str, adapter: str | None, token: int | None = None):
         config = RunConfig.model_validate(config)
         take_cpus(config.resources.cpus_per_actor)
-        self.config, self.model, self.folder = config, model, folder
+        self.config, self.model = config, model
         evaluation, batch_size = config.evaluation, config.resources.batch_size
         self.base = load_denoiser(config.model.path, config.model.dtype)
         adapter = adapter and storage.local_folder(adapter)
@@ -36,15 +35,10 @@ class Evaluator:
         self.sampler = Sampler(drawing, evaluation.sampler, batch_size)
         judged = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, judged, batch_size, config.seed, []) if evaluation.pmi else None
-        self.schema = storage.evaluation_schema()
+        self.write = ShardWriter("evaluate", model, folder, storage.evaluation_schema(), config, token)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
-        shard = shard_of(batch)
-        began, work = time.perf_counter(), Work()
-        rows, failures = whole_or_one_by_one(self._rows, shard, work)
-        rows += [error_row(self.schema, shard, position, message) for position, message in failures]
-        storage.write_table(storage.join(self.folder, shard.name), pa.Table.from_pylist(rows, schema=self.schema))
-        return written(shard, len(rows), len(failures), work, began)
+        return self.write(batch, self._rows)
 
     def _rows(self, shard: Shard, positions: list[int], work: Work) -> list[dict]:
         evaluation = self.config.evaluation

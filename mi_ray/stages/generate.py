@@ -1,16 +1,9 @@
 """Generation on Ray Data: an actor pool samples, scores, ranks and writes one atomic file a shard."""
 
-import logging
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
 
 import numpy as np
-import pyarrow as pa
-import ray
 import torch
-from ray.data import ActorPoolStrategy
-from tqdm import tqdm
 
 from mi_ray import storage
 from mi_ray.config import RunConfig
@@ -19,11 +12,7 @@ from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.prompts import Shard
 from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured
 from mi_ray.stages.select import ranks
-
-
-def take_cpus(count: float):
-    """Use as many threads as CPUs were asked for, so that actors never fight for cores."""
-    torch.set_num_threads(max(1, int(count)))
+from mi_ray.stages.shards import ShardWriter, run_stage, take_cpus
 
 
 class CandidateGenerator:
@@ -38,25 +27,21 @@ class CandidateGenerator:
         keep_by: list[str],
         previews: list[str],
         pool: list[str],
+        token: int | None = None,
     ):
         config = RunConfig.model_validate(config)
         take_cpus(config.resources.cpus_per_actor)
-        self.config, self.round, self.folder, self.keep_by = config, round_index, folder, keep_by
+        self.config, self.round, self.keep_by = config, round_index, keep_by
         self.previews = frozenset(previews)
         adapter = adapter and storage.local_folder(adapter)
         self.denoiser = load_denoiser(config.model.path, config.model.dtype, adapter=adapter)
         self.sampler = Sampler(self.denoiser, config.sampler, config.resources.batch_size)
         self.scorer = Scorer(self.denoiser, config.score, config.resources.batch_size, config.seed, pool)
-        self.schema = storage.candidates_schema(config.score.names)
+        schema = storage.candidates_schema(config.score.names)
+        self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
-        shard = shard_of(batch)
-        began, work = time.perf_counter(), Work()
-        rows, failures = whole_or_one_by_one(self._rows, shard, work)
-        rows += [error_row(self.schema, shard, position, message) for position, message in failures]
-        rows.sort(key=lambda row: (shard.prompt_ids.index(row["prompt_id"]), row["candidate_index"] or 0))
-        storage.write_table(storage.join(self.folder, shard.name), pa.Table.from_pylist(rows, schema=self.schema))
-        return written(shard, len(rows), len(failures), work, began)
+        return self.write(batch, self._rows)
 
     def _rows(self, shard: Shard, positions: list[int], work: Work) -> list[dict]:
         """The candidates' rows of some of the shard's prompts."""
@@ -125,95 +110,6 @@ class CandidateGenerator:
         work.timed("decode", began)
         columns |= measured(np.stack(images) if alignment else None, prompts, alignment)
         return images
-
-
-# ------------------------------------------------------------------------------------------ shards
-def shard_of(batch: dict[str, np.ndarray]) -> Shard:
-    """The one shard that a Ray Data batch of size 1 holds."""
-    fields = {name: values[0] for name, values in batch.items()}
-    lists = {name: list(values) for name, values in fields.items() if isinstance(values, np.ndarray)}
-    return Shard(index=int(fields["index"]), name=str(fields["name"]), **lists)
-
-
-def whole_or_one_by_one(make_rows, shard: Shard, work: Work) -> tuple[list[dict], list[tuple[int, str]]]:
-    """Rows of all prompts at once; if that fails, prompt by prompt, so that one bad prompt costs only itself.
-
-    Returns:
-        The rows, and (position in the shard, message) of each prompt that failed.
-    """
-    everything = list(range(len(shard.prompts)))
-    try:
-        return make_rows(shard, everything, work), []
-    except Exception as error:
-        if len(everything) == 1:
-            return [], [(0, f"{type(error).__name__}: {error}")]
-    rows, failures = [], []
-    for position in everything:
-        try:
-            rows += make_rows(shard, [position], work)
-        except Exception as error:
-            failures.append((position, f"{type(error).__name__}: {error}"))
-    return rows, failures
-
-
-def error_row(schema: pa.Schema, shard: Shard, position: int, message: str) -> dict:
-    row = dict.fromkeys(schema.names)
-    row |= {"prompt_id": shard.prompt_ids[position], "prompt": shard.prompts[position], "error": message}
-    return row | {"category": shard.categories[position]}
-
-
-def written(shard: Shard, rows: int, errors: int, work: Work, began: float) -> dict[str, list]:
-    return {
-        "index": [shard.index],
-        "shard": [shard.name],
-        "rows": [rows],
-        "errors": [errors],
-        "denoiser_evaluations": [work.denoiser_evaluations],
-        "score_evaluations": [work.score_evaluations],
-        "seconds": [time.perf_counter() - began],
-        **{f"{name}_seconds": [work.seconds.get(name, 0.0)] for name in ("sample", "score", "decode")},
-    }
-
-
-def run_shards(actor: type, constructor: dict, shards: list[Shard], config: RunConfig) -> Iterator[dict]:
-    """Run shards through a pool of actors and yield, as each is written, what was written."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
-    least, most = (min(n, len(shards)) for n in config.resources.num_actors)
-    dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
-    dataset = dataset.map_batches(
-        actor,
-        batch_size=1,
-        compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
-        num_cpus=config.resources.cpus_per_actor,
-        num_gpus=config.resources.gpus_per_actor,
-        fn_constructor_kwargs=constructor,
-    )
-    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
-        yield {name: values[0].item() if hasattr(values[0], "item") else values[0] for name, values in batch.items()}
-
-
-def run_stage(
-    stage: str, model: str, actor: type, constructor: dict, shards: list[Shard], folder: str, config: RunConfig
-) -> dict:
-    """Write the missing parts of a folder, with progress and events, then its manifest. Returns the manifest."""
-    manifest_uri = storage.join(folder, storage.MANIFEST)
-    if storage.exists(manifest_uri):
-        return storage.read_json(manifest_uri)
-    missing = set(storage.missing_parts(folder, [shard.name for shard in shards]))
-    todo = [shard for shard in shards if shard.name in missing]
-    total = sum(len(shard.prompts) for shard in shards)
-    with tqdm(total=total, desc=f"{stage} {model}", unit="prompt", mininterval=2, dynamic_ncols=True) as progress:
-        progress.update(total - sum(len(shard.prompts) for shard in todo))
-        for done in run_shards(actor, constructor, todo, config) if todo else ():
-            storage.log_event(config.run_dir, "shard_written", stage=stage, model=model, **done)
-            progress.update(len(shards[done["index"]].prompts))
-    manifest = {"parts": [{"name": shard.name, "prompts": len(shard.prompts)} for shard in shards], "prompts": total}
-    storage.write_json(manifest_uri, manifest)
-    return manifest
 
 
 def generate(

@@ -18,6 +18,7 @@ from mi_ray.stages.candidates import NEIGHBOUR_POOL
 from mi_ray.stages.evaluate import REFERENCE, evaluate
 from mi_ray.stages.finetune import check_targets, finetune
 from mi_ray.stages.generate import generate
+from mi_ray.stages.lease import confirm, held
 from mi_ray.stages.select import select
 from mi_ray.stages.training_log import check_loggers
 
@@ -125,7 +126,7 @@ def _check_run_dir(config: RunConfig):
     try:
         known = storage.exists(storage.join(config.run_dir, "run.json"))
         storage.check_writable(config.run_dir)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         message = f"run_dir: {config.run_dir!r} cannot be written to ({error}); give another --run-dir"
         raise ConfigError([message]) from error
     if not known:
@@ -145,8 +146,10 @@ def _check_run_dir(config: RunConfig):
 @contextmanager
 def timed(config: RunConfig, stage: str):
     """Log how long a stage took."""
+    confirm(config.run_dir)
     began = time.monotonic()
     yield
+    confirm(config.run_dir)
     storage.log_event(config.run_dir, "stage_finished", stage=stage, seconds=round(time.monotonic() - began, 3))
 
 
@@ -202,9 +205,16 @@ def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
         until: the last stage to run: generate (of the first round), finetune, evaluate or report.
 
     Raises:
-        ConfigError: something the user gave is wrong; nothing was started.
+        ConfigError: something the user gave is wrong, or another driver holds the run; nothing was started.
     """
     plan = Plan(config)
+    with held(config.run_dir, config.resources.lease_s):
+        _check_run_dir(config)  # again: who held the run until now may have begun another config
+        return _run(plan, until)
+
+
+def _run(plan: Plan, until: str) -> str | None:
+    config = plan.config
     ray.init(logging_level="warning", ignore_reinit_error=True)
     open_run(plan)
     adapters: dict[str, str | None] = {"base": None, "tuned": align(plan, until=until)}

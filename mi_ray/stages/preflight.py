@@ -7,8 +7,8 @@ import torch
 
 from mi_ray.config import POINTWISE_SCORES, RunConfig
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
-from mi_ray.stages.generate import take_cpus
 from mi_ray.stages.pipeline import Plan, run_pipeline
+from mi_ray.stages.shards import take_cpus
 
 TRAINING_COST = 3  # a training pass in denoiser evaluations: forward, and backward at twice that
 

@@ -1,0 +1,66 @@
+"""What the actors tell Prometheus, through ray.util.metrics; cluster/monitoring/grafana.json shows it."""
+
+from collections import defaultdict
+
+import numpy as np
+from ray.util.metrics import Counter, Gauge
+
+COUNTERS = {
+    "mi_ray_rows": "candidates or images written",
+    "mi_ray_shards": "shards committed",
+    "mi_ray_error_rows": "rows that say why there is no result",
+    "mi_ray_denoiser_evaluations": "denoiser evaluations of sampling",
+    "mi_ray_score_evaluations": "denoiser evaluations of pointwise scores",
+    "mi_ray_busy_seconds": "seconds an actor spent on shards; the rate per actor is its busy share",
+}
+GAUGES = {
+    "mi_ray_actor_up": "1 for each actor that has loaded its model",
+    "mi_ray_score_mean": "mean score of the last shard's candidates, nats",
+    "mi_ray_score_spread": "standard deviation of a score within a prompt, mean over the last shard's prompts, nats",
+}
+
+
+def score_statistics(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """{score: (mean over the candidates, mean over the prompts of the standard deviation within one)}, finite ones."""
+    by_score: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("score_") and value is not None and np.isfinite(value):
+                by_score[name.removeprefix("score_")][row["prompt_id"]].append(value)
+    return {
+        score: (
+            float(np.mean([value for values in of_prompts.values() for value in values])),
+            float(np.mean([np.std(values) for values in of_prompts.values()])),
+        )
+        for score, of_prompts in by_score.items()
+    }
+
+
+class StageMetrics:
+    """One actor's metrics, tagged with its stage and model."""
+
+    def __init__(self, stage: str, model: str):
+        self.tags = {"stage": stage, "model": model}
+        keys = tuple(self.tags)
+        self.counters = {name: Counter(name, text, keys) for name, text in COUNTERS.items()}
+        scored = {name: (*keys, "score") if "score" in name else keys for name in GAUGES}
+        self.gauges = {name: Gauge(name, text, scored[name]) for name, text in GAUGES.items()}
+        self.gauges["mi_ray_actor_up"].set(1, self.tags)
+
+    def committed(self, receipt: dict, rows: list[dict]):
+        """Count a shard that this actor has committed."""
+        amounts = {
+            "mi_ray_rows": receipt["rows"],
+            "mi_ray_shards": 1,
+            "mi_ray_error_rows": receipt["errors"],
+            "mi_ray_denoiser_evaluations": receipt["denoiser_evaluations"],
+            "mi_ray_score_evaluations": receipt["score_evaluations"],
+            "mi_ray_busy_seconds": receipt["seconds"],
+        }
+        for name, amount in amounts.items():
+            if amount > 0:
+                self.counters[name].inc(amount, self.tags)
+        for score, (mean, spread) in score_statistics(rows).items():
+            tags = self.tags | {"score": score}
+            self.gauges["mi_ray_score_mean"].set(mean, tags)
+            self.gauges["mi_ray_score_spread"].set(spread, tags)

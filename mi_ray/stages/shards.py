@@ -1,0 +1,200 @@
+"""How a stage runs its shards on Ray Data: a pool of actors, one commit a shard, resume by what is missing."""
+
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ActorPoolStrategy
+from tqdm import tqdm
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+from mi_ray.prompts import Shard
+from mi_ray.stages import lease
+from mi_ray.stages.candidates import Work
+from mi_ray.stages.metrics import StageMetrics
+
+Rows = Callable[[Shard, list[int], Work], list[dict]]  # of the prompts at these positions of the shard
+FACTS = {  # of a shard's receipt, which its event repeats
+    "index": 0,
+    "shard": "",
+    "rows": 0,
+    "errors": 0,
+    "denoiser_evaluations": 0,
+    "score_evaluations": 0,
+    "seconds": 0.0,
+    "sample_seconds": 0.0,
+    "score_seconds": 0.0,
+    "decode_seconds": 0.0,
+}
+
+
+def take_cpus(count: float):
+    """Use as many threads as CPUs were asked for, so that actors never fight for cores."""
+    torch.set_num_threads(max(1, int(count)))
+
+
+# ------------------------------------------------------------------------------------------ in the actor
+class ShardWriter:
+    """What the actors of all stages share: a shard that is committed already is left alone, any other is made, written
+    and committed once; it fills its actor's metrics.
+
+    Args:
+        token: of the driver's lease; None: it holds none.
+    """
+
+    def __init__(self, stage: str, model: str, folder: str, schema: pa.Schema, config: RunConfig, token: int | None):
+        self.folder, self.schema, self.config, self.token = folder, schema, config, token
+        self.metrics = StageMetrics(stage, model)
+
+    def __call__(self, batch: dict[str, np.ndarray], make_rows: Rows) -> dict[str, list]:
+        """Take a Ray Data batch that holds one shard; its receipt is the row that comes out."""
+        shard = shard_of(batch)
+        receipt = storage.committed(self.folder, shard.name) or self._make(shard, make_rows)
+        facts = FACTS | {"index": shard.index, "shard": shard.name}
+        return {name: [receipt.get(name, fact)] for name, fact in facts.items()}
+
+    def _make(self, shard: Shard, make_rows: Rows) -> dict:
+        began, work = time.perf_counter(), Work()
+        with deadline(self.config.resources.shard_timeout_s):
+            rows, failures = whole_or_one_by_one(make_rows, shard, work)
+        rows += [error_row(self.schema, shard, position, message) for position, message in failures]
+        place = {prompt_id: position for position, prompt_id in enumerate(shard.prompt_ids)}
+        number = "candidate_index" if "candidate_index" in self.schema.names else "image_index"
+        rows.sort(key=lambda row: (place[row["prompt_id"]], row[number] or 0))
+        table = pa.Table.from_pylist(rows, schema=self.schema)
+        if lease.superseded(self.config.run_dir, self.token):
+            raise lease.Lost([f"{shard.name} is not committed: another driver has taken over {self.config.run_dir!r}"])
+        mine = {
+            "index": shard.index,
+            "shard": shard.name,
+            "rows": len(rows),
+            "errors": len(table) - table["error"].null_count,
+            "denoiser_evaluations": work.denoiser_evaluations,
+            "score_evaluations": work.score_evaluations,
+            "seconds": time.perf_counter() - began,
+            **{f"{name}_seconds": work.seconds.get(name, 0.0) for name in ("sample", "score", "decode")},
+        }
+        where = {"host": platform.node(), "pid": os.getpid(), "token": self.token}
+        receipt = storage.commit(self.folder, shard.name, table, mine | where)
+        self.metrics.committed(mine, rows)
+        return receipt
+
+
+@contextmanager
+def deadline(seconds: float | None):
+    """End this process if what is within hangs: Ray then starts another actor and gives it the shard again."""
+    timer = threading.Timer(seconds or 0, os._exit, [1])
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def shard_of(batch: dict[str, np.ndarray]) -> Shard:
+    """The one shard that a Ray Data batch of size 1 holds."""
+    fields = {name: values[0] for name, values in batch.items()}
+    lists = {name: list(values) for name, values in fields.items() if isinstance(values, np.ndarray)}
+    return Shard(index=int(fields["index"]), name=str(fields["name"]), **lists)
+
+
+def whole_or_one_by_one(make_rows, shard: Shard, work: Work) -> tuple[list[dict], list[tuple[int, str]]]:
+    """Rows of all prompts at once; if that fails, prompt by prompt, so that one bad prompt costs only itself.
+
+    Returns:
+        The rows, and (position in the shard, message) of each prompt that failed.
+    """
+    everything = list(range(len(shard.prompts)))
+    try:
+        return make_rows(shard, everything, work), []
+    except Exception as error:
+        if len(everything) == 1:
+            return [], [(0, f"{type(error).__name__}: {error}")]
+    rows, failures = [], []
+    for position in everything:
+        try:
+            rows += make_rows(shard, [position], work)
+        except Exception as error:
+            failures.append((position, f"{type(error).__name__}: {error}"))
+    return rows, failures
+
+
+def error_row(schema: pa.Schema, shard: Shard, position: int, message: str) -> dict:
+    row = dict.fromkeys(schema.names)
+    row |= {"prompt_id": shard.prompt_ids[position], "prompt": shard.prompts[position], "error": message}
+    return row | {"category": shard.categories[position]}
+
+
+# ------------------------------------------------------------------------------------------ in the driver
+def run_shards(actor: type, constructor: dict, shards: list[Shard], config: RunConfig) -> Iterator[dict]:
+    """Run shards through a pool of actors and yield, as each is written, what was written."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
+    least, most = (min(n, len(shards)) for n in config.resources.num_actors)
+    dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
+    dataset = dataset.map_batches(
+        actor,
+        batch_size=1,
+        compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+        num_cpus=config.resources.cpus_per_actor,
+        num_gpus=config.resources.gpus_per_actor,
+        fn_constructor_kwargs=constructor,
+    )
+    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
+        yield {name: values[0].item() if hasattr(values[0], "item") else values[0] for name, values in batch.items()}
+
+
+def _receipts(folder: str, names: list[str], missing: set[str], logged: set[str]) -> Iterator[dict]:
+    """Of the committed shards whose event was lost with an earlier driver."""
+    for index, name in enumerate(names):
+        if name not in missing and name not in logged:
+            receipt = storage.committed(folder, name)
+            facts = FACTS | {"index": index, "shard": name}
+            yield {key: receipt.get(key, fact) for key, fact in facts.items()} | {"time": receipt["time"]}
+
+
+def run_stage(
+    stage: str, model: str, actor: type, constructor: dict, shards: list[Shard], folder: str, config: RunConfig
+) -> dict:
+    """Write the missing parts of a folder, with progress and events, then its manifest. Returns the manifest."""
+    manifest_uri = storage.join(folder, storage.MANIFEST)
+    if storage.exists(manifest_uri):
+        return storage.read_json(manifest_uri)
+    names = [shard.name for shard in shards]
+    storage.adopt_parts(folder, names)
+    missing = set(storage.missing_parts(folder, names))
+    todo = [shard for shard in shards if shard.name in missing]
+    total = sum(len(shard.prompts) for shard in shards)
+    what = {"stage": stage, "model": model, "folder": storage.relative(folder, config.run_dir)}
+    events = storage.read_lines(storage.join(config.run_dir, "events.jsonl"))
+    logged = {e["shard"] for e in events if e["event"] == "shard_written" and e.get("folder") == what["folder"]}
+    for lost in _receipts(folder, names, missing, logged):
+        storage.log_event(config.run_dir, "shard_written", **what, **lost)
+    plan = {"shards": len(shards), "missing": len(todo), "prompts": total}
+    storage.log_event(config.run_dir, "shards_planned", **what, **plan)
+    constructor = constructor | {"token": lease.current_token(config.run_dir)}
+    with tqdm(total=total, desc=f"{stage} {model}", unit="prompt", mininterval=2, dynamic_ncols=True) as progress:
+        progress.update(total - sum(len(shard.prompts) for shard in todo))
+        for done in run_shards(actor, constructor, todo, config) if todo else ():
+            lease.confirm(config.run_dir)
+            storage.log_event(config.run_dir, "shard_written", **what, **done)
+            progress.update(len(shards[done["index"]].prompts))
+    lease.confirm(config.run_dir)
+    manifest = {"parts": [{"name": shard.name, "prompts": len(shard.prompts)} for shard in shards], "prompts": total}
+    storage.write_json(manifest_uri, manifest)
+    return manifest

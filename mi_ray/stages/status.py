@@ -1,0 +1,187 @@
+"""How a run stands, from its folder alone: what is done, what failed, what is left, and when it may end."""
+
+import time
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+from mi_ray import storage
+from mi_ray.config import ConfigError, RunConfig
+from mi_ray.stages.evaluate import REFERENCE
+from mi_ray.stages.finetune import SUMMARY
+from mi_ray.stages.preflight import evaluations
+
+RECENT = 50  # shards whose pace counts
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage of one model. Units are shards, optimiser steps of `finetune`, or the one table of `select`."""
+
+    stage: str
+    model: str
+    unit: str
+    done: int
+    left: int | None  # None: not known before the stages above have run
+    errors: int = 0  # rows that say why there is no result
+    seconds_left: float | None = None  # None: not known yet
+
+    @property
+    def state(self) -> str:
+        if self.left == 0:
+            return "done"
+        return "under way" if self.done else "to do"
+
+
+def _pace(times: list[float]) -> float | None:
+    """Seconds a unit, of the latest ones and without the pause before a restart: the median gap tells a pause."""
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    if not gaps:
+        return None
+    usual = sorted(gaps)[len(gaps) // 2]
+    sound = [gap for gap in gaps if gap <= 20 * usual + 5]
+    return sum(sound) / len(sound)
+
+
+def _shards(folder: str, stage: str, model: str, planned: int | None, events: list[dict], run_dir: str):
+    names = [name for name in storage.list_names(storage.join(folder, storage.COMMITS)) if name.endswith(".json")]
+    here = storage.relative(folder, run_dir)
+    written = [e for e in events if e["event"] == "shard_written" and e.get("folder") == here]
+    if storage.exists(storage.join(folder, storage.MANIFEST)):
+        planned = len(names)
+    left = None if planned is None else max(0, planned - len(names))
+    times = sorted(e["time"] for e in written)[-RECENT:]
+    pace = _pace(times)
+    seconds = 0.0 if left == 0 else left * pace if left is not None and pace is not None else None
+    errors = sum(e["errors"] for e in {e["shard"]: e for e in written}.values())
+    return StageStatus(stage, model, "shards", len(names), left, errors, seconds)
+
+
+def _finetune(folder: str, model: str, steps: int) -> StageStatus:
+    if storage.exists(storage.join(folder, SUMMARY)):
+        return StageStatus("finetune", model, "steps", steps, 0, 0, 0.0)
+    done = len(storage.read_lines(storage.join(folder, "training.jsonl")))
+    return StageStatus("finetune", model, "steps", done, steps - done)
+
+
+def _stages(config: RunConfig, events: list[dict]) -> list[StageStatus]:
+    run_dir = config.run_dir
+    prompts = {e["stage"]: e["used"] for e in events if e["event"] == "prompts_read"}
+    per_shard = config.generate.prompts_per_shard
+    planned = {stage: -(-count // per_shard) for stage, count in prompts.items()}
+    stages = []
+    for arm in ("tuned", *config.evaluation.controls):
+        home = run_dir if arm == "tuned" else storage.join(run_dir, "controls", arm)
+        for r in range(config.rounds):
+            model = f"{arm}, round {r}"
+            if r or arm == "tuned":
+                folder = storage.join(home, f"round-{r}", "candidates")
+                stages.append(_shards(folder, "generate", model, planned.get("train"), events, run_dir))
+            selected = storage.exists(storage.join(home, f"round-{r}", "selected.parquet"))
+            stages.append(StageStatus("select", model, "table", int(selected), int(not selected)))
+            adapter = storage.join(home, f"round-{r}", "adapter")
+            stages.append(_finetune(adapter, model, config.finetune.steps))
+    reference = [REFERENCE] if config.evaluation.alignment == "oracle" else []
+    for model in (*reference, "base", "tuned", *config.evaluation.controls):
+        folder = storage.join(run_dir, "evaluation", model)
+        stages.append(_shards(folder, "evaluate", model, planned.get("evaluation"), events, run_dir))
+    written = storage.exists(storage.join(run_dir, "report", "index.html"))
+    return [*stages, StageStatus("report", "all", "page", int(written), int(not written))]
+
+
+def _with_estimates(stages: list[StageStatus], config: RunConfig, events: list[dict]) -> list[StageStatus]:
+    """Fill in what has no pace of its own yet: by its denoiser evaluations, at the pace of the shards so far."""
+    prompts = {e["stage"]: e["used"] for e in events if e["event"] == "prompts_read"}
+    shards = [e for e in events if e["event"] == "shard_written"]
+    spent = sum(e["denoiser_evaluations"] + e["score_evaluations"] for e in shards)
+    finished = [e for e in events if e["event"] == "stage_finished" and e["stage"].startswith(("generate", "evaluate"))]
+    busy = sum(e["seconds"] for e in finished) or sum(e["seconds"] for e in shards)
+    if not spent or not busy or "train" not in prompts:
+        return stages
+    each = busy / spent
+    counts = evaluations(config, prompts["train"], prompts.get("evaluation", 0))
+    cost = {
+        "generate": counts["generate"] + counts["score"],
+        "finetune": counts["finetune"],
+        "evaluate": counts["evaluate"],
+    }
+    models = {name: sum(s.stage == name and s.model != REFERENCE for s in stages) for name in cost}
+    filled = []
+    for status in stages:
+        seconds = status.seconds_left
+        if seconds is None:
+            of_stage = status.stage in cost and status.model != REFERENCE
+            share = status.left / max(1, status.left + status.done) if status.left is not None else 1.0
+            seconds = share * each * cost[status.stage] / models[status.stage] if of_stage else 0.0
+        filled.append(StageStatus(**(asdict(status) | {"seconds_left": seconds})))
+    return filled
+
+
+def run_status(run_dir: str) -> dict:
+    """How the run in a folder stands: its stages in order, who drives it, and the errors so far.
+
+    Raises:
+        ConfigError: there is no run in the folder.
+    """
+    try:
+        content = storage.read_json(storage.join(run_dir, "run.json"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
+    config = RunConfig.model_validate(content["config"] | {"run_dir": run_dir})
+    events = storage.read_lines(storage.join(run_dir, "events.jsonl"))
+    stages = _with_estimates(_stages(config, events), config, events)
+    lefts = [status.seconds_left for status in stages]
+    skipped = {(e["prompt"], e["message"]) for e in events if e["event"] == "prompt_skipped"}
+    return {
+        "run_dir": run_dir,
+        "config_hash": content["config_hash"],
+        "stages": [asdict(status) | {"state": status.state} for status in stages],
+        "seconds_left": None if None in lefts else sum(lefts),
+        "error_rows": sum(status.errors for status in stages),
+        "prompts_skipped": len(skipped),
+        "sessions": sum(e["event"] == "run_started" for e in events),
+        "last_event": events[-1] if events else None,
+        "driver": _driver(run_dir),
+    }
+
+
+def _driver(run_dir: str) -> dict | None:
+    """Who holds the run's lease: host, pid, since and heartbeat (seconds ago); None if no one does."""
+    names = storage.list_names(storage.join(run_dir, "lease"))
+    if not names:
+        return None
+    holder = storage.read_json(storage.join(run_dir, "lease", names[-1]))
+    if holder["released"]:
+        return None
+    heard = max(0.0, time.time() - holder["heartbeat"])
+    return {key: holder[key] for key in ("host", "pid", "since", "seconds")} | {"heard_of_seconds_ago": round(heard, 1)}
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"
+
+
+def status_text(status: dict) -> str:
+    """The same for the terminal."""
+    rows = [("stage", "model", "state", "done", "left", "error rows", "time left")]
+    for s in status["stages"]:
+        left = "?" if s["left"] is None else f"{s['left']} {s['unit']}"
+        time_left = "" if s["state"] == "done" else _duration(s["seconds_left"])
+        rows.append((s["stage"], s["model"], s["state"], str(s["done"]), left, str(s["errors"] or ""), time_left))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    driver = status["driver"]
+    lines.append("")
+    if driver:
+        silent = driver["heard_of_seconds_ago"] > driver["seconds"]
+        gone = ", so it is gone; the same command continues the run" if silent else ""
+        heard = f"heard of {driver['heard_of_seconds_ago']:.0f} s ago{gone}"
+        lines.append(f"driver: process {driver['pid']} on {driver['host']}, {heard}")
+    else:
+        lines.append("driver: none; the same command continues the run")
+    lines.append(f"error rows: {status['error_rows']}, prompts skipped: {status['prompts_skipped']}")
+    if any(s["state"] != "done" for s in status["stages"]):
+        lines.append(f"time left: {_duration(status['seconds_left'])}, if it runs on as it did")
+    return "\n".join(lines)

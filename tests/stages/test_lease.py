@@ -1,0 +1,110 @@
+"""Who may drive a run: one at a time, and what becomes of one who lost it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mi_ray import storage
+from mi_ray.config import ConfigError
+from mi_ray.stages import lease
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> str:
+    return str(tmp_path / "run")
+
+
+def write_holder(run_dir: str, **changes) -> dict:
+    """A lease as another driver would have left it."""
+    content = json.loads(lease.Lease(run_dir, 2.0, 5).content()) | changes
+    storage.write_json(lease._uri(run_dir, 5), content)
+    return content
+
+
+def test_a_second_driver_is_told_who_holds_the_run(run_dir):
+    with lease.held(run_dir, 40), pytest.raises(ConfigError) as refused, lease.held(run_dir, 40):
+        pass
+    message = str(refused.value)
+    for told in (run_dir, f"process {os.getpid()}", lease.platform.node(), "--run-dir"):
+        assert told in message
+
+
+def test_a_released_run_is_free_and_its_token_grows(run_dir):
+    with lease.held(run_dir, 40) as first:
+        assert lease.current_token(run_dir) == first.token == 1
+    assert lease.current_token(run_dir) is None
+    with lease.held(run_dir, 40) as second:
+        assert second.token == 2
+        assert storage.list_names(storage.join(run_dir, "lease")) == ["00000002.json"]
+
+
+def test_a_dead_driver_of_this_machine_is_succeeded_at_once(run_dir):
+    code = f"from mi_ray.stages import lease; import os; lease.acquire({run_dir!r}, 1000); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    began = time.monotonic()
+    with lease.held(run_dir, 1000) as mine:
+        assert mine.token == 2
+    assert time.monotonic() - began < 100
+
+
+def test_another_process_that_got_the_same_id_is_not_the_holder(run_dir):
+    write_holder(run_dir, process_start="1")
+    with lease.held(run_dir, 1000) as mine:
+        assert mine.token == 6
+
+
+def test_a_silent_driver_of_another_machine_is_succeeded_after_its_lease(run_dir, capsys):
+    write_holder(run_dir, machine="elsewhere", host="elsewhere", seconds=1.0)
+    began = time.monotonic()
+    with lease.held(run_dir, 1.0) as mine:
+        assert mine.token == 6
+    assert time.monotonic() - began >= 1.0
+    assert "elsewhere" in capsys.readouterr().err
+
+
+def test_a_driver_of_another_machine_that_beats_keeps_the_run(run_dir):
+    before = write_holder(run_dir, machine="elsewhere", host="elsewhere", seconds=60.0)
+    beat = threading.Timer(0.3, lambda: write_holder(run_dir, **(before | {"beat": 1})))
+    beat.start()
+    with pytest.raises(ConfigError, match="elsewhere"), lease.held(run_dir, 60.0):
+        pass
+    beat.join()
+
+
+def test_of_many_drivers_one_gets_the_run(run_dir):
+    got, refused = [], []
+
+    def drive():
+        try:
+            got.append(lease.acquire(run_dir, 40))
+        except ConfigError:
+            refused.append(1)
+
+    threads = [threading.Thread(target=drive) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(refused)) == (1, 5)
+
+
+def test_who_lost_the_run_is_fenced_out(run_dir):
+    def drive():
+        with lease.held(run_dir, 0.2) as mine:
+            assert not lease.superseded(run_dir, mine.token)
+            write_holder(run_dir)
+            assert lease.superseded(run_dir, mine.token)
+            assert not lease.superseded(run_dir, None)
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                lease.confirm(run_dir)
+                time.sleep(0.01)
+
+    with pytest.raises(lease.Lost, match="took it over"):
+        drive()
+    assert json.loads(storage.read_bytes(lease._uri(run_dir, 5)))["released"] is False
