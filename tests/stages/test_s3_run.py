@@ -1,0 +1,81 @@
+"""A whole run on an object store: killed, refused to a second driver, continued, and read by others."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from mi_ray import storage
+from mi_ray.stages.status import run_status
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--smoke", "--prompts.limit", "6", "--generate.prompts-per-shard", "1", "--generate.preview-prompts", "0"]
+WAIT_S = 400
+
+
+@pytest.fixture(scope="module")
+def run_dir():
+    """The URI of a run on an S3 server of this process, which the job's processes reach by the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield "s3://runs/smoke"
+    server.stop()
+
+
+def start(run_dir: str, log) -> subprocess.Popen:
+    command = [sys.executable, "jobs/pipeline.py", *SMALL, "--run-dir", run_dir]
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+
+def receipts(run_dir: str) -> dict[str, bytes]:
+    folder = storage.join(run_dir, "round-0", "candidates", storage.COMMITS)
+    return {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_names(folder)}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_on_s3_survives_a_kill_and_has_one_driver(run_dir, tmp_path):
+    with (tmp_path / "killed.log").open("wb") as log:
+        first = start(run_dir, log)
+        deadline = time.monotonic() + WAIT_S
+        while not receipts(run_dir) and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(first.pid, signal.SIGSTOP)  # it lives, and its lease with it
+        with (tmp_path / "second.log").open("wb") as second_log:
+            refused = start(run_dir, second_log).wait(WAIT_S)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert refused == 2
+    assert f"is held by process {first.pid}" in (tmp_path / "second.log").read_text()
+    before = receipts(run_dir)
+    assert 0 < len(before) < 6
+    assert run_status(run_dir)["stages"][0]["state"] == "under way"
+
+    with (tmp_path / "again.log").open("wb") as log:
+        assert start(run_dir, log).wait(WAIT_S) == 0, (tmp_path / "again.log").read_text()[-3000:]
+    after = receipts(run_dir)
+    assert len(after) == 6
+    assert before.items() <= after.items()
+    rows = storage.read_tables(storage.join(run_dir, "round-0", "candidates")).to_pandas()
+    assert len(rows) == 6 * 4
+    assert not rows.duplicated(["prompt_id", "candidate_index"]).any()
+    status = run_status(run_dir)
+    assert {stage["state"] for stage in status["stages"]} == {"done"}
+    assert status["driver"] is None
+    events = storage.read_lines(storage.join(run_dir, "events.jsonl"))
+    written = [e["shard"] for e in events if e["event"] == "shard_written" and e["stage"] == "generate"]
+    assert sorted(written) == sorted(name.removesuffix(".json") for name in after)
+    assert b"<html" in storage.read_bytes(storage.join(run_dir, "report", "index.html"))

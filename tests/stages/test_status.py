@@ -1,0 +1,116 @@
+"""What jobs/status.py tells of folders that stand at different points of a run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mi_ray import storage
+from mi_ray.config import ConfigError, RunConfig
+from mi_ray.stages import lease
+from mi_ray.stages.status import _pace, run_status, status_text
+
+ROOT = Path(__file__).parents[2]
+FACTS = {"rows": 4, "denoiser_evaluations": 100, "score_evaluations": 20, "seconds": 2.0}
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> str:
+    """A run of 5 shards of 2 prompts that two drivers got to the third shard of; a prompt failed, one was skipped."""
+    uri = str(tmp_path)
+    config = RunConfig.model_validate(
+        {
+            "run_dir": uri,
+            "prompts": {"file": "prompts.txt"},
+            "generate": {"candidates_per_prompt": 2, "prompts_per_shard": 2},
+            "finetune": {"steps": 10},
+            "evaluation": {"controls": ["random"]},
+        }
+    )
+    storage.write_json(storage.join(uri, "run.json"), {"config": config.results_config(), "config_hash": config.hash()})
+    candidates = storage.join(uri, "round-0", "candidates")
+    for session in range(2):
+        storage.log_event(uri, "run_started", time=100.0 + 1000 * session)
+        storage.log_event(uri, "prompts_read", stage="train", used=9, skipped=1, read=10)
+        storage.log_event(uri, "prompts_read", stage="evaluation", used=3, skipped=1, read=4)
+        storage.log_event(uri, "prompt_skipped", prompt="too long", stage="prompts", message="99 tokens")
+    for index, moment in enumerate((110.0, 120.0, 1130.0)):
+        name = f"part-{index}.parquet"
+        storage.create_bytes(storage.join(candidates, storage.COMMITS, f"{name}.json"), b"{}")
+        facts = {"stage": "generate", "model": "round 0", "folder": "round-0/candidates", "shard": name, **FACTS}
+        storage.log_event(uri, "shard_written", time=moment, errors=int(index == 1), **facts)
+    return uri
+
+
+def by_name(status: dict) -> dict:
+    return {(stage["stage"], stage["model"]): stage for stage in status["stages"]}
+
+
+def test_done_left_and_failed_are_counted(run_dir):
+    status = run_status(run_dir)
+    stages = by_name(status)
+    first = stages["generate", "tuned, round 0"]
+    assert (first["done"], first["left"], first["errors"], first["state"]) == (3, 2, 1, "under way")
+    assert (stages["finetune", "random, round 0"]["left"], stages["finetune", "tuned, round 0"]["state"]) == (
+        10,
+        "to do",
+    )
+    assert stages["evaluate", "tuned"]["left"] == 2
+    assert ("generate", "random, round 0") not in stages  # the first round's pool serves all arms
+    assert (status["error_rows"], status["prompts_skipped"], status["sessions"]) == (1, 1, 2)
+
+
+def test_the_pace_leaves_out_the_pause_between_two_drivers(run_dir):
+    assert _pace([10.0, 20.0, 30.0, 2000.0, 2010.0]) == 10.0
+    assert _pace([10.0]) is None
+
+
+def test_stages_that_have_not_begun_are_estimated_by_their_evaluations(run_dir):
+    stages = by_name(run_status(run_dir))
+    each = 3 * 2.0 / (3 * 120)  # seconds a denoiser evaluation
+    images = 3 * 10 * (2 * 50 + 2 * 12)  # prompts, seeds, DDIM's and PMI's evaluations
+    assert stages["evaluate", "base"]["seconds_left"] == pytest.approx(each * images)
+
+
+def test_what_is_whole_is_done(run_dir):
+    folder = storage.join(run_dir, "round-0")
+    for index in range(3, 5):
+        storage.create_bytes(storage.join(folder, "candidates", storage.COMMITS, f"part-{index}.parquet.json"), b"{}")
+    storage.write_json(storage.join(folder, "candidates", storage.MANIFEST), {})
+    storage.write_bytes(storage.join(folder, "selected.parquet"), b"")
+    storage.write_json(storage.join(folder, "adapter", "summary.json"), {})
+    stages = by_name(run_status(run_dir))
+    for stage in ("generate", "select", "finetune"):
+        assert stages[stage, "tuned, round 0"]["state"] == "done"
+        assert stages[stage, "tuned, round 0"]["seconds_left"] == 0
+
+
+def test_the_driver_is_named_while_it_holds_the_run(run_dir):
+    assert run_status(run_dir)["driver"] is None
+    with lease.held(run_dir, 40):
+        status = run_status(run_dir)
+        assert status["driver"]["pid"] == lease.os.getpid()
+        assert f"process {lease.os.getpid()}" in status_text(status)
+    assert "driver: none" in status_text(run_status(run_dir))
+
+
+def test_a_folder_without_a_run_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        run_status(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_or_json(run_dir):
+    def status(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "jobs/status.py", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    text = status(run_dir)
+    assert text.returncode == 0, text.stderr
+    assert "2 shards" in text.stdout
+    assert json.loads(status(run_dir, "--json").stdout)["error_rows"] == 1
+    missing = status(str(Path(run_dir) / "nowhere"))
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr.startswith("error: run_dir")
