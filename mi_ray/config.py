@@ -24,8 +24,10 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "asd", "trajectory_banded")
-POINTWISE_SCORES = ("pmi", "pmi_contrastive", "pmi_negatives")
-ScoreName = Literal["mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_contrastive", "pmi_negatives"]
+POINTWISE_SCORES = ("pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives")
+ScoreName = Literal[
+    "mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives"
+]
 Control = Literal["random", "oracle"]
 
 
@@ -89,12 +91,23 @@ class ScoreConfig(Section):
     """Which scores each candidate gets. On-trajectory ones are free; pointwise ones cost denoiser evaluations."""
 
     names: tuple[ScoreName, ...] = Field(("mitune", "mitune_eq2"), description="columns score_<name>, in nats")
-    log_snr_min: float = Field(-5.0, description="lower end of the band of pmi, pmi_contrastive, trajectory_banded")
+    log_snr_min: float = Field(-5.0, description="lower end of the band of the pmi scores and trajectory_banded")
     log_snr_max: float = Field(-1.7, description="upper end of the band")  # METHOD: layout is decided below -1.7
     banded: Literal["mitune", "mitune_eq2", "asd"] = Field(
         "mitune", description="the on-trajectory score that trajectory_banded restricts to the band"
     )
     num_samples: Positive = Field(12, description="noise draws a candidate, pointwise scores")
+    sampling: Literal["band", "logistic"] = Field(
+        "band", description="where in the band the pmi scores probe: evenly, or most about logistic_loc"
+    )
+    logistic_loc: float = Field(1.0, description="log SNR probed most")  # this and the next two: ITD's, for SD2.1
+    logistic_scale: float = Field(2.0, gt=0, description="spread of log SNR about it")
+    logistic_clip: float = Field(3.0, gt=0, description="nothing beyond so many scales from it counts, band or not")
+    levels: Literal["midpoints", "jittered", "random"] = Field(
+        "midpoints",
+        description="log SNRs at the centres of equal strata, at a random place in each (unbiased), or independent",
+    )
+    antithetic: bool = Field(False, description="use each noise twice, also mirrored; num_samples counts both")
     neighbours: Positive = Field(5, description="pmi_contrastive: other prompts nearest in the text encoder's space")
     negatives: str = Field(
         "auto",
@@ -108,7 +121,26 @@ class ScoreConfig(Section):
     def _band(self):
         if self.log_snr_min >= self.log_snr_max:
             raise ValueError(f"log_snr_min is {self.log_snr_min}, not below log_snr_max, {self.log_snr_max}; lower it")
+        faults = []
+        low, high = self.probed_band
+        if low >= high:
+            faults.append(
+                f"logistic_loc {self.logistic_loc} with its clip reaches nothing of the band {self.log_snr_min} to"
+                f" {self.log_snr_max}; move it or the band"
+            )
+        if self.antithetic and self.num_samples % 2:
+            faults.append(f"num_samples is {self.num_samples}, and antithetic samples come in pairs; make it even")
+        if faults:
+            raise ValueError("\n".join(faults))
         return self
+
+    @property
+    def probed_band(self) -> tuple[float, float]:
+        """The log SNRs over which the pmi scores integrate."""
+        if self.sampling == "band":
+            return self.log_snr_min, self.log_snr_max
+        reach = self.logistic_clip * self.logistic_scale
+        return max(self.log_snr_min, self.logistic_loc - reach), min(self.log_snr_max, self.logistic_loc + reach)
 
 
 class GenerateConfig(Section):

@@ -31,6 +31,7 @@ SCORES = {
     "asd": "sum over the steps of ||conditional - unconditional prediction||^2, no weight (ASD / CFG-rejection)",
     "trajectory_banded": "the on-trajectory score score.banded, of the steps within score.log_snr_min..max, nats",
     "pmi": "log p(x|y) - log p(x), signed i_s over the band of log SNR, nats; arXiv 2310.07972 eq. 7",
+    "pmi_orthogonal": "i_o: how much the prompt changes the prediction over the same band, >= 0, nats; eq. 8",
     "pmi_contrastive": "log p(x|y) - log mean_j p(x|y_j) over the nearest other prompts, same band, nats",
     "pmi_negatives": "log p(x|y) - logsumexp_j log p(x|y_j) over the prompt changed in one thing, same band, nats",
 }

@@ -137,6 +137,8 @@ def test_unknown_keys_are_refused_with_a_suggestion(config_file):
         (("--run-dir", ""), "run_dir: '' will not do"),
         (("--sampler.guidance_scale", "nan"), "sampler.guidance_scale: 'nan' will not do"),
         (("--score.log-snr-min", "-1"), "score: log_snr_min is -1.0, not below log_snr_max, -1.7"),
+        (("--score.antithetic", "true", "--score.num-samples", "5"), "score: num_samples is 5, and antithetic"),
+        (("--score.sampling", "logistic", "--score.logistic-loc", "9"), "score: logistic_loc 9.0 with its clip reaches"),
         (("--resources.num_actors", "3,2"), "resources: num_actors is (least, most)"),
         (("--select.by", "pmi"), "select.by is 'pmi', which score.names lacks"),
         (("--select.by", "oracle"), "needs generate.alignment: oracle"),

@@ -7,40 +7,213 @@ arXiv 2310.07972, eq. 5-7):
 
 so that differences between prompts y, or to the null prompt, are differences of log-densities. The integral may be
 restricted to a band: the noise levels at which layout and binding are decided carry the signal.
+
+The denoiser predicts epsilon at x_alpha, whatever its own parameterisation. A rectified flow's path is the same one
+at another scale: (1 - t) x + t eps = x_alpha / (sqrt(sigmoid(alpha)) + sqrt(sigmoid(-alpha))) with t = sigmoid(-alpha
+/ 2), and there eps_hat = x_t + (1 - t) u.
+
+Estimates are sums over K probes (a log SNR and a noise each) of weight times integrand. All candidates and branches of
+a prompt meet the same probes, so that differences between them are far tighter than the values: `integrate` the
+difference of two integrands to know how much.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mi_ray.diffusion.schedules import NoiseSchedule
 
+PredictEpsilon = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, timesteps, embeddings) -> epsilon, batch first
+
+
+# ---------------------------------------------------------------------------------------------- probes
+@dataclass(frozen=True)
+class Design:
+    """How probes are spread over a band of log SNR. The estimand is the band's integral, whatever the design.
+
+    loc, scale: log SNRs follow this logistic density, cut to the band (ITD, arXiv 2310.07972, appendix B); loc None:
+        the uniform one.
+    levels: the density's probability is cut into equal strata, one a draw. "midpoints": their centres, a quadrature
+        rule without a random part; "jittered": a random place in each, unbiased however few they are; "random": no
+        strata, independent draws.
+    antithetic: each noise serves twice, as +eps and -eps at one log SNR, which cancels all that is odd in eps.
+    """
+
+    loc: float | None = None
+    scale: float = 1.0
+    levels: Literal["midpoints", "jittered", "random"] = "midpoints"
+    antithetic: bool = False
+
 
 @dataclass(frozen=True)
 class Probes:
     """Noise levels and draws at which candidates are probed; the same for all candidates and branches of a prompt.
 
-    log_snr (K,), weight: the width of log SNR each stands for; noise (P, K, *latent_shape), one set a prompt.
+    log_snr (K,); weight (K,): the width of log SNR each stands for; noise_seeds (P, K): noise is made when needed, so
+    that memory does not grow with K. Under an antithetic design probes 2i and 2i + 1 are a pair.
     """
 
     log_snr: Tensor
-    weight: float
+    weight: Tensor
+    noise_seeds: Tensor
+    latent_shape: tuple[int, ...]
+    design: Design
+
+    def draw(self, prompt: int, probe: int) -> Tensor:
+        """One noise, standard normal (*latent_shape,) fp32 on the CPU."""
+        generator = torch.Generator().manual_seed(int(self.noise_seeds[prompt, probe]))
+        draw = torch.randn(self.latent_shape, generator=generator)
+        return -draw if self.design.antithetic and probe % 2 else draw
+
+    @property
+    def noise(self) -> Tensor:
+        """All of it at once, (P, K, *latent_shape), where there is little."""
+        prompts, probes = self.noise_seeds.shape
+        return torch.stack([torch.stack([self.draw(p, k) for k in range(probes)]) for p in range(prompts)])
+
+
+def logistic_band(loc: float, scale: float, clip: float) -> tuple[float, float]:
+    """The band loc -+ clip scale that ITD's importance sampling covers; published for SD2.1: 1, 2, 3."""
+    return loc - clip * scale, loc + clip * scale
+
+
+def draw_probes(
+    seeds: list[int],
+    num_samples: int,
+    log_snr_min: float,
+    log_snr_max: float,
+    latent_shape: tuple[int, ...],
+    design: Design = Design(),
+    level_seed: int = 0,
+) -> Probes:
+    """Draw K = num_samples probes of a band for each of P = len(seeds) prompts.
+
+    The weight of a log SNR is 1 / (K density), ITD's importance weight: scale tanh(c/2) / (sigmoid(z) sigmoid(-z)) / K
+    with z = (log_snr - loc) / scale, where the band is loc -+ c scale.
+
+    Args:
+        seeds: of each prompt's noise.
+        level_seed: of the places of jittered and random levels, which all prompts share.
+
+    Raises:
+        ValueError: if an antithetic design is to have an odd number of samples.
+    """
+    if design.antithetic and num_samples % 2:
+        raise ValueError(f"num_samples is {num_samples}, and antithetic samples come in pairs: make it even")
+    each = 2 if design.antithetic else 1
+    log_snr, weight = _levels(design, num_samples // each, log_snr_min, log_snr_max, level_seed)
+    noise_seeds = [
+        torch.randint(2**63 - 1, (num_samples // each,), generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
+    return Probes(
+        log_snr=log_snr.float().repeat_interleave(each),
+        weight=(weight / each).float().repeat_interleave(each),
+        noise_seeds=torch.stack(noise_seeds).repeat_interleave(each, 1),
+        latent_shape=tuple(latent_shape),
+        design=design,
+    )
+
+
+def _levels(design: Design, count: int, low: float, high: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Log SNRs, ascending, and their weights: (count,) float64 each."""
+    random = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    match design.levels:
+        case "midpoints":
+            quantile = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        case "jittered":
+            quantile = (torch.arange(count, dtype=torch.float64) + random) / count
+        case _:
+            quantile = random.sort().values
+    if design.loc is None:
+        return low + (high - low) * quantile, torch.full_like(quantile, (high - low) / count)
+    ends = torch.sigmoid((torch.tensor([low, high], dtype=torch.float64) - design.loc) / design.scale)
+    z = torch.logit(ends[0] + (ends[1] - ends[0]) * quantile)
+    density = torch.sigmoid(z) * torch.sigmoid(-z) / (design.scale * (ends[1] - ends[0]))
+    return design.loc + design.scale * z, 1 / (count * density)
+
+
+def adaptive_logistic(errors: Tensor, log_snr: Tensor, dim: int) -> tuple[float, float]:
+    """MMG's location and scale of the logistic density (arXiv 2509.20609), from the errors of a pilot: (loc, scale).
+
+    For a Gaussian the conditional MMSE of epsilon is d sigmoid((alpha - loc) / scale) with scale 1: it crosses d/2 at
+    loc and d/4 at loc - scale log 3. A curve that does not reach a level within the pilot counts as reaching it at
+    the pilot's end; the scale is at least the distance of the pilot's levels.
+
+    Args:
+        errors: (N, K) of candidates under their own prompts, from `denoising_errors`.
+        log_snr: (K,) ascending, of the pilot's probes.
+        dim: d, the number of a latent's elements.
+    """
+    share = (errors.double().mean(0) / dim).cummax(0).values.cpu()
+    alpha = log_snr.double().cpu()
+    half, quarter = (_crossing(alpha, share, level) for level in (0.5, 0.25))
+    spacing = ((alpha[-1] - alpha[0]) / max(len(alpha) - 1, 1)).item()
+    return half, max((half - quarter) / torch.tensor(3.0).log().item(), spacing)
+
+
+def _crossing(alpha: Tensor, rising: Tensor, level: float) -> float:
+    """Where a rising curve crosses a level, linear between its points; beyond its ends, the ends."""
+    above = int(torch.searchsorted(rising, level))
+    if above in (0, len(alpha)):
+        return alpha[min(above, len(alpha) - 1)].item()
+    fraction = (level - rising[above - 1]) / (rising[above] - rising[above - 1])
+    return torch.lerp(alpha[above - 1], alpha[above], fraction).item()
+
+
+def effective_sample_size(weight: Tensor) -> float:
+    """Kish's (sum w)^2 / sum w^2: how many equally weighted probes these (K,) are worth."""
+    return (weight.sum().square() / weight.square().sum()).item()
+
+
+# ---------------------------------------------------------------------------------------------- probing
+class Chunk(NamedTuple):
+    """Some pairs: candidate (u,), probe (u,), noise (u, *latent_shape), predicted (u, B, *latent_shape)."""
+
+    candidate: Tensor
+    probe: Tensor
     noise: Tensor
-
-
-def draw_probes(seeds: list[int], num_samples: int, log_snr_min: float, log_snr_max: float, latent_shape) -> Probes:
-    """Draw noise for P = len(seeds) prompts at K = num_samples log SNRs: the midpoints of equal strata of the band."""
-    width = (log_snr_max - log_snr_min) / num_samples
-    log_snr = log_snr_min + width * (torch.arange(num_samples) + 0.5)
-    noise = [torch.randn(num_samples, *latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return Probes(log_snr, width, torch.stack(noise))
+    predicted: Tensor
 
 
 @torch.inference_mode()
+def predictions(
+    predict_epsilon: PredictEpsilon,
+    schedule: NoiseSchedule,
+    latents: Tensor,
+    prompt_index: Tensor,
+    embeddings: Tensor,
+    probes: Probes,
+    batch_size: int,
+) -> Iterator[Chunk]:
+    """The denoiser's answers for every candidate, branch and probe, a chunk at a time. The arguments are
+    `denoising_errors`'; memory depends on batch_size alone."""
+    device, count, branches = latents.device, len(latents), embeddings.shape[1]
+    embeddings, owner = embeddings.to(device), prompt_index.cpu()
+    signal = torch.sigmoid(probes.log_snr).sqrt().to(device)
+    sigma = torch.sigmoid(-probes.log_snr).sqrt().to(device)
+    timesteps = schedule.timestep_at(probes.log_snr).float().to(device)
+    tail = (1,) * (latents.dim() - 1)
+    for rows in torch.arange(count * len(probes.log_snr)).split(max(1, batch_size // branches)):
+        candidate, probe = rows % count, rows // count
+        prompt = owner[candidate]
+        needed, which = (prompt * len(timesteps) + probe).unique(return_inverse=True)
+        noise = torch.stack([probes.draw(*divmod(key, len(timesteps))) for key in needed.tolist()])
+        noise = noise.to(device)[which.to(device)]
+        candidate, probe, prompt = candidate.to(device), probe.to(device), prompt.to(device)
+        x_t = signal[probe].view(-1, *tail) * latents[candidate] + sigma[probe].view(-1, *tail) * noise
+        inputs = x_t, timesteps[probe], embeddings[prompt].flatten(0, 1)
+        inputs = (*(part.repeat_interleave(branches, 0) for part in inputs[:2]), inputs[2])
+        parts = zip(*(part.split(batch_size) for part in inputs), strict=True)
+        predicted = torch.cat([predict_epsilon(*part) for part in parts])
+        yield Chunk(candidate, probe, noise, predicted.unflatten(0, (-1, branches)))
+
+
 def denoising_errors(
-    predict_epsilon: Callable[[Tensor, Tensor, Tensor], Tensor],
+    predict_epsilon: PredictEpsilon,
     schedule: NoiseSchedule,
     latents: Tensor,
     prompt_index: Tensor,
@@ -53,44 +226,120 @@ def denoising_errors(
     Args:
         predict_epsilon: (x_t, timesteps, embeddings) -> epsilon, each with a leading batch dimension.
         latents: (N, *latent_shape) clean latents.
-        prompt_index: (N,) the prompt of each, an index into embeddings and probes.noise.
+        prompt_index: (N,) the prompt of each, an index into embeddings and the probes' noise.
         embeddings: (P, B, tokens, dim) the branches of each prompt: itself, null, others to contrast with.
-        batch_size: denoiser evaluations at a time; memory does not depend on N, B or K.
+        batch_size: denoiser evaluations at a time; memory does not depend on N, B or K but for the result.
     """
-    device = latents.device
-    noise, embeddings = probes.noise.to(device), embeddings.to(device)
-    prompt_index = prompt_index.to(device)
-    signal = torch.sigmoid(probes.log_snr).sqrt().to(device)
-    sigma = torch.sigmoid(-probes.log_snr).sqrt().to(device)
-    timesteps = schedule.timestep_at(probes.log_snr).float().to(device)
-    count, branches, levels = len(latents), embeddings.shape[1], len(probes.log_snr)
-    errors = torch.empty(count * branches * levels, device=device)
-    tail = (1,) * (latents.dim() - 1)
-    for rows in torch.arange(len(errors), device=device).split(batch_size):
-        candidate, branch, level = rows // (branches * levels), rows // levels % branches, rows % levels
-        prompt = prompt_index[candidate]
-        eps = noise[prompt, level]
-        x_t = signal[level].view(-1, *tail) * latents[candidate] + sigma[level].view(-1, *tail) * eps
-        predicted = predict_epsilon(x_t, timesteps[level], embeddings[prompt, branch])
-        errors[rows] = (eps - predicted).flatten(1).square().sum(1)
-    return errors.view(count, branches, levels)
+    return denoising_statistics(
+        predict_epsilon, schedule, latents, prompt_index, embeddings, probes, batch_size, reference=None
+    )[0]
+
+
+def denoising_statistics(
+    predict_epsilon: PredictEpsilon,
+    schedule: NoiseSchedule,
+    latents: Tensor,
+    prompt_index: Tensor,
+    embeddings: Tensor,
+    probes: Probes,
+    batch_size: int,
+    reference: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`denoising_errors`, and ||eps_hat - eps_hat of the branch `reference`||^2 from the same evaluations.
+
+    Returns:
+        (N, B, K) fp32 each; the second is None where reference is.
+    """
+    shape = len(latents), embeddings.shape[1], len(probes.log_snr)
+    errors = torch.empty(shape, device=latents.device)
+    distances = None if reference is None else torch.empty_like(errors)
+    for chunk in predictions(predict_epsilon, schedule, latents, prompt_index, embeddings, probes, batch_size):
+        predicted = chunk.predicted.flatten(2)
+        errors[chunk.candidate, :, chunk.probe] = (chunk.noise.flatten(1)[:, None] - predicted).square().sum(2)
+        if distances is not None:
+            apart = predicted - predicted[:, reference, None]
+            distances[chunk.candidate, :, chunk.probe] = apart.square().sum(2)
+    return errors, distances
+
+
+# ---------------------------------------------------------------------------------------------- estimates
+class Estimate(NamedTuple):
+    """A value in nats and its standard error over draws of the probes; tensors of one shape."""
+
+    value: Tensor
+    standard_error: Tensor
+
+
+def integrate(integrand: Tensor, probes: Probes) -> Estimate:
+    """The band's integral of an integrand known at the probes: (..., K) -> (...).
+
+    The standard error takes the design into account. An antithetic pair is one draw: its halves are added first. Of
+    independent draws it is the usual one. A stratum holds a single draw, so neighbouring strata are taken together
+    (Cochran 1977, Sampling Techniques, section 5A.12), four or a few more at a time, and what a straight line through
+    them leaves is their variance. It is exact on average where the integrand is straight and its variance constant
+    across a group, and too large where the integrand bends. With fewer than four strata, or than two draws, there is
+    no line to draw: the usual one, too large, or nan.
+    """
+    terms = integrand * probes.weight.to(integrand.device)
+    value = terms.sum(-1)
+    if probes.design.antithetic:
+        terms = terms.unflatten(-1, (-1, 2)).sum(-1)
+    draws = terms.shape[-1]
+    if draws == 1:
+        return Estimate(value, torch.full_like(value, torch.nan))
+    if not _grouped(probes):
+        return Estimate(value, (draws * terms.var(-1)).sqrt())
+    last = 4 + draws % 4  # strata in the last group
+    variance = _about_a_line(terms[..., -last:])
+    if draws > last:
+        variance = variance + _about_a_line(terms[..., :-last].unflatten(-1, (-1, 4))).sum(-1)
+    return Estimate(value, variance.sqrt())
+
+
+def degrees_of_freedom(probes: Probes) -> int:
+    """On which the standard errors of `integrate` rest."""
+    draws = _draws(probes)
+    return draws - 2 * (draws // 4) if _grouped(probes) else draws - 1
+
+
+def _draws(probes: Probes) -> int:
+    return len(probes.log_snr) // (2 if probes.design.antithetic else 1)
+
+
+def _grouped(probes: Probes) -> bool:
+    return probes.design.levels != "random" and _draws(probes) >= 4
+
+
+def _about_a_line(terms: Tensor) -> Tensor:
+    """The variance of the sum of m neighbours, from how they scatter about the straight line through them: (..., m)."""
+    count = terms.shape[-1]
+    place = torch.arange(count, device=terms.device, dtype=terms.dtype)
+    place = place - place.mean()
+    slope = (terms * place).sum(-1, keepdim=True) / place.square().sum()
+    scatter = terms - terms.mean(-1, keepdim=True) - slope * place
+    return count / (count - 2) * scatter.square().sum(-1)
 
 
 def log_density(errors: Tensor, probes: Probes) -> Tensor:
     """The band's part of log p(x|branch), up to a constant of x: (..., K) -> (...)."""
-    return -0.5 * probes.weight * errors.sum(-1)
+    return integrate(-0.5 * errors, probes).value
 
 
-def pmi(errors: Tensor, null_errors: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
-    """The signed i_s(x; y) = log p(x|y) - log p(x) and its standard error: (N, K) each -> (N,) each.
+def pmi(errors: Tensor, null_errors: Tensor, probes: Probes) -> Estimate:
+    """The signed i_s(x; y) = log p(x|y) - log p(x): (N, K) each -> (N,).
 
-    The standard error takes the K probes as independent draws; stratification makes the true one smaller.
+    The difference between two candidates of one prompt, with its standard error under the noise they share, is
+    `pmi(errors[i] - errors[j], null_errors[i] - null_errors[j], probes)`.
     """
-    integrand = 0.5 * (null_errors - errors)
-    value = probes.weight * integrand.sum(-1)
-    count = integrand.shape[-1]
-    spread = integrand.std(-1) if count > 1 else torch.full_like(value, torch.nan)
-    return value, probes.weight * count**0.5 * spread
+    return integrate(0.5 * (null_errors - errors), probes)
+
+
+def pmi_orthogonal(distances: Tensor, probes: Probes) -> Estimate:
+    """i_o(x; y) = 1/2 int E ||eps_hat(y) - eps_hat(null)||^2 d alpha >= 0: (N, K) -> (N,). ITD, eq. 8.
+
+    On average over p(x, y) it equals i_s; of one image it says how much the prompt matters, not whether it is right.
+    """
+    return integrate(0.5 * distances, probes)
 
 
 def pmi_contrastive(errors: Tensor, other_errors: Tensor, probes: Probes) -> Tensor:

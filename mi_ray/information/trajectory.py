@@ -26,7 +26,7 @@ def banded(curve: Tensor, log_snr: Tensor, log_snr_min: float, log_snr_max: floa
         log_snr: (S,) at the steps: `schedule.log_snr[timesteps]`, or `flow_log_snr` of a rectified flow.
     """
     inside = (log_snr >= log_snr_min) & (log_snr <= log_snr_max)
-    return curve * inside.to(curve.device)
+    return torch.where(inside.to(curve.device), curve, 0.0)  # outside, it may be NaN: there was no guidance
 
 
 def asd(delta_sq: Tensor) -> Tensor:

@@ -93,6 +93,26 @@ def trajectory_scores(
     return scores
 
 
+def probe_design(config: ScoreConfig) -> pointwise.Design:
+    """How the configured probes are spread over their band."""
+    loc = config.logistic_loc if config.sampling == "logistic" else None
+    return pointwise.Design(loc, config.logistic_scale, config.levels, config.antithetic)
+
+
+def draw_probes_of(
+    prompts: list[str], config: ScoreConfig, seed: int, latent_shape: tuple[int, ...]
+) -> pointwise.Probes:
+    """The probes that all candidates and branches of each prompt meet; a prompt's depend on it and the seed alone."""
+    return pointwise.draw_probes(
+        [derived_seed(seed, "probes", prompt) for prompt in prompts],
+        config.num_samples,
+        *config.probed_band,
+        latent_shape,
+        probe_design(config),
+        level_seed=derived_seed(seed, "levels"),
+    )
+
+
 class Scorer:
     """Turns trajectories and latents into the columns score_<name>."""
 
@@ -126,35 +146,32 @@ class Scorer:
         began = time.perf_counter()
         config = self.config
         branches = [embeddings[:, None]]
-        if "pmi" in config.names:
+        with_null = "pmi" in config.names or "pmi_orthogonal" in config.names
+        if with_null:
             branches.append(self.null.expand(len(prompts), -1, -1)[:, None])
         if "pmi_contrastive" in config.names:
             branches.append(self._neighbours(prompts, embeddings))
-        branches = torch.cat(branches, 1)
-        probes = pointwise.draw_probes(
-            [derived_seed(self.seed, "probes", prompt) for prompt in prompts],
-            config.num_samples,
-            config.log_snr_min,
-            config.log_snr_max,
-            self.denoiser.latent_shape,
-        )
-        errors = pointwise.denoising_errors(
+        probes = draw_probes_of(prompts, config, self.seed, self.denoiser.latent_shape)
+        errors, distances = pointwise.denoising_statistics(
             self.denoiser.predict_epsilon,
             self.denoiser.schedule,
             latents,
             index,
-            branches,
+            torch.cat(branches, 1),
             probes,
             2 * self.batch_size,
+            reference=1 if "pmi_orthogonal" in config.names else None,
         )
         work.score_evaluations += errors.numel()
         work.timed("score", began)
         scores = {}
         if "pmi" in config.names:
-            scores["pmi"], _ = pointwise.pmi(errors[:, 0], errors[:, 1], probes)
+            scores["pmi"] = pointwise.pmi(errors[:, 0], errors[:, 1], probes).value
+        if "pmi_orthogonal" in config.names:
+            scores["pmi_orthogonal"] = pointwise.pmi_orthogonal(distances[:, 0], probes).value
         if "pmi_contrastive" in config.names:
-            first = 2 if "pmi" in config.names else 1
-            scores["pmi_contrastive"] = pointwise.pmi_contrastive(errors[:, 0], errors[:, first:], probes)
+            others = errors[:, 1 + with_null :]
+            scores["pmi_contrastive"] = pointwise.pmi_contrastive(errors[:, 0], others, probes)
         if "pmi_negatives" in config.names:
             scores["pmi_negatives"] = self._against_negatives(prompts, index, latents, errors[:, 0], probes, work)
         return scores

@@ -18,7 +18,7 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     arms = 1 + len(config.evaluation.controls)
     pools = 1 + (config.rounds - 1) * arms  # the first round's pool serves all arms
     candidates = prompts * config.generate.candidates_per_prompt * pools
-    branches = 1 + ("pmi" in config.score.names)
+    branches = 1 + ("pmi" in config.score.names or "pmi_orthogonal" in config.score.names)
     branches += config.score.neighbours * ("pmi_contrastive" in config.score.names)
     branches += config.score.max_negatives * ("pmi_negatives" in config.score.names)
     scored = any(name in POINTWISE_SCORES for name in config.score.names)

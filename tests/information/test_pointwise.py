@@ -1,134 +1,395 @@
-"""The image-conditioned estimators against a world whose densities and optimal denoisers are closed-form."""
+"""The image-conditioned estimators against worlds whose densities and optimal denoisers are closed-form."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.special import stdtrit
 
-from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.diffusion.denoisers import UNetDenoiser
+from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at, prediction_from, x0_from_epsilon
 from mi_ray.information import pointwise
+from mi_ray.information.closed_form import SCHEDULE, JointGaussian, LabelledMixture
+from mi_ray.information.pointwise import Design, draw_probes
 
 BAND = (-11.0, 11.0)
-SPREAD = 0.5  # standard deviation of each component
+LOGISTIC = {"loc": 0.7, "scale": 1.5}
+UNBIASED = {
+    "random": Design(levels="random"),
+    "jittered": Design(levels="jittered"),
+    "jittered, antithetic": Design(levels="jittered", antithetic=True),
+    "logistic": Design(**LOGISTIC, levels="random"),
+    "logistic, jittered": Design(**LOGISTIC, levels="jittered"),
+    "logistic, jittered, antithetic": Design(**LOGISTIC, levels="jittered", antithetic=True),
+}
+DESIGNS = UNBIASED | {
+    "midpoints": Design(),
+    "midpoints, antithetic": Design(antithetic=True),
+    "logistic, midpoints": Design(**LOGISTIC),
+}
 
 
-@pytest.fixture(scope="module")
-def schedule():
-    return NoiseSchedule(
-        alphas_cumprod=torch.linspace(12, -12, 1000, dtype=torch.float64).sigmoid(),
-        prediction_type="epsilon",
-        timestep_spacing="leading",
-        steps_offset=0,
-        final_alpha_cumprod=1.0,
+def statistics(world, x, prompts, probes, batch_size=2**14):
+    """Errors and distances (n, 2, K) of each x under its own prompt and the null prompt; noise one set each, or one."""
+    probes = replace(probes, noise_seeds=probes.noise_seeds.expand(len(x), -1))
+    branches = torch.stack([prompts, world.null.expand(len(prompts), 1, -1)], 1)
+    return pointwise.denoising_statistics(
+        world.predict_epsilon, SCHEDULE, x, torch.arange(len(x)), branches, probes, batch_size, reference=1
     )
 
 
-class GaussianMixture:
-    """x | label k ~ N(mean_k, SPREAD^2 I), labels equally likely; an embedding holds the label, or -1 for none."""
-
-    def __init__(self, schedule: NoiseSchedule, labels: int, dim: int, distance: float):
-        means = torch.randn(labels, dim, generator=torch.Generator().manual_seed(1))
-        self.schedule, self.means = schedule, distance * means
-
-    def draw(self, label: int, count: int, seed: int = 0) -> torch.Tensor:
-        noise = torch.randn(count, self.means.shape[1], generator=torch.Generator().manual_seed(seed))
-        return self.means[label] + SPREAD * noise
-
-    def pmi(self, x: torch.Tensor, label: int) -> torch.Tensor:
-        """log p(x|label) - log p(x)."""
-        logits = -(x[:, None] - self.means).square().sum(-1) / (2 * SPREAD**2)
-        return logits[:, label] - logits.logsumexp(1) + math.log(len(self.means))
-
-    def predict_epsilon(self, x_t, timesteps, embeddings):
-        """The optimal epsilon: E[eps | x_t], under the label or under the mixture."""
-        lower = timesteps.long().clamp(max=998)
-        log_snr = torch.lerp(
-            self.schedule.log_snr[lower].float(),
-            self.schedule.log_snr[lower + 1].float(),
-            (timesteps - lower).float(),
-        )
-        signal, sigma = log_snr.sigmoid().sqrt()[:, None], (-log_snr).sigmoid().sqrt()[:, None]
-        variance = signal.square() * SPREAD**2 + sigma.square()
-        gain = signal * SPREAD**2 / variance
-        mean_x = self.means + gain[..., None] * (x_t[:, None] - signal[..., None] * self.means)
-        labels = embeddings[:, 0, 0].long()
-        posterior = (-(x_t[:, None] - signal[..., None] * self.means).square().sum(-1) / (2 * variance)).softmax(1)
-        known = torch.nn.functional.one_hot(labels.clamp(min=0), len(self.means)).float()
-        weights = torch.where(labels[:, None] >= 0, known, posterior)
-        return (x_t - signal * (weights[..., None] * mean_x).sum(1)) / sigma
+def estimates(world, x, prompts, design, num_samples, replicates, band=BAND):
+    """i_s and its standard error of each of n candidates in so many independent draws: (replicates, n) each."""
+    count, found = len(x), []
+    each = 10  # sets of noise for one set of levels
+    x, prompts = x.repeat(each, 1), prompts.repeat(each, 1, 1)
+    for seed in range(replicates // each):
+        seeds = [1000 * seed + i // count for i in range(each * count)]
+        probes = draw_probes(seeds, num_samples, *band, x.shape[1:], design, level_seed=seed)
+        errors, _ = statistics(world, x, prompts, probes)
+        found.append(torch.stack(pointwise.pmi(*errors.unbind(1), probes)).view(2, each, count))
+    return torch.cat(found, 1)
 
 
-def branches(*labels: int) -> torch.Tensor:
-    return torch.tensor(labels, dtype=torch.float32).view(1, -1, 1, 1)
+# ------------------------------------------------------------------------------------------ values
+@pytest.mark.parametrize("design", UNBIASED)
+@pytest.mark.parametrize(("dim", "correlation"), [(1, 0.95), (8, 0.6), (32, 0.3)])
+def test_pmi_is_unbiased_however_few_probes(dim, correlation, design):
+    """With four probes, far too few for a value, the mean over draws is the analytic one of the band."""
+    world = JointGaussian(dim, correlation)
+    x, prompts = world.draw(4)
+    band = (-6.0, 5.0)
+    draws, _ = estimates(world, x, prompts, UNBIASED[design], 4, 400, band)
+    # sets of noise that share their levels are not independent: the spread is that of means over such sets
+    means = draws.view(40, 10, -1).mean(1).double()
+    deviation = means.mean(0) - world.pmi(x, prompts, *band)
+    assert (deviation.abs() < 3 * means.std(0) / 40**0.5 + 1e-3).all()
 
 
-def errors_of(world, x, labels, schedule, num_samples, seed=0, batch_size=4096):
-    probes = pointwise.draw_probes([seed], num_samples, *BAND, x.shape[1:])
-    index = torch.zeros(len(x), dtype=torch.long)
-    embeddings = branches(*labels)
-    return pointwise.denoising_errors(world.predict_epsilon, schedule, x, index, embeddings, probes, batch_size), probes
-
-
-@pytest.mark.parametrize(("labels", "dim", "distance"), [(2, 1, 1.0), (3, 8, 0.5), (5, 32, 0.3)])
-def test_pmi_equals_the_analytic_value(schedule, labels, dim, distance):
-    world = GaussianMixture(schedule, labels, dim, distance)
+@pytest.mark.parametrize(
+    ("labels", "dim", "distance", "design"),
+    [(3, 8, 0.5, design) for design in DESIGNS]
+    + [(*world, design) for world in [(2, 1, 1.0), (5, 32, 0.3)] for design in ("jittered", "logistic, midpoints")],
+)
+def test_pmi_of_a_mixture_equals_the_analytic_value(labels, dim, distance, design):
+    world = LabelledMixture(labels, dim, distance)
     x = world.draw(0, 4)
     for label in (0, 1):
-        draws = []
-        for seed in range(24):
-            errors, probes = errors_of(world, x, (label, -1), schedule, 400, seed)
-            draws.append(pointwise.pmi(errors[:, 0], errors[:, 1], probes)[0])
-        draws = torch.stack(draws)
-        standard_error = draws.std(0) / len(draws) ** 0.5
-        deviation = (draws.mean(0) - world.pmi(x, label)).abs()
-        assert (deviation < 3.5 * standard_error + 0.01).all()
+        draws, _ = estimates(world, x, world.embed(label).expand(4, 1, 1), DESIGNS[design], 64, 120)
+        means = draws.view(12, 10, -1).mean(1)
+        deviation = means.mean(0) - world.pmi(x, label)
+        assert (deviation.abs() < 3.5 * means.std(0) / 12**0.5 + 0.01).all()
 
 
-def test_pmi_is_zero_where_the_prompt_says_nothing(schedule):
-    world = GaussianMixture(schedule, 1, 8, 1.0)
-    errors, probes = errors_of(world, world.draw(0, 3), (0, -1), schedule, 50)
-    value, _ = pointwise.pmi(errors[:, 0], errors[:, 1], probes)
-    torch.testing.assert_close(value, torch.zeros(3), atol=1e-3, rtol=0)
+@pytest.mark.parametrize(("dim", "correlation"), [(4, 0.5), (8, 0.9), (16, 0.8)])
+def test_averages_agree_with_the_analytic_information(dim, correlation):
+    """Both estimators, over draws of (x, y); i_s as the control variate says, which takes out the draw of (x, y)."""
+    world = JointGaussian(dim, correlation)
+    x, prompts = world.draw(4000)
+    probes = draw_probes(list(range(4000)), 16, *BAND, (dim,), Design(loc=1.0, scale=2.0, antithetic=True))
+    errors, distances = statistics(world, x, prompts, probes)
+    direct, _ = pointwise.pmi(*errors.unbind(1), probes)
+    orthogonal, _ = pointwise.pmi_orthogonal(distances[:, 0], probes)
+    drawn = world.pmi(x, prompts).mean() - world.information
+    assert (direct.mean() - drawn).item() == pytest.approx(world.information, rel=0.02)
+    assert orthogonal.mean().item() == pytest.approx(world.information, rel=0.02)
+    assert (orthogonal >= 0).all()
+    assert (direct < 0).any()  # i_s is signed: some y misinform about their x
+    assert (distances[:, 1] == 0).all()
 
 
-def test_standard_error_covers_the_spread_over_draws(schedule):
-    world = GaussianMixture(schedule, 3, 8, 0.5)
-    x = world.draw(0, 2)
-    values, claimed = [], []
-    for seed in range(40):
-        errors, probes = errors_of(world, x, (0, -1), schedule, 64, seed)
-        value, standard_error = pointwise.pmi(errors[:, 0], errors[:, 1], probes)
-        values.append(value)
-        claimed.append(standard_error)
-    spread, claimed = torch.stack(values).std(0), torch.stack(claimed).mean(0)
-    assert (spread < 1.3 * claimed).all()  # conservative: strata only reduce the spread
-    assert (spread > 0.2 * claimed).all()
+@pytest.mark.parametrize("world", [JointGaussian(8, 0.0), LabelledMixture(1, 8, 1.0)], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_both_are_zero_where_the_prompt_says_nothing(world, design):
+    x, prompts = world.draw(3) if isinstance(world, JointGaussian) else (world.draw(0, 3), world.embed(0, 0, 0))
+    probes = draw_probes([0], 50, *BAND, x.shape[1:], DESIGNS[design])
+    errors, distances = statistics(world, x, prompts, probes)
+    for value, _ in (
+        pointwise.pmi(*errors.unbind(1), probes),
+        pointwise.pmi_orthogonal(distances[:, 0], probes),
+    ):
+        torch.testing.assert_close(value, torch.zeros(3), atol=1e-3, rtol=0)
 
 
-def test_contrastive_equals_the_analytic_value(schedule):
-    world = GaussianMixture(schedule, 4, 8, 0.4)
+def test_contrastive_equals_the_analytic_value():
+    world = LabelledMixture(4, 8, 0.4)
     x = world.draw(2, 4)
     draws = []
     for seed in range(24):
-        errors, probes = errors_of(world, x, (2, 0, 1, 3), schedule, 400, seed)
+        probes = draw_probes([seed], 200, *BAND, (8,))
+        errors = pointwise.denoising_errors(
+            world.predict_epsilon, SCHEDULE, x, torch.zeros(4).long(), world.embed(2, 0, 1, 3)[None], probes, 4096
+        )
         draws.append(pointwise.pmi_contrastive(errors[:, 0], errors[:, 1:], probes))
     draws = torch.stack(draws)
-    logits = -(x[:, None] - world.means).square().sum(-1) / (2 * SPREAD**2)
+    logits = world.log_likelihood(x)
     truth = logits[:, 2] - logits[:, [0, 1, 3]].logsumexp(1) + math.log(3)
     assert ((draws.mean(0) - truth).abs() < 3.5 * draws.std(0) / 24**0.5 + 0.05).all()
 
 
-def test_batches_change_nothing(schedule):
-    world = GaussianMixture(schedule, 3, 8, 0.5)
+# ------------------------------------------------------------------------------------------ parameterisations
+class Predicting(torch.nn.Module):
+    """Stands for a UNet: the closed-form world's answer as a model of that prediction type would give it."""
+
+    def __init__(self, world, prediction_type: str):
+        super().__init__()
+        self.world, self.prediction_type = world, prediction_type
+        self.config = SimpleNamespace(sample_size=2, in_channels=2)
+
+    def forward(self, x_t, timesteps, embeddings):
+        epsilon = self.world.predict_epsilon(x_t.flatten(1), timesteps, embeddings).view_as(x_t)
+        alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma_at(SCHEDULE.log_snr.float(), timesteps))
+        x0 = x0_from_epsilon(epsilon, x_t, alpha, sigma)
+        return SimpleNamespace(sample=prediction_from(self.prediction_type, x0, epsilon, alpha, sigma))
+
+
+class Unused(torch.nn.Module):
+    config = SimpleNamespace(force_upcast=False, max_position_embeddings=1)
+
+
+def of_unet(world, prediction_type):
+    schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, prediction_type=prediction_type)
+    tokenizer = SimpleNamespace(model_max_length=1)
+    unet = Predicting(world, prediction_type)
+    denoiser = UNetDenoiser(unet, Unused(), tokenizer, Unused(), schedule, torch.float32, torch.device("cpu"))
+    return denoiser.predict_epsilon
+
+
+def of_rectified_flow(world):
+    """u = epsilon - x0 at x_t = (1 - t) x0 + t epsilon, brought to epsilon on the log-SNR axis."""
+
+    def velocity(x_t, t, embeddings):
+        log_snr = 2 * torch.logit(1 - t)
+        alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+        x_alpha = x_t * (alpha + sigma)
+        epsilon = world.predict_epsilon(x_alpha.flatten(1), SCHEDULE.timestep_at(log_snr[:, 0, 0, 0]), embeddings)
+        epsilon = epsilon.view_as(x_t)
+        return epsilon - x0_from_epsilon(epsilon, x_alpha, alpha, sigma)
+
+    def predict_epsilon(x_alpha, timesteps, embeddings):
+        alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma_at(SCHEDULE.log_snr.float(), timesteps))
+        t, x_t = sigma / (alpha + sigma), x_alpha / (alpha + sigma)
+        return x_t + (1 - t) * velocity(x_t, t, embeddings)
+
+    return predict_epsilon
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
+def test_every_parameterisation_gives_the_same_values(kind):
+    world = JointGaussian(8, 0.7)
+    x, prompts = world.draw(5)
+    probes = draw_probes([0], 40, -8.0, 8.0, (2, 2, 2))
+    flat = draw_probes([0], 40, -8.0, 8.0, (8,))
+    errors, distances = statistics(world, x, prompts, flat)
+    predict_epsilon = of_rectified_flow(world) if kind == "flow" else of_unet(world, kind)
+    branches = torch.stack([prompts, world.null.expand(5, 1, -1)], 1)
+    probes = replace(probes, noise_seeds=probes.noise_seeds.expand(5, -1))
+    found_errors, found_distances = pointwise.denoising_statistics(
+        predict_epsilon, SCHEDULE, x.view(5, 2, 2, 2), torch.arange(5), branches, probes, 64, reference=1
+    )
+    for truth, found in (
+        (pointwise.pmi(*errors.unbind(1), flat), pointwise.pmi(*found_errors.unbind(1), probes)),
+        (pointwise.pmi_orthogonal(distances[:, 0], flat), pointwise.pmi_orthogonal(found_distances[:, 0], probes)),
+    ):
+        torch.testing.assert_close(found.value, truth.value, rtol=1e-3, atol=2e-3)
+
+
+# ------------------------------------------------------------------------------------------ standard errors
+def covered(estimate, truth, claimed, freedom):
+    """Share of the nominal 95 % intervals that hold the truth."""
+    return ((estimate - truth).abs() < stdtrit(freedom, 0.975) * claimed).float().mean()
+
+
+@pytest.mark.parametrize(
+    "design",
+    ["random", "jittered", "jittered, antithetic", "midpoints", "logistic", "logistic, jittered, antithetic"],
+)
+def test_standard_errors_are_calibrated(design):
+    """Squared, they average to the variance over draws; the nominal 95 % interval holds the band's true value."""
+    world = JointGaussian(8, 0.6)
+    x, prompts = world.draw(2, seed=3)
+    band = (-6.0, 5.0)
+    value, claimed = estimates(world, x, prompts, DESIGNS[design], 96, 150, band)
+    assert 0.75 < claimed.square().mean() / value.var(0).mean() < 1.35
+    freedom = pointwise.degrees_of_freedom(draw_probes([0], 96, *band, (8,), DESIGNS[design]))
+    assert 0.9 < covered(value, world.pmi(x, prompts, *band), claimed, freedom) < 0.99
+
+
+@pytest.mark.parametrize("design", ["random", "jittered", "logistic, jittered, antithetic"])
+def test_paired_differences_are_tighter_than_the_values_and_calibrated(design):
+    """Candidates of one prompt share their noise, so that their difference is known better than either."""
+    world = JointGaussian(16, 0.6)
+    x, prompts = world.draw(1, seed=2)
+    pair = torch.cat([x, x + 0.3 * torch.randn(1, 16, generator=torch.Generator().manual_seed(5))])
+    prompts = prompts.expand(2, 1, -1)
+    found = []
+    for seed in range(150):
+        probes = draw_probes([seed], 96, *BAND, (16,), DESIGNS[design], level_seed=seed)
+        errors, _ = statistics(world, pair, prompts, probes)
+        difference = pointwise.pmi(*(errors[0] - errors[1]), probes)
+        value = pointwise.pmi(*errors.unbind(1), probes)
+        torch.testing.assert_close(difference.value, value.value[0] - value.value[1], atol=1e-3, rtol=1e-3)
+        found.append(torch.stack([*difference, value.standard_error[0]]))
+    difference, claimed, of_value = torch.stack(found).T
+    assert 0.75 < claimed.square().mean() / difference.var() < 1.35
+    truth = world.pmi(pair, prompts, *BAND) @ torch.tensor([1.0, -1.0]).double()
+    assert 0.88 < covered(difference, truth, claimed, pointwise.degrees_of_freedom(probes)) < 0.99
+    assert claimed.mean() < 0.5 * of_value.mean()
+
+
+def test_a_single_draw_has_no_standard_error():
+    for design in (Design(), Design(levels="random")):
+        probes = draw_probes([0], 1, *BAND, (3,), design)
+        assert pointwise.integrate(torch.ones(2, 1), probes).standard_error.isnan().all()
+    pair = draw_probes([0], 2, *BAND, (3,), Design(antithetic=True))
+    assert pointwise.integrate(torch.ones(2, 2), pair).standard_error.isnan().all()
+
+
+@pytest.mark.parametrize("draws", [2, 3, 4, 7, 9])
+def test_every_stratum_counts_and_a_straight_integrand_has_no_variance(draws):
+    probes = draw_probes([0], draws, 0.0, float(draws), (1,))  # weights of 1
+    noise = torch.randn(20_000, draws, generator=torch.Generator().manual_seed(0))
+    claimed = pointwise.integrate(noise, probes).standard_error.square().mean()
+    assert claimed.item() == pytest.approx(draws, rel=0.05)
+    for noisy in range(draws):  # alone, each is counted about once
+        alone = torch.zeros_like(noise)
+        alone[:, noisy] = noise[:, noisy]
+        assert 0.4 < pointwise.integrate(alone, probes).standard_error.square().mean() < 1.6
+    straight = pointwise.integrate(3 * probes.log_snr + 2, probes).standard_error
+    assert (straight < 1e-4) == (draws >= 4)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_degrees_of_freedom_are_those_of_the_squared_standard_error(design):
+    """For normal draws the squared error scatters as a chi-squared of so many: mean^2 / variance = freedom / 2."""
+    probes = draw_probes([0], 36, 0.0, 36.0, (1,), DESIGNS[design])
+    probes = replace(probes, weight=torch.ones(36))
+    draws = 18 if DESIGNS[design].antithetic else 36
+    noise = torch.randn(20_000, draws, generator=torch.Generator().manual_seed(0)).repeat_interleave(36 // draws, 1)
+    squared = pointwise.integrate(noise, probes).standard_error.square()
+    freedom = 2 * squared.mean().square() / squared.var()
+    assert freedom.item() == pytest.approx(pointwise.degrees_of_freedom(probes), rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------ designs
+@pytest.mark.parametrize("design", DESIGNS)
+def test_weights_integrate_the_band(design):
+    """A constant and a smooth function: exactly, or within the noise of the places."""
+    probes = draw_probes([0], 4000, -4.0, 5.0, (1,), DESIGNS[design])
+    assert (probes.log_snr >= -4).all()
+    assert (probes.log_snr <= 5).all()
+    assert probes.weight.sum().item() == pytest.approx(9.0, rel=0.05)
+    value, _ = pointwise.integrate(probes.log_snr.square(), probes)
+    assert value.item() == pytest.approx((5**3 + 4**3) / 3, rel=0.05)
+
+
+def test_logistic_weights_are_the_published_ones():
+    """Kong et al.: weight = scale tanh(c / 2) / (sigmoid(z) sigmoid(-z)) on loc -+ c scale."""
+    loc, scale, clip = 1.0, 2.0, 3.0
+    band = pointwise.logistic_band(loc, scale, clip)
+    assert band == (-5.0, 7.0)
+    probes = draw_probes([0], 50, *band, (1,), Design(loc=loc, scale=scale, levels="random"))
+    z = (probes.log_snr - loc) / scale
+    published = scale * math.tanh(clip / 2) / (z.sigmoid() * (-z).sigmoid())
+    torch.testing.assert_close(50 * probes.weight, published, rtol=1e-4, atol=1e-4)
+    share = (draw_probes([0], 4000, *band, (1,), Design(loc=loc, scale=scale, levels="random")).log_snr < loc).float()
+    assert share.mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_antithetic_pairs_share_their_level_and_mirror_their_noise():
+    probes = draw_probes([3, 4], 6, *BAND, (5,), Design(antithetic=True))
+    torch.testing.assert_close(probes.noise[:, ::2], -probes.noise[:, 1::2])
+    torch.testing.assert_close(probes.log_snr[::2], probes.log_snr[1::2])
+    assert len(probes.log_snr.unique()) == 3
+    assert not torch.equal(probes.noise[0], probes.noise[1])
+    with pytest.raises(ValueError, match="num_samples is 5"):
+        draw_probes([3], 5, *BAND, (5,), Design(antithetic=True))
+
+
+def test_importance_sampling_and_strata_and_pairs_each_reduce_the_variance():
+    """At equal evaluations, over the whole range of log SNR."""
+    world = JointGaussian(8, 0.6)
+    x, prompts = world.draw(4, seed=1)
+
+    def variance(**design):
+        return estimates(world, x, prompts, Design(**design), 16, 200)[0].var(0).mean()
+
+    uniform = variance(levels="random")
+    importance = variance(**LOGISTIC, levels="random")
+    assert importance < 0.7 * uniform
+    assert variance(levels="jittered") < 0.9 * uniform
+    assert variance(**LOGISTIC, levels="jittered", antithetic=True) < 0.9 * importance
+
+
+@pytest.mark.parametrize(("correlation", "loc"), [(0.0, 0.0), (0.9, -math.log(1 - 0.81))])
+def test_the_adaptive_location_is_where_the_conditional_error_crosses_half(correlation, loc):
+    """x|y ~ N(., v I): the MMSE of epsilon is d sigmoid(alpha + log v), so loc = -log v and scale = 1."""
+    world = JointGaussian(64, correlation)
+    x, prompts = world.draw(32)
+    pilot = draw_probes(list(range(32)), 30, *BAND, (64,))
+    errors, _ = statistics(world, x, prompts, pilot)
+    found = pointwise.adaptive_logistic(errors[:, 0], pilot.log_snr, 64)
+    assert found == (pytest.approx(loc, abs=0.2), pytest.approx(1.0, abs=0.2))
+
+
+def test_an_error_that_never_crosses_puts_the_location_at_the_end():
+    low = pointwise.adaptive_logistic(torch.full((3, 5), 0.1), torch.arange(5.0), 1)
+    assert low == (4.0, 1.0)
+    assert pointwise.adaptive_logistic(torch.full((3, 5), 0.9), torch.arange(5.0), 1) == (0.0, 1.0)
+
+
+def test_effective_sample_size():
+    assert pointwise.effective_sample_size(torch.full((7,), 0.3)) == pytest.approx(7)
+    assert pointwise.effective_sample_size(torch.tensor([1.0, 0, 0])) == pytest.approx(1)
+    probes = draw_probes([0], 40, -8.0, 8.0, (1,), Design(loc=0.0, scale=1.0))
+    assert 1 < pointwise.effective_sample_size(probes.weight) < 20
+
+
+# ------------------------------------------------------------------------------------------ probing
+def test_batches_change_nothing_and_stay_within_their_size():
+    world = LabelledMixture(3, 8, 0.5)
     x = world.draw(0, 5)
-    whole, _ = errors_of(world, x, (0, 1, -1), schedule, 7)
-    pieces, _ = errors_of(world, x, (0, 1, -1), schedule, 7, batch_size=4)
-    torch.testing.assert_close(whole, pieces)
+    index = torch.tensor([0, 1, 0, 1, 1])
+    embeddings = torch.stack([torch.cat([world.embed(0, 1), world.null[None]])] * 2)
+    probes = draw_probes([7, 8], 7, *BAND, (8,), Design(antithetic=False))
+    sizes = []
+
+    def counting(x_t, timesteps, prompts):
+        sizes.append(len(x_t))
+        return world.predict_epsilon(x_t, timesteps, prompts)
+
+    whole = pointwise.denoising_errors(counting, SCHEDULE, x, index, embeddings, probes, 4096)
     assert whole.shape == (5, 3, 7)
+    assert sizes == [5 * 3 * 7]
+    for batch_size in (16, 4, 2):  # the last holds fewer than the branches of one candidate
+        sizes.clear()
+        pieces = pointwise.denoising_errors(counting, SCHEDULE, x, index, embeddings, probes, batch_size)
+        torch.testing.assert_close(whole, pieces)
+        assert max(sizes) <= batch_size
+        assert sum(sizes) == 5 * 3 * 7
 
 
-def test_every_candidate_of_a_prompt_meets_the_same_noise(schedule):
-    world = GaussianMixture(schedule, 3, 8, 0.5)
+def test_every_candidate_of_a_prompt_meets_the_same_noise():
+    world = LabelledMixture(3, 8, 0.5)
     x = world.draw(0, 1).expand(4, -1)
-    errors, _ = errors_of(world, x, (0,), schedule, 6)
-    torch.testing.assert_close(errors, errors[:1].expand(4, -1, -1))
+    probes = draw_probes([0, 1], 6, *BAND, (8,))
+    embeddings = world.embed(0)[None].expand(2, 1, 1, 1)
+    index = torch.tensor([0, 0, 0, 1])
+    errors = pointwise.denoising_errors(world.predict_epsilon, SCHEDULE, x, index, embeddings, probes, 5)
+    torch.testing.assert_close(errors[:3], errors[:1].expand(3, -1, -1))
+    assert not torch.allclose(errors[3], errors[0])
+
+
+def test_more_samples_take_no_more_memory():
+    """Noise is made a chunk at a time: what the denoiser is handed and what lives beside it do not grow with K."""
+    world = LabelledMixture(2, 2, 0.5)
+    probes = draw_probes([0], 30_000, *BAND, (2,))
+    held = sum(t.numel() for t in vars(probes).values() if isinstance(t, torch.Tensor))
+    assert held == 3 * 30_000  # a level, a weight and a seed each, however big a latent is
+    chunks = pointwise.predictions(
+        world.predict_epsilon, SCHEDULE, world.draw(0, 1), torch.zeros(1).long(), world.embed(0, 1)[None], probes, 64
+    )
+    first = next(iter(chunks))
+    assert (first.noise.shape, first.predicted.shape) == ((32, 2), (32, 2, 2))

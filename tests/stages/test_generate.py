@@ -28,7 +28,7 @@ def config_for(model, **resources) -> RunConfig:
             "sampler": {"solver": "ddpm", "num_inference_steps": 8, "guidance_scale": 3.0},
             "generate": {"candidates_per_prompt": EACH},
             "score": {
-                "names": ["mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_contrastive"],
+                "names": [*TRAJECTORY_SCORES, "pmi", "pmi_orthogonal", "pmi_contrastive"],
                 "num_samples": 3,
                 "neighbours": 2,
             },
