@@ -22,7 +22,7 @@ from mi_ray.shapes.grammar import (
 )
 from mi_ray.shapes.scenes import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, TEXTURES, render
 
-WRONG_CAPTION_SHARE = 1 / 3
+WRONG_CAPTION_SHARE = 1 / 4
 MAX_TOKENS = 24
 EMBEDDING_SIZE = 128
 LATENT_CHANNELS = 16
@@ -91,7 +91,7 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=LATENT_CHANNELS,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
-        block_out_channels=(64, 128),
+        block_out_channels=(96, 96),  # the width at full resolution is what binds attributes to objects
         layers_per_block=1,
         cross_attention_dim=EMBEDDING_SIZE,
         attention_head_dim=4,  # diffusers reads this as the number of heads

@@ -35,9 +35,9 @@ class PretrainConfig(BaseModel):
     decoder_steps: int = 1500  # the decoder alone, on frozen latents of textured scenes
     decoder_learning_rate: float = 1e-3
     pairs: int = 60_000  # caption-image pairs, drawn and encoded once
-    steps: int = 6000
+    steps: int = 6500
     batch_size: int = 64
-    learning_rate: float = 8e-4
+    learning_rate: float = 2e-3
     prompt_dropout: float = 0.1
     min_snr_gamma: float = 5.0  # Hang et al. 2023, eq. 5
     ema_decay: float = 0.999
@@ -227,7 +227,7 @@ def _cached_pairs(config: PretrainConfig, folder: Path, vae: AutoencoderKL, toke
 
 
 def train_denoiser(settings: dict):
-    """Worker loop: text encoder and UNet together, epsilon-prediction under min-SNR weighting, averaged weights kept."""
+    """Worker loop: text encoder and UNet together, epsilon-prediction, averaged weights kept."""
     config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
     torch.set_num_threads(config.threads_per_worker)
     context = ray.train.get_context()
@@ -240,7 +240,9 @@ def train_denoiser(settings: dict):
     average = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
     )
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=config.learning_rate, weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), lr=config.learning_rate, weight_decay=1e-2, betas=(0.9, 0.99), fused=True
+    )
     checkpoints = _Checkpoints(modules=modules, average=average, optimizer=optimizer)
 
     class Loss(torch.nn.Module):
