@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,13 +46,16 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _none(cls, values):
-        """`none` means no value, in YAML as on the command line."""
+        """`none` means no value, and an empty list where there is one, in YAML as on the command line."""
         if not isinstance(values, dict):
             return values
         for name, value in values.items():  # they would end in logs and in the run's folder
             if isinstance(value, str) and "@" in value.partition("://")[2].partition("/")[0]:
                 raise ValueError(f"{name} holds credentials; take them out: set the environment or an instance role")
-        return {k: None if isinstance(v, str) and v.lower() == "none" else v for k, v in values.items()}
+        lists = {name for name, field in cls.model_fields.items() if isinstance(field.default, tuple)}
+        nothing = {name for name, value in values.items() if isinstance(value, str) and value.lower() == "none"}
+        nothing |= {name for name in lists if name in values and values[name] in (None, [None])}
+        return values | {name: () if name in lists else None for name in nothing}
 
 
 class PromptsConfig(Section):
@@ -74,6 +78,13 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="of the denoiser; auto: float16 on a GPU, float32 without. Solver and scores are fp32"
     )
+    kernel: Literal["auto", "eager", "triton"] = Field(
+        "auto", description="of the solver step; triton: fused, needs a CUDA GPU; auto: triton where it can run"
+    )
+    channels_last: bool = Field(False, description="memory layout of the UNet; faster convolutions on tensor cores")
+    compile: Literal["default", "cuda-graphs"] | None = Field(
+        None, description="torch.compile of the denoiser, minutes at the start; partial batches are filled up"
+    )
 
 
 class SamplerConfig(Section):
@@ -85,6 +96,15 @@ class SamplerConfig(Section):
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
         None, description="as diffusers names it; default: what the model's scheduler says"
     )
+    guidance_interval: tuple[float, float] | None = Field(
+        None, description="of log SNR: guided only there, elsewhere one evaluation instead of two; none: everywhere"
+    )  # Kynkaanniemi et al. 2024, arXiv 2404.07724
+
+    @model_validator(mode="after")
+    def _interval(self):
+        if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval is (lower, upper), and {self.guidance_interval} is none; swap them")
+        return self
 
 
 class ScoreConfig(Section):
@@ -156,6 +176,45 @@ class GenerateConfig(Section):
     )
 
 
+class PruneConfig(Section):
+    """Successive halving: candidates that score low on the way are not sampled to the end. Off unless `by` is set."""
+
+    by: ScoreName | None = Field(
+        None, description="score of the curves so far, or (pmi, pmi_contrastive) of the clean latents predicted so far"
+    )
+    # METHOD: after a fifth of the steps the contrastive score ranks nearly as well as at the end
+    after: tuple[Share, ...] = Field((0.2,), description="shares of the sampling steps after which a pool is cut")
+    keep: tuple[Share, ...] = Field((0.25,), description="share of the whole pool that goes on after each cut")
+    num_samples: Positive = Field(6, description="noise draws a candidate at a cut, pointwise scores")
+
+    @model_validator(mode="after")
+    def _schedule(self):
+        faults = []
+        if not self.after or len(self.after) != len(self.keep):
+            faults.append(f"after has {len(self.after)} cuts and keep {len(self.keep)}; give one share of each a cut")
+        if any(a >= b for a, b in zip((0, *self.after), (*self.after, 1), strict=True)):
+            faults.append(f"after is {self.after}; the shares must lie between 0 and 1 and rise")
+        if any(a <= b for a, b in zip((1, *self.keep), (*self.keep, 0), strict=True)):
+            faults.append(f"keep is {self.keep}; the shares must lie between 0 and 1 and fall")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def cuts(self, steps: int, pool: int) -> dict[int, int]:
+        """{after so many of the steps: how many of the pool's candidates go on}; none if off."""
+        if self.by is None:
+            return {}
+        after = [min(max(1, round(share * steps)), steps) for share in self.after]
+        keep = [math.ceil(share * pool - 1e-9) for share in self.keep]
+        return {step: count for step, count in zip(after, keep, strict=True) if step < steps and count < pool}
+
+    def candidate_steps(self, steps: int, pool: int) -> int:
+        """Steps that the candidates of one prompt take together."""
+        cuts = self.cuts(steps, pool)
+        bounds, counts = [0, *cuts, steps], [pool, *cuts.values()]
+        return sum(count * (end - start) for count, start, end in zip(counts, bounds, bounds[1:], strict=False))
+
+
 class SelectConfig(Section):
     """Which candidates are kept."""
 
@@ -182,6 +241,9 @@ class FinetuneConfig(Section):
     )
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
     min_snr_gamma: float | None = Field(None, gt=0, description="Hang et al. 2023, eq. 5; none: plain epsilon loss")
+    activation_checkpointing: bool = Field(
+        False, description="activations are computed again in the backward pass: less memory, a third more time"
+    )
     prompt_dropout: Share = Field(0.0, description="share of the rows that train without their prompt")
     checkpoint_every: Positive = Field(100, description="optimiser steps")
     max_failures: Annotated[int, Field(ge=-1)] = Field(3, description="restarts of the workers; -1: no limit")
@@ -242,6 +304,7 @@ class RunConfig(Section):
     sampler: SamplerConfig = SamplerConfig()
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
+    prune: PruneConfig = PruneConfig()
     select: SelectConfig = SelectConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -260,6 +323,7 @@ class RunConfig(Section):
                 f"select.top_k is {self.select.top_k}, which leaves nothing to choose from"
                 f" {self.generate.candidates_per_prompt} candidates: lower it or raise generate.candidates_per_prompt"
             )
+        faults += self._speed_faults(by_oracle)
         if self.finetune.gradient_accumulation % self.resources.train_workers:
             faults.append(
                 f"finetune.gradient_accumulation is {self.finetune.gradient_accumulation}, which does not divide among"
@@ -269,13 +333,69 @@ class RunConfig(Section):
             raise ValueError("\n".join(faults))
         return self
 
+    def _speed_faults(self, by_oracle: bool) -> list[str]:
+        """What pruning and the guidance interval forbid."""
+        faults = []
+        cuts = self.prune.cuts(self.sampler.num_inference_steps, self.generate.candidates_per_prompt)
+        if cuts and by_oracle:
+            faults.append("selection by the oracle needs every candidate: set prune.by to none")
+        if cuts and min(cuts.values()) < self.select.top_k:
+            faults.append(
+                f"prune.keep leaves {min(cuts.values())} candidates of a prompt, fewer than select.top_k,"
+                f" {self.select.top_k}: raise prune.keep"
+            )
+        for option, chosen, other in (("kernel", "triton", "auto"), ("compile", "cuda-graphs", "default")):
+            if getattr(self.model, option) == chosen and not self.resources.gpus_per_actor:
+                faults.append(
+                    f"model.{option} is {chosen}, which needs a CUDA GPU, and resources.gpus_per_actor is 0:"
+                    f" give the actors a GPU, or take {other}"
+                )
+        interval, score = self.sampler.guidance_interval, self.score
+        named = {*score.names, self.prune.by} & set(TRAJECTORY_SCORES) if interval else set()
+        if "trajectory_banded" in named and interval[0] <= score.log_snr_min and score.log_snr_max <= interval[1]:
+            named.remove("trajectory_banded")  # its band is guided
+        faults += [
+            f"{name} needs both branches wherever it looks, and sampler.guidance_interval is {interval}: take the score"
+            " out of score.names and prune.by, or set the interval to none (trajectory_banded: or widen it to the band)"
+            for name in sorted(named)
+        ]
+        return faults
+
     def results_config(self) -> dict:
-        """What the results depend on: everything but where the run lies and what it runs on."""
-        return self.model_dump(mode="json", exclude={"run_dir", "resources"})
+        """What the results depend on: everything but where the run lies, what it runs on and how fast."""
+        speed = {"model": {"kernel", "channels_last", "compile"}, "finetune": {"activation_checkpointing"}}
+        return self.model_dump(mode="json", exclude={"run_dir": True, "resources": True, **speed})
 
     def hash(self) -> str:
         """Hash of `results_config`, 12 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.results_config(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+class CalibrationConfig(Section):
+    """Find the band of log SNR in which a model's contrastive score ranks the candidates of a prompt best."""
+
+    prompts: PromptsConfig
+    model: ModelConfig = ModelConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    out: str = Field("calibration.yaml", min_length=1, description="file to write; the pipeline takes it by --config")
+    candidates_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="pool size")
+    neighbours: Positive = Field(6, description="other prompts of the file that each candidate is held against")
+    levels: Annotated[int, Field(ge=2)] = Field(16, description="steps of the grid of log SNR; each is probed twice")
+    log_snr_min: float = Field(-5.4, description="lower end of the range searched")
+    log_snr_max: float = Field(2.0, description="upper end")
+    alignment: Literal["oracle"] | None = Field(None, description="label the candidates too: shapes prompts only")
+    use_labels: bool = Field(False, description="choose the band by the labels instead of without them")
+    batch_size: Positive = Field(64, description="candidates in one denoiser batch")
+    threads: Positive = Field(2, description="CPU threads")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of candidates and probes")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.log_snr_min >= self.log_snr_max:
+            raise ValueError(f"log_snr_min is {self.log_snr_min}, not below log_snr_max, {self.log_snr_max}; lower it")
+        if self.use_labels and not self.alignment:
+            raise ValueError("use_labels needs labels: set alignment, or leave it out")
+        return self
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -353,13 +473,15 @@ class _CommandLine(BaseSettings):
         cli_hide_none_type=True,
         cli_parse_none_str="none",
     )
-    config: str | None = Field(None, description="YAML file of the fields below, which flags override")
+    config: tuple[str, ...] = Field(
+        (), description="YAML file of the fields below, which flags override; of several, later ones override earlier"
+    )
     smoke: CliToggleFlag[bool] = Field(False, description="a run of seconds: the smoke config, same code path")
     dry_run: CliToggleFlag[bool] = Field(False, description="print the plan and stop")
     unknown: CliUnknownArgs = Field(default=[])  # kept, so that every fault is listed at once
 
 
-_COMMAND_FIELDS = {"config": None, "smoke": False, "dry_run": False}
+_COMMAND_FIELDS = {"config": (), "smoke": False, "dry_run": False}
 
 
 def _merge(below: dict, above: dict) -> dict:
@@ -406,11 +528,13 @@ def load_config(
         given = CliSettingsSource(command, cli_prog_name=Path(sys.argv[0]).name, cli_parse_args=flags)()
     except SettingsError as error:
         raise ConfigError([str(error).removeprefix("error parsing CLI: ").removeprefix("argument ")]) from error
-    file, smoke, dry_run = (given.pop(name, default) for name, default in _COMMAND_FIELDS.items())
-    file = file or (smoke_file if smoke else None)
+    files, smoke, dry_run = (given.pop(name, default) for name, default in _COMMAND_FIELDS.items())
     stray = _strays(given.pop("unknown", []), model)
     sections = {name: {} for name, field in model.model_fields.items() if field.is_required() and _is_section(field)}
-    tree = _merge(sections, _merge(_read_yaml(file) if file else {}, given))
+    tree = sections
+    for file in files or ([smoke_file] if smoke and smoke_file else []):
+        tree = _merge(tree, _read_yaml(file))
+    tree = _merge(tree, given)
     try:
         config = model.model_validate(tree)
     except ValidationError as error:

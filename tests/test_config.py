@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mi_ray.config import ConfigError, RunConfig, flatten, load_config
+from mi_ray.config import CalibrationConfig, ConfigError, RunConfig, flatten, load_config
 
 ROOT = Path(__file__).parents[1]
 LEAST = ("--run-dir", "runs/test", "--prompts.file", "prompts.txt")
@@ -76,6 +76,21 @@ def test_none_in_a_file_is_no_value(config_file):
     assert load("--config", config_file("run_dir: a\nprompts: {file: p.txt, limit: none}")).prompts.limit is None
 
 
+def test_none_empties_a_list(config_file):
+    file = config_file("run_dir: a\nprompts: {file: p}\nevaluation: {controls: none}\nfinetune: {log_to: [wandb]}\n")
+    config = load("--config", file, "--finetune.log-to", "none")
+    assert (config.evaluation.controls, config.finetune.log_to) == ((), ())
+
+
+def test_of_several_files_the_later_one_wins(config_file, tmp_path):
+    first = config_file("run_dir: a\nprompts: {file: p.txt, limit: 8}\nscore: {log_snr_min: -4, num_samples: 3}\n")
+    second = tmp_path / "calibration.yaml"
+    second.write_text("score: {log_snr_min: -3, log_snr_max: -1}\n")
+    config = load("--config", first, "--config", str(second))
+    assert (config.score.log_snr_min, config.score.log_snr_max, config.score.num_samples) == (-3, -1, 3)
+    assert config.prompts.limit == 8
+
+
 def test_dry_run_and_the_smoke_file(config_file):
     file = config_file("run_dir: a\nprompts: {file: smoke.txt}")
     config, dry_run = load_config(["--smoke", "--dry-run"], smoke_file=file)
@@ -83,11 +98,16 @@ def test_dry_run_and_the_smoke_file(config_file):
     assert load_config([*LEAST], smoke_file=file)[1] is False
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("shapes*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_are_valid_and_name_files_that_exist(path):
     config = load("--config", str(path))
     assert (ROOT / config.prompts.file).is_file()
     assert config.evaluation.file is None or (ROOT / config.evaluation.file).is_file()
+
+
+def test_the_calibration_config_is_valid():
+    config, _ = load_config(["--config", str(ROOT / "jobs/configs/calibrate-smoke.yaml")], model=CalibrationConfig)
+    assert (ROOT / config.prompts.file).is_file()
 
 
 # ------------------------------------------------------------------------------------------ faults
@@ -138,7 +158,7 @@ def test_unknown_keys_are_refused_with_a_suggestion(config_file):
         (("--sampler.guidance_scale", "nan"), "sampler.guidance_scale: 'nan' will not do"),
         (("--score.log-snr-min", "-1"), "score: log_snr_min is -1.0, not below log_snr_max, -1.7"),
         (("--score.antithetic", "true", "--score.num-samples", "5"), "score: num_samples is 5, and antithetic"),
-        (("--score.sampling", "logistic", "--score.logistic-loc", "9"), "score: logistic_loc 9.0 with its clip reaches"),
+        (("--score.sampling", "logistic", "--score.logistic-loc", "9"), "logistic_loc 9.0 with its clip reaches"),
         (("--resources.num_actors", "3,2"), "resources: num_actors is (least, most)"),
         (("--select.by", "pmi"), "select.by is 'pmi', which score.names lacks"),
         (("--select.by", "oracle"), "needs generate.alignment: oracle"),

@@ -3,7 +3,10 @@
 import hashlib
 import io
 import time
+from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,14 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from mi_ray.alignment import oracle
-from mi_ray.config import POINTWISE_SCORES, SamplerConfig, ScoreConfig
+from mi_ray.config import POINTWISE_SCORES, ModelConfig, SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import Denoiser
-from mi_ray.diffusion.sampling import Trajectory, candidate_noise, sample, solver_plan
+from mi_ray.diffusion.kernels import choose_kernel
+from mi_ray.diffusion.sampling import CandidateNoise, State, Trajectory, sampling_steps, solver_plan
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise, trajectory
 from mi_ray.information.negatives import pmi_negatives
 from mi_ray.language.negatives import chosen, negatives_by
 from mi_ray.stages.branches import branch_errors
+from mi_ray.stages.memory import fitting
 
 NEIGHBOUR_POOL = 2000  # prompts among which the nearest are sought; keeps memory flat however long the list is
 
@@ -47,39 +52,129 @@ class Work:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-class Sampler:
-    """Samples candidates of many prompts in full batches."""
+def specialise(denoiser: Denoiser, config: ModelConfig, batch_size: int):
+    """Trade the denoiser's generality for speed, as configured; what it computes stays the same."""
+    rows = (batch_size, 2 * batch_size)  # one branch, both branches; scoring takes as many as the latter
+    denoiser.specialise(channels_last=config.channels_last, compiled=config.compile, rows=rows)
 
-    def __init__(self, denoiser: Denoiser, config: SamplerConfig, batch_size: int):
+
+@dataclass(eq=False)
+class Pool:
+    """N candidates on their way: what sampling has left of each so far."""
+
+    owner: Tensor  # (N,) long on the CPU: whose prompt's
+    timesteps: Tensor  # (S,) of the whole way
+    latents: Tensor  # (N, *latent_shape) fp32: x_t, clean where the whole way is done
+    x0: Tensor | None  # (N, *latent_shape) fp32: the clean latents predicted last, where they were needed
+    delta_sq: Tensor  # (N, S) fp32, NaN where a candidate has not come
+    cross: Tensor  # (N, S) fp32, likewise
+
+    def put(self, rows: Tensor, steps: range, state: State):
+        """Take over what sampling left of some candidates after some steps."""
+        rows = rows.to(self.latents.device)
+        self.latents[rows] = state.latents
+        if state.x0 is not None:
+            self.x0 = torch.empty_like(self.latents) if self.x0 is None else self.x0
+            self.x0[rows] = state.x0
+        for curve, new in ((self.delta_sq, state.delta_sq), (self.cross, state.cross)):
+            curve[rows, steps.start : steps.stop] = new[:, steps.start : steps.stop]
+
+    def so_far(self, rows: Tensor, steps: int) -> Trajectory:
+        """Some candidates after their first steps, scored like finished ones: the predicted x0 stands for the image."""
+        rows = rows.to(self.latents.device)
+        return Trajectory(self.x0[rows], self.timesteps[:steps], self.delta_sq[rows, :steps], self.cross[rows, :steps])
+
+    def finished(self) -> Trajectory:
+        return Trajectory(self.latents, self.timesteps, self.delta_sq, self.cross)
+
+
+class Cuts(Protocol):
+    """Where a pool is cut on the way, and by what."""
+
+    after: tuple[int, ...]  # numbers of steps, rising
+
+    def survivors(self, pool: Pool, rows: Tensor, steps: int) -> Tensor:
+        """Which of the candidates `rows` go on after so many steps."""
+
+
+def even_batches(rows: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+    """The fewest batches of at most batch_size rows, as equal as can be: no small one is left over at the end."""
+    return rows.tensor_split(max(1, -(-len(rows) // batch_size)))
+
+
+class Sampler:
+    """Samples candidates of many prompts in full batches.
+
+    Args:
+        kernel: of the solver step, as `diffusion.kernels.choose_kernel` takes it.
+    """
+
+    def __init__(self, denoiser: Denoiser, config: SamplerConfig, batch_size: int, kernel: str = "auto"):
         self.denoiser, self.config, self.batch_size = denoiser, config, batch_size
+        self.kernel = choose_kernel(kernel, denoiser.device)
         self.plan = solver_plan(
             denoiser.schedule, config.solver, config.num_inference_steps, timestep_spacing=config.timestep_spacing
         )
+        self.guided = self.plan.guided(config.guidance_interval)
         self.null = denoiser.encode_prompts([""])
 
-    def __call__(self, embeddings: Tensor, seeds: list[list[int]], work: Work) -> Trajectory:
-        """Sample seeds[p] for each of the P prompts of embeddings (P, tokens, dim): sum of len(seeds[p]) candidates."""
-        began = time.perf_counter()
-        flat = [seed for of_prompt in seeds for seed in of_prompt]
-        index = torch.repeat_interleave(torch.arange(len(seeds)), torch.tensor([len(s) for s in seeds]))
-        parts = []
-        for rows in torch.arange(len(flat)).split(self.batch_size):
-            latents, step_noise = candidate_noise([flat[i] for i in rows.tolist()], self.denoiser.latent_shape)
-            prompts = embeddings[index[rows].to(embeddings.device)]
-            null = self.null.expand(len(rows), -1, -1)
-            noise = step_noise if self.plan.stochastic else None
-            scale = self.config.guidance_scale
-            parts.append(sample(self.denoiser, self.plan, prompts, null, latents, scale, noise))
-        work.denoiser_evaluations += 2 * len(flat) * len(self.plan.timesteps)
-        work.timed("sample", began)
-        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("latents", "delta_sq", "cross")}
-        return Trajectory(timesteps=parts[0].timesteps, **joined)
+    def __call__(self, embeddings: Tensor, seeds: list[list[int]], work: Work, cuts: Cuts | None = None) -> Trajectory:
+        """Sample seeds[p] for each of the P prompts of embeddings (P, tokens, dim): sum of len(seeds[p]) candidates.
+
+        Args:
+            cuts: where candidates drop out. Those that are left are packed into full batches again, whatever their
+                prompts; a dropped one's latents are those of its last step, its curves NaN from there on.
+        """
+        noise = CandidateNoise([seed for of_prompt in seeds for seed in of_prompt], self.denoiser.latent_shape)
+        latents = noise.draw().to(self.denoiser.device)
+        curve = torch.full((len(latents), len(self.plan.timesteps)), torch.nan, device=latents.device)
+        owner = torch.arange(len(seeds)).repeat_interleave(torch.tensor([len(s) for s in seeds]))
+        pool = Pool(owner, self.plan.timesteps, latents, None, curve, curve.clone())
+        rows, start = torch.arange(len(latents)), 0
+        for stop in (*(cuts.after if cuts else ()), len(self.plan.timesteps)):
+            began = time.perf_counter()
+            left = rows
+            while len(left):
+                done = fitting(self, partial(self._advance, pool, left, range(start, stop), embeddings, noise))
+                left = left[done:]
+            work.denoiser_evaluations += len(rows) * sum(1 + guided for guided in self.guided[start:stop])
+            work.timed("sample", began)
+            if stop < len(self.plan.timesteps):
+                rows, start = cuts.survivors(pool, rows, stop), stop
+        return pool.finished()
+
+    def _advance(self, pool: Pool, rows: Tensor, steps: range, embeddings: Tensor, noise: CandidateNoise) -> int:
+        """Take the first batch of some candidates through some steps; returns how many it held."""
+        rows = even_batches(rows, self.batch_size)[0]
+        on_device = rows.to(pool.latents.device)
+        chosen = rows.tolist()
+        states = sampling_steps(
+            self.denoiser,
+            self.plan,
+            embeddings[pool.owner[rows].to(embeddings.device)],
+            self.null,
+            pool.latents[on_device],
+            self.config.guidance_scale,
+            (lambda step: noise.draw(chosen)) if self.plan.stochastic else None,
+            guidance_interval=self.config.guidance_interval,
+            kernel=self.kernel,
+            steps=steps,
+            previous_x0=pool.x0[on_device] if self.plan.multistep and steps.start else None,
+            x0_at=(steps.stop - 1,) if steps.stop < len(self.plan.timesteps) else (),
+        )
+        with noise.taken_back_on_error(chosen):
+            last = deque(states, maxlen=1).pop()
+        pool.put(rows, steps, last)
+        return len(rows)
 
 
 def trajectory_scores(
     config: ScoreConfig, delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule
 ) -> dict[str, Tensor]:
-    """The on-trajectory scores of config.names from curves (n, S), just recorded or stored: {name: (n,)}."""
+    """The on-trajectory scores of config.names from curves (n, S), just recorded or stored: {name: (n,)}.
+
+    A curve is NaN where there was no guidance, which the configuration grants to `trajectory_banded` outside its band.
+    """
     by_name = {
         "mitune": lambda curve: trajectory.mitune(curve, timesteps, schedule),
         "mitune_eq2": lambda curve: trajectory.mitune_eq2(curve, timesteps, schedule),
@@ -124,7 +219,7 @@ class Scorer:
         chunks = [self.pool[i : i + 256] for i in range(0, len(self.pool), 256)]
         self.pool_embeddings = torch.cat([denoiser.encode_prompts(chunk) for chunk in chunks]) if chunks else None
 
-    def _neighbours(self, prompts: list[str], embeddings: Tensor) -> Tensor:
+    def neighbours(self, prompts: list[str], embeddings: Tensor) -> Tensor:
         """Embeddings (P, J, tokens, dim) of the J other prompts nearest to each in the text encoder's space."""
         distance = torch.cdist(embeddings.flatten(1).float(), self.pool_embeddings.flatten(1).float())
         for row, prompt in enumerate(prompts):
@@ -139,7 +234,8 @@ class Scorer:
         config = self.config
         scores = trajectory_scores(config, sampled.delta_sq, sampled.timesteps, self.denoiser.schedule)
         if any(name in POINTWISE_SCORES for name in config.names):
-            scores |= self._pointwise(prompts, embeddings, index, sampled.latents, work)
+            args = (prompts, embeddings, index, sampled.latents, work)
+            scores |= fitting(self, partial(self._pointwise, *args))
         return {f"score_{name}": scores[name].cpu().tolist() for name in config.names}
 
     def _pointwise(self, prompts: list[str], embeddings: Tensor, index: Tensor, latents: Tensor, work: Work):
@@ -150,7 +246,7 @@ class Scorer:
         if with_null:
             branches.append(self.null.expand(len(prompts), -1, -1)[:, None])
         if "pmi_contrastive" in config.names:
-            branches.append(self._neighbours(prompts, embeddings))
+            branches.append(self.neighbours(prompts, embeddings))
         probes = draw_probes_of(prompts, config, self.seed, self.denoiser.latent_shape)
         errors, distances = pointwise.denoising_statistics(
             self.denoiser.predict_epsilon,

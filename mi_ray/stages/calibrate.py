@@ -1,0 +1,125 @@
+"""Calibration of a model's scores: one small pool, probed over the whole range of noise, judged band by band."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from mi_ray import storage
+from mi_ray.alignment.oracle import foreign_prompts
+from mi_ray.config import CalibrationConfig, ConfigError, ScoreConfig
+from mi_ray.diffusion.denoisers import Denoiser, check_model, load_denoiser
+from mi_ray.information.calibration import Band, judge_bands
+from mi_ray.information.pointwise import denoising_errors, draw_probes
+from mi_ray.prompts import read_prompts
+from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, measured
+from mi_ray.stages.shards import take_cpus
+
+PROMPTS_AT_A_TIME = 8
+
+
+def calibrate(config: CalibrationConfig, dry_run: bool = False):
+    """Find the band of log SNR and write it to config.out, as a YAML file that the pipeline takes by --config.
+
+    Raises:
+        ConfigError: what was given will not do.
+    """
+    prompts = _checked_prompts(config)
+    probes = config.levels * 2 * (1 + min(config.neighbours, len(prompts) - 1))
+    candidates = len(prompts) * config.candidates_per_prompt
+    total = candidates * (2 * config.sampler.num_inference_steps + probes)
+    print(f"{candidates} candidates of {len(prompts)} prompts, {total:,} denoiser evaluations")
+    if dry_run:
+        return
+    try:
+        storage.check_writable(config.out.rpartition("/")[0] or ".")
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"out: {config.out!r} cannot be written ({error}); give another --out"]) from error
+    errors, index, labels = _probed_pool(config, prompts["prompt"].to_pylist(), prompts["prompt_id"].to_pylist())
+    edges = torch.linspace(config.log_snr_min, config.log_snr_max, config.levels + 1)
+    bands = judge_bands(errors, edges, index, labels)
+    chosen = {"label_free": max(bands, key=lambda band: band.label_free)}
+    if labels is not None:
+        chosen["labelled"] = max(bands, key=lambda band: band.auc)
+    for name, band in chosen.items():
+        print(f"{name.replace('_', '-'):<11} {_said(band)}")
+    band = chosen["labelled" if config.use_labels else "label_free"]
+    storage.write_bytes(config.out, _as_yaml(config, band, len(prompts)).encode())
+    storage.write_json(config.out + ".bands.json", [asdict(band) | {"label_free": band.label_free} for band in bands])
+    print(f"give the pipeline --config {config.out}; all bands are in {config.out}.bands.json")
+
+
+def _checked_prompts(config: CalibrationConfig) -> pa.Table:
+    """The prompts, when they and the model will do."""
+    prompts, _ = read_prompts(config.prompts.file, limit=config.prompts.limit, duplicates=config.prompts.duplicates)
+    faults = []
+    if len(prompts) < 2:
+        faults.append(f"prompts.file: {config.prompts.file!r} holds one prompt only; each is held against others")
+    if config.alignment and (foreign := foreign_prompts(prompts["prompt"].to_pylist())):
+        faults.append(
+            f"alignment: the oracle reads only prompts of the shapes grammar, not {foreign[0]!r}; leave it out"
+        )
+    try:
+        check_model(config.model.path)
+    except ValueError as error:
+        faults += [f"model.path: {fault}" for fault in str(error).split("\n")]
+    if faults:
+        raise ConfigError(faults)
+    return prompts
+
+
+@torch.inference_mode()
+def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """errors (N, 1 + J, levels, 2), prompt_index (N,) and, where alignment is measured, exact (N,) bool."""
+    take_cpus(config.threads)
+    denoiser = load_denoiser(config.model.path, config.model.dtype)
+    sampler = Sampler(denoiser, config.sampler, config.batch_size)
+    score = ScoreConfig(names=("pmi_contrastive",), neighbours=config.neighbours)
+    scorer = Scorer(denoiser, score, config.batch_size, config.seed, prompts)
+    each = config.candidates_per_prompt
+    errors, exact = [], []
+    for start in tqdm(range(0, len(prompts), PROMPTS_AT_A_TIME), unit=" prompts", unit_scale=PROMPTS_AT_A_TIME):
+        some = slice(start, start + PROMPTS_AT_A_TIME)
+        embeddings = denoiser.encode_prompts(prompts[some])
+        seeds = [[derived_seed(config.seed, "calibration", i, c) for c in range(each)] for i in ids[some]]
+        latents = sampler(embeddings, seeds, Work()).latents
+        branches = torch.cat([embeddings[:, None], scorer.neighbours(prompts[some], embeddings)], 1)
+        errors.append(_halves(config, denoiser, latents, branches, ids[some]))
+        if config.alignment:
+            repeated = [prompt for prompt in prompts[some] for _ in range(each)]
+            exact += measured(denoiser.decode(latents), repeated, config.alignment)["exact"]
+    index = torch.arange(len(prompts)).repeat_interleave(each)
+    return torch.cat(errors), index, torch.from_numpy(np.array(exact) == 1) if exact else None
+
+
+def _halves(config: CalibrationConfig, denoiser: Denoiser, latents: Tensor, branches: Tensor, ids: list[str]) -> Tensor:
+    """Errors at the middle of every level, from two independent draws: (n, 1 + J, levels, 2) on the CPU."""
+    index = torch.arange(len(ids)).repeat_interleave(len(latents) // len(ids))
+    halves = []
+    for half in range(2):
+        seeds = [derived_seed(config.seed, f"calibration-half-{half}", i) for i in ids]
+        probes = draw_probes(seeds, config.levels, config.log_snr_min, config.log_snr_max, denoiser.latent_shape)
+        halves.append(
+            denoising_errors(
+                denoiser.predict_epsilon, denoiser.schedule, latents, index, branches, probes, 2 * config.batch_size
+            ).cpu()
+        )
+    return torch.stack(halves, -1)
+
+
+def _said(band: Band) -> str:
+    auc = "" if band.auc is None else f", AUC {band.auc:.3f}"
+    return (
+        f"log SNR {band.log_snr_min:.2f} to {band.log_snr_max:.2f}: halves agree at {band.agreement:.2f},"
+        f" own prompt wins {100 * band.contrast:.0f} %{auc}"
+    )
+
+
+def _as_yaml(config: CalibrationConfig, band: Band, prompts: int) -> str:
+    head = f"# Calibrated on {config.model.path} with {prompts} prompts of {config.prompts.file}: {_said(band)}\n"
+    values = {"log_snr_min": round(band.log_snr_min, 3), "log_snr_max": round(band.log_snr_max, 3)}
+    return head + yaml.safe_dump({"score": values})

@@ -1,0 +1,58 @@
+"""Bands judged on errors whose truth is known: a latent quality that only some noise levels show."""
+
+import pytest
+import torch
+
+from mi_ray.information.calibration import judge_bands
+
+PROMPTS, EACH, NEIGHBOURS, LEVELS = 60, 8, 3, 6
+EDGES = torch.linspace(-6, 0, LEVELS + 1)
+INFORMED = slice(2, 4)  # the levels from -4 to -2
+
+
+def world(noise: float = 1.0):
+    """errors, prompt_index and labels: a right image has lower errors under its own prompt at the informed levels."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(PROMPTS).repeat_interleave(EACH)
+    quality = torch.randn(len(index), generator=generator)
+    errors = 10 + noise * torch.randn(len(index), 1 + NEIGHBOURS, LEVELS, 2, generator=generator)
+    errors[:, 0, INFORMED] -= (1 + 2 * quality)[:, None, None]
+    return errors, index, quality > 0
+
+
+def best(bands, by):
+    band = max(bands, key=by)
+    return band.log_snr_min, band.log_snr_max
+
+
+def test_both_ways_find_the_levels_that_tell():
+    errors, index, labels = world()
+    bands = judge_bands(errors, EDGES, index, labels)
+    assert len(bands) == LEVELS * (LEVELS + 1) // 2
+    assert best(bands, lambda band: band.auc) == (-4, -2)
+    assert best(bands, lambda band: band.label_free) == (-4, -2)
+
+
+def test_no_band_is_believed_where_nothing_tells():
+    errors, index, labels = world()
+    errors[:, 0, INFORMED] = errors[:, 1, INFORMED].flip(0)  # of another candidate
+    for band in judge_bands(errors, EDGES, index, labels):
+        assert abs(band.agreement) < 0.2
+        assert band.contrast == pytest.approx(0.5, abs=0.06)
+        assert band.auc == pytest.approx(0.5, abs=0.1)
+        assert band.label_free < 0.03
+
+
+def test_without_noise_halves_agree_and_every_pair_is_ordered():
+    errors, index, labels = world(noise=0.0)
+    told = [b for b in judge_bands(errors, EDGES, index, labels) if b.log_snr_min < -2 and b.log_snr_max > -4]
+    for band in told:
+        assert band.agreement == pytest.approx(1)
+        assert band.auc == 1
+
+
+def test_labels_are_optional_and_must_differ_somewhere():
+    errors, index, labels = world()
+    assert all(band.auc is None for band in judge_bands(errors, EDGES, index))
+    with pytest.raises(ValueError, match="no prompt has both"):
+        judge_bands(errors, EDGES, index, torch.ones_like(labels))
