@@ -64,6 +64,8 @@ def candidates_schema(score_names: tuple[str, ...]) -> pa.Schema:
             _field("cross", curve, "per step: inner product of conditional epsilon and that difference"),
             *score_columns(score_names),
             *_METRICS,
+            _field("pruned_after", pa.int32(), "steps after which pruning took it out; null: it was not"),
+            _field("prune_score", pa.float32(), "score prune.by at the last cut that it faced; null: no pruning"),
             _field("rank", pa.int32(), "within the prompt by the selecting score, 0 is best"),
             _field("kept", pa.bool_(), "selected for fine-tuning"),
             _field("latents", _LATENTS, "clean latents, flat; of what some selection keeps"),

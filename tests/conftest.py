@@ -9,10 +9,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its programs run on the CPU
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from mi_ray.shapes.model import MAX_TOKENS, build_tokenizer  # noqa: E402
+from mi_ray.shapes.model import MAX_TOKENS, build_tokenizer
 
 WIDTH = 16
 

@@ -105,6 +105,22 @@ class UNetDenoiser:
         self.latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         self.max_tokens = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
         self._log_snr = schedule.log_snr.to(device, torch.float32)
+        self._compiled, self._rows = None, ()
+
+    def specialise(self, *, channels_last: bool, compiled: str | None, rows: tuple[int, ...]):
+        """Trade generality for speed; what is computed stays the same.
+
+        Args:
+            channels_last: memory layout of the UNet's weights and activations.
+            compiled: "default": torch.compile; "cuda-graphs": and replayed as one launch, on a CUDA GPU; None: neither.
+            rows: the batch sizes that are compiled, rising; another is filled up to the next of them, or, beyond the
+                last, runs uncompiled.
+        """
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if compiled:
+            mode = {"default": "default", "cuda-graphs": "reduce-overhead"}[compiled]
+            self._compiled, self._rows = torch.compile(self.unet, mode=mode, dynamic=False), rows
 
     def token_count(self, prompt: str) -> int:
         return len(self.tokenizer(prompt, verbose=False).input_ids)
@@ -117,7 +133,16 @@ class UNetDenoiser:
         return torch.cat([self.text_encoder(part.to(self.device)).last_hidden_state for part in ids.split(CHUNK)])
 
     def predict(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        return self.unet(x_t.to(self.dtype), timesteps, embeddings.to(self.dtype)).sample
+        inputs = x_t.to(self.dtype), timesteps, embeddings.to(self.dtype)
+        size = next((size for size in self._rows if size >= len(x_t)), None)
+        if size is None:
+            return self.unet(*inputs).sample
+        if size > len(x_t):
+            inputs = [torch.cat([values, values[-1:].expand(size - len(x_t), *values.shape[1:])]) for values in inputs]
+        else:
+            inputs = [values.contiguous() for values in inputs]  # a layout of its own would be compiled anew
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._compiled(*inputs).sample[: len(x_t)]
 
     def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
         prediction = self.predict(x_t, timesteps, embeddings).float()

@@ -118,7 +118,7 @@ def _eager_step(
     conditional, unconditional, latents, previous_x0, noise, coefficients, guidance_scale, statistics, *,
     converted, with_x0, delta_map,
 ):  # fmt: skip
-    """Each line below that touches (n, *shape) is one pass over memory; the fewest that PyTorch's operations allow."""
+    """Each operation on (n, *shape) is one pass over memory; the fewest that PyTorch's operations allow."""
     column = (-1, *[1] * (latents.ndim - 1))
     c = Coefficients(*(values.view(column) for values in coefficients.unbind(1)))
     conditional, x_t = conditional.float(), latents.float()  # no pass where they are fp32
@@ -152,8 +152,8 @@ def _record(conditional, delta, x_t, c: Coefficients, statistics, converted: boo
     """Write ||p delta||^2 and <p c + q x, p delta> into statistics (2, n), without forming either."""
     delta_sq, cross = statistics
     flat = _flat(delta)
-    torch.linalg.vecdot(flat, flat, out=delta_sq)
-    torch.linalg.vecdot(_flat(conditional), flat, out=cross)
+    torch.linalg.vector_norm(flat, dim=1, out=delta_sq).square_()
+    torch.linalg.vecdot(_flat(conditional), flat, out=cross)  # product and sum; a matrix product is slower on a CPU
     if delta_map is not None:
         torch.sum(delta.square(), 1, out=delta_map)
     if converted:

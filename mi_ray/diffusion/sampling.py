@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,6 +158,11 @@ class Trajectory:
     delta_sq: Tensor  # (n, S) fp32: ||conditional - unconditional epsilon||^2 at each step
     cross: Tensor  # (n, S) fp32: <conditional epsilon, conditional - unconditional epsilon> at each step
 
+    def of(self, rows: Tensor) -> "Trajectory":
+        """Of some candidates."""
+        rows = rows.to(self.latents.device)
+        return Trajectory(self.latents[rows], self.timesteps, self.delta_sq[rows], self.cross[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class State:
@@ -302,6 +308,17 @@ class CandidateNoise:
         for values, generator in zip(noise, chosen, strict=True):
             values.normal_(generator=generator)
         return noise
+
+    @contextmanager
+    def taken_back_on_error(self, rows: list[int]) -> Iterator[None]:
+        """If what is within fails, these candidates' noise begins again where it was."""
+        before = [self._generators[row].get_state() for row in rows]
+        try:
+            yield
+        except BaseException:
+            for row, state in zip(rows, before, strict=True):
+                self._generators[row].set_state(state)
+            raise
 
 
 def candidate_noise(seeds: list[int], latent_shape: tuple[int, ...]) -> tuple[Tensor, StepNoise]:

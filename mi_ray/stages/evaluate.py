@@ -12,7 +12,7 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.prompts import Shard
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
-from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured
+from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured, specialise
 from mi_ray.stages.shards import ShardWriter, run_stage, take_cpus
 
 REFERENCE = "reference"  # real renders instead of a model's images
@@ -32,7 +32,9 @@ class Evaluator:
         self.base = load_denoiser(config.model.path, config.model.dtype)
         adapter = adapter and storage.local_folder(adapter)
         drawing = load_denoiser(config.model.path, config.model.dtype, adapter=adapter) if adapter else self.base
-        self.sampler = Sampler(drawing, evaluation.sampler, batch_size)
+        for denoiser in {id(d): d for d in (self.base, drawing)}.values():
+            specialise(denoiser, config.model, batch_size)
+        self.sampler = Sampler(drawing, evaluation.sampler, batch_size, config.model.kernel)
         judged = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, judged, batch_size, config.seed, []) if evaluation.pmi else None
         self.write = ShardWriter("evaluate", model, folder, storage.evaluation_schema(), config, token)

@@ -4,13 +4,15 @@ import time
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mi_ray import storage
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.prompts import Shard
-from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured
+from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured, specialise
+from mi_ray.stages.pruning import Halving, cut_scorer
 from mi_ray.stages.select import ranks
 from mi_ray.stages.shards import ShardWriter, run_stage, take_cpus
 
@@ -34,9 +36,14 @@ class CandidateGenerator:
         self.config, self.round, self.keep_by = config, round_index, keep_by
         self.previews = frozenset(previews)
         adapter = adapter and storage.local_folder(adapter)
+        batch_size = config.resources.batch_size
         self.denoiser = load_denoiser(config.model.path, config.model.dtype, adapter=adapter)
-        self.sampler = Sampler(self.denoiser, config.sampler, config.resources.batch_size)
-        self.scorer = Scorer(self.denoiser, config.score, config.resources.batch_size, config.seed, pool)
+        specialise(self.denoiser, config.model, batch_size)
+        self.sampler = Sampler(self.denoiser, config.sampler, batch_size, config.model.kernel)
+        self.scorer = Scorer(self.denoiser, config.score, batch_size, config.seed, pool)
+        each = config.generate.candidates_per_prompt
+        self.cuts = config.prune.cuts(config.sampler.num_inference_steps, each)
+        self.cut_scorer = cut_scorer(config, self.scorer, pool) if self.cuts else None
         schema = storage.candidates_schema(config.score.names)
         self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token)
 
@@ -52,12 +59,27 @@ class CandidateGenerator:
         seeds = [[derived_seed(config.seed, f"round-{self.round}", i, c) for c in range(each)] for i in ids]
         embeddings = self.denoiser.encode_prompts(prompts)
         index = torch.arange(len(prompts)).repeat_interleave(each)
-        sampled = self.sampler(embeddings, seeds, work)
-        scores = self.scorer(prompts, embeddings, index, sampled, work)
-        columns = self._columns(shard, positions, seeds, sampled, scores, work)
+        halving = self._halving(prompts, ids, embeddings, work) if self.cuts else None
+        sampled = self.sampler(embeddings, seeds, work, halving)
+        rows = torch.arange(len(index)) if halving is None else torch.from_numpy(halving.finished).nonzero()[:, 0]
+        scores = self.scorer(prompts, embeddings, index[rows], sampled.of(rows), work)
+        scores = {name: _spread(values, rows.tolist(), len(index)) for name, values in scores.items()}
+        columns = self._columns(shard, positions, seeds, sampled, scores, halving, work)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-    def _columns(self, shard, positions, seeds, sampled: Trajectory, scores: dict, work: Work) -> dict[str, list]:
+    def _halving(self, prompts: list[str], ids: list[str], embeddings: Tensor, work: Work) -> Halving:
+        """The cuts; what the random control keeps is carried, since a control must not depend on a score."""
+        each, top_k = self.config.generate.candidates_per_prompt, self.config.select.top_k
+        carried = np.zeros((len(ids), each), bool)
+        if "random" in self.keep_by:
+            for row, prompt in zip(carried, ids, strict=True):
+                lots = {"candidate_index": list(range(each)), "prompt_id": [prompt] * each}
+                row[:] = np.array(ranks(lots, "random", self.config.seed)) < top_k
+        return Halving(self.cuts, self.cut_scorer, prompts, embeddings, carried.ravel(), work)
+
+    def _columns(
+        self, shard, positions, seeds, sampled: Trajectory, scores: dict, halving: Halving | None, work: Work
+    ) -> dict[str, list]:
         config = self.config
         each = config.generate.candidates_per_prompt
         owner = [p for p in positions for _ in range(each)]
@@ -72,17 +94,25 @@ class CandidateGenerator:
             "delta_sq": sampled.delta_sq.cpu().tolist(),
             "cross": sampled.cross.cpu().tolist(),
             **scores,
+            "pruned_after": [None] * len(owner),
+            "prune_score": [None] * len(owner),
             "error": [None if ok else "the model's output is not finite" for ok in finite],
         }
-        previewed = [shard.prompt_ids[p] in self.previews for p in owner]
-        images = self._decode(sampled.latents, columns["prompt"], previewed, columns, work)
+        finished = np.ones(len(owner), bool)
+        if halving is not None:
+            finished = halving.finished
+            done = halving.steps_done(sampled.delta_sq.shape[1])
+            curves = {name: [c[:n] for c, n in zip(columns[name], done, strict=True)] for name in ("delta_sq", "cross")}
+            columns |= halving.columns() | curves
+        previewed = [shard.prompt_ids[p] in self.previews and done for p, done in zip(owner, finished, strict=True)]
+        images = self._decode(sampled.latents, columns["prompt"], previewed, finished, columns, work)
         kept_by_any = np.zeros(len(owner), bool)
         for by in reversed(self.keep_by):  # the first is the selecting one: its ranks stay in the table
             columns["rank"] = []
             for start in range(0, len(owner), each):
                 of_prompt = {k: v[start : start + each] for k, v in columns.items() if k != "rank"}
                 columns["rank"] += ranks(of_prompt, by, config.seed)
-            sound = [error is None for error in columns["error"]]
+            sound = [e is None and bool(done) for e, done in zip(columns["error"], finished, strict=True)]
             columns["kept"] = [r < config.select.top_k and ok for r, ok in zip(columns["rank"], sound, strict=True)]
             kept_by_any |= np.array(columns["kept"])
         undecoded = [i for i, kept in enumerate(columns["kept"]) if kept and images[i] is None]
@@ -98,18 +128,28 @@ class CandidateGenerator:
         columns["image"] = [encode_png(i) if s else None for i, s in zip(images, shown, strict=True)]
         return columns
 
-    def _decode(self, latents, prompts, previewed, columns, work: Work) -> list[np.ndarray | None]:
-        """Decode what is previewed, or everything where every candidate is measured (which adds its columns)."""
+    def _decode(self, latents, prompts, previewed, finished, columns, work: Work) -> list[np.ndarray | None]:
+        """Decode what is previewed, or all that is finished where every candidate is measured (which adds columns)."""
         began = time.perf_counter()
         alignment = self.config.generate.alignment
-        wanted = [i for i, preview in enumerate(previewed) if preview or alignment]
+        wanted = [i for i, preview in enumerate(previewed) if preview or (alignment and finished[i])]
         images: list[np.ndarray | None] = [None] * len(prompts)
         if wanted:
             for i, image in zip(wanted, self.denoiser.decode(latents[wanted]), strict=True):
                 images[i] = image
         work.timed("decode", began)
-        columns |= measured(np.stack(images) if alignment else None, prompts, alignment)
+        shown = [images[i] for i in wanted] if alignment else None
+        found = measured(shown and np.stack(shown), [prompts[i] for i in wanted], alignment)
+        columns |= {metric: _spread(values, wanted, len(prompts)) for metric, values in found.items()}
         return images
+
+
+def _spread(values: list, rows: list[int], count: int) -> list:
+    """The values at their rows, None elsewhere."""
+    spread = [None] * count
+    for row, value in zip(rows, values, strict=True):
+        spread[row] = value
+    return spread
 
 
 def generate(
@@ -137,6 +177,6 @@ def generate(
         "adapter": adapter,
         "keep_by": keep_by,
         "previews": previews,
-        "pool": pool if "pmi_contrastive" in config.score.names else [],
+        "pool": pool if "pmi_contrastive" in {*config.score.names, config.prune.by} else [],
     }
     return run_stage("generate", f"round {round_index}", CandidateGenerator, constructor, shards, folder, config)

@@ -14,24 +14,36 @@ TRAINING_COST = 3  # a training pass in denoiser evaluations: forward, and backw
 
 
 def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int]:
-    """Denoiser evaluations by stage; `finetune` counts forward and backward as `TRAINING_COST`."""
+    """Denoiser evaluations by stage; `finetune` counts forward and backward as `TRAINING_COST`.
+
+    Steps outside sampler.guidance_interval cost half of what is counted here.
+    """
     arms = 1 + len(config.evaluation.controls)
     pools = 1 + (config.rounds - 1) * arms  # the first round's pool serves all arms
-    candidates = prompts * config.generate.candidates_per_prompt * pools
-    branches = 1 + ("pmi" in config.score.names or "pmi_orthogonal" in config.score.names)
-    branches += config.score.neighbours * ("pmi_contrastive" in config.score.names)
-    branches += config.score.max_negatives * ("pmi_negatives" in config.score.names)
-    scored = any(name in POINTWISE_SCORES for name in config.score.names)
+    each, steps = config.generate.candidates_per_prompt, config.sampler.num_inference_steps
+    cuts = config.prune.cuts(steps, each)
+    left = [each, *cuts.values()]
+    at_cuts = sum(left[:-1]) * config.prune.num_samples * _branches(config, {config.prune.by})
+    at_the_end = left[-1] * config.score.num_samples * _branches(config, set(config.score.names))
     finetune = config.finetune
     samples = finetune.steps * finetune.batch_size * finetune.gradient_accumulation
     images = held_out * config.evaluation.images_per_prompt * (1 + arms)
     per_image = 2 * config.evaluation.sampler.num_inference_steps + 2 * config.score.num_samples * config.evaluation.pmi
     return {
-        "generate": candidates * 2 * config.sampler.num_inference_steps,
-        "score": candidates * config.score.num_samples * branches * scored,
+        "generate": prompts * pools * 2 * config.prune.candidate_steps(steps, each),
+        "score": prompts * pools * (at_cuts + at_the_end),
         "finetune": samples * TRAINING_COST * config.rounds * arms,
         "evaluate": images * per_image,
     }
+
+
+def _branches(config: RunConfig, names: set[str]) -> int:
+    """Evaluations of one noise draw for these scores."""
+    if not names & set(POINTWISE_SCORES):
+        return 0
+    branches = 1 + bool(names & {"pmi", "pmi_orthogonal"})
+    branches += config.score.neighbours * ("pmi_contrastive" in names)
+    return branches + config.score.max_negatives * ("pmi_negatives" in names)
 
 
 def seconds_per_evaluation(denoiser: Denoiser, batch_size: int) -> float:

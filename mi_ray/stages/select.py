@@ -14,8 +14,10 @@ def ranks(columns: dict[str, list], by: str, seed: int) -> list[int]:
     """Rank the candidates of one prompt, 0 the best; ties fall by a hash, never by the order of generation.
 
     Args:
-        columns: of one prompt's candidates: candidate_index, prompt_id, score_<name>, exact, objects, attributes.
-        by: a score's name, `random` or `oracle` (exact first, then the shares of right objects and attributes).
+        columns: of one prompt's candidates: candidate_index, prompt_id, score_<name>, exact, objects, attributes,
+            and, of a pruned pool, pruned_after, prune_score.
+        by: a score's name, `random` or `oracle` (exact first, then the shares of right objects and attributes). By a
+            score, a pruned candidate comes after all that outlasted it, by its score at its cut.
     """
     count = len(columns["candidate_index"])
     lots = [
@@ -28,9 +30,19 @@ def ranks(columns: dict[str, list], by: str, seed: int) -> list[int]:
         worth = list(zip(*(columns[name] for name in ("exact", "objects", "attributes", "relation")), strict=True))
         worth = [tuple(value or 0.0 for value in values) for values in worth]
     else:
-        worth = [(value if value is not None and np.isfinite(value) else -np.inf,) for value in columns[f"score_{by}"]]
+        nothing = [None] * count
+        cuts = columns.get("pruned_after", nothing), columns.get("prune_score", nothing)
+        worth = [
+            (np.inf, _finite(score)) if after is None else (after, _finite(at_cut))
+            for score, after, at_cut in zip(columns[f"score_{by}"], *cuts, strict=True)
+        ]
     order = sorted(range(count), key=lambda i: (tuple(-value for value in worth[i]), lots[i]))
     return np.argsort(order).tolist()
+
+
+def _finite(value: float | None) -> float:
+    """A score, or the worst of all where there is none."""
+    return value if value is not None and np.isfinite(value) else -np.inf
 
 
 def select(config: RunConfig, candidates: str, destination: str, by: str) -> dict[str, int]:
@@ -43,7 +55,8 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
         kept = storage.read_table(destination, ["prompt_id"])
         return {"prompts": len(pc.unique(kept["prompt_id"])), "kept": len(kept)}
     scores = [f"score_{name}" for name in config.score.names]
-    wanted = ["prompt_id", "candidate_index", "error", "exact", "objects", "attributes", "relation", *scores]
+    measured = ["exact", "objects", "attributes", "relation"]
+    wanted = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score", *measured, *scores]
     table = storage.read_tables(candidates, [*wanted, "prompt", "latents", "latents_shape"])
     table = table.filter(pc.is_null(table["error"]))
     rows = []

@@ -155,14 +155,14 @@ def test_a_prompt_that_fails_is_one_error_row(tiny_pipeline, tmp_path, monkeypat
 
 
 def test_what_is_not_finite_is_marked_and_never_kept(tiny_pipeline, tmp_path, monkeypatch):
-    sample = candidates.sample
+    sample = Sampler.__call__
 
     def broken(*arguments):
         result = sample(*arguments)
         result.latents[0] = torch.nan
         return result
 
-    monkeypatch.setattr(candidates, "sample", broken)
+    monkeypatch.setattr(Sampler, "__call__", broken)
     rows, _, _ = generate(tiny_pipeline, tmp_path, [PROMPTS])
     assert rows["error"].notna().tolist() == [True] + [False] * (len(rows) - 1)
     assert not rows["kept"].iloc[0]
