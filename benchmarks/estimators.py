@@ -1,0 +1,165 @@
+"""What each way of probing is worth: python benchmarks/estimators.py [--model shapes] [--out FILE.json] [--check]"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gates import Benchmark, Findings, Gate, main
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.information import pointwise
+from mi_ray.information.closed_form import SCHEDULE, JointGaussian, LabelledMixture
+from mi_ray.information.pointwise import Design, Probes, draw_probes
+from mi_ray.shapes.grammar import CATEGORIES, draw_scene, parse, sample_prompts
+from mi_ray.shapes.scenes import render
+
+BAND = (-10.0, 10.0)  # nearly all of i_s of the closed forms
+PILOT = 16  # probes of the adaptive density's pilot
+SEED = 30_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """Pairs of an image and a prompt, whose i_s is estimated: (n, *latent_shape), branches (n, 2, tokens, dim)."""
+
+    name: str
+    predict_epsilon: Callable[[Tensor, Tensor, Tensor], Tensor]
+    schedule: NoiseSchedule
+    latents: Tensor
+    branches: Tensor
+    truth: Tensor | None  # (n,) the band's i_s, where it is known
+    band: tuple[float, float]
+    batch_size: int
+
+    def gains(self, probes: Probes) -> Tensor:
+        """The integrand of i_s, (n, K); probes hold a set of noise for each."""
+        index = torch.arange(len(self.latents))
+        errors = pointwise.denoising_errors(
+            self.predict_epsilon, self.schedule, self.latents, index, self.branches, probes, self.batch_size
+        )
+        return 0.5 * (errors[:, 1] - errors[:, 0])
+
+    def adaptive(self) -> Design:
+        """MMG's logistic density, located by a pilot."""
+        seeds = [SEED + i for i in range(len(self.latents))]
+        probes = draw_probes(seeds, PILOT, *self.band, self.latents.shape[1:])
+        index = torch.arange(len(self.latents))
+        errors = pointwise.denoising_errors(
+            self.predict_epsilon, self.schedule, self.latents, index, self.branches[:, :1], probes, self.batch_size
+        )
+        loc, scale = pointwise.adaptive_logistic(errors[:, 0], probes.log_snr, self.latents[0].numel())
+        return Design(loc=loc, scale=scale, levels="random")
+
+
+class EstimatorsBenchmark(Benchmark):
+    """How much variance does the signed point-wise mutual information have per denoiser evaluation, by how log SNR and
+    noise are drawn?"""
+
+    model: str | None = Field(
+        None, description="measure a model instead of the closed forms: a shipped one (shapes) or a diffusers folder"
+    )
+    pairs: PositiveInt = Field(8, description="image-prompt pairs")
+    replicates: PositiveInt = Field(100, description="independent estimates of each; the variance is over these")
+    num_samples: PositiveInt = Field(16, description="probes of an estimate; two evaluations each")
+
+    def answer(self) -> Findings:
+        if self.num_samples < 8 or self.num_samples % 2:
+            raise ValueError(f"num_samples: {self.num_samples} will not do; give an even number of at least 8")
+        if self.replicates < 2:
+            raise ValueError("replicates: a variance takes two or more")
+        pairs, replicates = (2, 20) if self.smoke else (self.pairs, self.replicates)
+        cases = [of_model(self.model, pairs)] if self.model else closed_forms(pairs)
+        rows, gates = [], {}
+        for case in cases:
+            of_case = [
+                {"world": case.name, "probes": name, **measure(case, design, self.num_samples, replicates)}
+                for name, design in designs(case).items()
+            ]
+            uniform = of_case[0]["variance x evaluations"]
+            for row in of_case:
+                row["times uniform's"] = row["variance x evaluations"] / uniform
+            rows += of_case
+            if not self.model:
+                for name in ("logistic", "adaptive"):
+                    (ratio,) = (row["times uniform's"] for row in of_case if row["probes"] == name)
+                    gates[f"{case.name}: {name} / uniform"] = Gate(ratio, maximum=1.0)
+                unbiased = [row["bias / error"] for row in of_case if "midpoints" not in row["probes"]]
+                gates[f"{case.name}: bias / error"] = Gate(max(unbiased), maximum=3.0)
+        return Findings(rows, gates)
+
+
+def designs(case: Case) -> dict[str, Design]:
+    """The options, uniform and independent first."""
+    published = Design(loc=1.0, scale=2.0, levels="random")  # ITD, arXiv 2310.07972, of SD2.1
+    densities = {"uniform": Design(levels="random"), "logistic": published, "adaptive": case.adaptive()}
+    chosen = {}
+    for name, density in densities.items():
+        for levels in ("random", "midpoints", "jittered"):
+            for antithetic in (False, True):
+                parts = [name, *([levels] if levels != "random" else []), *(["antithetic"] if antithetic else [])]
+                chosen[" + ".join(parts)] = Design(density.loc, density.scale, levels, antithetic)
+    return chosen
+
+
+def measure(case: Case, design: Design, num_samples: int, replicates: int) -> dict[str, float]:
+    """Variance over replicates, mean over the pairs, and how well the claimed standard errors and values agree."""
+    count, found = len(case.latents), []
+    for replicate in range(replicates):
+        seeds = [SEED + replicate * count + i for i in range(count)]
+        probes = draw_probes(seeds, num_samples, *case.band, case.latents.shape[1:], design, level_seed=replicate)
+        found.append(torch.stack(pointwise.integrate(case.gains(probes), probes)))
+    value, claimed = torch.stack(found, 1).double()
+    variance = value.var(0)
+    row = {
+        "variance x evaluations": (variance.mean() * 2 * num_samples).item(),
+        "claimed / true error": (claimed.square().mean() / variance.mean()).sqrt().item(),
+        "effective samples": pointwise.effective_sample_size(probes.weight),
+    }
+    if case.truth is not None:
+        deviation = (value.mean(0) - case.truth) / (variance / replicates).sqrt()
+        row["bias / error"] = deviation.square().mean().sqrt().item()
+    return row
+
+
+# ------------------------------------------------------------------------------------------ worlds
+def closed_forms(pairs: int) -> list[Case]:
+    cases = []
+    for dim, correlation in ((2, 0.9), (16, 0.6), (64, 0.3)):
+        world = JointGaussian(dim, correlation)
+        x, prompts = world.draw(pairs)
+        branches = torch.stack([prompts, world.null.expand(pairs, 1, -1)], 1)
+        truth = world.pmi(x, prompts, *BAND)
+        name = f"gaussian d={dim} rho={correlation}"
+        cases.append(Case(name, world.predict_epsilon, SCHEDULE, x, branches, truth, BAND, 2**14))
+    world = LabelledMixture(4, 16, 0.5)
+    x = torch.cat([world.draw(label % 4, 1, seed=label) for label in range(pairs)])
+    labels = world.embed(*(label % 4 for label in range(pairs)))
+    branches = torch.stack([labels, world.null.expand(pairs, 1, -1)], 1)
+    truth = torch.cat([world.pmi(x[[i]], i % 4) for i in range(pairs)])
+    return [*cases, Case("mixture of 4, d=16", world.predict_epsilon, SCHEDULE, x, branches, truth, BAND, 2**14)]
+
+
+def of_model(path: str, pairs: int) -> Case:
+    """Renders of the shapes world under their own prompts, over all log SNRs of the model's schedule."""
+    try:
+        denoiser = load_denoiser(path)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+    rng = np.random.default_rng(SEED)
+    texts = [sample_prompts(CATEGORIES[i % len(CATEGORIES)], "test", 1, rng)[0] for i in range(pairs)]
+    images = np.stack([render(draw_scene(parse(text), rng)) for text in texts])
+    prompts = denoiser.encode_prompts(texts)
+    branches = torch.stack([prompts, denoiser.encode_prompts([""]).expand_as(prompts)], 1)
+    log_snr = denoiser.schedule.log_snr
+    band = math.ceil(10 * log_snr[-1].item()) / 10, math.floor(10 * log_snr[0].item()) / 10
+    latents = denoiser.encode_images(images)
+    return Case(path, denoiser.predict_epsilon, denoiser.schedule, latents, branches, None, band, 128)
+
+
+if __name__ == "__main__":
+    main(EstimatorsBenchmark)
