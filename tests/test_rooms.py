@@ -17,13 +17,17 @@ ARROWS = {
     "s3": (),
     "storage": ("config", "s3"),
     "prompts": ("config", "storage"),
+    "pairs": ("config", "storage"),
     "diffusion": (),
     "information": ("diffusion.schedules",),
     "shapes": (),
     "language": ("shapes",),
     "alignment": ("shapes",),
     "report": ("config", "storage"),
-    "stages": ("config", "storage", "prompts", "diffusion", "information", "shapes", "language", "alignment", "report"),
+    "stages": (
+        *("config", "storage", "prompts", "pairs", "diffusion", "information", "shapes", "language", "alignment"),
+        "report",
+    ),
 }
 WITH_RAY = ("stages",)
 

@@ -6,7 +6,6 @@ part takes the prompt without that word in place of the null prompt: log p(x|y) 
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mi_ray.diffusion.schedules import NoiseSchedule
-from mi_ray.information.pointwise import Probes
+from mi_ray.information.pointwise import PredictEpsilon, Probes, predictions
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _FUNCTION_WORDS = "a an the and or of to in on at is are there with by as it its"
@@ -34,7 +33,7 @@ class InformationMaps:
 
 @torch.inference_mode()
 def information_maps(
-    predict_epsilon: Callable[[Tensor, Tensor, Tensor], Tensor],
+    predict_epsilon: PredictEpsilon,
     schedule: NoiseSchedule,
     latents: Tensor,
     prompt_index: Tensor,
@@ -48,30 +47,20 @@ def information_maps(
     Args:
         predict_epsilon: (x_t, timesteps, embeddings) -> epsilon, each with a leading batch dimension.
         latents: (N, channels, h, w) clean latents.
-        prompt_index: (N,) the prompt of each, an index into embeddings, reference and probes.noise.
+        prompt_index: (N,) the prompt of each, an index into embeddings, reference and the probes' noise.
         embeddings: (P, tokens, dim) of the prompts.
         reference: (P, tokens, dim) of what each is held against, or (1, tokens, dim) for all.
         batch_size: denoiser evaluations at a time, two for each noised latent; memory does not depend on N or K.
     """
-    device = latents.device
-    embeddings, noise = embeddings.to(device), probes.noise.to(device)
-    reference = reference.to(device).expand_as(embeddings)
-    prompt_index = prompt_index.to(device)
-    log_snr = probes.log_snr.to(device)
-    weight = torch.as_tensor(probes.weight, dtype=torch.float32, device=device).expand(len(log_snr))
-    timesteps = schedule.timestep_at(probes.log_snr).float().to(device)
-    direct, orthogonal = (torch.zeros(len(latents), *latents.shape[2:], device=device) for _ in range(2))
-    levels = len(log_snr)
-    for rows in torch.arange(len(latents) * levels, device=device).split(max(1, batch_size // 2)):
-        image, level = rows // levels, rows % levels
-        prompt, level_snr = prompt_index[image], log_snr[level].view(-1, 1, 1, 1)
-        eps = noise[prompt, level]
-        x_t = level_snr.sigmoid().sqrt() * latents[image] + (-level_snr).sigmoid().sqrt() * eps
-        both = torch.cat([embeddings[prompt], reference[prompt]])
-        known, blind = predict_epsilon(torch.cat([x_t, x_t]), timesteps[level].repeat(2), both).chunk(2)
-        half = 0.5 * weight[level].view(-1, 1, 1)
-        direct.index_add_(0, image, half * ((eps - blind).square() - (eps - known).square()).sum(1))
-        orthogonal.index_add_(0, image, half * (known - blind).square().sum(1))
+    branches = torch.stack([embeddings, reference.expand_as(embeddings)], 1)
+    weight = probes.weight.to(latents.device)
+    direct, orthogonal = (latents.new_zeros(len(latents), *latents.shape[2:]) for _ in range(2))
+    for chunk in predictions(predict_epsilon, schedule, latents, prompt_index, branches, probes, batch_size):
+        known, blind = chunk.predicted.unbind(1)
+        half = 0.5 * weight[chunk.probe].view(-1, 1, 1)
+        gain = (chunk.noise - blind).square() - (chunk.noise - known).square()
+        direct.index_add_(0, chunk.candidate, half * gain.sum(1))
+        orthogonal.index_add_(0, chunk.candidate, half * (known - blind).square().sum(1))
     return InformationMaps(direct, orthogonal)
 
 

@@ -12,28 +12,21 @@ more likely than all of them together. The negative with the highest posterior s
 import torch
 from torch import Tensor
 
-from mi_ray.information.pointwise import Probes, log_density
+from mi_ray.information.pointwise import Estimate, Probes, integrate, log_density
 
 
-def pmi_negatives(errors: Tensor, negative_errors: Tensor, probes: Probes) -> tuple[Tensor, Tensor]:
-    """The log odds of the prompt against its negatives, and their standard error: (N, K), (N, J, K) -> (N,) each.
+def pmi_negatives(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Estimate:
+    """The log odds of the prompt against its negatives: (N, K), (N, J, K) -> (N,).
 
-    The standard error is that of the first-order expansion: a mean of K independent paired differences between the
-    prompt's error and those of the negatives, weighted by their posteriors among themselves (the delta method).
+    The standard error is that of the first-order expansion, the integral of the paired difference between the prompt's
+    error and those of the negatives weighted by their posteriors among themselves (the delta method).
     """
     densities = log_density(negative_errors, probes)
-    value = log_density(errors, probes) - densities.logsumexp(-1)
     shares = densities.softmax(-1)[..., None]
-    each = _weights(probes, errors) * 0.5 * ((shares * negative_errors).sum(-2) - errors)
-    count = errors.shape[-1]
-    spread = each.std(-1) if count > 1 else torch.full_like(value, torch.nan)
-    return value, count**0.5 * spread
+    _, standard_error = integrate(0.5 * ((shares * negative_errors).sum(-2) - errors), probes)
+    return Estimate(log_density(errors, probes) - densities.logsumexp(-1), standard_error)
 
 
 def posteriors(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Tensor:
     """Of the prompt (first) and each negative, all equally likely before: (N, K), (N, J, K) -> (N, 1 + J)."""
     return log_density(torch.cat([errors[:, None], negative_errors], 1), probes).softmax(-1)
-
-
-def _weights(probes: Probes, like: Tensor) -> Tensor:
-    return torch.as_tensor(probes.weight, device=like.device, dtype=like.dtype)

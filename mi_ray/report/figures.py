@@ -38,12 +38,14 @@ _SCHEME = "svg{color:#33383f}@media(prefers-color-scheme:dark){svg{color:#c9ced6
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def styled_figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches in the report's style."""
     with mpl.rc_context(_STYLE):
         yield Figure((width, height), layout="constrained")
 
 
-def _data_uri(figure: Figure) -> str:
+def data_uri(figure: Figure) -> str:
+    """The figure as an SVG data URI; what is drawn in `INK` takes the colour of the page's text."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -63,7 +65,7 @@ def _errorbar(axes: Axes, result: dict, key: str, y: float, scale: float, color:
 
 def difference_plot(groups: dict[str, dict]) -> str:
     """Paired differences of `exact` in percentage points with their intervals, one line a group."""
-    with _figure(5.4, 0.6 + 0.3 * len(groups)) as figure:
+    with styled_figure(5.4, 0.6 + 0.3 * len(groups)) as figure:
         axes = figure.subplots()
         axes.axvline(0, color=INK, lw=0.8, alpha=0.5)
         for y, result in enumerate(groups.values()):
@@ -75,12 +77,12 @@ def difference_plot(groups: dict[str, dict]) -> str:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("tuned − base, points of exact")
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def auc_plot(aucs: dict[str, dict]) -> str:
     """Within-prompt AUC of each score with its interval; 0.5 is chance."""
-    with _figure(5.4, 0.6 + 0.32 * len(aucs)) as figure:
+    with styled_figure(5.4, 0.6 + 0.32 * len(aucs)) as figure:
         axes = figure.subplots()
         axes.axvline(0.5, color=INK, lw=0.8, alpha=0.5, ls=(0, (3, 3)))
         for y, result in enumerate(aucs.values()):
@@ -92,7 +94,7 @@ def auc_plot(aucs: dict[str, dict]) -> str:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("AUC within prompts (0.5: chance)")
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def score_plot(candidates: pd.DataFrame, score_names: tuple[str, ...]) -> str:
@@ -102,7 +104,7 @@ def score_plot(candidates: pd.DataFrame, score_names: tuple[str, ...]) -> str:
     """
     columns = min(3, len(score_names))
     rows = -(-len(score_names) // columns)
-    with _figure(11, 2.3 * rows) as figure:
+    with styled_figure(11, 2.3 * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, name in zip(panels, score_names, strict=False):
             column = f"score_{name}"
@@ -127,12 +129,12 @@ def score_plot(candidates: pd.DataFrame, score_names: tuple[str, ...]) -> str:
             axes.set_visible(False)
         if not candidates["exact"].isna().all():
             panels[0].legend(loc="upper right")
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def training_plot(training: dict[str, dict]) -> str:
     """Loss, raw and smoothed, and gradient norm over the optimiser steps, one colour a model."""
-    with _figure(11, 2.8) as figure:
+    with styled_figure(11, 2.8) as figure:
         panels = figure.subplots(1, 2)
         for model, result in training.items():
             for axes, key in zip(panels, ("loss", "grad_norm"), strict=True):
@@ -149,4 +151,4 @@ def training_plot(training: dict[str, dict]) -> str:
         for axes in panels:
             axes.set_xlabel("optimiser step")
         panels[0].legend(loc="upper right")
-        return _data_uri(figure)
+        return data_uri(figure)

@@ -37,8 +37,8 @@ def test_the_standard_error_covers_the_spread_over_draws(world):
     draws = [pmi_negatives(*errors_of(world, x, (0, 1, 2), 100, seed)) for seed in range(40)]
     spread = torch.stack([value for value, _ in draws]).std(0)
     claimed = torch.stack([error for _, error in draws]).mean(0)
-    assert (spread < 1.3 * claimed).all()  # conservative: strata only reduce the spread
-    assert (spread > 0.1 * claimed).all()
+    assert (spread < 1.35 * claimed).all()
+    assert (spread > 0.5 * claimed).all()
 
 
 def test_the_highest_posterior_is_what_the_image_shows(world):

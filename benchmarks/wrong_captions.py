@@ -1,0 +1,163 @@
+"""How well wrong captions are found: python benchmarks/wrong_captions.py [--out FILE.json] [--check] [--smoke]"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gates import Benchmark, Findings, Gate, main
+from pydantic import Field, PositiveInt
+
+from mi_ray.config import ScoreConfig
+from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
+from mi_ray.diffusion.sampling import Trajectory
+from mi_ray.report.statistics import auc
+from mi_ray.shapes.grammar import CATEGORIES, FORMS, SceneSpec, draw_scene, is_unseen_combination, sample_spec, sentence
+from mi_ray.shapes.model import corrupt
+from mi_ray.shapes.oracle import score
+from mi_ray.shapes.scenes import render
+from mi_ray.stages.candidates import Scorer, Work
+from mi_ray.stages.pair_scorer import PairScorer
+
+SMOKE_PAIRS = 24
+RESAMPLES = 1000
+AT_ONCE = 50  # pairs, so that progress is seen and memory stays flat
+
+
+class WrongCaptionsBenchmark(Benchmark):
+    """How well does each score tell captions that are wrong in one thing from right ones, on fresh renders?"""
+
+    model: str = Field("shapes", description="a shipped model or a diffusers folder that reads the embedded world")
+    pairs: PositiveInt = Field(200, description="fresh renders with a caption each, the categories in turn")
+    wrong_share: float = Field(0.3, gt=0, lt=1, description="share of the captions that are corrupted")
+    num_samples: PositiveInt = Field(12, description="noises a pair")
+    log_snr_min: float = Field(-5.0, description="lower end of the band")
+    log_snr_max: float = Field(-1.7, description="upper end of the band")
+    neighbours: PositiveInt = Field(8, description="of pmi_contrastive: nearest other captions of the same list")
+    max_negatives: PositiveInt = Field(8, description="of pmi_negatives")
+    seed: int = Field(30_000, description="of the pairs, far from the training's")
+
+    def answer(self) -> Findings:
+        try:
+            denoiser = load_denoiser(self.model)
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
+        pairs = draw_pairs(SMOKE_PAIRS if self.smoke else self.pairs, self.wrong_share, self.seed)
+        config = ScoreConfig(
+            names=("pmi_contrastive",),
+            num_samples=self.num_samples,
+            log_snr_min=self.log_snr_min,
+            log_snr_max=self.log_snr_max,
+            neighbours=self.neighbours,
+            max_negatives=self.max_negatives,
+        )
+        scores, told = score_all(denoiser, config, pairs)
+        rng = np.random.default_rng(0)
+        wrong = np.array([pair.kind is not None for pair in pairs])
+        kinds = sorted({pair.kind for pair in pairs if pair.kind})
+        rows = []
+        for name, values in scores.items():
+            for kind in ("all", *kinds):
+                of_kind = wrong if kind == "all" else np.array([pair.kind == kind for pair in pairs])
+                evaluations = self.num_samples * {"pmi": 2, "pmi_contrastive": 1 + self.neighbours}.get(
+                    name, 1 + self.max_negatives
+                )
+                row = {"score": name, "corruption": kind, "wrong": int(of_kind.sum()), "right": int((~wrong).sum())}
+                value, low, high = auc_with_interval(values, of_kind, ~wrong, rng)
+                rows.append(row | {"auc": value, "low": low, "high": high, "evaluations_a_pair": evaluations})
+        rows += [verdict_row(pairs, told, kind) for kind in ("all", *kinds)]
+        best = max(row["auc"] for row in rows if row.get("corruption") == "all" and "auc" in row)
+        return Findings(rows, {"auc_of_the_best_score": Gate(best, minimum=0.95)})
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """An image, its caption, and what sort of mistake the caption makes; None: it is right."""
+
+    image: np.ndarray
+    caption: str
+    kind: str | None
+
+
+def corruption(spec: SceneSpec, said: SceneSpec) -> str:
+    """What sort of change leads from what is shown to what is said."""
+    if len(spec.objects) != len(said.objects):
+        return "object"
+    if spec.relation != said.relation:
+        return "relation"
+    changed = [(a, b) for a, b in zip(spec.objects, said.objects, strict=True) if a != b]
+    before, after = changed[0]
+    names = [key for key in ("count", "shape", "color", "texture") if getattr(before, key) != getattr(after, key)]
+    return f"{names[0]} swap" if len(changed) > 1 else names[0]
+
+
+def draw_pairs(count: int, wrong_share: float, seed: int) -> list[LabelledPair]:
+    """Fresh renders of scenes as in training, no unseen combination; the oracle confirms which captions are wrong."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    while len(pairs) < count:
+        spec = sample_spec(CATEGORIES[len(pairs) % len(CATEGORIES)], rng)
+        wrong = rng.random() < wrong_share
+        said = corrupt(spec, rng) if wrong else spec
+        if any(is_unseen_combination(o) for s in (spec, said) for o in s.objects):
+            continue
+        image = render(draw_scene(spec, rng))
+        if score(image, said).exact != float(not wrong):
+            continue  # an open attribute that came out as the corrupted caption says it
+        caption = sentence(said, str(rng.choice(FORMS[said.structure])))
+        pairs.append(LabelledPair(image, caption, corruption(spec, said) if wrong else None))
+    return pairs
+
+
+def score_all(
+    denoiser: Denoiser, config: ScoreConfig, pairs: list[LabelledPair]
+) -> tuple[dict[str, np.ndarray], list[dict]]:
+    """{score: (n,) nats, higher is better}, and what each pair's image is said to contradict."""
+    judge = PairScorer(denoiser, config, AT_ONCE, seed=0, words=False)
+    contrast = Scorer(denoiser, config, AT_ONCE, seed=0, pool=[pair.caption for pair in pairs])
+    told, contrastive = [], []
+    for start in range(0, len(pairs), AT_ONCE):
+        chunk = pairs[start : start + AT_ONCE]
+        images, captions = np.stack([pair.image for pair in chunk]), [pair.caption for pair in chunk]
+        told += judge(images, captions, Work())
+        latents = denoiser.encode_images(images)
+        nowhere = Trajectory(latents, torch.empty(0), *2 * [torch.empty(len(chunk), 0)])  # no sampling, no curves
+        embeddings, index = denoiser.encode_prompts(captions), torch.arange(len(chunk))
+        contrastive += contrast(captions, embeddings, index, nowhere, Work())["score_pmi_contrastive"]
+    return {
+        "pmi": np.array([row["score_pmi"] for row in told]),
+        "pmi_contrastive": np.array(contrastive),
+        "pmi_negatives": np.array([row["score_pmi_negatives"] for row in told]),
+    }, told
+
+
+def auc_with_interval(
+    values: np.ndarray, wrong: np.ndarray, right: np.ndarray, rng: np.random.Generator
+) -> tuple[float, float, float]:
+    """Chance that a right pair outscores a wrong one, with its 95 % bootstrap interval over pairs."""
+    good, bad = values[right], values[wrong]
+
+    def of(good: np.ndarray, bad: np.ndarray) -> float:
+        return auc(np.concatenate([good, bad]), np.arange(len(good) + len(bad)) < len(good))
+
+    draws = [of(rng.choice(good, len(good)), rng.choice(bad, len(bad))) for _ in range(RESAMPLES)]
+    return of(good, bad), *np.percentile(draws, [2.5, 97.5]).tolist()
+
+
+def verdict_row(pairs: list[LabelledPair], told: list[dict], kind: str) -> dict[str, str | int | float]:
+    """How often a wrong caption is called wrong, and the right attribute named; and a right one called wrong."""
+    wrong = [(pair, row) for pair, row in zip(pairs, told, strict=True) if pair.kind is not None]
+    of_kind = [(pair, row) for pair, row in wrong if kind in ("all", pair.kind)]
+    called = [row["contradicted_attribute"] for _, row in of_kind]
+    named = [said is not None and pair.kind.startswith(said) for said, (pair, _) in zip(called, of_kind, strict=True)]
+    row = {"score": "verdict", "corruption": kind, "wrong": len(of_kind)}
+    row |= {"called_wrong": np.mean([said is not None for said in called]).item(), "named_right": np.mean(named).item()}
+    if kind == "all":
+        right = [
+            row["contradicted_attribute"] is not None for p, row in zip(pairs, told, strict=True) if p.kind is None
+        ]
+        row["right_called_wrong"] = np.mean(right).item()
+    return row
+
+
+if __name__ == "__main__":
+    main(WrongCaptionsBenchmark)

@@ -1,0 +1,10 @@
+"""Score pairs of image and caption that exist. python jobs/score.py --input pairs.parquet --run-dir DIR
+
+A single pair: python jobs/score.py --model shapes --image x.png --prompt "a red circle left of a blue square"
+"""
+
+from mi_ray.config import run_command
+from mi_ray.stages.score import ScorePairsConfig, run_or_describe
+
+if __name__ == "__main__":
+    run_command(run_or_describe, smoke_file="jobs/configs/score-smoke.yaml", model=ScorePairsConfig)

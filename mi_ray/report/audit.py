@@ -1,0 +1,154 @@
+"""The audit page of scored pairs: how many contradict their caption and in what, the worst and the best of them."""
+
+import base64
+import heapq
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from mi_ray.report.figures import COLORS, EXACT, INK, NOT_EXACT, data_uri, styled_figure
+from mi_ray.report.page import decimal, number
+from mi_ray.storage import join, read_table, write_bytes, write_json
+
+SHOWN_ERRORS = 50
+_PLAIN = [
+    *("key", "prompt", "score_pmi", "score_pmi_se", "score_pmi_negatives", "score_pmi_negatives_se", "posterior"),
+    *("contradicted_attribute", "contradicted_kind", "contradicted", "instead", "instead_posterior", "words", "error"),
+]
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+def summarise_pairs(folder: str, names: list[str], rank_by: str, shown: int) -> tuple[dict, dict[str, list]]:
+    """Counts and values of all parts, read one after the other, and the rows at both ends.
+
+    Returns:
+        The summary as it goes into audit.json, and {"worst", "best"}: rows with images, in order.
+    """
+    column = f"score_{rank_by}"
+    counts = {"scored": 0, "errors": 0, "contradicted": 0, "unjudged": 0}
+    attributes, errors, values = Counter(), {}, []
+    worst, best = [], []
+    for place, name in enumerate(names):
+        table = read_table(join(folder, name), _PLAIN)
+        for row in table.filter(pc.is_valid(table["error"])).select(["key", "prompt", "error"]).to_pylist():
+            known = errors.setdefault(_kind_of_error(row["error"]), {"count": 0, **row})
+            known["count"] += 1
+        sound = table.filter(pc.is_null(table["error"]))
+        counts["errors"] += len(table) - len(sound)
+        counts["scored"] += len(sound)
+        counts["unjudged"] += sound["posterior"].null_count
+        told = [name for name in sound["contradicted_attribute"].to_pylist() if name is not None]
+        attributes.update(told)
+        counts["contradicted"] += len(told)
+        scores = sound[column].to_numpy(zero_copy_only=False).astype(np.float64)
+        values.append(scores[np.isfinite(scores)])
+        ends = [(score, place, row) for row, score in enumerate(scores) if np.isfinite(score)]
+        worst = heapq.nsmallest(shown, worst + ends)
+        best = heapq.nlargest(shown, best + ends)
+    values = np.concatenate(values) if values else np.empty(0)
+    reasons = sorted(errors.values(), key=lambda error: -error["count"])
+    summary = {**counts, "rank_by": rank_by, "attributes": dict(attributes.most_common()), "reasons": reasons}
+    summary["quantiles"] = {str(q): float(np.percentile(values, q)) for q in (5, 25, 50, 75, 95)} if len(values) else {}
+    both = min(shown, -(-len(values) // 2))  # of few pairs none is shown at both ends
+    ends = {"worst": worst[:both], "best": best[: min(shown, len(values) // 2)]}
+    return summary | {"histogram": _histogram(values)}, {
+        end: list(_rows(folder, names, places)) for end, places in ends.items()
+    }
+
+
+def _kind_of_error(message: str) -> str:
+    """Without the numbers and names, so that like errors are counted together."""
+    return "".join(" " if c.isdigit() else c for c in message)[:60]
+
+
+def _rows(folder: str, names: list[str], places: list[tuple[float, int, int]]) -> Iterator[dict]:
+    """The rows at these places, in their order; each part is opened once."""
+    found = {}
+    for part in sorted({place for _, place, _ in places}):
+        wanted = sorted(row for _, place, row in places if place == part)
+        table = read_table(join(folder, names[part]))
+        sound = table.filter(pc.is_null(table["error"]))
+        found |= {(part, row): values for row, values in zip(wanted, sound.take(wanted).to_pylist(), strict=True)}
+    return (found[part, row] for _, part, row in places)
+
+
+def _histogram(values: np.ndarray) -> dict[str, list[float]]:
+    if not len(values):
+        return {"edges": [], "counts": []}
+    low, high = np.percentile(values, [0.5, 99.5])
+    edges = np.linspace(low, high if high > low else low + 1, int(np.clip(np.sqrt(len(values)), 8, 60)) + 1)
+    counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+# ---------------------------------------------------------------------------------------------- figures
+def _histogram_plot(histogram: dict[str, list[float]], rank_by: str) -> str:
+    edges, counts = np.array(histogram["edges"]), histogram["counts"]
+    colors = [COLORS["tuned"]] * len(counts)
+    if rank_by == "pmi_negatives":  # above zero the caption is likelier than all its alternatives together
+        colors = [EXACT if left + right > 0 else NOT_EXACT for left, right in pairwise(edges)]
+    with styled_figure(11, 2.4) as figure:
+        axes = figure.subplots()
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colors, alpha=0.7)
+        axes.axvline(0, color=INK, lw=0.8, alpha=0.5)
+        axes.set_xlabel(f"{rank_by}, nats")
+        axes.set_ylabel("pairs")
+        return data_uri(figure)
+
+
+# ---------------------------------------------------------------------------------------------- the page
+def _card(row: dict) -> dict:
+    """A row as the template shows it."""
+    source = row["image"] and "data:image/png;base64," + base64.b64encode(row["image"]["bytes"]).decode()
+    largest = max((abs(word["value"]) for word in row["words"] or []), default=1) or 1
+    words = [word | {"share": 100 * abs(word["value"]) / largest} for word in row["words"] or []]
+    return row | {"source": source, "words": words}
+
+
+def _headline(summary: dict) -> tuple[str, str]:
+    judged = summary["scored"] - summary["unjudged"]
+    if not judged:
+        return f"{summary['scored']:,} pairs scored", "No caption has a word whose contrary is known."
+    share = 100 * summary["contradicted"] / judged
+    title = f"{summary['contradicted']:,} of {judged:,} captions look wrong ({share:.1f} %)"
+    verdict = "For these the model finds the caption changed in one thing clearly likelier than the caption itself."
+    return title, verdict
+
+
+def write_audit(run_dir: str, folder: str, names: list[str], config: dict) -> tuple[str, dict]:
+    """Write audit/index.html and audit/audit.json of scored parts; the URI of the page, and the summary.
+
+    Args:
+        names: of the parts in `folder`.
+        config: what the scores depend on, with rank_by and shown among it.
+    """
+    summary, ends = summarise_pairs(folder, names, config["rank_by"], config["shown"])
+    write_json(join(run_dir, "audit", "audit.json"), summary)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"decimal": decimal, "number": number}
+    title, verdict = _headline(summary)
+    page = environment.get_template("audit.html.j2").render(
+        title=title,
+        verdict=verdict,
+        summary=summary,
+        config=config,
+        config_yaml=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        histogram=_histogram_plot(summary["histogram"], config["rank_by"]) if summary["histogram"]["counts"] else None,
+        ends={end: [_card(row) for row in rows] for end, rows in ends.items()},
+        shown_errors=SHOWN_ERRORS,
+    )
+    uri = join(run_dir, "audit", "index.html")
+    write_bytes(uri, page.encode())
+    return uri, summary

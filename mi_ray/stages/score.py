@@ -1,0 +1,387 @@
+"""Scoring of pairs that exist: Ray Data streams them through an actor pool into one file a shard, and an audit page."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from pydantic import Field, model_validator
+from ray.data import ActorPoolStrategy
+from tqdm import tqdm
+
+from mi_ray import __version__, storage
+from mi_ray.config import ConfigError, Positive, ResourcesConfig, ScoreConfig, Section, flatten
+from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_tokenizer
+from mi_ray.information.maps import upsampled
+from mi_ray.language.negatives import negatives_by
+from mi_ray.pairs import Columns, Pair, PairShard, plan_pairs, read_pairs
+from mi_ray.report.attributions import attribution_png
+from mi_ray.report.audit import decimal, write_audit
+from mi_ray.stages.candidates import Work, encode_png
+from mi_ray.stages.pair_scorer import Fit, PairScorer, finite, model_image_size, read_image
+
+SCORES_FOLDER = "scores"
+MAX_THUMBNAIL = 256  # pixels
+PACKAGES = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
+_END = object()
+_T = TypeVar("_T")
+
+
+class ScorePairsConfig(Section):
+    """Score pairs of image and caption that exist, and find the wrong ones: an input in a folder, or a single pair."""
+
+    input: str | None = Field(
+        None,
+        description="pairs: .parquet, .jsonl, a WebDataset .tar, a folder of these, or one of images with .txt beside"
+        " them or a metadata.jsonl; local or s3://",
+    )
+    run_dir: str | None = Field(
+        None, min_length=1, description="folder of the results, local or s3://; the same command continues it"
+    )
+    image: str | None = Field(None, description="a single image, instead of input; with prompt")
+    prompt: str | None = Field(None, description="the single image's prompt")
+    map: str | None = Field(None, description="where the single pair's map goes; none: beside the image, -map.png")
+    model: str = Field("shapes", description="a shipped model (shapes), a diffusers folder or a hub id")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="of the denoiser")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the noise; a pair's scores depend on nothing else")
+    image_column: str | None = Field(None, description="column or key of the image or its path; none: a usual name")
+    caption_column: str | None = Field(None, description="column or key of the caption; none: a usual name")
+    fit: Fit = Field(
+        "exact", description="images of another size or mode: exact: an error row; crop: convert, scale and crop"
+    )
+    overlong: Literal["error", "truncate"] = Field(
+        "error", description="captions longer than the text encoder reads: an error row, or cut"
+    )
+    words: bool = Field(False, description="score every word too, by leaving it out: one branch each")
+    rank_by: Literal["pmi_negatives", "pmi"] = Field("pmi_negatives", description="the audit's order, worst to best")
+    shown: Positive = Field(24, description="best and worst pairs on the audit page, and kept as images by shard")
+    pairs_per_shard: Positive = Field(256, description="pairs in one file; a tar or a row group is never cut")
+    score: ScoreConfig = ScoreConfig(names=("pmi", "pmi_negatives"), num_samples=24)
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _task(self):
+        single = self.image is not None or self.prompt is not None
+        if single == (self.input is not None):
+            raise ValueError("give either input with run_dir, or image with prompt")
+        if single and (self.image is None or not (self.prompt or "").strip()):
+            raise ValueError("a single pair needs both image and prompt; give the other one too")
+        if not single and self.run_dir is None:
+            raise ValueError("input needs run_dir, the folder of the results; give --run-dir DIR")
+        return self
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.image_column, self.caption_column)
+
+    def results_config(self) -> dict:
+        """What the results depend on."""
+        return self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map"})
+
+    def hash(self) -> str:
+        """Hash of `results_config`, 12 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.results_config(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"description": meaning})
+
+
+SCORED = pa.schema(
+    [
+        _field("key", pa.string(), "where the pair lies: a file, a file's row or line, a tar's member"),
+        _field("prompt", pa.string(), "the caption"),
+        _field("score_pmi", pa.float32(), storage.SCORES["pmi"]),
+        _field("score_pmi_se", pa.float32(), "standard error of score_pmi over the noise draws, nats"),
+        _field("score_pmi_negatives", pa.float32(), storage.SCORES["pmi_negatives"]),
+        _field("score_pmi_negatives_se", pa.float32(), "standard error of score_pmi_negatives, nats"),
+        _field("posterior", pa.float32(), "of the caption among itself and its negatives, all equally likely before"),
+        _field(
+            "contradicted_attribute",
+            pa.string(),
+            "color, shape, count, relation ...; null: no negative is clearly likelier",
+        ),
+        _field("contradicted_kind", pa.string(), "what sort of change the likeliest negative is"),
+        _field("contradicted", pa.string(), "the caption's words that the image contradicts"),
+        _field("instead", pa.string(), "what the likeliest negative says instead; empty: nothing"),
+        _field("instead_posterior", pa.float32(), "of that negative"),
+        _field(
+            "words",
+            pa.list_(pa.struct([("word", pa.string()), ("value", pa.float32()), ("standard_error", pa.float32())])),
+            "of each word: log p(x|y) - log p(x|y without it), nats; empty if not asked for",
+        ),
+        _field(
+            "image",
+            pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())]),
+            "as the model saw it, small; of the shard's best and worst pairs",
+        ),
+        _field("error", pa.string(), "why there is no score"),
+    ]
+)
+
+
+# ---------------------------------------------------------------------------------------------- in the actor
+class PairActor:
+    """Ray Data actor: a row that names a shard of pairs -> a row that says what was written."""
+
+    def __init__(self, config: dict):
+        self.config = config = ScorePairsConfig.model_validate(config)
+        torch.set_num_threads(max(1, int(config.resources.cpus_per_actor)))
+        self.denoiser = load_denoiser(config.model, config.dtype)
+        self.scorer = PairScorer(self.denoiser, config.score, config.resources.batch_size, config.seed, config.words)
+        self.size = model_image_size(self.denoiser)
+        self.folder = storage.join(config.run_dir, SCORES_FOLDER)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
+        shard = PairShard(int(batch["index"][0]), str(batch["name"][0]), str(batch["source"][0]))
+        began, work = time.perf_counter(), Work()
+        rows = self.rows(shard, work)
+        facts = {"shard": shard.name, "rows": len(rows), "errors": sum(row["error"] is not None for row in rows)}
+        facts |= {"score_evaluations": work.score_evaluations, "seconds": round(time.perf_counter() - began, 3)}
+        receipt = storage.commit(self.folder, shard.name, pa.Table.from_pylist(rows, schema=SCORED), facts)
+        return {name: [receipt.get(name, value)] for name, value in facts.items()}
+
+    def rows(self, shard: PairShard, work: Work) -> list[dict]:
+        """The rows of a shard in its order. At any time only the best and the worst pairs so far hold their image."""
+        rows = []
+        pairs = read_pairs(shard, self.config.columns)
+        for chunk in ahead(self._admitted(pairs)):
+            rows += self._scored(chunk, work)
+            self._drop_images(rows)
+        for row in rows:
+            row["image"] = None if row["image"] is None else _thumbnail(row["image"])
+        return rows
+
+    def _admitted(self, pairs: Iterator[Pair]) -> Iterator[list[dict]]:
+        """Rows, a batch at a time: with the decoded image, or with the reason against the pair."""
+        while chunk := list(islice(pairs, self.config.resources.batch_size)):
+            yield [self._row(pair) for pair in chunk]
+
+    def _row(self, pair: Pair) -> dict:
+        row = dict.fromkeys(SCORED.names) | {"key": pair.key, "prompt": pair.prompt, "error": pair.error}
+        if row["error"] is None:
+            try:
+                self._check_caption(pair.prompt)
+                row["image"] = read_image(pair.image, self.size, self.config.fit)
+            except ValueError as error:
+                row["error"] = str(error)
+        return row
+
+    def _check_caption(self, prompt: str | None):
+        if prompt is None or not prompt.strip():
+            raise ValueError("the caption is empty" if prompt is not None else "there is no caption")
+        if self.config.overlong == "error":
+            count, most = self.denoiser.token_count(prompt), self.denoiser.max_tokens
+            if count > most:
+                raise ValueError(f"the caption has {count} tokens, the text encoder reads {most}; overlong: truncate")
+
+    def _scored(self, rows: list[dict], work: Work) -> list[dict]:
+        sound = [row for row in rows if row["error"] is None]
+        try:
+            self._score(sound, work)
+        except Exception:  # then one by one, so that a bad pair costs only itself
+            for row in sound:
+                try:
+                    self._score([row], work)
+                except Exception as error:
+                    row["error"], row["image"] = f"{type(error).__name__}: {error}", None
+        return rows
+
+    def _score(self, rows: list[dict], work: Work):
+        if not rows:
+            return
+        scored = self.scorer(np.stack([row["image"] for row in rows]), [row["prompt"] for row in rows], work)
+        for row, scores in zip(rows, scored, strict=True):
+            row |= scores
+            if finite(row["score_pmi"]) is None:
+                blank = dict.fromkeys(scores)
+                row |= blank | {"error": "the model's output is not finite", "image": None}
+
+    def _drop_images(self, rows: list[dict]):
+        column = f"score_{self.config.rank_by}"
+        order = sorted((row for row in rows if row[column] is not None), key=lambda row: row[column])
+        shown = self.config.shown
+        kept = {id(row) for row in order[:shown] + order[-shown:]}
+        for row in rows:
+            if id(row) not in kept:
+                row["image"] = None
+
+
+def ahead(items: Iterator[_T]) -> Iterator[_T]:
+    """The items, each next one made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, items, _END)
+        while (item := waiting.result()) is not _END:
+            waiting = pool.submit(next, items, _END)
+            yield item
+
+
+def _thumbnail(image: np.ndarray) -> dict:
+    step = -(-max(image.shape[:2]) // MAX_THUMBNAIL)
+    if step > 1:  # by whole blocks of pixels
+        height, width = (side // step * step for side in image.shape[:2])
+        blocks = image[:height, :width].reshape(height // step, step, width // step, step, 3)
+        image = blocks.mean((1, 3)).round().astype(np.uint8)
+    return encode_png(image)
+
+
+# ---------------------------------------------------------------------------------------------- the job
+def _checked(config: ScorePairsConfig):
+    """Check the model and what makes the negatives.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    faults = []
+    for field, check in (
+        ("model", lambda: check_model(config.model) or load_tokenizer(config.model)),
+        ("score.negatives", lambda: negatives_by(config.score.negatives)),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            faults += [f"{field}: {fault}" for fault in str(error).split("\n")]
+    if faults:
+        raise ConfigError(faults)
+
+
+def _open_run(config: ScorePairsConfig):
+    """Make the folder this run's, or see that it is."""
+    uri = storage.join(config.run_dir, "run.json")
+    try:
+        known = storage.exists(uri)
+        storage.check_writable(config.run_dir)
+    except (OSError, ValueError) as error:
+        message = f"run_dir: {config.run_dir!r} cannot be written to ({error}); give another --run-dir"
+        raise ConfigError([message]) from error
+    if known:
+        before, now = (
+            flatten(storage.read_json(uri)["config"]),
+            flatten(json.loads(json.dumps(config.results_config()))),
+        )
+        if differing := [key for key in before | now if before.get(key) != now.get(key)]:
+            changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
+            raise ConfigError([f"run_dir: {config.run_dir!r} holds other scores: {changes}; give another --run-dir"])
+    versions = {"mi_ray": __version__, **{name: metadata.version(name) for name in PACKAGES}}
+    storage.write_json(uri, {"config": config.results_config(), "config_hash": config.hash(), "versions": versions})
+
+
+def _stream(config: ScorePairsConfig, shards: list[PairShard]) -> Iterator[dict]:
+    """Run shards through a pool of actors; yield, as each is written, what was written."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    least, most = (min(n, len(shards)) for n in config.resources.num_actors)
+    dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=min(len(shards), 1000))
+    dataset = dataset.map_batches(
+        PairActor,
+        batch_size=1,
+        compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+        num_cpus=config.resources.cpus_per_actor,
+        num_gpus=config.resources.gpus_per_actor,
+        fn_constructor_kwargs={"config": config.model_dump(mode="json")},
+    )
+    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
+        yield {name: values[0].item() if hasattr(values[0], "item") else values[0] for name, values in batch.items()}
+
+
+def score_pairs(config: ScorePairsConfig) -> str:
+    """Score what is missing of an input, then write the audit page; returns its URI.
+
+    Raises:
+        ConfigError: something the user gave is wrong; nothing was started.
+    """
+    _checked(config)
+    shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
+    _open_run(config)
+    folder = storage.join(config.run_dir, SCORES_FOLDER)
+    names = [shard.name for shard in shards]
+    storage.adopt_parts(folder, names)
+    missing = set(storage.missing_parts(folder, names))
+    todo = [shard for shard in shards if shard.name in missing]
+    if todo:
+        ray.init(logging_level="warning", ignore_reinit_error=True)
+    with tqdm(total=len(shards), desc="score", unit="shard", mininterval=2, dynamic_ncols=True) as progress:
+        progress.update(len(shards) - len(todo))
+        for done in _stream(config, todo) if todo else ():
+            storage.log_event(config.run_dir, "shard_written", stage="score", model=config.model, **done)
+            progress.update()
+    storage.write_json(storage.join(folder, storage.MANIFEST), {"parts": [{"name": name} for name in names]})
+    page, summary = write_audit(config.run_dir, folder, names, config.results_config())
+    print(
+        f"{summary['scored']} pairs scored, {summary['errors']} not, {summary['contradicted']} contradict their caption"
+    )
+    print(f"audit: {page}")
+    return page
+
+
+# ---------------------------------------------------------------------------------------------- a single pair
+def score_one(config: ScorePairsConfig) -> dict:
+    """Score a single pair, print its scores and write its map; returns the row.
+
+    Raises:
+        ConfigError: the image or the prompt will not do.
+    """
+    _checked(config)
+    denoiser = load_denoiser(config.model, config.dtype)
+    try:
+        image = read_image(storage.read_bytes(config.image), model_image_size(denoiser), config.fit)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"image: {config.image!r} will not do: {error}"]) from error
+    count = denoiser.token_count(config.prompt)
+    if count > denoiser.max_tokens and config.overlong == "error":
+        message = f"prompt: it has {count} tokens, the text encoder reads {denoiser.max_tokens}"
+        raise ConfigError([f"{message}; shorten it, or set overlong: truncate"])
+    scorer = PairScorer(denoiser, config.score, config.resources.batch_size, config.seed, words=True)
+    row = scorer(image[None], [config.prompt], Work())[0]
+    density = upsampled(scorer.maps(image[None], [config.prompt]).direct, image.shape[:2])[0].cpu().numpy()
+    destination = config.map or f"{Path(config.image).with_suffix('')}-map.png"
+    if config.map is None and "://" in config.image:
+        destination = f"{Path(config.image.partition('?')[0]).stem}-map.png"
+    picture = attribution_png(image, density, config.prompt, row["score_pmi"], row["score_pmi_se"], row["words"])
+    try:
+        storage.write_bytes(destination, picture)
+    except OSError as error:
+        raise ConfigError([f"map: {destination!r} cannot be written ({error}); set --map FILE.png"]) from error
+    print("\n".join([*_lines(row), f"map            {destination}"]))
+    return row
+
+
+def _lines(row: dict) -> list[str]:
+    def nats(value: float, error: float | None) -> str:
+        return f"{decimal(value)} ± {decimal(error)} nats"
+
+    lines = [f"pmi            {nats(row['score_pmi'], row['score_pmi_se'])}"]
+    if row["posterior"] is None:
+        return [*lines, "pmi_negatives  none: the prompt has no word whose contrary is known"]
+    lines.append(f"pmi_negatives  {nats(row['score_pmi_negatives'], row['score_pmi_negatives_se'])}")
+    if row["contradicted"] is None:
+        return [*lines, f"contradicts    nothing clearly (posterior of the prompt {row['posterior']:.2f})"]
+    instead = f"the image shows {row['instead']!r}" if row["instead"] else "it is not there"
+    told = f"{row['contradicted']!r}: {instead} (posterior {row['instead_posterior']:.2f})"
+    return [*lines, f"contradicts    {told}"]
+
+
+def run_or_describe(config: ScorePairsConfig, dry_run: bool):
+    """What the job does: a single pair, the plan on a dry run, or the whole input."""
+    if config.image is not None:
+        score_one(config)
+    elif dry_run:
+        shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
+        evaluations = (2 + config.score.max_negatives) * config.score.num_samples
+        print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations a pair, words not counted")
+    else:
+        score_pairs(config)

@@ -1,0 +1,430 @@
+"""Scoring of existing pairs: what is read from where, what becomes an error row, resume, the page, the single pair."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from mi_ray import storage
+from mi_ray.config import ConfigError, load_config
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.information import pointwise
+from mi_ray.language.negatives import chosen
+from mi_ray.language.shapes import negatives
+from mi_ray.pairs import Columns, plan_pairs, read_pairs
+from mi_ray.report.audit import write_audit
+from mi_ray.shapes.grammar import draw_scene, parse
+from mi_ray.shapes.scenes import render
+from mi_ray.stages.candidates import Work, draw_probes_of
+from mi_ray.stages.pair_scorer import PairScorer, read_image
+from mi_ray.stages.score import SCORED, PairActor, ScorePairsConfig, ahead, score_one
+
+ROOT = Path(__file__).parents[2]
+CAPTIONS = ["a red circle left of a blue square", "two hearts", "a striped star", "a green cross", "a pink heart"]
+HOSTILE = '<script>alert("x")</script> & a dog'
+
+
+def image_of(prompt: str) -> np.ndarray:
+    return render(draw_scene(parse(prompt), np.random.default_rng(0), unseen=True))
+
+
+def encoded(image: np.ndarray | Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+IMAGES = [encoded(image_of(caption)) for caption in CAPTIONS]
+
+
+# ---------------------------------------------------------------------------------------------- reading
+def write_parquet(folder: Path) -> Path:
+    images = [{"bytes": image, "path": None} for image in IMAGES]
+    pq.write_table(pa.table({"image": images, "caption": CAPTIONS}), folder / "pairs.parquet", row_group_size=2)
+    return folder / "pairs.parquet"
+
+
+def write_lines(folder: Path) -> Path:
+    write_folder(folder)
+    lines = [json.dumps({"image": f"images/{i}.png", "text": c, "more": i}) for i, c in enumerate(CAPTIONS)]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return folder / "pairs.jsonl"
+
+
+def write_folder(folder: Path) -> Path:
+    (folder / "images").mkdir()
+    for i, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True)):
+        (folder / "images" / f"{i}.png").write_bytes(image)
+        (folder / "images" / f"{i}.txt").write_text(f"{caption}\n")
+    return folder / "images"
+
+
+def write_metadata(folder: Path) -> Path:
+    images = write_folder(folder)
+    lines = [json.dumps({"file_name": f"{i}.png", "caption": caption}) for i, caption in enumerate(CAPTIONS)]
+    (images / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return images
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def write_tar(folder: Path, mode: str = "w", name: str = "pairs.tar") -> Path:
+    with tarfile.open(folder / name, mode) as tar:
+        for i, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True)):
+            add(tar, f"data/{i:04d}.png", image)
+            if i % 2:
+                add(tar, f"data/{i:04d}.txt", caption.encode())
+            else:
+                add(tar, f"data/{i:04d}.json", json.dumps({"caption": caption}).encode())
+    return folder / name
+
+
+def write_gzipped_tar(folder: Path) -> Path:
+    return write_tar(folder, "w:gz", "pairs.tar.gz")
+
+
+def read_all(
+    source: Path | str,
+    per_shard: int = 2,
+):
+    shards = plan_pairs(str(source), per_shard, "key", Columns())
+    return [pair for shard in shards for pair in read_pairs(shard, Columns())], shards
+
+
+@pytest.mark.parametrize(
+    ("write", "shards"),
+    [
+        (write_parquet, 3),
+        (write_lines, 3),
+        (write_folder, 3),
+        (write_metadata, 3),
+        (write_tar, 1),
+        (write_gzipped_tar, 1),
+    ],
+)
+def test_every_kind_of_input_gives_the_same_pairs(tmp_path, write, shards):
+    pairs, planned = read_all(write(tmp_path))
+    assert [(pair.image, pair.prompt, pair.error) for pair in pairs] == [
+        (image, caption, None) for image, caption in zip(IMAGES, CAPTIONS, strict=True)
+    ]
+    assert len(planned) == shards
+    assert len({shard.name for shard in planned}) == shards
+    assert len({pair.key for pair in pairs}) == len(pairs)
+
+
+def test_a_changed_input_or_config_has_other_parts(tmp_path):
+    source = write_lines(tmp_path)
+    names = [shard.name for shard in plan_pairs(str(source), 2, "key", Columns())]
+    assert names == [shard.name for shard in plan_pairs(str(source), 2, "key", Columns())]
+    assert not set(names) & {shard.name for shard in plan_pairs(str(source), 2, "other", Columns())}
+
+
+def test_what_cannot_be_read_is_a_pair_with_its_reason(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "images" / "0.txt").unlink()
+    lines = [
+        '{"image": "images/none.png", "caption": "a circle"}',
+        '{"image": "images/1.png"}',
+        "not json",
+        "[1]",
+        '{"image": "ftp://host/1.png", "caption": "a circle"}',
+        '{"image": null, "caption": "a circle"}',
+        '{"image": "images/1.png", "caption": 3}',
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    pairs, _ = read_all(tmp_path / "pairs.jsonl")
+    assert len(pairs) == len(lines)
+    expected = [
+        "cannot be read",
+        "no column caption, prompt",
+        "Expecting value",
+        "no object",
+        "cannot be read",
+        "no image",
+    ]
+    for pair, reason in zip(pairs, expected, strict=False):
+        assert reason in pair.error
+    assert (pairs[6].error, pairs[6].prompt) == (None, None)
+    assert "no 0.txt beside it" in read_all(tmp_path / "images")[0][0].error
+
+
+def test_files_cut_short_keep_what_comes_before(tmp_path):
+    tar = write_tar(tmp_path)
+    with tarfile.open(tar) as whole:
+        cut = whole.getmembers()[4].offset_data + 50  # in the third image
+    tar.write_bytes(tar.read_bytes()[:cut])
+    pairs, _ = read_all(tar)
+    assert [pair.prompt for pair in pairs[:2]] == CAPTIONS[:2]
+    assert pairs[-1].error.startswith("the rest cannot be read")
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    write_parquet(folder)
+    (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
+    pq.write_table(pa.table({"picture": IMAGES}), folder / "other.parquet")
+    pairs, _ = read_all(folder)
+    assert sum(pair.error is None for pair in pairs) == len(CAPTIONS)
+    assert {Path(pair.key).name for pair in pairs if pair.error} == {"broken.parquet", "other.parquet"}
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda folder: folder / "none", "does not exist"),
+        (lambda folder: folder, "holds no pairs"),
+        (lambda folder: folder / "a.csv", "no known kind"),
+        (lambda folder: folder / "other.parquet", "no column image, jpg"),
+    ],
+)
+def test_an_input_without_pairs_is_a_mistake(tmp_path, make, told):
+    source = make(tmp_path)
+    if source.suffix == ".csv":
+        source.write_text("a,b")
+    if source.suffix == ".parquet":
+        pq.write_table(pa.table({"picture": IMAGES}), source)
+    with pytest.raises(ConfigError, match=told):
+        plan_pairs(str(source), 2, "key", Columns())
+
+
+# ---------------------------------------------------------------------------------------------- images
+def test_images_of_another_size_or_mode_are_refused_or_cropped():
+    image = image_of("a circle")
+    wide = Image.fromarray(image).resize((128, 64))
+    grey, clear = Image.fromarray(image).convert("L"), Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    assert (read_image(encoded(image), (64, 64), "exact") == image).all()
+    for other, told in ((wide, "128x64 pixels, not 64x64"), (grey, "mode is L")):
+        with pytest.raises(ValueError, match=told):
+            read_image(encoded(other), (64, 64), "exact")
+        assert read_image(encoded(other), (64, 64), "crop").shape == (64, 64, 3)
+    assert (read_image(encoded(clear), (64, 64), "crop") == 255).all()
+    for content in (b"", b"no image", encoded(image)[:200]):
+        with pytest.raises(ValueError, match="corrupt"):
+            read_image(content, (64, 64), "exact")
+
+
+# ---------------------------------------------------------------------------------------------- scores
+@pytest.fixture(scope="module")
+def tiny(tiny_pipeline):
+    return load_denoiser(str(tiny_pipeline))
+
+
+def config_of(tiny_pipeline, source, run_dir, **fields) -> ScorePairsConfig:
+    score = {"names": ["pmi", "pmi_negatives"], "num_samples": 3, "max_negatives": 4}
+    fields = {"shown": 2, "pairs_per_shard": 3, "words": True, "score": score, "resources": {"batch_size": 2}} | fields
+    return ScorePairsConfig.model_validate(
+        {"input": str(source), "run_dir": str(run_dir), "model": str(tiny_pipeline), **fields}
+    )
+
+
+def test_scores_are_those_of_the_estimators(tiny):
+    config = ScorePairsConfig(image="-", prompt="-").score.model_copy(update={"num_samples": 4, "max_negatives": 3})
+    images = np.stack([image_of(caption) for caption in CAPTIONS])
+    rows = PairScorer(tiny, config, 8, seed=5, words=True)(images, CAPTIONS, Work())
+    for image, prompt, row in zip(images, CAPTIONS, rows, strict=True):
+        others = negatives(prompt)
+        texts = [prompt, "", *(other.prompt for other in others), " ".join(prompt.split()[:-1])]
+        probes = draw_probes_of([prompt], config, 5, tiny.latent_shape)
+        branches = tiny.encode_prompts(texts)[None]
+        latents = tiny.encode_images(image[None])
+        errors = pointwise.denoising_errors(
+            tiny.predict_epsilon, tiny.schedule, latents, torch.zeros(1, dtype=torch.long), branches, probes, 64
+        )[0]
+        density = dict(zip(texts, pointwise.log_density(errors, probes).tolist(), strict=True))
+        assert row["score_pmi"] == pytest.approx(density[prompt] - density[""], abs=2e-3)
+        assert row["words"][-1]["word"] == prompt.split()[-1]
+        assert row["words"][-1]["value"] == pytest.approx(density[prompt] - density[texts[-1]], abs=2e-3)
+        assert row["posterior"] == pytest.approx(1 / (1 + np.exp(-row["score_pmi_negatives"])), abs=1e-4)
+        best = max(chosen(others, 3), key=lambda other: density[other.prompt])
+        lead, error = pointwise.pmi(errors[texts.index(best.prompt)], errors[0], probes)
+        told = (best.said, best.instead, best.attribute) if lead > 2 * error else (None, None, None)
+        assert tuple(row[name] for name in ("contradicted", "instead", "contradicted_attribute")) == told
+
+
+def test_a_pair_does_not_depend_on_its_neighbours(tiny):
+    config = ScorePairsConfig(image="-", prompt="-").score.model_copy(update={"num_samples": 3})
+    images, scorer = np.stack([image_of(c) for c in CAPTIONS]), PairScorer(tiny, config, 4, seed=0, words=False)
+    together, alone = scorer(images, CAPTIONS, Work()), scorer(images[3:4], CAPTIONS[3:4], Work())[0]
+    for name in ("score_pmi", "score_pmi_negatives", "posterior"):
+        assert together[3][name] == pytest.approx(alone[name], abs=1e-3)
+
+
+def bad_pairs(folder: Path) -> Path:
+    rows = [
+        *zip(IMAGES, CAPTIONS, strict=True),
+        (IMAGES[0], ""),
+        (IMAGES[0], None),
+        (IMAGES[0][:200], "a red circle"),
+        (encoded(Image.new("RGB", (32, 64))), "a red circle"),
+        (encoded(Image.new("L", (64, 64))), "a red circle"),
+        (None, "a red circle"),
+        (IMAGES[0], "red " * 40),
+        (IMAGES[0], "a dog"),
+    ]
+    images, captions = zip(*rows, strict=True)
+    pq.write_table(pa.table({"image": images, "caption": captions}), folder / "bad.parquet", row_group_size=4)
+    return folder / "bad.parquet"
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_pipeline, tmp_path_factory):
+    """The actor called directly, without Ray, and the page over what it wrote."""
+    folder = tmp_path_factory.mktemp("scored")
+    config = config_of(tiny_pipeline, bad_pairs(folder), folder / "run")
+    actor = PairActor(config.model_dump(mode="json"))
+    shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
+    for shard in shards:
+        batch = {"index": [shard.index], "name": [shard.name], "source": [shard.source]}
+        receipt = actor({name: np.array(value) for name, value in batch.items()})
+        assert receipt["rows"][0] > 0
+    names = [shard.name for shard in shards]
+    parts = storage.join(config.run_dir, "scores")
+    uri, summary = write_audit(config.run_dir, parts, names, config.results_config())
+    table = pa.concat_tables([storage.read_table(storage.join(parts, name)) for name in names])
+    return table.to_pandas(), summary, Path(uri).read_text(), actor
+
+
+def test_bad_pairs_are_error_rows_and_the_rest_goes_on(scored):
+    rows, summary, _, _ = scored
+    assert len(rows) == len(CAPTIONS) + 8
+    assert rows["error"].isna().tolist() == [True] * len(CAPTIONS) + [False] * 7 + [True]
+    expected = ["empty", "no caption", "corrupt", "32x64", "mode is L", "no image", "42 tokens"]
+    for error, told in zip(rows["error"][len(CAPTIONS) :], expected, strict=False):
+        assert told in error
+    assert rows[rows["error"].isna()]["score_pmi"].notna().all()
+    assert rows[rows["error"].notna()]["score_pmi"].isna().all()
+    assert (summary["scored"], summary["errors"], summary["unjudged"]) == (6, 7, 1)
+
+
+def test_only_the_ends_of_a_shard_keep_their_image(scored):
+    rows, _, _, actor = scored
+    assert rows["image"].notna().sum() <= 2 * actor.config.shown * 4
+    kept = rows[rows["image"].notna()].iloc[0]
+    shown = np.array(Image.open(io.BytesIO(kept["image"]["bytes"])))
+    assert shown.shape == (64, 64, 3)
+    assert rows["words"][0][0]["word"] == "red"
+
+
+def test_the_page_escapes_captions_and_holds_everything_itself(scored):
+    _, summary, page, _ = scored
+    assert "<script>" not in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]+", page)
+    assert f"{summary['contradicted']} of 5 captions look wrong" in page
+    assert page.count("data:image/png;base64,") == 4
+    assert "the caption is empty" in page
+
+
+def test_a_hostile_caption_is_shown_as_text(tiny_pipeline, tmp_path):
+    row = dict.fromkeys(SCORED.names) | {"key": "<b>key</b>", "prompt": HOSTILE, "score_pmi": 1.0, "words": []}
+    row |= {"contradicted": "<i>red</i>", "instead": "<u>blue</u>", "instead_posterior": 0.9, "posterior": 0.1}
+    row |= {"score_pmi_negatives": -2.0, "contradicted_attribute": "<em>"}
+    bad = dict.fromkeys(SCORED.names) | {"key": "k", "error": "<img src=x>"}
+    storage.write_table(str(tmp_path / "scores" / "a.parquet"), pa.Table.from_pylist([row, bad], SCORED))
+    config = config_of(tiny_pipeline, "-", tmp_path).results_config()
+    uri, _ = write_audit(str(tmp_path), str(tmp_path / "scores"), ["a.parquet"], config)
+    page = Path(uri).read_text()
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; a dog" in page
+    for tag in ("<script", "<b>key", "<i>red", "<u>blue", "<em>", "<img src=x"):
+        assert tag not in page
+
+
+def test_one_that_fails_in_the_model_costs_only_itself(tiny_pipeline, tmp_path, monkeypatch):
+    actor = PairActor(config_of(tiny_pipeline, write_parquet(tmp_path), tmp_path).model_dump(mode="json"))
+    whole = actor.scorer.__call__
+
+    def failing(images, prompts, work):
+        if "two hearts" in prompts:
+            raise RuntimeError("no hearts")
+        return whole(images, prompts, work)
+
+    monkeypatch.setattr(actor, "scorer", failing)
+    (shard, *_) = plan_pairs(str(tmp_path / "pairs.parquet"), 5, "key", Columns())
+    errors = [row["error"] for row in actor.rows(shard, Work())]
+    assert errors == [None, "RuntimeError: no hearts", None, None, None]
+
+
+def test_reading_ahead_keeps_order_and_errors():
+    assert list(ahead(iter(range(5)))) == list(range(5))
+
+    def broken():
+        yield 1
+        raise OSError("gone")
+
+    items = ahead(broken())
+    assert next(items) == 1
+    with pytest.raises(OSError, match="gone"):
+        next(items)
+
+
+# ---------------------------------------------------------------------------------------------- the commands
+def test_the_single_pair_prints_its_value_and_writes_its_map(tiny_pipeline, tmp_path, capsys):
+    (tmp_path / "x.png").write_bytes(IMAGES[0])
+    config = ScorePairsConfig(image=str(tmp_path / "x.png"), prompt=CAPTIONS[0], model=str(tiny_pipeline))
+    row = score_one(config)
+    told = capsys.readouterr().out
+    value, error = (f"{row[name]:.2f}".replace("-", "−") for name in ("score_pmi", "score_pmi_se"))
+    assert f"{value} ± {error} nats" in told
+    assert Image.open(tmp_path / "x-map.png").size[0] > 500
+    (tmp_path / "x.png").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="the image is corrupt"):
+        score_one(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--input", "a.parquet"), "input needs run_dir"),
+        (("--image", "a.png"), "needs both image and prompt"),
+        ((), "give either input"),
+        (("--input", "a", "--run-dir", "b", "--prompt", "c"), "give either input"),
+        (("--input", "a", "--run-dir", "b", "--captoin-column", "c"), "did you mean 'caption_column'?"),
+        (("--input", "a", "--run-dir", "b", "--score.negatives", "verbs"), "score.negatives: 'verbs' will not do"),
+    ],
+)
+def test_mistakes_are_told(arguments, told):
+    with pytest.raises(ConfigError) as caught:
+        load_config(list(arguments), model=ScorePairsConfig)
+    assert told in "\n".join(caught.value.faults)
+
+
+def job(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "jobs/score.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_is_continued_and_a_changed_config_refused(tiny_pipeline, tmp_path):
+    source, run_dir = write_parquet(tmp_path), tmp_path / "run"
+    command = ["--input", str(source), "--run-dir", str(run_dir), "--model", str(tiny_pipeline)]
+    command += ["--pairs-per-shard", "2", "--score.num-samples", "2", "--score.max-negatives", "2"]
+    done = job(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "5 pairs scored, 0 not" in done.stdout
+    parts = sorted((run_dir / "scores").glob("*.parquet"))
+    before = pd.concat([pd.read_parquet(part) for part in parts])
+    assert before["prompt"].tolist() == CAPTIONS
+    parts[1].unlink()
+    (run_dir / "scores" / "_commits" / f"{parts[1].name}.json").unlink()
+    kept = parts[0].stat().st_mtime_ns
+    done = job(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = pd.concat([pd.read_parquet(part) for part in parts])
+    pd.testing.assert_frame_equal(before.drop(columns="words"), after.drop(columns="words"))
+    assert parts[0].stat().st_mtime_ns == kept
+    done = job(*command, "--seed", "1")
+    assert done.returncode == 2
+    assert "seed was 0 and is 1" in done.stderr
