@@ -219,10 +219,10 @@ def resources(case: Case, dtype: torch.dtype, shape: tuple[int, ...], capability
     )
     ptx = kernel.asm["ptx"]
     widths = [int(vector or 1) * int(bits) // 8 for _, vector, bits in ACCESS.findall(ptx)]
-    scalars = widths.count(4)  # coefficients and partial sums: one address for a whole program
-    wide = sum(width for width in widths if width != 4)
+    scalars = 7 + case.momentum + case.noisy + 2  # coefficients, guidance, partial sums: one address a program
+    moved = sum(widths) - 4 * scalars
     report = assembled(ptx, Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
-    per_number = wide * 32 * triton_step.NUM_WARPS / triton_step.BLOCK
+    per_number = moved * 32 * triton_step.NUM_WARPS / triton_step.BLOCK
     return {
         "solver": case.solver,
         "predictions": str(dtype).removeprefix("torch."),

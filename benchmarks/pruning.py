@@ -24,7 +24,7 @@ PROMPTS = Path(__file__).parent.parent / "jobs" / "configs" / "prompts" / "shape
 PROMPTS_AT_A_TIME = 8
 PAPER = ("ddpm", 100)  # MI-TUNE's released code
 SETTINGS = (PAPER, ("ddim", 50), ("dpm++2m", 20))
-SMOKE_SETTINGS = (("ddpm", 20), ("dpm++2m", 10))
+SMOKE_SETTINGS = (("ddpm", 10), ("dpm++2m", 5))
 SCORES: tuple[ScoreName, ...] = ("mitune", "asd", "trajectory_banded", "pmi", "pmi_contrastive")
 SCHEDULES = (  # (after, keep): shares of the steps and of the pool
     ((0.2,), (0.5,)),
@@ -40,11 +40,11 @@ class PruningBenchmark(Benchmark):
     """How many denoiser evaluations does pruning save, and what does it cost in the alignment of each prompt's best?"""
 
     model: str = Field("shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar")
-    prompts: PositiveInt = Field(120, description="taken from the demo's training prompts, the categories in turn")
+    prompts: PositiveInt = Field(60, description="taken from the demo's training prompts, the categories in turn")
     candidates: PositiveInt = Field(16, description="per prompt")
     guidance_scale: float = Field(5.0, gt=1, description="of all samplers")
     select_by: ScoreName = Field("pmi_contrastive", description="score of the survivors, by which the best is taken")
-    cut_samples: PositiveInt = Field(4, description="noise draws a candidate at a cut, pointwise scores")
+    cut_samples: PositiveInt = Field(2, description="noise draws a candidate at a cut, pointwise scores")
     score: ScoreConfig = Field(
         ScoreConfig(log_snr_min=-4.5, log_snr_max=-1.7, num_samples=8, neighbours=6),
         description="settings of the scores; its names are not read",
@@ -54,8 +54,14 @@ class PruningBenchmark(Benchmark):
     figure: Path | None = Field(None, description="PNG to draw: alignment against evaluations")
 
     def answer(self) -> Findings:
-        count, each = (8, 8) if self.smoke else (self.prompts, self.candidates)
-        settings = SMOKE_SETTINGS if self.smoke else SETTINGS
+        if self.smoke:
+            score = self.score.model_copy(update={"num_samples": 2, "neighbours": 2})
+            small = {"prompts": 4, "candidates": 8, "cut_samples": 1, "score": score, "smoke": False}
+            return self.model_copy(update=small)._compare(SMOKE_SETTINGS)
+        return self._compare(SETTINGS)
+
+    def _compare(self, settings: tuple[tuple[str, int], ...]) -> Findings:
+        count, each = self.prompts, self.candidates
         prompts = read_prompts(str(PROMPTS), field="prompts", limit=count)[0]["prompt"].to_pylist()
         try:
             denoiser = load_denoiser(self.model)

@@ -7,6 +7,7 @@ import gc
 import resource
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from gates import Benchmark, Findings, Gate, main
+from gates import Benchmark, Findings, Gate, main  # imports mi_ray, which keeps diffusers quiet
+
+import diffusers  # isort: skip
 from matplotlib.figure import Figure
 from peft import LoraConfig
 from pydantic import Field, PositiveInt
@@ -34,7 +36,7 @@ from mi_ray.stages.finetune import TrainingSet, draw_microbatch, optimizer_step
 from mi_ray.stages.generate import CandidateGenerator
 
 PROMPTS = Path(__file__).parent.parent / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
-SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++2m": DPMSolverMultistepScheduler}
+SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -152,15 +154,24 @@ class World:
         self.pool = len(self.prompts) * settings.candidates
         self.evaluations = 2 * self.pool * settings.sampler.num_inference_steps
 
-    @cached_property
-    def pipeline(self) -> StableDiffusionPipeline:
-        """Stock diffusers on modules of its own, with the same solver."""
-        folder = resolve_model(self.settings.model)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=self.denoiser.dtype, safety_checker=None, requires_safety_checker=False
-        ).to(self.denoiser.device)
+    def _stock_pipeline(self):
+        """Stock diffusers on modules of its own, in the denoiser's precision and on its device."""
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch_dtype is to be called dtype
+            pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+                resolve_model(self.settings.model),
+                torch_dtype=self.denoiser.dtype,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = SCHEDULERS[self.settings.sampler.solver].from_config(pipeline.scheduler.config)
+        return pipeline.to(self.denoiser.device)
+
+    @cached_property
+    def pipeline(self):
+        """With the same solver as ours."""
+        pipeline = self._stock_pipeline()
+        scheduler = getattr(diffusers, SCHEDULERS[self.settings.sampler.solver])
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         return pipeline
 
     # ------------------------------------------------------------------------------------------ generation
@@ -361,10 +372,8 @@ class World:
     def _plain(self, cached: bool) -> Callable[[], None]:
         """diffusers' text-to-image LoRA example on latents: its scheduler, its optimiser, its order."""
         settings, device = self.settings, self.denoiser.device
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            resolve_model(settings.model), torch_dtype=self.denoiser.dtype, safety_checker=None
-        ).to(device)
-        unet, scheduler = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
+        pipeline = self._stock_pipeline()
+        unet, scheduler = pipeline.unet, diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=list(TARGETS)))
         parameters = [p for p in unet.parameters() if p.requires_grad]
