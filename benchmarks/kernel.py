@@ -4,11 +4,13 @@ import re
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from unittest.mock import MagicMock, patch
 
 import torch
 from gates import Benchmark, Findings, Gate, main
@@ -127,7 +129,8 @@ def measure(
         buffers["fused"] = torch.empty(2, batch, statistics_parts(shape, "triton"), device=device)
         counts["fused"] = (1, case.minimum_bytes(dtype.itemsize) * arguments[2].numel())
     seconds = timed({way: lambda way=way: ways[way](*arguments, buffers[way]) for way in ways}, repeats)
-    numbers, bandwidth = arguments[2].numel(), copy_bandwidth(device)
+    numbers = arguments[2].numel()
+    bandwidth = copy_bandwidth() if device == "cuda" else None  # on a CPU, the caches hold it all
     return [
         {
             "solver": case.solver,
@@ -137,7 +140,7 @@ def measure(
             "bytes_per_number": counts[way][1] / numbers,
             "minimum": case.minimum_bytes(dtype.itemsize),
             "microseconds": 1e6 * seconds[way],
-            "roofline_share": case.minimum_bytes(dtype.itemsize) * numbers / seconds[way] / bandwidth,
+            "roofline_share": bandwidth and case.minimum_bytes(dtype.itemsize) * numbers / seconds[way] / bandwidth,
         }
         for way in ways
     ]
@@ -178,7 +181,12 @@ def inductor_counts(step: Callable, *arguments) -> tuple[int, int]:
 
     torch.compiler.reset()
     metrics.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
+    # It counts the bytes only for its log, which this stands for.
+    with (
+        warnings.catch_warnings(action="ignore"),  # that there is no cache
+        torch._inductor.config.patch(force_disable_caches=True),
+        patch("torch._inductor.compile_fx.inductor_metrics_log", MagicMock()),
+    ):
         torch.compile(step, dynamic=False)(*arguments)
     return metrics.generated_kernel_count, metrics.num_bytes_accessed
 
@@ -200,9 +208,9 @@ def timed(steps: dict[str, Callable], repeats: int) -> dict[str, float]:
     return {way: median(values) for way, values in times.items()}
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes a second that copying a large tensor reads and writes: the roof."""
-    source = torch.empty(2**26 if device == "cuda" else 2**24, dtype=torch.float32, device=device).normal_()
+def copy_bandwidth() -> float:
+    """Bytes a second that copying a large tensor on the GPU reads and writes: the roof."""
+    source = torch.empty(2**28, dtype=torch.float32, device="cuda").normal_()
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / timed({"copy": lambda: target.copy_(source)}, 5)["copy"]
 
@@ -251,8 +259,6 @@ def assembled(ptx: str, ptxas: Path) -> str:
 
 def launches(case: Case, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """What one fused step launches: the program, and whatever PyTorch is asked to do beside it."""
-    from unittest.mock import MagicMock, patch
-
     arguments = draw(case, dtype, 2, shape, "cpu")
     statistics = torch.empty(2, 2, statistics_parts(shape, "triton"))
     program = MagicMock()
