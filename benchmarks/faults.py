@@ -223,11 +223,12 @@ def flaky_store(seed: int) -> Iterator[FlakyStore]:
     """The server, with an empty bucket `runs`; needs the extra `test`."""
     try:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-        from werkzeug.serving import make_server
+        from werkzeug.serving import WSGIRequestHandler, make_server
     except ImportError as error:
         raise ValueError(f"kinds: s3 needs a server ({error}); pip install 'mi-ray[test]' or leave it out") from error
     store = FlakyStore(DomainDispatcherApplication(create_backend_app), seed)
-    server = make_server("127.0.0.1", 0, store, threaded=True)
+    silent = type("Silent", (WSGIRequestHandler,), {"log": lambda self, *arguments: None})
+    server = make_server("127.0.0.1", 0, store, threaded=True, request_handler=silent)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     store.environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",

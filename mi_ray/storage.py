@@ -5,16 +5,18 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mi_ray import s3
+
+Result = TypeVar("Result")
 
 
 # ------------------------------------------------------------------------------------------ schemas
@@ -136,21 +138,42 @@ def relative(uri: str, folder: str) -> str:
     return filesystem(uri)[1].removeprefix(filesystem(folder)[1] + "/")
 
 
+_PASSING = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "REQUEST_TIMEOUT")
+
+
+def _patiently(read: Callable[[], Result]) -> Result:
+    """Read again after an error that passes. Arrow does so itself, but for errors whose text is longer than the range
+    that was asked for, which are the rule with small files."""
+    for pause in (0.2, 1.0, 3.0, 10.0, None):
+        try:
+            return read()
+        except OSError as error:
+            if pause is None or not any(name in str(error) for name in _PASSING):
+                raise
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
 def exists(uri: str) -> bool:
     system, path = filesystem(uri)
-    return system.get_file_info(path).type != pafs.FileType.NotFound
+    return _patiently(lambda: system.get_file_info(path).type) != pafs.FileType.NotFound
 
 
 def list_names(uri: str) -> list[str]:
     """Names of the files and folders in a folder, sorted; none if it does not exist."""
     system, path = filesystem(uri)
-    return sorted(info.base_name for info in system.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+    found = _patiently(lambda: system.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+    return sorted(info.base_name for info in found)
 
 
 def read_bytes(uri: str) -> bytes:
     system, path = filesystem(uri)
-    with system.open_input_stream(path) as stream:
-        return stream.read()
+
+    def read() -> bytes:
+        with system.open_input_stream(path) as stream:
+            return stream.read()
+
+    return _patiently(read)
 
 
 def write_bytes(uri: str, content: bytes):
@@ -242,7 +265,7 @@ def write_table(uri: str, table: pa.Table):
 
 def _read_parquet(system: pafs.FileSystem, path: str, columns: list[str] | None) -> pa.Table:
     # No partitioning: a folder named lr=1e-4 on the way to the file is no column.
-    return pq.read_table(path, columns=columns, filesystem=system, partitioning=None)
+    return _patiently(lambda: pq.read_table(path, columns=columns, filesystem=system, partitioning=None))
 
 
 def read_tables(folder: str, columns: list[str] | None = None) -> pa.Table:

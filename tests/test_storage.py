@@ -136,6 +136,33 @@ def test_a_put_that_the_store_carried_out_without_telling_is_ours(monkeypatch, r
     assert not storage.create_bytes(storage.join(root, "token"), b"another's")
 
 
+def test_a_store_that_fails_for_a_while_is_asked_again(monkeypatch, root):
+    if not root.startswith("s3://"):
+        pytest.skip("of object stores")
+    uri = storage.join(root, "small.json")
+    storage.write_bytes(uri, b"{}")
+    get, calls = S3Response.get_object, []
+
+    def failing(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) < 3:
+            return 500, {}, "<Error><Code>InternalError</Code><Message>longer than what was asked for</Message></Error>"
+        return get(*arguments, **keywords)
+
+    monkeypatch.setattr(S3Response, "get_object", failing)
+    assert storage.read_json(uri) == {}
+    assert len(calls) >= 3
+
+
+def test_what_does_not_pass_is_told_at_once(monkeypatch):
+    def denied():
+        raise OSError("AWS Error ACCESS_DENIED during GetObject operation")
+
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    with pytest.raises(OSError, match="ACCESS_DENIED"):
+        storage._patiently(denied)
+
+
 def test_a_store_that_lets_two_win_is_refused(monkeypatch, root):
     def heedless(uri, content):
         storage.write_bytes(uri, content)

@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from mi_ray import storage
-from mi_ray.config import ConfigError, load_config
+from mi_ray.config import ConfigError, ScoreConfig, load_config
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.information import pointwise
 from mi_ray.language.negatives import chosen
 from mi_ray.language.shapes import negatives
@@ -26,7 +28,7 @@ from mi_ray.pairs import Columns, plan_pairs, read_pairs
 from mi_ray.report.audit import write_audit
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
-from mi_ray.stages.candidates import Work, draw_probes_of
+from mi_ray.stages.candidates import Scorer, Work, draw_probes_of
 from mi_ray.stages.pair_scorer import PairScorer, read_image
 from mi_ray.stages.score import SCORED, PairActor, ScorePairsConfig, ahead, score_one
 
@@ -46,6 +48,30 @@ def encoded(image: np.ndarray | Image.Image, kind: str = "PNG") -> bytes:
 
 
 IMAGES = [encoded(image_of(caption)) for caption in CAPTIONS]
+
+
+@pytest.fixture(scope="module")
+def server():
+    """An S3 server in this process with the bucket `pairs`; its address."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "{}:{}".format(*server.get_host_and_port())
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        query = f"endpoint_override={address}&scheme=http&allow_bucket_creation=true"
+        system, _ = storage.filesystem(f"s3://pairs?{query}")
+        system.create_dir("pairs")
+        yield address
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server, tmp_path) -> str:
+    """An empty folder of it."""
+    return f"s3://pairs/{tmp_path.name}?endpoint_override={server}&scheme=http"
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -200,6 +226,16 @@ def test_an_input_without_pairs_is_a_mistake(tmp_path, make, told):
         plan_pairs(str(source), 2, "key", Columns())
 
 
+@pytest.mark.parametrize("write", [write_parquet, write_lines, write_folder, write_tar])
+def test_object_stores_are_read_alike(tmp_path, bucket, write):
+    source = write(tmp_path)
+    for file in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        storage.write_bytes(storage.join(bucket, *file.relative_to(tmp_path).parts), file.read_bytes())
+    pairs, _ = read_all(storage.join(bucket, source.name))
+    assert [(pair.image, pair.prompt) for pair in pairs] == list(zip(IMAGES, CAPTIONS, strict=True))
+    assert all(pair.key.startswith("s3://pairs/") for pair in pairs)
+
+
 # ---------------------------------------------------------------------------------------------- images
 def test_images_of_another_size_or_mode_are_refused_or_cropped():
     image = image_of("a circle")
@@ -260,6 +296,21 @@ def test_a_pair_does_not_depend_on_its_neighbours(tiny):
     together, alone = scorer(images, CAPTIONS, Work()), scorer(images[3:4], CAPTIONS[3:4], Work())[0]
     for name in ("score_pmi", "score_pmi_negatives", "posterior"):
         assert together[3][name] == pytest.approx(alone[name], abs=1e-3)
+
+
+def test_candidates_are_scored_alike_without_the_unconditional_branch(tiny):
+    config = ScoreConfig(names=("pmi_negatives",), num_samples=3, max_negatives=4)
+    images, work = np.stack([image_of(caption) for caption in CAPTIONS]), Work()
+    latents, nothing = tiny.encode_images(images), torch.empty(len(CAPTIONS), 0)
+    sampled = Trajectory(latents, torch.empty(0), nothing, nothing)
+    prompts = [*CAPTIONS[:4], "a dog"]
+    index = torch.tensor([0, 1, 2, 3, 4])
+    values = Scorer(tiny, config, 8, 7, [])(prompts, tiny.encode_prompts(prompts), index, sampled, work)
+    pairs = PairScorer(tiny, config, 8, 7, words=False)(images[:4], CAPTIONS[:4], Work())
+    expected = [row["score_pmi_negatives"] for row in pairs]
+    assert values["score_pmi_negatives"][:4] == pytest.approx(expected, abs=1e-3)
+    assert np.isnan(values["score_pmi_negatives"][4])  # no word whose contrary is known
+    assert work.score_evaluations == 3 * (5 + 4 * 4)
 
 
 def bad_pairs(folder: Path) -> Path:
