@@ -219,7 +219,10 @@ class SelectConfig(Section):
     """Which candidates are kept."""
 
     by: ScoreName | Control = Field("mitune", description="a score, or a control: random, oracle")
-    top_k: Positive = Field(1, description="kept per prompt")  # MI-TUNE: 1
+    top_k: Positive = Field(1, description="kept per prompt, at most")  # MI-TUNE: 1
+    min_score: float | None = Field(
+        None, description="keep only what reaches this value of the score, in nats; none: the best, however bad"
+    )
 
 
 class FinetuneConfig(Section):

@@ -13,7 +13,7 @@ from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.prompts import Shard
 from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured, specialise
 from mi_ray.stages.pruning import Halving, cut_scorer
-from mi_ray.stages.select import ranks
+from mi_ray.stages.select import keeps, ranks
 from mi_ray.stages.shards import ShardWriter, run_stage, take_cpus
 
 
@@ -112,9 +112,9 @@ class CandidateGenerator:
             for start in range(0, len(owner), each):
                 of_prompt = {k: v[start : start + each] for k, v in columns.items() if k != "rank"}
                 columns["rank"] += ranks(of_prompt, by, config.seed)
-            sound = [e is None and bool(done) for e, done in zip(columns["error"], finished, strict=True)]
-            columns["kept"] = [r < config.select.top_k and ok for r, ok in zip(columns["rank"], sound, strict=True)]
-            kept_by_any |= np.array(columns["kept"])
+            kept = keeps(columns, columns["rank"], by, config.select) & np.array(finished, bool)
+            columns["kept"] = kept.tolist()
+            kept_by_any |= kept
         undecoded = [i for i, kept in enumerate(columns["kept"]) if kept and images[i] is None]
         if undecoded:
             began = time.perf_counter()

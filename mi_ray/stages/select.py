@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mi_ray import storage
-from mi_ray.config import RunConfig
+from mi_ray.config import ConfigError, RunConfig, SelectConfig
 
 
 def ranks(columns: dict[str, list], by: str, seed: int) -> list[int]:
@@ -40,16 +40,32 @@ def ranks(columns: dict[str, list], by: str, seed: int) -> list[int]:
     return np.argsort(order).tolist()
 
 
+def keeps(columns: dict[str, list], rank: list[int], by: str, config: SelectConfig) -> np.ndarray:
+    """Which candidates a selection keeps, (n,) bool: the first top_k that are sound and, by a score, reach min_score.
+
+    A score below min_score leaves a prompt with fewer, or none: a signed score says not only which image is the best
+    but whether it is good enough to learn from. The controls know no such bound.
+    """
+    sound = [error is None for error in columns["error"]]
+    kept = (np.array(rank) < config.top_k) & np.array(sound)
+    if config.min_score is not None and f"score_{by}" in columns:
+        kept &= np.array([_finite(score) >= config.min_score for score in columns[f"score_{by}"]])
+    return kept
+
+
 def _finite(value: float | None) -> float:
     """A score, or the worst of all where there is none."""
     return value if value is not None and np.isfinite(value) else -np.inf
 
 
 def select(config: RunConfig, candidates: str, destination: str, by: str) -> dict[str, int]:
-    """Write the `select.top_k` best of every prompt in the folder `candidates` to the table `destination`.
+    """Write what the selection `by` keeps of every prompt in the folder `candidates` to the table `destination`.
 
     Returns:
         Counts: prompts, kept.
+
+    Raises:
+        ConfigError: nothing is kept.
     """
     if storage.exists(destination):
         kept = storage.read_table(destination, ["prompt_id"])
@@ -62,9 +78,11 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
     rows = []
     for prompt_id in pc.unique(table["prompt_id"]).to_pylist():
         of_prompt = table.filter(pc.equal(table["prompt_id"], prompt_id))
-        rank = pa.array(ranks(of_prompt.select(wanted).to_pydict(), by, config.seed))
-        rows.append(of_prompt.filter(pc.less(rank, config.select.top_k)))
+        columns = of_prompt.select(wanted).to_pydict()
+        rows.append(of_prompt.filter(pa.array(keeps(columns, ranks(columns, by, config.seed), by, config.select))))
     kept = pa.concat_tables(rows)
+    if not len(kept):
+        raise ConfigError([f"select.min_score: no candidate reaches {config.select.min_score} by {by}; lower it"])
     kept = kept.append_column("weight", pa.array(np.ones(len(kept), np.float32)))
     storage.write_table(destination, kept.select(storage.SELECTED.names).cast(storage.SELECTED))
-    return {"prompts": len(rows), "kept": len(kept)}
+    return {"prompts": len(pc.unique(kept["prompt_id"])), "kept": len(kept)}

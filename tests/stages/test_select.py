@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from mi_ray import storage
-from mi_ray.config import RunConfig
-from mi_ray.stages.select import ranks, select
+from mi_ray.config import ConfigError, RunConfig, SelectConfig
+from mi_ray.stages.select import keeps, ranks, select
 
 COLUMNS = {
     "prompt_id": ["p"] * 4,
@@ -31,6 +31,23 @@ def test_random_is_fair_and_repeatable():
     firsts = [ranks({**COLUMNS, "prompt_id": [f"p{i}"] * 4}, "random", 0).index(0) for i in range(400)]
     assert ranks(COLUMNS, "random", 3) == ranks(COLUMNS, "random", 3)
     assert np.bincount(firsts, minlength=4).min() > 70
+
+
+@pytest.mark.parametrize(
+    ("by", "min_score", "kept"),
+    [
+        ("pmi", None, [0, 2, 3]),
+        ("pmi", 0.0, [0, 2]),
+        ("pmi", 1.0, [2]),
+        ("random", 9.0, None),
+        ("oracle", 9.0, [1, 2, 0]),
+    ],
+)
+def test_a_lowest_score_holds_for_scores_and_not_for_controls(by, min_score, kept):
+    columns = COLUMNS | {"error": [None] * 4}
+    found = keeps(columns, ranks(columns, by, 0), by, SelectConfig(by="pmi", top_k=3, min_score=min_score))
+    assert found.sum() == (3 if kept is None else len(kept))
+    assert kept is None or found.nonzero()[0].tolist() == sorted(kept)
 
 
 @pytest.mark.parametrize("by", ["pmi", "random"])
@@ -66,3 +83,19 @@ def test_select_writes_the_kept_of_every_prompt_and_no_error_rows(tmp_path, by):
     assert kept["prompt_id"].value_counts().to_dict() == {"p0": 2, "p1": 2, "p2": 2}
     if by == "pmi":
         assert sorted(kept["candidate_index"]) == [3, 3, 3, 4, 4, 4]
+
+
+def test_nothing_good_enough_is_said(tmp_path):
+    schema = storage.candidates_schema(("pmi",))
+    row = dict.fromkeys(schema.names) | {"prompt_id": "p", "prompt": "a", "candidate_index": 0, "score_pmi": 0.5}
+    storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist([row], schema=schema))
+    config = RunConfig.model_validate(
+        {
+            "run_dir": str(tmp_path),
+            "prompts": {"file": "unused"},
+            "score": {"names": ["pmi"]},
+            "select": {"by": "pmi", "min_score": 1},
+        }
+    )
+    with pytest.raises(ConfigError, match=r"select\.min_score: no candidate reaches 1\.0"):
+        select(config, str(tmp_path / "candidates"), str(tmp_path / "selected.parquet"), "pmi")

@@ -1,0 +1,153 @@
+"""How busy a cluster's GPUs are kept: python benchmarks/scaling.py [--out FILE.json] [--check] [--smoke]"""
+
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from itertools import pairwise
+
+import ray
+from gates import Benchmark, Findings, Gate, main
+from pydantic import Field, PositiveFloat, PositiveInt
+from ray.cluster_utils import Cluster
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.prompts import Shard
+from mi_ray.stages.preflight import seconds_per_evaluation
+from mi_ray.stages.shards import ShardWriter, run_stage
+
+CANDIDATES, STEPS, PROMPTS = 8, 20, 4  # of a prompt, of a candidate, of a shard
+NODE = 8  # GPUs of a simulated machine
+
+
+class ScalingBenchmark(Benchmark):
+    """What share of their time are 1 to 64 GPUs busy, how soon is a first shard there, and what does a dead node cost?
+
+    The GPUs are declared, not real: the denoiser sleeps as long as a real one takes. Ray, Ray Data, the actors, the
+    commits and the events are those of a real run. Every simulated GPU is a process here, so memory limits how many.
+    """
+
+    gpus: list[int] = Field([1, 8, 32, 64], description="numbers of simulated GPUs")
+    seconds_per_evaluation: PositiveFloat | None = Field(
+        None, description="what a denoiser evaluation takes on your hardware; none: measured here, embedded model"
+    )
+    shards_per_gpu: PositiveInt = Field(12, description="length of a run")
+
+    def answer(self) -> Findings:
+        each = self.seconds_per_evaluation or seconds_per_evaluation(load_denoiser("shapes"), 16)
+        seconds = each * 2 * STEPS * CANDIDATES * PROMPTS
+        sizes = [1, 4] if self.smoke else self.gpus
+        shards = 4 if self.smoke else self.shards_per_gpu
+        rows = [measure(gpus, shards * gpus, seconds, kill=False) for gpus in sizes]
+        if sizes[-1] > 1:
+            rows.append(measure(sizes[-1], shards * sizes[-1], seconds, kill=True))
+        steady = [row for row in rows if not row["node_killed"]]
+        gates = {
+            "busy_share": Gate(steady[-1]["busy_share"], minimum=0.95),
+            "lost": Gate(sum(row["lost"] for row in rows), maximum=0),
+            "duplicated": Gate(sum(row["duplicated"] for row in rows), maximum=0),
+        }
+        return Findings(rows, gates)
+
+
+class SleepingGenerator:
+    """Ray Data actor: takes the time of a real one, keeps a simulated GPU, and writes rows of the real schema."""
+
+    def __init__(self, config: dict, folder: str, seconds: float, token: int | None = None):
+        config = RunConfig.model_validate(config)
+        self.seconds = seconds
+        self.schema = storage.candidates_schema(config.score.names)
+        self.write = ShardWriter("generate", "simulated", folder, self.schema, config, token)
+
+    def __call__(self, batch):
+        return self.write(batch, self.rows)
+
+    def rows(self, shard: Shard, positions: list[int], work) -> list[dict]:
+        began = time.perf_counter()
+        time.sleep(self.seconds)
+        work.timed("sample", began)
+        work.denoiser_evaluations += 2 * STEPS * CANDIDATES * len(positions)
+        rows = []
+        for position in positions:
+            known = {"prompt_id": shard.prompt_ids[position], "prompt": shard.prompts[position]}
+            curves = {"delta_sq": [1.0] * STEPS, "cross": [1.0] * STEPS}
+            empty = dict.fromkeys(self.schema.names)
+            rows += [empty | known | curves | {"candidate_index": c, "score_mitune": 1.0} for c in range(CANDIDATES)]
+        return rows
+
+
+def plan(count: int) -> list[Shard]:
+    """Shards of made-up prompts."""
+    shards = []
+    for index in range(count):
+        ids = [f"{index:06d}-{position}" for position in range(PROMPTS)]
+        nothing = [None] * PROMPTS
+        shards.append(Shard(index, f"part-{index:05d}.parquet", ids, [f"prompt {i}" for i in ids], nothing, nothing))
+    return shards
+
+
+def measure(gpus: int, count: int, seconds: float, kill: bool) -> dict:
+    """Run so many shards on so many simulated GPUs; kill a node in the middle if asked to."""
+    per_node = min(NODE, -(-gpus // 2)) if gpus > 1 else 1
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0})
+    nodes = [cluster.add_node(num_cpus=per_node, num_gpus=per_node) for _ in range(-(-gpus // per_node))]
+    ray.init(address=cluster.address, logging_level="warning")
+    try:
+        with tempfile.TemporaryDirectory() as run_dir:
+            folder = storage.join(run_dir, "candidates")
+            resources = {"num_actors": (gpus, gpus), "gpus_per_actor": 1, "cpus_per_actor": 1}
+            given = {"score": {"names": ("mitune",)}, "resources": resources}
+            config = RunConfig.model_validate({"run_dir": run_dir, "prompts": {"file": "none.txt"}, **given})
+            killer = threading.Thread(target=kill_node, args=(cluster, nodes[-1], folder, count // 3), daemon=True)
+            if kill:
+                killer.start()
+            constructor = {"config": config.model_dump(mode="json"), "folder": folder, "seconds": seconds}
+            began = time.time()
+            run_stage("generate", "simulated", SleepingGenerator, constructor, plan(count), folder, config)
+            wall = time.time() - began
+            return {
+                "gpus": gpus,
+                "node_killed": kill,
+                "shards": count,
+                **findings(folder, gpus, count, seconds, began, wall),
+            }
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def kill_node(cluster: Cluster, node, folder: str, after: int):
+    while len(storage.list_names(storage.join(folder, storage.COMMITS))) < after:
+        time.sleep(0.1)
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def findings(folder: str, gpus: int, count: int, seconds: float, began: float, wall: float) -> dict:
+    """From the receipts: busy share in steady state (all actors at work, shards left for all) and of the whole run."""
+    commits = storage.join(folder, storage.COMMITS)
+    receipts = [storage.read_json(storage.join(commits, name)) for name in storage.list_names(commits)]
+    by_actor = defaultdict(list)
+    for receipt in sorted(receipts, key=lambda r: r["time"]):
+        start = receipt["time"] - receipt["seconds"]
+        by_actor[receipt["pid"]].append((start, start + receipt["sample_seconds"]))
+    first, last = max(spans[0][0] for spans in by_actor.values()), min(spans[-1][1] for spans in by_actor.values())
+    within = sum(max(0.0, min(end, last) - max(start, first)) for spans in by_actor.values() for start, end in spans)
+    gaps = [b[0] - a[1] for spans in by_actor.values() for a, b in pairwise(spans)]
+    table = storage.read_tables(folder, ["prompt_id", "candidate_index"]).to_pandas()
+    expected = count * PROMPTS * CANDIDATES
+    return {
+        "busy_share": within / (gpus * (last - first)) if last > first else float("nan"),
+        "busy_share_whole_run": len(receipts) * seconds / (gpus * wall),
+        "first_shard_s": min(receipt["time"] for receipt in receipts) - began,
+        "overhead_per_shard_s": sum(gaps) / len(gaps) if gaps else float("nan"),
+        "seconds_per_shard": seconds,
+        "wall_s": wall,
+        "lost": expected - len(table.drop_duplicates()),
+        "duplicated": int(table.duplicated().sum()),
+    }
+
+
+if __name__ == "__main__":
+    main(ScalingBenchmark)
