@@ -1,5 +1,6 @@
 """How busy a cluster's GPUs are kept: python benchmarks/scaling.py [--out FILE.json] [--check] [--smoke]"""
 
+import os
 import tempfile
 import threading
 import time
@@ -20,6 +21,7 @@ from mi_ray.stages.shards import ShardWriter, run_stage
 
 CANDIDATES, STEPS, PROMPTS = 8, 20, 4  # of a prompt, of a candidate, of a shard
 NODE = 8  # GPUs of a simulated machine
+SMOKE_SHARD_S = 5.0  # assumed, since measuring would take longer than the rest
 
 
 class ScalingBenchmark(Benchmark):
@@ -36,8 +38,9 @@ class ScalingBenchmark(Benchmark):
     shards_per_gpu: PositiveInt = Field(12, description="length of a run")
 
     def answer(self) -> Findings:
-        each = self.seconds_per_evaluation or seconds_per_evaluation(load_denoiser("shapes"), 16)
-        seconds = each * 2 * STEPS * CANDIDATES * PROMPTS
+        evaluations = 2 * STEPS * CANDIDATES * PROMPTS
+        each = self.seconds_per_evaluation or (SMOKE_SHARD_S / evaluations if self.smoke else measured_here())
+        seconds = each * evaluations
         sizes = [1, 4] if self.smoke else self.gpus
         shards = 4 if self.smoke else self.shards_per_gpu
         rows = [measure(gpus, shards * gpus, seconds, kill=False) for gpus in sizes]
@@ -50,6 +53,10 @@ class ScalingBenchmark(Benchmark):
             "duplicated": Gate(sum(row["duplicated"] for row in rows), maximum=0),
         }
         return Findings(rows, gates)
+
+
+def measured_here() -> float:
+    return seconds_per_evaluation(load_denoiser("shapes"), 16)
 
 
 class SleepingGenerator:
@@ -90,6 +97,7 @@ def plan(count: int) -> list[Shard]:
 
 def measure(gpus: int, count: int, seconds: float, kill: bool) -> dict:
     """Run so many shards on so many simulated GPUs; kill a node in the middle if asked to."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # many nodes start on few cores
     per_node = min(NODE, -(-gpus // 2)) if gpus > 1 else 1
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0})
     nodes = [cluster.add_node(num_cpus=per_node, num_gpus=per_node) for _ in range(-(-gpus // per_node))]

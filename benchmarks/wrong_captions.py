@@ -30,10 +30,10 @@ class WrongCaptionsBenchmark(Benchmark):
     pairs: PositiveInt = Field(200, description="fresh renders with a caption each, the categories in turn")
     wrong_share: float = Field(0.3, gt=0, lt=1, description="share of the captions that are corrupted")
     num_samples: PositiveInt = Field(12, description="noises a pair")
-    log_snr_min: float = Field(-5.0, description="lower end of the band")
-    log_snr_max: float = Field(-1.7, description="upper end of the band")
+    log_snr_min: float = Field(-4.0, description="lower end of the band")
+    log_snr_max: float = Field(0.0, description="upper end of the band")
     neighbours: PositiveInt = Field(8, description="of pmi_contrastive: nearest other captions of the same list")
-    max_negatives: PositiveInt = Field(8, description="of pmi_negatives")
+    max_negatives: PositiveInt = Field(8, description="of pmi_negatives and margin")
     seed: int = Field(30_000, description="of the pairs, far from the training's")
 
     def answer(self) -> Findings:
@@ -127,6 +127,7 @@ def score_all(
         "pmi": np.array([row["score_pmi"] for row in told]),
         "pmi_contrastive": np.array(contrastive),
         "pmi_negatives": np.array([row["score_pmi_negatives"] for row in told]),
+        "margin": np.array([row["score_margin"] for row in told]),
     }, told
 
 

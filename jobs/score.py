@@ -4,7 +4,8 @@ A single pair: python jobs/score.py --model shapes --image x.png --prompt "a red
 """
 
 from mi_ray.config import run_command
-from mi_ray.stages.score import ScorePairsConfig, run_or_describe
+from mi_ray.stages.pair_config import ScorePairsConfig
+from mi_ray.stages.score import run_or_describe
 
 if __name__ == "__main__":
     run_command(run_or_describe, smoke_file="jobs/configs/score-smoke.yaml", model=ScorePairsConfig)

@@ -27,6 +27,17 @@ def pmi_negatives(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Es
     return Estimate(log_density(errors, probes) - densities.logsumexp(-1), standard_error)
 
 
+def margin(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Estimate:
+    """log p(x|y) - max_j log p(x|y_j), the lead over the likeliest negative: (N, K), (N, J, K) -> (N,).
+
+    Unlike the log odds it does not fall with the number of negatives, so that prompts with few and with many compare.
+    Below zero by several standard errors, the image contradicts what that negative changes.
+    """
+    likeliest = log_density(negative_errors, probes).argmax(-1)
+    strongest = negative_errors[torch.arange(len(errors), device=errors.device), likeliest]
+    return integrate(0.5 * (strongest - errors), probes)
+
+
 def posteriors(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Tensor:
     """Of the prompt (first) and each negative, all equally likely before: (N, K), (N, J, K) -> (N, 1 + J)."""
     return log_density(torch.cat([errors[:, None], negative_errors], 1), probes).softmax(-1)

@@ -18,7 +18,17 @@ from mi_ray.storage import join, read_table, write_bytes, write_json
 
 SHOWN_ERRORS = 50
 _PLAIN = [
-    *("key", "prompt", "score_pmi", "score_pmi_se", "score_pmi_negatives", "score_pmi_negatives_se", "posterior"),
+    *(
+        "key",
+        "prompt",
+        "score_pmi",
+        "score_pmi_se",
+        "score_pmi_negatives",
+        "score_pmi_negatives_se",
+        "score_margin",
+        "score_margin_se",
+        "posterior",
+    ),
     *("contradicted_attribute", "contradicted_kind", "contradicted", "instead", "instead_posterior", "words", "error"),
 ]
 
@@ -91,7 +101,7 @@ def _histogram(values: np.ndarray) -> dict[str, list[float]]:
 def _histogram_plot(histogram: dict[str, list[float]], rank_by: str) -> str:
     edges, counts = np.array(histogram["edges"]), histogram["counts"]
     colors = [COLORS["tuned"]] * len(counts)
-    if rank_by == "pmi_negatives":  # above zero the caption is likelier than all its alternatives together
+    if rank_by != "pmi":  # above zero the caption is likelier than its alternatives
         colors = [EXACT if left + right > 0 else NOT_EXACT for left, right in pairwise(edges)]
     with styled_figure(11, 2.4) as figure:
         axes = figure.subplots()

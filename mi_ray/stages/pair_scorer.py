@@ -13,7 +13,7 @@ from torch import Tensor
 from mi_ray.config import ScoreConfig
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.information.maps import InformationMaps, information_maps, without_each_word
-from mi_ray.information.negatives import pmi_negatives, posteriors
+from mi_ray.information.negatives import margin, pmi_negatives, posteriors
 from mi_ray.information.pointwise import Probes, denoising_errors, pmi
 from mi_ray.language.negatives import Negative, chosen, negatives_by
 from mi_ray.stages.branches import branch_errors
@@ -145,17 +145,18 @@ def _verdict(own: Tensor, against: Tensor, negatives: list[Negative], probes: Pr
     It contradicts what the likeliest negative changes, if that leads the prompt by more than `CLEAR` standard
     errors of the difference.
     """
-    names = ("score_pmi_negatives", "score_pmi_negatives_se", "posterior")
+    names = ("score_pmi_negatives", "score_pmi_negatives_se", "score_margin", "score_margin_se", "posterior")
     told = ("contradicted_attribute", "contradicted_kind", "contradicted", "instead", "instead_posterior")
     row = dict.fromkeys((*names, *told))
     if not negatives:
         return row
     value, standard_error = pmi_negatives(own[None], against[None], probes)
     posterior = posteriors(own[None], against[None], probes)[0]
-    row |= zip(names, (value.item(), finite(standard_error.item()), posterior[0].item()), strict=True)
+    lead, uncertainty = margin(own[None], against[None], probes)
+    scores = (value.item(), finite(standard_error.item()), lead.item(), finite(uncertainty.item()))
+    row |= zip(names, (*scores, posterior[0].item()), strict=True)
     best = int(posterior[1:].argmax())
-    lead, uncertainty = pmi(against[best], own, probes)
-    if lead > 0 and not lead <= CLEAR * uncertainty:  # of a single probe the uncertainty is nan
+    if lead < 0 and not -lead <= CLEAR * uncertainty:  # of a single probe the uncertainty is nan
         negative = negatives[best]
         change = (negative.attribute, negative.kind, negative.said, negative.instead, posterior[1 + best].item())
         row |= zip(told, change, strict=True)

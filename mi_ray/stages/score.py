@@ -1,6 +1,5 @@
 """Scoring of pairs that exist: Ray Data streams them through an actor pool into one file a shard, and an audit page."""
 
-import hashlib
 import json
 import logging
 import time
@@ -10,88 +9,32 @@ from dataclasses import asdict
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from pydantic import Field, model_validator
 from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
 from mi_ray import __version__, storage
-from mi_ray.config import ConfigError, Positive, ResourcesConfig, ScoreConfig, Section, flatten
+from mi_ray.config import ConfigError, flatten
 from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_tokenizer
 from mi_ray.information.maps import upsampled
 from mi_ray.language.negatives import negatives_by
-from mi_ray.pairs import Columns, Pair, PairShard, plan_pairs, read_pairs
+from mi_ray.pairs import Pair, PairShard, plan_pairs, read_pairs
 from mi_ray.report.attributions import attribution_png
 from mi_ray.report.audit import decimal, write_audit
 from mi_ray.stages.candidates import Work, encode_png
-from mi_ray.stages.pair_scorer import Fit, PairScorer, finite, model_image_size, read_image
+from mi_ray.stages.pair_config import ScorePairsConfig
+from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
 
 SCORES_FOLDER = "scores"
 MAX_THUMBNAIL = 256  # pixels
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
 _END = object()
 _T = TypeVar("_T")
-
-
-class ScorePairsConfig(Section):
-    """Score pairs of image and caption that exist, and find the wrong ones: an input in a folder, or a single pair."""
-
-    input: str | None = Field(
-        None,
-        description="pairs: .parquet, .jsonl, a WebDataset .tar, a folder of these, or one of images with .txt beside"
-        " them or a metadata.jsonl; local or s3://",
-    )
-    run_dir: str | None = Field(
-        None, min_length=1, description="folder of the results, local or s3://; the same command continues it"
-    )
-    image: str | None = Field(None, description="a single image, instead of input; with prompt")
-    prompt: str | None = Field(None, description="the single image's prompt")
-    map: str | None = Field(None, description="where the single pair's map goes; none: beside the image, -map.png")
-    model: str = Field("shapes", description="a shipped model (shapes), a diffusers folder or a hub id")
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="of the denoiser")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the noise; a pair's scores depend on nothing else")
-    image_column: str | None = Field(None, description="column or key of the image or its path; none: a usual name")
-    caption_column: str | None = Field(None, description="column or key of the caption; none: a usual name")
-    fit: Fit = Field(
-        "exact", description="images of another size or mode: exact: an error row; crop: convert, scale and crop"
-    )
-    overlong: Literal["error", "truncate"] = Field(
-        "error", description="captions longer than the text encoder reads: an error row, or cut"
-    )
-    words: bool = Field(False, description="score every word too, by leaving it out: one branch each")
-    rank_by: Literal["pmi_negatives", "pmi"] = Field("pmi_negatives", description="the audit's order, worst to best")
-    shown: Positive = Field(24, description="best and worst pairs on the audit page, and kept as images by shard")
-    pairs_per_shard: Positive = Field(256, description="pairs in one file; a tar or a row group is never cut")
-    score: ScoreConfig = ScoreConfig(names=("pmi", "pmi_negatives"), num_samples=24)
-    resources: ResourcesConfig = ResourcesConfig()
-
-    @model_validator(mode="after")
-    def _task(self):
-        single = self.image is not None or self.prompt is not None
-        if single == (self.input is not None):
-            raise ValueError("give either input with run_dir, or image with prompt")
-        if single and (self.image is None or not (self.prompt or "").strip()):
-            raise ValueError("a single pair needs both image and prompt; give the other one too")
-        if not single and self.run_dir is None:
-            raise ValueError("input needs run_dir, the folder of the results; give --run-dir DIR")
-        return self
-
-    @property
-    def columns(self) -> Columns:
-        return Columns(self.image_column, self.caption_column)
-
-    def results_config(self) -> dict:
-        """What the results depend on."""
-        return self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map"})
-
-    def hash(self) -> str:
-        """Hash of `results_config`, 12 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.results_config(), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
@@ -106,6 +49,8 @@ SCORED = pa.schema(
         _field("score_pmi_se", pa.float32(), "standard error of score_pmi over the noise draws, nats"),
         _field("score_pmi_negatives", pa.float32(), storage.SCORES["pmi_negatives"]),
         _field("score_pmi_negatives_se", pa.float32(), "standard error of score_pmi_negatives, nats"),
+        _field("score_margin", pa.float32(), "log p(x|y) - max_j log p(x|y_j) over the same negatives and band, nats"),
+        _field("score_margin_se", pa.float32(), "standard error of score_margin, nats"),
         _field("posterior", pa.float32(), "of the caption among itself and its negatives, all equally likely before"),
         _field(
             "contradicted_attribute",

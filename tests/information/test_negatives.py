@@ -4,7 +4,7 @@ import pytest
 import torch
 from pixel_world import BAND, SCHEDULE, PixelGaussians, embedded
 
-from mi_ray.information.negatives import pmi_negatives, posteriors
+from mi_ray.information.negatives import margin, pmi_negatives, posteriors
 from mi_ray.information.pointwise import denoising_errors, draw_probes
 
 
@@ -53,6 +53,13 @@ def test_posterior_and_log_odds_say_the_same(world):
     errors = errors_of(world, world.draw(0, 5), (0, 1, 2, 3), 50)
     value, _ = pmi_negatives(*errors)
     torch.testing.assert_close(value.sigmoid(), posteriors(*errors)[:, 0])
+
+
+def test_the_margin_is_the_lead_over_the_likeliest_negative(world):
+    x = torch.cat([world.draw(0, 3), world.draw(2, 3, seed=1)])
+    draws = torch.stack([margin(*errors_of(world, x, (0, 1, 2, 3), 400, seed)).value for seed in range(24)])
+    leads = torch.stack([world.log_ratio(x, 0, other).sum((1, 2)) for other in (1, 2, 3)]).amin(0)
+    assert ((draws.mean(0) - leads).abs() < 3.5 * draws.std(0) / 24**0.5 + 0.05).all()
 
 
 def test_one_probe_has_no_standard_error(world):

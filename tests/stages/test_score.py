@@ -8,6 +8,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -29,8 +30,9 @@ from mi_ray.report.audit import write_audit
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
 from mi_ray.stages.candidates import Scorer, Work, draw_probes_of
+from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, read_image
-from mi_ray.stages.score import SCORED, PairActor, ScorePairsConfig, ahead, score_one
+from mi_ray.stages.score import SCORED, PairActor, ahead, score_one
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = ["a red circle left of a blue square", "two hearts", "a striped star", "a green cross", "a pink heart"]
@@ -61,9 +63,7 @@ def server():
             patch.setenv(name, "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        query = f"endpoint_override={address}&scheme=http&allow_bucket_creation=true"
-        system, _ = storage.filesystem(f"s3://pairs?{query}")
-        system.create_dir("pairs")
+        boto3.client("s3", endpoint_url=f"http://{address}").create_bucket(Bucket="pairs")
         yield address
     server.stop()
 
@@ -286,6 +286,7 @@ def test_scores_are_those_of_the_estimators(tiny):
         assert row["posterior"] == pytest.approx(1 / (1 + np.exp(-row["score_pmi_negatives"])), abs=1e-4)
         best = max(chosen(others, 3), key=lambda other: density[other.prompt])
         lead, error = pointwise.pmi(errors[texts.index(best.prompt)], errors[0], probes)
+        assert row["score_margin"] == pytest.approx(density[prompt] - density[best.prompt], abs=2e-3)
         told = (best.said, best.instead, best.attribute) if lead > 2 * error else (None, None, None)
         assert tuple(row[name] for name in ("contradicted", "instead", "contradicted_attribute")) == told
 
@@ -381,7 +382,7 @@ def test_the_page_escapes_captions_and_holds_everything_itself(scored):
 def test_a_hostile_caption_is_shown_as_text(tiny_pipeline, tmp_path):
     row = dict.fromkeys(SCORED.names) | {"key": "<b>key</b>", "prompt": HOSTILE, "score_pmi": 1.0, "words": []}
     row |= {"contradicted": "<i>red</i>", "instead": "<u>blue</u>", "instead_posterior": 0.9, "posterior": 0.1}
-    row |= {"score_pmi_negatives": -2.0, "contradicted_attribute": "<em>"}
+    row |= {"score_pmi_negatives": -2.0, "score_margin": -1.5, "contradicted_attribute": "<em>"}
     bad = dict.fromkeys(SCORED.names) | {"key": "k", "error": "<img src=x>"}
     storage.write_table(str(tmp_path / "scores" / "a.parquet"), pa.Table.from_pylist([row, bad], SCORED))
     config = config_of(tiny_pipeline, "-", tmp_path).results_config()
@@ -432,6 +433,12 @@ def test_the_single_pair_prints_its_value_and_writes_its_map(tiny_pipeline, tmp_
     (tmp_path / "x.png").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="the image is corrupt"):
         score_one(config)
+
+
+def test_a_flag_leaves_the_other_defaults_of_its_section():
+    config, _ = load_config(["--input", "a", "--run-dir", "b", "--score.num-samples", "6"], model=ScorePairsConfig)
+    default = ScorePairsConfig(input="a", run_dir="b").score
+    assert config.score == default.model_copy(update={"num_samples": 6})
 
 
 @pytest.mark.parametrize(
