@@ -1,0 +1,80 @@
+"""The configuration of scoring existing pairs."""
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mi_ray.config import Positive, ResourcesConfig, ScoreConfig, Section
+from mi_ray.pairs import Columns
+from mi_ray.stages.pair_scorer import Fit
+
+
+class PairScoreConfig(ScoreConfig):
+    """How pairs are probed. Of real images the middle noise levels tell more than of a model's own."""
+
+    names: tuple[Literal["pmi", "pmi_negatives"], ...] = Field(
+        ("pmi", "pmi_negatives"), description="both are always computed, and the margin"
+    )
+    log_snr_min: float = Field(-4.0, description="lower end of the band")  # benchmarks/wrong_captions.py
+    log_snr_max: float = Field(0.0, description="upper end of the band")
+    num_samples: Positive = Field(24, description="noise draws a pair")
+
+
+class ScorePairsConfig(Section):
+    """Score pairs of image and caption that exist, and find the wrong ones: an input in a folder, or a single pair."""
+
+    input: str | None = Field(
+        None,
+        description="pairs: .parquet, .jsonl, a WebDataset .tar, a folder of these, or one of images with .txt beside"
+        " them or a metadata.jsonl; local or s3://",
+    )
+    run_dir: str | None = Field(
+        None, min_length=1, description="folder of the results, local or s3://; the same command continues it"
+    )
+    image: str | None = Field(None, description="a single image, instead of input; with prompt")
+    prompt: str | None = Field(None, description="the single image's prompt")
+    map: str | None = Field(None, description="where the single pair's map goes; none: beside the image, -map.png")
+    model: str = Field("shapes", description="a shipped model (shapes), a diffusers folder or a hub id")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="of the denoiser")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the noise; a pair's scores depend on nothing else")
+    image_column: str | None = Field(None, description="column or key of the image or its path; none: a usual name")
+    caption_column: str | None = Field(None, description="column or key of the caption; none: a usual name")
+    fit: Fit = Field(
+        "exact", description="images of another size or mode: exact: an error row; crop: convert, scale and crop"
+    )
+    overlong: Literal["error", "truncate"] = Field(
+        "error", description="captions longer than the text encoder reads: an error row, or cut"
+    )
+    words: bool = Field(False, description="score every word too, by leaving it out: one branch each")
+    rank_by: Literal["margin", "pmi_negatives", "pmi"] = Field(
+        "margin", description="the audit's order, worst to best; margin: the lead over the likeliest changed caption"
+    )
+    shown: Positive = Field(24, description="best and worst pairs on the audit page, and kept as images by shard")
+    pairs_per_shard: Positive = Field(256, description="pairs in one file; a tar or a row group is never cut")
+    score: PairScoreConfig = PairScoreConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _task(self):
+        single = self.image is not None or self.prompt is not None
+        if single == (self.input is not None):
+            raise ValueError("give either input with run_dir, or image with prompt")
+        if single and (self.image is None or not (self.prompt or "").strip()):
+            raise ValueError("a single pair needs both image and prompt; give the other one too")
+        if not single and self.run_dir is None:
+            raise ValueError("input needs run_dir, the folder of the results; give --run-dir DIR")
+        return self
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.image_column, self.caption_column)
+
+    def results_config(self) -> dict:
+        """What the results depend on."""
+        return self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map"})
+
+    def hash(self) -> str:
+        """Hash of `results_config`, 12 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.results_config(), sort_keys=True).encode()).hexdigest()[:12]
