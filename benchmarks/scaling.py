@@ -108,7 +108,9 @@ def measure(gpus: int, count: int, seconds: float, kill: bool) -> dict:
             resources = {"num_actors": (gpus, gpus), "gpus_per_actor": 1, "cpus_per_actor": 1}
             given = {"score": {"names": ("mitune",)}, "resources": resources}
             config = RunConfig.model_validate({"run_dir": run_dir, "prompts": {"file": "none.txt"}, **given})
-            killer = threading.Thread(target=kill_node, args=(cluster, nodes[-1], folder, count // 3), daemon=True)
+            mine = ray.get_runtime_context().get_node_id()  # all nodes have one address: the driver may be at any
+            victim = next((node for node in nodes if node.node_id != mine), None)
+            killer = threading.Thread(target=kill_node, args=(cluster, victim, folder, count // 3), daemon=True)
             if kill:
                 killer.start()
             constructor = {"config": config.model_dump(mode="json"), "folder": folder, "seconds": seconds}

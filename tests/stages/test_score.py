@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -460,7 +461,8 @@ def test_mistakes_are_told(arguments, told):
 
 def job(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "jobs/score.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # an instance of its own
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.ray
