@@ -48,7 +48,7 @@ class ScalingBenchmark(Benchmark):
             rows.append(measure(sizes[-1], shards * sizes[-1], seconds, kill=True))
         steady = [row for row in rows if not row["node_killed"]]
         gates = {
-            "busy_share": Gate(steady[-1]["busy_share"], minimum=0.95),
+            "busy_share": Gate(steady[-1]["busy_share"] or 0.0, minimum=0.95),
             "lost": Gate(sum(row["lost"] for row in rows), maximum=0),
             "duplicated": Gate(sum(row["duplicated"] for row in rows), maximum=0),
         }
@@ -148,10 +148,10 @@ def findings(folder: str, gpus: int, count: int, seconds: float, began: float, w
     table = storage.read_tables(folder, ["prompt_id", "candidate_index"]).to_pandas()
     expected = count * PROMPTS * CANDIDATES
     return {
-        "busy_share": within / (gpus * (last - first)) if last > first else float("nan"),
+        "busy_share": within / (gpus * (last - first)) if last > first else None,  # a killed node leaves no such time
         "busy_share_whole_run": len(receipts) * seconds / (gpus * wall),
         "first_shard_s": min(receipt["time"] for receipt in receipts) - began,
-        "overhead_per_shard_s": sum(gaps) / len(gaps) if gaps else float("nan"),
+        "overhead_per_shard_s": sum(gaps) / len(gaps) if gaps else None,
         "seconds_per_shard": seconds,
         "wall_s": wall,
         "lost": expected - len(table.drop_duplicates()),
