@@ -92,7 +92,8 @@ def _histogram(values: np.ndarray) -> dict[str, list[float]]:
     if not len(values):
         return {"edges": [], "counts": []}
     low, high = np.percentile(values, [0.5, 99.5])
-    edges = np.linspace(low, high if high > low else low + 1, int(np.clip(np.sqrt(len(values)), 8, 60)) + 1)
+    width = ((high - low) or 1) / int(np.clip(np.sqrt(len(values)), 8, 60))
+    edges = width * np.arange(np.floor(low / width), np.floor(high / width) + 2)  # zero is an edge if it is inside
     counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
