@@ -58,6 +58,11 @@ class Section(BaseModel):
         return values | {name: () if name in lists else None for name in nothing}
 
 
+def check_band(log_snr_min: float, log_snr_max: float):
+    if log_snr_min >= log_snr_max:
+        raise ValueError(f"log_snr_min is {log_snr_min}, not below log_snr_max, {log_snr_max}; lower it")
+
+
 class PromptsConfig(Section):
     """The prompts to align the model with."""
 
@@ -139,8 +144,7 @@ class ScoreConfig(Section):
 
     @model_validator(mode="after")
     def _band(self):
-        if self.log_snr_min >= self.log_snr_max:
-            raise ValueError(f"log_snr_min is {self.log_snr_min}, not below log_snr_max, {self.log_snr_max}; lower it")
+        check_band(self.log_snr_min, self.log_snr_max)
         faults = []
         low, high = self.probed_band
         if low >= high:
@@ -371,7 +375,7 @@ class RunConfig(Section):
 
     def hash(self) -> str:
         """Hash of `results_config`, 12 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.results_config(), sort_keys=True).encode()).hexdigest()[:12]
+        return config_hash(self.results_config())
 
 
 class CalibrationConfig(Section):
@@ -394,11 +398,15 @@ class CalibrationConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.log_snr_min >= self.log_snr_max:
-            raise ValueError(f"log_snr_min is {self.log_snr_min}, not below log_snr_max, {self.log_snr_max}; lower it")
+        check_band(self.log_snr_min, self.log_snr_max)
         if self.use_labels and not self.alignment:
             raise ValueError("use_labels needs labels: set alignment, or leave it out")
         return self
+
+
+def config_hash(results: dict) -> str:
+    """12 hexadecimal digits that tell what results depend on."""
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

@@ -15,6 +15,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mi_ray import s3
+from mi_ray.config import ConfigError, flatten
 
 Result = TypeVar("Result")
 
@@ -107,6 +108,37 @@ def evaluation_schema() -> pa.Schema:
             _field("error", pa.string(), "why there is no result"),
         ]
     )
+
+
+SCORED = pa.schema(
+    [
+        _field("key", pa.string(), "where the pair lies: a file, a file's row or line, a tar's member"),
+        _field("prompt", pa.string(), "the caption"),
+        _field("score_pmi", pa.float32(), SCORES["pmi"]),
+        _field("score_pmi_se", pa.float32(), "standard error of score_pmi over the noise draws, nats"),
+        _field("score_pmi_negatives", pa.float32(), SCORES["pmi_negatives"]),
+        _field("score_pmi_negatives_se", pa.float32(), "standard error of score_pmi_negatives, nats"),
+        _field("score_margin", pa.float32(), "log p(x|y) - max_j log p(x|y_j) over the same negatives and band, nats"),
+        _field("score_margin_se", pa.float32(), "standard error of score_margin, nats"),
+        _field("posterior", pa.float32(), "of the caption among itself and its negatives, all equally likely before"),
+        _field(
+            "contradicted_attribute",
+            pa.string(),
+            "color, shape, count, relation ...; null: no negative is clearly likelier",
+        ),
+        _field("contradicted_kind", pa.string(), "what sort of change the likeliest negative is"),
+        _field("contradicted", pa.string(), "the caption's words that the image contradicts"),
+        _field("instead", pa.string(), "what the likeliest negative says instead; empty: nothing"),
+        _field("instead_posterior", pa.float32(), "of that negative"),
+        _field(
+            "words",
+            pa.list_(pa.struct([("word", pa.string()), ("value", pa.float32()), ("standard_error", pa.float32())])),
+            "of each word: log p(x|y) - log p(x|y without it), nats; empty if not asked for",
+        ),
+        _field("image", _IMAGE, "as the model saw it, small; of the shard's best and worst pairs"),
+        _field("error", pa.string(), "why there is no score"),
+    ]
+)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -243,6 +275,32 @@ def check_writable(uri: str):
     delete(probe)
     if not first or second:
         raise OSError("its store does not honour If-None-Match, which keeps two drivers apart")
+
+
+def check_run_dir(run_dir: str, results: dict):
+    """See that the folder can be written to, and that what it holds was made by the same config.
+
+    Args:
+        results: what the results depend on, as run.json holds it under `config`.
+
+    Raises:
+        ConfigError: naming the fields that differ.
+    """
+    uri = join(run_dir, "run.json")
+    try:
+        known = exists(uri)
+        check_writable(run_dir)
+    except (OSError, ValueError) as error:
+        message = f"run_dir: {run_dir!r} cannot be written to ({error}); give another --run-dir"
+        raise ConfigError([message]) from error
+    if not known:
+        return
+    before, now = flatten(read_json(uri)["config"]), flatten(results)
+    if differing := [key for key in before | now if before.get(key) != now.get(key)]:
+        changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
+        raise ConfigError(
+            [f"run_dir: {run_dir!r} holds a run of another config: {changes}; undo that or give another --run-dir"]
+        )
 
 
 def read_json(uri: str) -> dict:

@@ -17,6 +17,22 @@ from mi_ray.shapes.model import MAX_TOKENS, build_tokenizer
 WIDTH = 16
 
 
+@pytest.fixture(scope="module")
+def s3_server():
+    """The address of an S3 server in this process, without buckets; the credentials for it are in the environment."""
+    from moto.server import ThreadedMotoServer  # seconds, for the few who need it
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield "{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
 def _save_pipeline(folder: Path, prediction_type: str) -> Path:
     """A Stable Diffusion folder with latents of (4, 8, 8) and images of 64 x 64, from a fixed seed."""
     torch.manual_seed(0)

@@ -8,7 +8,6 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from moto.s3.responses import S3Response
-from moto.server import ThreadedMotoServer
 
 from mi_ray import storage
 from mi_ray.config import RunConfig
@@ -18,11 +17,8 @@ TABLE = pa.table({"prompt": ["a", "b"], "score": pa.array([1.5, None], pa.float3
 
 
 @pytest.fixture(scope="module")
-def endpoint():
-    """An S3 server in this process with the bucket `runs`."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "{}:{}".format(*server.get_host_and_port())
+def endpoint(s3_server):
+    """The address of an S3 server with the bucket `runs`."""
     with pytest.MonkeyPatch.context() as patch:
         put, one_at_a_time = S3Response.put_object, threading.RLock()
 
@@ -31,13 +27,8 @@ def endpoint():
                 return put(*arguments, **keywords)
 
         patch.setattr(S3Response, "put_object", atomic_put)
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        boto3.client("s3", endpoint_url=f"http://{address}").create_bucket(Bucket="runs")
-        yield address
-    server.stop()
+        boto3.client("s3", endpoint_url=f"http://{s3_server}").create_bucket(Bucket="runs")
+        yield s3_server
 
 
 @pytest.fixture(params=["local", "s3_by_environment", "s3_by_query"])

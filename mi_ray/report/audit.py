@@ -5,32 +5,17 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mi_ray.report.figures import COLORS, EXACT, INK, NOT_EXACT, data_uri, styled_figure
-from mi_ray.report.page import decimal, number
-from mi_ray.storage import join, read_table, write_bytes, write_json
+from mi_ray.report.page import decimal, number, page_environment
+from mi_ray.storage import SCORED, join, read_table, write_bytes, write_json
 
 SHOWN_ERRORS = 50
-_PLAIN = [
-    *(
-        "key",
-        "prompt",
-        "score_pmi",
-        "score_pmi_se",
-        "score_pmi_negatives",
-        "score_pmi_negatives_se",
-        "score_margin",
-        "score_margin_se",
-        "posterior",
-    ),
-    *("contradicted_attribute", "contradicted_kind", "contradicted", "instead", "instead_posterior", "words", "error"),
-]
+_PLAIN = [name for name in SCORED.names if name != "image"]
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -141,24 +126,22 @@ def write_audit(run_dir: str, folder: str, names: list[str], config: dict) -> tu
     """
     summary, ends = summarise_pairs(folder, names, config["rank_by"], config["shown"])
     write_json(join(run_dir, "audit", "audit.json"), summary)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"decimal": decimal, "number": number}
     title, verdict = _headline(summary)
-    page = environment.get_template("audit.html.j2").render(
-        title=title,
-        verdict=verdict,
-        summary=summary,
-        config=config,
-        config_yaml=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        histogram=_histogram_plot(summary["histogram"], config["rank_by"]) if summary["histogram"]["counts"] else None,
-        ends={end: [_card(row) for row in rows] for end, rows in ends.items()},
-        shown_errors=SHOWN_ERRORS,
+    page = (
+        page_environment(decimal, number)
+        .get_template("audit.html.j2")
+        .render(
+            title=title,
+            verdict=verdict,
+            summary=summary,
+            config=config,
+            config_yaml=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+            histogram=_histogram_plot(summary["histogram"], config["rank_by"])
+            if summary["histogram"]["counts"]
+            else None,
+            ends={end: [_card(row) for row in rows] for end, rows in ends.items()},
+            shown_errors=SHOWN_ERRORS,
+        )
     )
     uri = join(run_dir, "audit", "index.html")
     write_bytes(uri, page.encode())

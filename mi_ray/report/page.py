@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -273,9 +274,8 @@ def _plots(report: dict, candidates: pd.DataFrame, config: RunConfig) -> dict:
     return plots
 
 
-def render(report: dict, config: RunConfig) -> str:
-    """The page of a report, from its numbers and the images in the run's folder."""
-    run_dir = report["run"]["run_dir"]
+def page_environment(*filters: Callable) -> Environment:
+    """Of the templates beside this file: escaping, strict about missing values, with the filters by their names."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -283,8 +283,14 @@ def render(report: dict, config: RunConfig) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (percent, nats, points, nats_difference, decimal, direction, number, duration)
     environment.filters |= {function.__name__: function for function in filters}
+    return environment
+
+
+def render(report: dict, config: RunConfig) -> str:
+    """The page of a report, from its numbers and the images in the run's folder."""
+    run_dir = report["run"]["run_dir"]
+    environment = page_environment(percent, nats, points, nats_difference, decimal, direction, number, duration)
     title, verdict = headline(report)
     return environment.get_template("template.html.j2").render(
         report=report,

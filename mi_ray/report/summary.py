@@ -1,6 +1,5 @@
 """What a run folder says, as one dictionary: the content of report.json."""
 
-import json
 import math
 from collections import Counter
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from mi_ray.report.statistics import (
     prompt_mean,
     within_prompt_auc,
 )
-from mi_ray.storage import exists, join, list_names, read_bytes, read_json, read_tables
+from mi_ray.storage import exists, join, list_names, read_json, read_lines, read_tables
 
 MODELS = ("base", "tuned", "random", "oracle")
 PAIRS = (("tuned", "base"), ("tuned", "random"), ("random", "base"), ("oracle", "base"), ("tuned", "oracle"))
@@ -34,17 +33,6 @@ def _read_frame(folder: str, columns: list[str]) -> pd.DataFrame | None:
     numbers = [c for c in columns if c in METRICS or c.startswith("score_")]
     frame[numbers] = frame[numbers].astype(np.float64).replace([np.inf, -np.inf], np.nan)
     return frame
-
-
-def _read_lines(uri: str) -> list[dict]:
-    """The lines of a .jsonl file; none if it is missing. A line that a kill cut short is left out."""
-    lines = []
-    for line in read_bytes(uri).decode().splitlines() if exists(uri) else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def round_numbers(run_dir: str) -> list[int]:
@@ -241,7 +229,7 @@ def _training_of(folders: list[str]) -> dict | None:
     curves, summaries, starts = [], [], []
     for folder in folders:
         # Steps since the last checkpoint are repeated after a restart: the later line counts.
-        lines = {line["step"]: line for line in _read_lines(join(folder, "training.jsonl"))}
+        lines = {line["step"]: line for line in read_lines(join(folder, "training.jsonl"))}
         uri = join(folder, "summary.json")
         summary = read_json(uri) if exists(uri) else {}
         if lines or summary:
@@ -298,7 +286,7 @@ def summarise(run_dir: str, config: RunConfig) -> dict:
 
     Intervals are 95 % t-intervals over prompts; shares lie in [0, 1], scores are in nats, times in seconds.
     """
-    events = _read_lines(join(run_dir, "events.jsonl"))
+    events = read_lines(join(run_dir, "events.jsonl"))
     candidates = read_candidates(run_dir, config.score.names)
     evaluation = _present({model: read_evaluation(run_dir, model) for model in MODELS})
     sound = {model: frame[frame["error"].isna()] for model, frame in evaluation.items()}

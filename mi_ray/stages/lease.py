@@ -122,18 +122,18 @@ class Lease:
             storage.write_bytes(_uri(self.run_dir, self.token), self.content(released=True))
 
 
-def _latest(run_dir: str) -> tuple[int, dict | None]:
+def latest(run_dir: str) -> tuple[int, dict | None]:
     """The highest token and its holder; (0, None) if no one ever held the run."""
     for token in reversed(_tokens(run_dir)):
         try:
             return token, storage.read_json(_uri(run_dir, token))
         except FileNotFoundError:  # its successor has just tidied it away
-            return _latest(run_dir)
+            return latest(run_dir)
     return 0, None
 
 
 def _holding(run_dir: str) -> str:
-    _, holder = _latest(run_dir)
+    _, holder = latest(run_dir)
     since = datetime.fromtimestamp(holder["since"], UTC).isoformat(" ", "seconds")
     heard = max(0, time.time() - holder["heartbeat"])
     return f"is held by process {holder['pid']} on {holder['host']} since {since} (heard of {heard:.0f} s ago)"
@@ -155,7 +155,7 @@ def _refuse_if_alive(run_dir: str, token: int, holder: dict, seconds: float):
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         time.sleep(min(1.0, patience / 20))
-        now, successor = _latest(run_dir)
+        now, successor = latest(run_dir)
         if now == token and successor["released"]:
             return
         if now != token or successor["beat"] != holder["beat"]:
@@ -169,7 +169,7 @@ def acquire(run_dir: str, seconds: float) -> Lease:
         ConfigError: another driver holds it; the message tells who.
     """
     while True:
-        token, holder = _latest(run_dir)
+        token, holder = latest(run_dir)
         if holder and not holder["released"]:
             _refuse_if_alive(run_dir, token, holder, seconds)
         lease = Lease(run_dir, seconds, token + 1)

@@ -1,12 +1,10 @@
 """The configuration of scoring existing pairs."""
 
-import hashlib
-import json
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mi_ray.config import Positive, ResourcesConfig, ScoreConfig, Section
+from mi_ray.config import Positive, ResourcesConfig, ScoreConfig, Section, config_hash
 from mi_ray.pairs import Columns
 from mi_ray.stages.pair_scorer import Fit
 
@@ -77,4 +75,4 @@ class ScorePairsConfig(Section):
 
     def hash(self) -> str:
         """Hash of `results_config`, 12 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.results_config(), sort_keys=True).encode()).hexdigest()[:12]
+        return config_hash(self.results_config())

@@ -10,7 +10,7 @@ import ray
 
 from mi_ray import __version__, storage
 from mi_ray.alignment.oracle import foreign_prompts
-from mi_ray.config import ConfigError, RunConfig, flatten
+from mi_ray.config import ConfigError, RunConfig
 from mi_ray.diffusion.denoisers import check_model, load_tokenizer
 from mi_ray.prompts import holdout, plan_shards, read_prompts
 from mi_ray.report.page import alignment_table, write_report
@@ -44,7 +44,7 @@ class Plan:
             with collecting(faults):
                 check_targets(config)
         with collecting(faults):
-            _check_run_dir(config)
+            storage.check_run_dir(config.run_dir, config.results_config())
         token_count = tokenizer and (lambda prompt: len(tokenizer(prompt).input_ids))
         max_tokens = tokenizer and tokenizer.model_max_length
         self.skipped: list[dict] = []
@@ -121,27 +121,6 @@ def _check_alignment(config: RunConfig, *tables: pa.Table | None):
         raise ConfigError(faults)
 
 
-def _check_run_dir(config: RunConfig):
-    """The folder can be written to, and what it holds was made by the same config."""
-    try:
-        known = storage.exists(storage.join(config.run_dir, "run.json"))
-        storage.check_writable(config.run_dir)
-    except (OSError, ValueError) as error:
-        message = f"run_dir: {config.run_dir!r} cannot be written to ({error}); give another --run-dir"
-        raise ConfigError([message]) from error
-    if not known:
-        return
-    before = flatten(storage.read_json(storage.join(config.run_dir, "run.json"))["config"])
-    now = flatten(config.results_config())
-    differing = [key for key in before | now if before.get(key) != now.get(key)]
-    if differing:
-        changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
-        message = (
-            f"run_dir: {config.run_dir!r} holds a run of another config: {changes}; undo that or give another --run-dir"
-        )
-        raise ConfigError([message])
-
-
 # ------------------------------------------------------------------------------------------ running
 @contextmanager
 def timed(config: RunConfig, stage: str):
@@ -209,7 +188,8 @@ def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
     """
     plan = Plan(config)
     with held(config.run_dir, config.resources.lease_s):
-        _check_run_dir(config)  # again: who held the run until now may have begun another config
+        # Again: who held the run until now may have begun another config.
+        storage.check_run_dir(config.run_dir, config.results_config())
         return _run(plan, until)
 
 

@@ -1,11 +1,8 @@
 """Scoring of pairs that exist: Ray Data streams them through an actor pool into one file a shard, and an audit page."""
 
-import json
-import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -14,12 +11,10 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
-from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
 from mi_ray import __version__, storage
-from mi_ray.config import ConfigError, flatten
+from mi_ray.config import ConfigError
 from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_tokenizer
 from mi_ray.information.maps import upsampled
 from mi_ray.language.negatives import negatives_by
@@ -29,51 +24,14 @@ from mi_ray.report.audit import decimal, write_audit
 from mi_ray.stages.candidates import Work, encode_png
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
+from mi_ray.stages.shards import stream, take_cpus
 
 SCORES_FOLDER = "scores"
 MAX_THUMBNAIL = 256  # pixels
+MAX_BLOCKS = 1000  # of Ray Data; with more shards a block holds several
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
 _END = object()
 _T = TypeVar("_T")
-
-
-def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
-    return pa.field(name, kind, metadata={"description": meaning})
-
-
-SCORED = pa.schema(
-    [
-        _field("key", pa.string(), "where the pair lies: a file, a file's row or line, a tar's member"),
-        _field("prompt", pa.string(), "the caption"),
-        _field("score_pmi", pa.float32(), storage.SCORES["pmi"]),
-        _field("score_pmi_se", pa.float32(), "standard error of score_pmi over the noise draws, nats"),
-        _field("score_pmi_negatives", pa.float32(), storage.SCORES["pmi_negatives"]),
-        _field("score_pmi_negatives_se", pa.float32(), "standard error of score_pmi_negatives, nats"),
-        _field("score_margin", pa.float32(), "log p(x|y) - max_j log p(x|y_j) over the same negatives and band, nats"),
-        _field("score_margin_se", pa.float32(), "standard error of score_margin, nats"),
-        _field("posterior", pa.float32(), "of the caption among itself and its negatives, all equally likely before"),
-        _field(
-            "contradicted_attribute",
-            pa.string(),
-            "color, shape, count, relation ...; null: no negative is clearly likelier",
-        ),
-        _field("contradicted_kind", pa.string(), "what sort of change the likeliest negative is"),
-        _field("contradicted", pa.string(), "the caption's words that the image contradicts"),
-        _field("instead", pa.string(), "what the likeliest negative says instead; empty: nothing"),
-        _field("instead_posterior", pa.float32(), "of that negative"),
-        _field(
-            "words",
-            pa.list_(pa.struct([("word", pa.string()), ("value", pa.float32()), ("standard_error", pa.float32())])),
-            "of each word: log p(x|y) - log p(x|y without it), nats; empty if not asked for",
-        ),
-        _field(
-            "image",
-            pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())]),
-            "as the model saw it, small; of the shard's best and worst pairs",
-        ),
-        _field("error", pa.string(), "why there is no score"),
-    ]
-)
 
 
 # ---------------------------------------------------------------------------------------------- in the actor
@@ -82,7 +40,7 @@ class PairActor:
 
     def __init__(self, config: dict):
         self.config = config = ScorePairsConfig.model_validate(config)
-        torch.set_num_threads(max(1, int(config.resources.cpus_per_actor)))
+        take_cpus(config.resources.cpus_per_actor)
         self.denoiser = load_denoiser(config.model, config.dtype)
         self.scorer = PairScorer(self.denoiser, config.score, config.resources.batch_size, config.seed, config.words)
         self.size = model_image_size(self.denoiser)
@@ -94,7 +52,7 @@ class PairActor:
         rows = self.rows(shard, work)
         facts = {"shard": shard.name, "rows": len(rows), "errors": sum(row["error"] is not None for row in rows)}
         facts |= {"score_evaluations": work.score_evaluations, "seconds": round(time.perf_counter() - began, 3)}
-        receipt = storage.commit(self.folder, shard.name, pa.Table.from_pylist(rows, schema=SCORED), facts)
+        receipt = storage.commit(self.folder, shard.name, pa.Table.from_pylist(rows, schema=storage.SCORED), facts)
         return {name: [receipt.get(name, value)] for name, value in facts.items()}
 
     def rows(self, shard: PairShard, work: Work) -> list[dict]:
@@ -114,7 +72,7 @@ class PairActor:
             yield [self._row(pair) for pair in chunk]
 
     def _row(self, pair: Pair) -> dict:
-        row = dict.fromkeys(SCORED.names) | {"key": pair.key, "prompt": pair.prompt, "error": pair.error}
+        row = dict.fromkeys(storage.SCORED.names) | {"key": pair.key, "prompt": pair.prompt, "error": pair.error}
         if row["error"] is None:
             try:
                 self._check_caption(pair.prompt)
@@ -203,44 +161,10 @@ def _checked(config: ScorePairsConfig):
 
 def _open_run(config: ScorePairsConfig):
     """Make the folder this run's, or see that it is."""
+    storage.check_run_dir(config.run_dir, config.results_config())
     uri = storage.join(config.run_dir, "run.json")
-    try:
-        known = storage.exists(uri)
-        storage.check_writable(config.run_dir)
-    except (OSError, ValueError) as error:
-        message = f"run_dir: {config.run_dir!r} cannot be written to ({error}); give another --run-dir"
-        raise ConfigError([message]) from error
-    if known:
-        before, now = (
-            flatten(storage.read_json(uri)["config"]),
-            flatten(json.loads(json.dumps(config.results_config()))),
-        )
-        if differing := [key for key in before | now if before.get(key) != now.get(key)]:
-            changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
-            raise ConfigError([f"run_dir: {config.run_dir!r} holds other scores: {changes}; give another --run-dir"])
     versions = {"mi_ray": __version__, **{name: metadata.version(name) for name in PACKAGES}}
     storage.write_json(uri, {"config": config.results_config(), "config_hash": config.hash(), "versions": versions})
-
-
-def _stream(config: ScorePairsConfig, shards: list[PairShard]) -> Iterator[dict]:
-    """Run shards through a pool of actors; yield, as each is written, what was written."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    least, most = (min(n, len(shards)) for n in config.resources.num_actors)
-    dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=min(len(shards), 1000))
-    dataset = dataset.map_batches(
-        PairActor,
-        batch_size=1,
-        compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
-        num_cpus=config.resources.cpus_per_actor,
-        num_gpus=config.resources.gpus_per_actor,
-        fn_constructor_kwargs={"config": config.model_dump(mode="json")},
-    )
-    for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
-        yield {name: values[0].item() if hasattr(values[0], "item") else values[0] for name, values in batch.items()}
 
 
 def score_pairs(config: ScorePairsConfig) -> str:
@@ -259,9 +183,10 @@ def score_pairs(config: ScorePairsConfig) -> str:
     todo = [shard for shard in shards if shard.name in missing]
     if todo:
         ray.init(logging_level="warning", ignore_reinit_error=True)
+    actor = {"config": config.model_dump(mode="json")}
     with tqdm(total=len(shards), desc="score", unit="shard", mininterval=2, dynamic_ncols=True) as progress:
         progress.update(len(shards) - len(todo))
-        for done in _stream(config, todo) if todo else ():
+        for done in stream(PairActor, actor, todo, config.resources, min(len(todo), MAX_BLOCKS)) if todo else ():
             storage.log_event(config.run_dir, "shard_written", stage="score", model=config.model, **done)
             progress.update()
     storage.write_json(storage.join(folder, storage.MANIFEST), {"parts": [{"name": name} for name in names]})

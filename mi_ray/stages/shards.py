@@ -17,7 +17,7 @@ from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
 from mi_ray import storage
-from mi_ray.config import RunConfig
+from mi_ray.config import ResourcesConfig, RunConfig
 from mi_ray.prompts import Shard
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import Work
@@ -138,21 +138,25 @@ def error_row(schema: pa.Schema, shard: Shard, position: int, message: str) -> d
 
 
 # ------------------------------------------------------------------------------------------ in the driver
-def run_shards(actor: type, constructor: dict, shards: list[Shard], config: RunConfig) -> Iterator[dict]:
-    """Run shards through a pool of actors and yield, as each is written, what was written."""
+def stream(actor: type, constructor: dict, shards: list, resources: ResourcesConfig, blocks: int) -> Iterator[dict]:
+    """Run shards (dataclasses) through a pool of actors and yield, as each is written, what was written.
+
+    Args:
+        blocks: of Ray Data, in which the shards are handed out.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
-    least, most = (min(n, len(shards)) for n in config.resources.num_actors)
-    dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
+    least, most = (min(n, len(shards)) for n in resources.num_actors)
+    dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=blocks)
     dataset = dataset.map_batches(
         actor,
         batch_size=1,
         compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
-        num_cpus=config.resources.cpus_per_actor,
-        num_gpus=config.resources.gpus_per_actor,
+        num_cpus=resources.cpus_per_actor,
+        num_gpus=resources.gpus_per_actor,
         fn_constructor_kwargs=constructor,
     )
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
@@ -190,7 +194,7 @@ def run_stage(
     constructor = constructor | {"token": lease.current_token(config.run_dir)}
     with tqdm(total=total, desc=f"{stage} {model}", unit="prompt", mininterval=2, dynamic_ncols=True) as progress:
         progress.update(total - sum(len(shard.prompts) for shard in todo))
-        for done in run_shards(actor, constructor, todo, config) if todo else ():
+        for done in stream(actor, constructor, todo, config.resources, len(todo)) if todo else ():
             lease.confirm(config.run_dir)
             storage.log_event(config.run_dir, "shard_written", **what, **done)
             progress.update(len(shards[done["index"]].prompts))

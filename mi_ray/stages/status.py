@@ -8,6 +8,7 @@ from mi_ray import storage
 from mi_ray.config import ConfigError, RunConfig
 from mi_ray.stages.evaluate import REFERENCE
 from mi_ray.stages.finetune import SUMMARY
+from mi_ray.stages.lease import latest
 from mi_ray.stages.preflight import evaluations
 
 RECENT = 50  # shards whose pace counts
@@ -146,11 +147,8 @@ def run_status(run_dir: str) -> dict:
 
 def _driver(run_dir: str) -> dict | None:
     """Who holds the run's lease: host, pid, since and heartbeat (seconds ago); None if no one does."""
-    names = storage.list_names(storage.join(run_dir, "lease"))
-    if not names:
-        return None
-    holder = storage.read_json(storage.join(run_dir, "lease", names[-1]))
-    if holder["released"]:
+    _, holder = latest(run_dir)
+    if holder is None or holder["released"]:
         return None
     heard = max(0.0, time.time() - holder["heartbeat"])
     return {key: holder[key] for key in ("host", "pid", "since", "seconds")} | {"heard_of_seconds_ago": round(heard, 1)}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from mi_ray import storage
 from mi_ray.stages.status import run_status
@@ -20,19 +19,12 @@ WAIT_S = 400
 
 
 @pytest.fixture(scope="module")
-def run_dir():
+def run_dir(s3_server):
     """The URI of a run on an S3 server of this process, which the job's processes reach by the environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{s3_server}")
         boto3.client("s3").create_bucket(Bucket="runs")
         yield "s3://runs/smoke"
-    server.stop()
 
 
 def start(run_dir: str, log) -> subprocess.Popen:

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from mi_ray import storage
@@ -33,7 +32,7 @@ from mi_ray.shapes.scenes import render
 from mi_ray.stages.candidates import Scorer, Work, draw_probes_of
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, read_image
-from mi_ray.stages.score import SCORED, PairActor, ahead, score_one
+from mi_ray.stages.score import PairActor, ahead, score_one
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = ["a red circle left of a blue square", "two hearts", "a striped star", "a green cross", "a pink heart"]
@@ -54,19 +53,10 @@ IMAGES = [encoded(image_of(caption)) for caption in CAPTIONS]
 
 
 @pytest.fixture(scope="module")
-def server():
-    """An S3 server in this process with the bucket `pairs`; its address."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        boto3.client("s3", endpoint_url=f"http://{address}").create_bucket(Bucket="pairs")
-        yield address
-    server.stop()
+def server(s3_server):
+    """The address of an S3 server with the bucket `pairs`."""
+    boto3.client("s3", endpoint_url=f"http://{s3_server}").create_bucket(Bucket="pairs")
+    return s3_server
 
 
 @pytest.fixture
@@ -381,11 +371,11 @@ def test_the_page_escapes_captions_and_holds_everything_itself(scored):
 
 
 def test_a_hostile_caption_is_shown_as_text(tiny_pipeline, tmp_path):
-    row = dict.fromkeys(SCORED.names) | {"key": "<b>key</b>", "prompt": HOSTILE, "score_pmi": 1.0, "words": []}
+    row = dict.fromkeys(storage.SCORED.names) | {"key": "<b>key</b>", "prompt": HOSTILE, "score_pmi": 1.0, "words": []}
     row |= {"contradicted": "<i>red</i>", "instead": "<u>blue</u>", "instead_posterior": 0.9, "posterior": 0.1}
     row |= {"score_pmi_negatives": -2.0, "score_margin": -1.5, "contradicted_attribute": "<em>"}
-    bad = dict.fromkeys(SCORED.names) | {"key": "k", "error": "<img src=x>"}
-    storage.write_table(str(tmp_path / "scores" / "a.parquet"), pa.Table.from_pylist([row, bad], SCORED))
+    bad = dict.fromkeys(storage.SCORED.names) | {"key": "k", "error": "<img src=x>"}
+    storage.write_table(str(tmp_path / "scores" / "a.parquet"), pa.Table.from_pylist([row, bad], storage.SCORED))
     config = config_of(tiny_pipeline, "-", tmp_path).results_config()
     uri, _ = write_audit(str(tmp_path), str(tmp_path / "scores"), ["a.parquet"], config)
     page = Path(uri).read_text()
