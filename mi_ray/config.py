@@ -45,7 +45,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _none(cls, values):
+    def _read(cls, values):
         """`none` means no value, and an empty list where there is one, in YAML as on the command line."""
         if not isinstance(values, dict):
             return values
@@ -55,7 +55,14 @@ class Section(BaseModel):
         lists = {name for name, field in cls.model_fields.items() if isinstance(field.default, tuple)}
         nothing = {name for name, value in values.items() if isinstance(value, str) and value.lower() == "none"}
         nothing |= {name for name in lists if name in values and values[name] in (None, [None])}
-        return values | {name: () if name in lists else None for name in nothing}
+        values = values | {name: () if name in lists else None for name in nothing}
+        # A section set in part keeps the rest of its own default, not of its class's.
+        defaults = {name: cls.model_fields[name].default for name in values if name in cls.model_fields}
+        return values | {
+            name: default.model_dump(exclude_unset=True) | values[name]
+            for name, default in defaults.items()
+            if isinstance(default, Section) and isinstance(values[name], dict)
+        }
 
 
 def check_band(log_snr_min: float, log_snr_max: float):

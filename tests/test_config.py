@@ -72,6 +72,11 @@ def test_flags_override_the_file_field_by_field(config_file):
     assert config.evaluation.pmi is False
 
 
+def test_a_section_set_in_part_keeps_the_rest_of_its_default():
+    sampler = load(*LEAST, "--evaluation.sampler.guidance-scale", "3").evaluation.sampler
+    assert (sampler.solver, sampler.num_inference_steps, sampler.guidance_scale) == ("ddim", 50, 3)
+
+
 def test_none_in_a_file_is_no_value(config_file):
     assert load("--config", config_file("run_dir: a\nprompts: {file: p.txt, limit: none}")).prompts.limit is None
 

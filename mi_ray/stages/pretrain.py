@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import ray.train
 import torch
-from diffusers import AutoencoderKL
-from pydantic import BaseModel, ConfigDict
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from pydantic import BaseModel, ConfigDict, Field
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
 from torch.nn.functional import mse_loss
 
+from mi_ray.diffusion.denoisers import resolve_model
 from mi_ray.shapes import model
 from mi_ray.shapes.scenes import BACKGROUND
 
@@ -42,6 +43,8 @@ class PretrainConfig(BaseModel):
     min_snr_gamma: float = 5.0  # Hang et al. 2023, eq. 5
     ema_decay: float = 0.999
     checkpoint_every: int = 500
+    start_from: str = ""  # a pipeline of this architecture, folder or shipped name, whose parts are trained on
+    layout_share: float = Field(0.0, ge=0, lt=1)  # of the timesteps, drawn around 690, where a caption decides most
 
 
 def _to_tensor(images: np.ndarray) -> torch.Tensor:
@@ -226,6 +229,20 @@ def _cached_pairs(config: PretrainConfig, folder: Path, vae: AutoencoderKL, toke
     return torch.load(path, weights_only=True)
 
 
+def timestep_frequency(alphas_cumprod: torch.Tensor, min_snr_gamma: float, layout_share: float) -> torch.Tensor:
+    """How often each timestep is drawn: (T,), summing to one.
+
+    In proportion to the min-SNR weight (Hang et al. 2023, eq. 5) instead of weighted by it: the same objective, less
+    variance. `layout_share` of the draws are logit-normal (Esser et al. 2024, section 3.1) around 0.69 T instead, where
+    the denoiser gains most from its caption.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    base = (min_snr_gamma / snr).clamp(max=1)
+    t = (torch.arange(len(snr)) + 0.5) / len(snr)
+    layout = torch.exp(-0.5 * ((torch.logit(t) - 0.8) / 0.6) ** 2) / (t * (1 - t))
+    return (1 - layout_share) * base / base.sum() + layout_share * layout / layout.sum()
+
+
 def train_denoiser(settings: dict):
     """Worker loop: text encoder and UNet together, epsilon-prediction, averaged weights kept."""
     config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
@@ -237,6 +254,10 @@ def train_denoiser(settings: dict):
 
     torch.manual_seed(config.seed)
     modules = torch.nn.ModuleDict({"text_encoder": model.build_text_encoder(tokenizer), "unet": model.build_unet()})
+    if config.start_from:
+        trained = _start(config)
+        modules["text_encoder"].load_state_dict(trained.text_encoder.state_dict())
+        modules["unet"].load_state_dict(trained.unet.state_dict())
     average = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
     )
@@ -259,9 +280,7 @@ def train_denoiser(settings: dict):
 
     objective = prepare_model(Loss())
     scheduler = model.build_scheduler()
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    # Drawn in proportion to the min-SNR weight instead of weighted by it: the same objective, less variance.
-    frequency = (config.min_snr_gamma / snr).clamp(max=1)
+    frequency = timestep_frequency(scheduler.alphas_cumprod, config.min_snr_gamma, config.layout_share)
     batch_size, count = config.batch_size // context.get_world_size(), len(data["ids"])
     running = None
     progress = _Progress(folder, "denoiser", checkpoints.step, config.steps)
@@ -305,10 +324,19 @@ def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, vae: AutoencoderKL
     model.build_pipeline(half_vae, text_encoder, tokenizer, unet.half()).save_pretrained(folder / "model")
 
 
+def _start(config: PretrainConfig) -> StableDiffusionPipeline:
+    """The pipeline to go on from, in single precision."""
+    return StableDiffusionPipeline.from_pretrained(resolve_model(config.start_from), torch_dtype=torch.float32)
+
+
 def pretrain(config: PretrainConfig, folder: Path) -> Path:
     """Train or continue in `folder`; returns the path of the finished diffusers folder."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if config.start_from and not (folder / "vae-refined").exists():
+        vae = _start(config).vae
+        vae.save_pretrained(folder / "vae")
+        vae.save_pretrained(folder / "vae-refined")
     for name, loop, done in (
         ("vae", train_vae, folder / "vae" / "config.json"),
         ("decoder", train_decoder, folder / "vae-refined" / "config.json"),
