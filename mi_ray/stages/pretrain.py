@@ -22,7 +22,7 @@ from mi_ray.shapes.scenes import BACKGROUND
 
 
 class PretrainConfig(BaseModel):
-    """Budget of the pre-training; the defaults made the shipped model."""
+    """Budget of the pre-training. What made the shipped model is on its card, shapes/weights/README.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
