@@ -16,8 +16,8 @@ from mi_ray import storage
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.prompts import Shard
-from mi_ray.stages.preflight import seconds_per_evaluation
 from mi_ray.stages.shards import ShardWriter, run_stage
+from mi_ray.stages.trial import try_batch
 
 CANDIDATES, STEPS, PROMPTS = 8, 20, 4  # of a prompt, of a candidate, of a shard
 NODE = 8  # GPUs of a simulated machine
@@ -56,7 +56,7 @@ class ScalingBenchmark(Benchmark):
 
 
 def measured_here() -> float:
-    return seconds_per_evaluation(load_denoiser("shapes"), 16)
+    return try_batch(load_denoiser("shapes"), 16).seconds_per_evaluation
 
 
 class SleepingGenerator:

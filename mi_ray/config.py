@@ -288,8 +288,12 @@ class ResourcesConfig(Section):
 
     num_actors: tuple[Positive, Positive] = Field((1, 1), description="least and most generating actors")
     cpus_per_actor: Annotated[float, Field(ge=0)] = Field(1, description="and its threads")
-    gpus_per_actor: Annotated[float, Field(ge=0)] = Field(0, description="0.5: two actors share a GPU")
-    batch_size: Positive = Field(64, description="candidates in one denoiser batch (twice that with guidance)")
+    gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        0, description="0.5: two actors share a GPU; auto: found by a trial when the run starts"
+    )
+    batch_size: Positive | Literal["auto"] = Field(
+        64, description="candidates in one denoiser batch (twice that with guidance); auto: found by a trial"
+    )
     shard_timeout_s: float | None = Field(
         None, gt=0, description="an actor that takes longer over a shard is ended, and the shard given to another"
     )
@@ -299,6 +303,7 @@ class ResourcesConfig(Section):
     train_workers: Positive = Field(1, description="data-parallel workers of the fine-tuning")
     train_cpus: Annotated[float, Field(ge=0)] = Field(1, description="per worker")
     train_gpus: Annotated[float, Field(ge=0)] = Field(0, description="per worker: 0 or 1")
+    price_per_gpu_hour: float | None = Field(None, ge=0, description="in any currency: --dry-run then tells the cost")
 
     @model_validator(mode="after")
     def _order(self):

@@ -1,11 +1,11 @@
 """Calibration: the band of log SNR in which the contrastive score ranks the candidates of a prompt best.
 
-With labels a band is judged by its AUC within prompts. Without, by two things that the model alone can tell:
+With labels a band is judged by its AUC within prompts. Without, by what the model alone can tell: an image must score
+higher with the prompt that it was made for than with the prompts next to it, or the band does not hear what the prompt
+says, and independent halves of the noise draws must say so both, or the band measures the draws and not the images.
 
-- agreement: scores from independent halves of the noise draws must order the candidates of a prompt alike, or the band
-  measures the draws and not the images;
-- contrast: an image must score higher with the prompt that it was made for than with the prompts next to it, or the
-  band does not hear what the prompt says.
+How far the halves agree on the order of a prompt's candidates is told too, but nothing is chosen by it: low noise shows
+every detail of an image, right or wrong, so that there they agree best and on the least.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,8 @@ class Band:
     log_snr_max: float
     agreement: float  # mean correlation of the two halves within prompts, in [-1, 1]
     contrast: float  # mean chance that the own prompt outscores a neighbour, in [0, 1]
+    label_free: float  # share of neighbours that both halves put below the own prompt, less those both put above
     auc: float | None  # within prompts, over those that have both labels
-
-    @property
-    def label_free(self) -> float:
-        """What a band is chosen by without labels: both parts must be good, each in [0, 1]."""
-        return max(self.agreement, 0.0) * max(2 * self.contrast - 1, 0.0)
 
 
 def judge_bands(
@@ -52,6 +48,7 @@ def judge_bands(
     bands = []
     for first, last in combinations(range(len(log_snr_edges)), 2):
         inside = up_to[:, :, last] - up_to[:, :, first]  # (N, 1 + J, 2)
+        wins = (inside[:, :1] > inside[:, 1:]).double()  # (N, J, 2)
         halves = inside[:, 0] - torch.logsumexp(inside[:, 1:], 1)  # constants of a prompt do not matter here
         both = inside.mean(2)
         score = both[:, 0] - torch.logsumexp(both[:, 1:], 1)
@@ -61,6 +58,7 @@ def judge_bands(
                 float(log_snr_edges[last]),
                 _agreement(halves, prompt_index),
                 float((both[:, :1] > both[:, 1:]).double().mean()),
+                float((wins.prod(2) - (1 - wins).prod(2)).mean()),
                 None if pairs is None else _auc(score, *pairs),
             )
         )

@@ -49,7 +49,7 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
         print(f"{name.replace('_', '-'):<11} {_said(band)}")
     band = chosen["labelled" if config.use_labels else "label_free"]
     storage.write_bytes(config.out, _as_yaml(config, band, len(prompts)).encode())
-    storage.write_json(config.out + ".bands.json", [asdict(band) | {"label_free": band.label_free} for band in bands])
+    storage.write_json(config.out + ".bands.json", [asdict(band) for band in bands])
     print(f"give the pipeline --config {config.out}; all bands are in {config.out}.bands.json")
 
 
@@ -114,8 +114,8 @@ def _halves(config: CalibrationConfig, denoiser: Denoiser, latents: Tensor, bran
 def _said(band: Band) -> str:
     auc = "" if band.auc is None else f", AUC {band.auc:.3f}"
     return (
-        f"log SNR {band.log_snr_min:.2f} to {band.log_snr_max:.2f}: halves agree at {band.agreement:.2f},"
-        f" own prompt wins {100 * band.contrast:.0f} %{auc}"
+        f"log SNR {band.log_snr_min:.2f} to {band.log_snr_max:.2f}: own prompt wins {100 * band.contrast:.1f} %,"
+        f" {band.label_free:.3f} by both halves{auc}"
     )
 
 

@@ -21,6 +21,7 @@ from mi_ray.stages.generate import generate
 from mi_ray.stages.lease import confirm, held
 from mi_ray.stages.select import select
 from mi_ray.stages.training_log import check_loggers
+from mi_ray.stages.trial import settle
 
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "numpy")
 
@@ -65,6 +66,11 @@ class Plan:
         key = config.hash()
         self.shards = plan_shards(self.train, config.generate.prompts_per_shard, key)
         self.evaluation_shards = plan_shards(self.held_out, config.generate.prompts_per_shard, key)
+
+    def settle(self):
+        """Find what the resources leave open, on the cluster."""
+        resources = settle(self.config.model, self.config.resources)
+        self.config = self.config.model_copy(update={"resources": resources})
 
     def _read(self, file: str, field: str, limit: int | None, token_count, max_tokens) -> pa.Table:
         prompts = self.config.prompts
@@ -194,8 +200,9 @@ def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
 
 
 def _run(plan: Plan, until: str) -> str | None:
-    config = plan.config
     ray.init(logging_level="warning", ignore_reinit_error=True)
+    plan.settle()
+    config = plan.config
     open_run(plan)
     adapters: dict[str, str | None] = {"base": None, "tuned": align(plan, until=until)}
     if until == "generate":

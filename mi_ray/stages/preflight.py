@@ -1,14 +1,10 @@
 """The plan of a run before it starts: how much of everything, from one measured batch how long and how big."""
 
-import resource
-import time
-
-import torch
-
 from mi_ray.config import POINTWISE_SCORES, RunConfig
-from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
+from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.stages.pipeline import Plan, run_pipeline
 from mi_ray.stages.shards import take_cpus
+from mi_ray.stages.trial import best, sweep, try_batch
 
 TRAINING_COST = 3  # a training pass in denoiser evaluations: forward, and backward at twice that
 
@@ -46,34 +42,18 @@ def _branches(config: RunConfig, names: set[str]) -> int:
     return branches + config.score.max_negatives * ("pmi_negatives" in names)
 
 
-def seconds_per_evaluation(denoiser: Denoiser, batch_size: int) -> float:
-    """Measured on one denoiser batch of both branches, after one to warm up."""
-    embeddings = denoiser.encode_prompts([""]).expand(2 * batch_size, -1, -1)
-    latents = torch.randn(2 * batch_size, *denoiser.latent_shape, device=denoiser.device)
-    timesteps = torch.full((2 * batch_size,), 500, device=denoiser.device)
-    for _ in range(2):
-        began = time.perf_counter()
-        with torch.inference_mode():
-            denoiser.predict_epsilon(latents, timesteps, embeddings)
-        if denoiser.device.type == "cuda":
-            torch.cuda.synchronize()
-    return (time.perf_counter() - began) / (2 * batch_size)
-
-
 def describe(plan: Plan) -> str:
-    """The plan as text: prompts, shards, candidates, denoiser evaluations, parameters, estimated memory and time."""
-    config = plan.config
-    take_cpus(config.resources.cpus_per_actor)
+    """The plan as text: prompts, shards, candidates, denoiser evaluations, parameters, estimated memory, time, cost."""
+    config, resources = plan.config, plan.config.resources
+    take_cpus(resources.cpus_per_actor)
     denoiser = load_denoiser(config.model.path, config.model.dtype)
-    each = seconds_per_evaluation(denoiser, config.resources.batch_size)
-    if denoiser.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    trials = sweep(denoiser)
+    mine = best(trials) if resources.batch_size == "auto" else try_batch(denoiser, resources.batch_size)
+    each = mine.seconds_per_evaluation
     prompts, held_out = len(plan.train), len(plan.held_out)
     counts = evaluations(config, prompts, held_out)
-    actors = min(config.resources.num_actors[1], len(plan.shards))
-    workers = {"finetune": config.resources.train_workers}
+    actors = min(resources.num_actors[1], len(plan.shards))
+    workers = {"finetune": resources.train_workers}
     minutes = {stage: count * each / workers.get(stage, actors) / 60 for stage, count in counts.items()}
     parameters = sum(p.numel() for p in denoiser.unet.parameters())
     arms = ", ".join([config.select.by, *config.evaluation.controls])
@@ -85,13 +65,26 @@ def describe(plan: Plan) -> str:
         f" {len(plan.evaluation_shards)} for evaluation",
         f"candidates    {prompts * config.generate.candidates_per_prompt} a round, {config.rounds} round(s),"
         f" {config.select.top_k} kept per prompt by {arms}",
-        f"actors        {actors}, batches of {config.resources.batch_size} candidates, about {memory:.1f} GiB each",
-        f"speed         {1e3 * each:.2f} ms a denoiser evaluation, measured on one batch here",
+        f"actors        {actors}, batches of {mine.batch_size} candidates, about {mine.memory_gib:.1f} GiB each",
+        f"speed         {1e3 * each:.2f} ms a denoiser evaluation, measured on one batch here; by batch size: "
+        + ", ".join(f"{trial.batch_size}: {1e3 * trial.seconds_per_evaluation:.2f}" for trial in trials),
         "denoiser evaluations and minutes (estimated; start-up of actors and workers comes on top):",
         *(f"  {stage:<12}{count:>14,}{minutes[stage]:>10.1f} min" for stage, count in counts.items()),
         f"  {'total':<12}{sum(counts.values()):>14,}{sum(minutes.values()):>10.1f} min",
     ]
+    if resources.price_per_gpu_hour is not None:
+        lines.append(_cost(plan, minutes, actors))
     return "\n".join(lines)
+
+
+def _cost(plan: Plan, minutes: dict[str, float], actors: int) -> str:
+    """GPU-hours of all stages, and what they cost."""
+    resources = plan.config.resources
+    share = 1 if resources.gpus_per_actor == "auto" else resources.gpus_per_actor
+    training = minutes["finetune"] * resources.train_workers * resources.train_gpus
+    hours = (training + sum(m for stage, m in minutes.items() if stage != "finetune") * actors * share) / 60
+    price = resources.price_per_gpu_hour
+    return f"cost          {hours:,.2f} GPU-hours at {price:g} each: {hours * price:,.2f}"
 
 
 def run_or_describe(config: RunConfig, dry_run: bool, until: str = "report"):

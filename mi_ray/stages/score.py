@@ -14,20 +14,23 @@ import ray
 from tqdm import tqdm
 
 from mi_ray import __version__, storage
-from mi_ray.config import ConfigError
+from mi_ray.config import ConfigError, ModelConfig
 from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_tokenizer
 from mi_ray.information.maps import upsampled
 from mi_ray.language.negatives import negatives_by
 from mi_ray.pairs import Pair, PairShard, plan_pairs, read_pairs
 from mi_ray.report.attributions import attribution_png
 from mi_ray.report.audit import decimal, write_audit
+from mi_ray.stages import lease
 from mi_ray.stages.candidates import Work, encode_png
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
-from mi_ray.stages.shards import stream, take_cpus
+from mi_ray.stages.shards import deadline, stream, take_cpus
+from mi_ray.stages.trial import settle
 
 SCORES_FOLDER = "scores"
 MAX_THUMBNAIL = 256  # pixels
+SINGLE_BATCH = 64  # of a single pair, for which a trial would take longer than the pair
 MAX_BLOCKS = 1000  # of Ray Data; with more shards a block holds several
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
 _END = object()
@@ -38,8 +41,9 @@ _T = TypeVar("_T")
 class PairActor:
     """Ray Data actor: a row that names a shard of pairs -> a row that says what was written."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, token: int | None = None):
         self.config = config = ScorePairsConfig.model_validate(config)
+        self.token = token
         take_cpus(config.resources.cpus_per_actor)
         self.denoiser = load_denoiser(config.model, config.dtype)
         self.scorer = PairScorer(self.denoiser, config.score, config.resources.batch_size, config.seed, config.words)
@@ -49,7 +53,10 @@ class PairActor:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         shard = PairShard(int(batch["index"][0]), str(batch["name"][0]), str(batch["source"][0]))
         began, work = time.perf_counter(), Work()
-        rows = self.rows(shard, work)
+        with deadline(self.config.resources.shard_timeout_s):
+            rows = self.rows(shard, work)
+        if lease.superseded(self.config.run_dir, self.token):
+            raise lease.Lost([f"{shard.name} is not committed: another driver took over {self.config.run_dir!r}"])
         facts = {"shard": shard.name, "rows": len(rows), "errors": sum(row["error"] is not None for row in rows)}
         facts |= {"score_evaluations": work.score_evaluations, "seconds": round(time.perf_counter() - began, 3)}
         receipt = storage.commit(self.folder, shard.name, pa.Table.from_pylist(rows, schema=storage.SCORED), facts)
@@ -171,11 +178,16 @@ def score_pairs(config: ScorePairsConfig) -> str:
     """Score what is missing of an input, then write the audit page; returns its URI.
 
     Raises:
-        ConfigError: something the user gave is wrong; nothing was started.
+        ConfigError: something the user gave is wrong, or another driver holds the folder; nothing was started.
     """
     _checked(config)
     shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
-    _open_run(config)
+    with lease.held(config.run_dir, config.resources.lease_s):
+        _open_run(config)
+        return _score_missing(config, shards)
+
+
+def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
     folder = storage.join(config.run_dir, SCORES_FOLDER)
     names = [shard.name for shard in shards]
     storage.adopt_parts(folder, names)
@@ -183,12 +195,16 @@ def score_pairs(config: ScorePairsConfig) -> str:
     todo = [shard for shard in shards if shard.name in missing]
     if todo:
         ray.init(logging_level="warning", ignore_reinit_error=True)
-    actor = {"config": config.model_dump(mode="json")}
+        resources = settle(ModelConfig(path=config.model, dtype=config.dtype), config.resources)
+        config = config.model_copy(update={"resources": resources})
+    actor = {"config": config.model_dump(mode="json"), "token": lease.current_token(config.run_dir)}
     with tqdm(total=len(shards), desc="score", unit="shard", mininterval=2, dynamic_ncols=True) as progress:
         progress.update(len(shards) - len(todo))
         for done in stream(PairActor, actor, todo, config.resources, min(len(todo), MAX_BLOCKS)) if todo else ():
+            lease.confirm(config.run_dir)
             storage.log_event(config.run_dir, "shard_written", stage="score", model=config.model, **done)
             progress.update()
+    lease.confirm(config.run_dir)
     storage.write_json(storage.join(folder, storage.MANIFEST), {"parts": [{"name": name} for name in names]})
     page, summary = write_audit(config.run_dir, folder, names, config.results_config())
     print(
@@ -215,7 +231,8 @@ def score_one(config: ScorePairsConfig) -> dict:
     if count > denoiser.max_tokens and config.overlong == "error":
         message = f"prompt: it has {count} tokens, the text encoder reads {denoiser.max_tokens}"
         raise ConfigError([f"{message}; shorten it, or set overlong: truncate"])
-    scorer = PairScorer(denoiser, config.score, config.resources.batch_size, config.seed, words=True)
+    batch_size = SINGLE_BATCH if config.resources.batch_size == "auto" else config.resources.batch_size
+    scorer = PairScorer(denoiser, config.score, batch_size, config.seed, words=True)
     row = scorer(image[None], [config.prompt], Work())[0]
     density = upsampled(scorer.maps(image[None], [config.prompt]).direct, image.shape[:2])[0].cpu().numpy()
     destination = config.map or f"{Path(config.image).with_suffix('')}-map.png"

@@ -40,7 +40,7 @@ def test_no_band_is_believed_where_nothing_tells():
         assert abs(band.agreement) < 0.2
         assert band.contrast == pytest.approx(0.5, abs=0.06)
         assert band.auc == pytest.approx(0.5, abs=0.1)
-        assert band.label_free < 0.03
+        assert abs(band.label_free) < 0.12
 
 
 def test_without_noise_halves_agree_and_every_pair_is_ordered():

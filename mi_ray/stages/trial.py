@@ -1,0 +1,160 @@
+"""A trial before the run, on the actors' own hardware: which batch size, and how many actors to a GPU, go fastest."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+import torch
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from mi_ray.config import ModelConfig, ResourcesConfig
+from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
+from mi_ray.stages.candidates import specialise
+from mi_ray.stages.shards import take_cpus
+
+BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
+ACTORS_TO_A_GPU = (2, 4)
+WORTH_IT = 1.05  # the gain in speed for which larger batches, or more actors to a GPU, are taken
+MEMORY_SHARE = 0.85  # of a GPU, which its actors may fill: scoring and decoding need room beside the denoiser
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One denoiser batch of both branches, measured."""
+
+    batch_size: int  # candidates
+    seconds_per_evaluation: float
+    memory_gib: float  # at its peak: of the GPU, or of the process where there is none
+    memory_left_gib: float  # what the GPU has beside that; infinite where there is none
+
+
+def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Trial:
+    """Run denoiser batches, after one to warm up, for at least so many seconds and at least once."""
+    embeddings = denoiser.encode_prompts([""]).expand(2 * batch_size, -1, -1)
+    latents = torch.randn(2 * batch_size, *denoiser.latent_shape, device=denoiser.device)
+    timesteps = torch.full((2 * batch_size,), 500, device=denoiser.device)
+    on_gpu = denoiser.device.type == "cuda"
+
+    def run() -> float:
+        with torch.inference_mode():
+            denoiser.predict_epsilon(latents, timesteps, embeddings)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    began, now, done = run(), 0.0, 0
+    while not done or now - began < seconds:
+        now, done = run(), done + 1
+    each = (now - began) / (done * 2 * batch_size)
+    if not on_gpu:
+        return Trial(batch_size, each, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, float("inf"))
+    peak = torch.cuda.max_memory_reserved()
+    return Trial(batch_size, each, peak / 2**30, (torch.cuda.mem_get_info()[1] - peak) / 2**30)
+
+
+def sweep(denoiser: Denoiser) -> list[Trial]:
+    """Batches of rising size, until one does not fit or two in a row are no faster than what came before."""
+    trials: list[Trial] = []
+    for batch_size in BATCH_SIZES:
+        try:
+            trials.append(try_batch(denoiser, batch_size))
+        except torch.OutOfMemoryError:
+            break
+        if len(trials) > 2 and min(t.seconds_per_evaluation for t in trials[-2:]) > min(
+            t.seconds_per_evaluation for t in trials[:-2]
+        ):
+            break
+    return trials
+
+
+def best(trials: list[Trial]) -> Trial:
+    """The smallest batch that is about as fast as the fastest: it wastes least when the last candidates are few.
+
+    Raises:
+        ValueError: not even the smallest batch fitted.
+    """
+    if not trials:
+        raise ValueError(f"not even a batch of {BATCH_SIZES[0]} candidates fits: set resources.batch_size lower")
+    fastest = min(trial.seconds_per_evaluation for trial in trials)
+    return next(trial for trial in trials if trial.seconds_per_evaluation <= WORTH_IT * fastest)
+
+
+# ------------------------------------------------------------------------------------------ on the cluster
+class Probe:
+    """Ray actor that holds the model as a generating one does."""
+
+    def __init__(self, model: dict, cpus: float):
+        take_cpus(cpus)
+        self.model = ModelConfig.model_validate(model)
+        self.denoiser = load_denoiser(self.model.path, self.model.dtype)
+
+    def sweep(self) -> list[Trial]:
+        return sweep(self.denoiser)
+
+    def try_batch(self, batch_size: int, seconds: float = 0.0) -> Trial:
+        specialise(self.denoiser, self.model, batch_size)
+        return try_batch(self.denoiser, batch_size, seconds)
+
+
+@contextmanager
+def _probes(model: ModelConfig, cpus: float, gpus: float, count: int) -> Iterator[list]:
+    """So many probes, on one GPU together if they need one at all."""
+    bundle = {"CPU": cpus * count, "GPU": float(gpus > 0) if count > 1 else gpus}
+    group: PlacementGroup = placement_group([{name: amount for name, amount in bundle.items() if amount}])
+    ray.get(group.ready())
+    here = PlacementGroupSchedulingStrategy(group)
+    actor = ray.remote(Probe).options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=here)
+    probes = [actor.remote(model.model_dump(mode="json"), cpus) for _ in range(count)]
+    try:
+        yield probes
+    finally:
+        for probe in probes:
+            ray.kill(probe)
+        remove_placement_group(group)
+
+
+def settle(model: ModelConfig, resources: ResourcesConfig) -> ResourcesConfig:
+    """Put what a trial finds in the place of every `auto`; without one, nothing is tried.
+
+    More actors share a GPU as long as, running at the same time, they do more together than fewer did.
+    """
+    auto_batch, auto_share = resources.batch_size == "auto", resources.gpus_per_actor == "auto"
+    if not (auto_batch or auto_share):
+        return resources
+    cpus, gpus = resources.cpus_per_actor, 1 if auto_share else resources.gpus_per_actor
+    with _probes(model, cpus, gpus, 1) as (probe,):
+        if auto_batch:
+            chosen = best(ray.get(probe.sweep.remote()))
+        else:
+            chosen = ray.get(probe.try_batch.remote(resources.batch_size))
+    if auto_share:
+        gpus = _share(model, cpus, chosen)
+    settled = resources.model_copy(update={"batch_size": chosen.batch_size, "gpus_per_actor": gpus})
+    print(
+        f"trial: batches of {settled.batch_size} candidates, {1e3 * chosen.seconds_per_evaluation:.2f} ms a denoiser"
+        f" evaluation, {chosen.memory_gib:.1f} GiB; resources.gpus_per_actor {settled.gpus_per_actor:g}"
+    )
+    return settled
+
+
+def _share(model: ModelConfig, cpus: float, chosen: Trial) -> float:
+    """GPUs an actor: 1, or less where several on one GPU are faster together."""
+    room = MEMORY_SHARE * (chosen.memory_gib + chosen.memory_left_gib)
+    count, together = 1, 1 / chosen.seconds_per_evaluation
+    for more in ACTORS_TO_A_GPU:
+        if more * chosen.memory_gib > room:
+            break
+        with _probes(model, cpus, 1 / more, more) as probes:
+            ray.get([probe.try_batch.remote(chosen.batch_size) for probe in probes])  # all are loaded and warm
+            trials = ray.get([probe.try_batch.remote(chosen.batch_size, 2.0) for probe in probes])
+        rate = sum(1 / trial.seconds_per_evaluation for trial in trials)
+        if rate < WORTH_IT * together:
+            break
+        count, together = more, rate
+    return 1 / count
