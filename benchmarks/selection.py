@@ -35,9 +35,11 @@ class SelectionBenchmark(Benchmark):
     model: str = Field("shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar")
     prompts: PositiveInt = Field(150, description="taken from the demo's training prompts, the categories in turn")
     candidates: PositiveInt = Field(16, description="per prompt")
-    sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=5.0)
+    sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=4.0)
     score: ScoreConfig = Field(
-        ScoreConfig(names=get_args(ScoreName), log_snr_min=-4.5, log_snr_max=-1.7, num_samples=8, neighbours=6),
+        ScoreConfig(
+            names=get_args(ScoreName), log_snr_min=-5.0, log_snr_max=-1.0, num_samples=6, neighbours=8, max_negatives=8
+        ),
         description="the scores to compare and their settings",
     )
     batch_size: PositiveInt = Field(128, description="candidates in one denoiser batch")

@@ -359,7 +359,7 @@ class World:
         scaler = torch.amp.GradScaler(device.type, enabled=self._half() == torch.float16)
 
         def draw(step: int):
-            batch = draw_microbatch(self._data, 0, step, settings.training_batch, len(objective.alpha), 0.0)
+            batch = draw_microbatch(self._data, 0, step, settings.training_batch, range(len(objective.alpha)), 0.0)
             return tuple(tensor.to(device) for tensor in batch)
 
         def run():

@@ -247,6 +247,13 @@ class FinetuneConfig(Section):
     )
     learning_rate: float = Field(1e-4, gt=0, description="of AdamW")
     lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="optimiser steps of linear warm-up")
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine: down to 0")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="save a moving average of the weights, less swayed by the last batches; none: the last",
+    )
     weight_decay: float = Field(1e-2, ge=0, description="of AdamW")
     steps: Positive = Field(300, description="optimiser steps")
     batch_size: Positive = Field(8, description="rows in one batch of one worker")
@@ -255,6 +262,9 @@ class FinetuneConfig(Section):
     )
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
     min_snr_gamma: float | None = Field(None, gt=0, description="Hang et al. 2023, eq. 5; none: plain epsilon loss")
+    log_snr_max: float | None = Field(
+        None, description="train only at noise levels up to this log SNR, where a prompt decides; none: at all of them"
+    )
     activation_checkpointing: bool = Field(
         False, description="activations are computed again in the backward pass: less memory, a third more time"
     )

@@ -56,11 +56,18 @@ def negatives_by(source: str) -> MakeNegatives:
 
 
 def chosen(negatives: list[Negative], limit: int) -> list[Negative]:
-    """At most `limit` of a prompt's negatives: the kinds in turn, each in the order that it was made in."""
-    queues = [[n for n in negatives if n.kind == kind] for kind in KINDS]
+    """At most `limit` of a prompt's negatives: the kinds in turn, each in the order that it was made in.
+
+    Replacements come three at a turn: an image most often has an attribute that another object should have, and any of
+    the objects may be the one that has it.
+    """
+    queues = {kind: [n for n in negatives if n.kind == kind] for kind in KINDS}
     in_turn = []
-    for place in range(max(map(len, queues), default=0)):
-        in_turn += [queue[place] for queue in queues if place < len(queue)]
+    while any(queues.values()):
+        for kind, queue in queues.items():
+            share = 3 if kind == "attribute replacement" else 1
+            in_turn += queue[:share]
+            del queue[:share]
     return in_turn[:limit]
 
 

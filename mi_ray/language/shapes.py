@@ -111,6 +111,7 @@ def _changes(prompt: str, spec: SceneSpec) -> Iterator[_Change]:
             said, instead = _SPOKEN[spec.relation], _SPOKEN[relation]
             yield "relation flip", "relation", said, instead, replace(spec, relation=relation)
     yield from _replacements(prompt, spec)
+    yield from _count_swaps(spec)
     for i, obj in enumerate(spec.objects):
         for count in (obj.count + 1, obj.count - 1):
             if 1 <= count <= MAX_OBJECTS and (spec.numeric or count > 1):
@@ -143,6 +144,15 @@ def _swaps(spec: SceneSpec) -> Iterator[_Change]:
                 said, instead = (f"{_phrase(x)} and {_phrase(y)}" for x, y in ((a, b), swapped))
                 kind = "object swap" if key == "shape" else "attribute swap"
                 yield kind, key, said, instead, _with(spec, dict(zip((i, j), swapped, strict=True)))
+
+
+def _count_swaps(spec: SceneSpec) -> Iterator[_Change]:
+    for i, j in combinations(range(len(spec.objects)), 2):
+        a, b = spec.objects[i], spec.objects[j]
+        if a.count != b.count:
+            swapped = replace(a, count=b.count), replace(b, count=a.count)
+            said, instead = (" and ".join(noun_phrase(o, spec.numeric) for o in pair) for pair in ((a, b), swapped))
+            yield "count change", "count", said, instead, _with(spec, dict(zip((i, j), swapped, strict=True)))
 
 
 def _replacements(prompt: str, spec: SceneSpec) -> Iterator[_Change]:

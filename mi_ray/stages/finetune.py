@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -16,6 +17,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from peft import PeftModel
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -23,7 +25,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from mi_ray.config import ConfigError, RunConfig, flatten
+from mi_ray.config import ConfigError, FinetuneConfig, RunConfig, flatten
 from mi_ray.diffusion.adapters import (
     DenoisingLoss,
     adapter_state,
@@ -107,17 +109,40 @@ def sample_indices(seed: int, microbatch: int, batch_size: int, count: int) -> T
 
 
 def draw_microbatch(
-    data: TrainingSet, seed: int, microbatch: int, batch_size: int, num_train_timesteps: int, prompt_dropout: float
+    data: TrainingSet, seed: int, microbatch: int, batch_size: int, timesteps: range, prompt_dropout: float
 ) -> tuple[Tensor, ...]:
     """(x0, noise, timesteps, embeddings, weights) of a microbatch: a pure function of (seed, microbatch)."""
     chosen = sample_indices(seed, microbatch, batch_size, len(data.latents))
     generator = _generator("noise", seed, microbatch)
     latents = data.latents[chosen]
     noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(num_train_timesteps, (batch_size,), generator=generator)
+    drawn = torch.randint(timesteps.start, timesteps.stop, (batch_size,), generator=generator)
     dropped = torch.rand(batch_size, generator=generator) < prompt_dropout
     prompts = torch.where(dropped, len(data.embeddings) - 1, data.prompts[chosen])
-    return latents, noise, timesteps, data.embeddings[prompts], data.weights[chosen]
+    return latents, noise, drawn, data.embeddings[prompts], data.weights[chosen]
+
+
+def trained_timesteps(log_snr: Tensor, log_snr_max: float | None) -> range:
+    """The timesteps whose log SNR, of (T,) falling ones, is at most `log_snr_max`.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    first = 0 if log_snr_max is None else int((log_snr > log_snr_max).sum())
+    if first == len(log_snr):
+        lowest = float(log_snr[-1])
+        raise ConfigError([f"finetune.log_snr_max: {log_snr_max} is below all of the model's ({lowest:.2f}); raise it"])
+    return range(first, len(log_snr))
+
+
+def learning_rate_at(step: int, config: FinetuneConfig) -> float:
+    """Of the step-th step, from 0: linear warm-up, then as `lr_schedule` says."""
+    if step < config.lr_warmup_steps:
+        return config.learning_rate * (step + 1) / config.lr_warmup_steps
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    done = (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -172,16 +197,36 @@ def _prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[D
     return DenoisingLoss(model, denoiser.schedule, tuning.min_snr_gamma, half), data
 
 
-def _restore(model: PeftModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> list[dict]:
+@dataclass
+class _Training:
+    """What a checkpoint holds: the adapter, the average of its weights if there is one, and the optimiser's state."""
+
+    model: PeftModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: EMAModel | None
+
+    def state(self) -> dict:
+        state = {"adapter": adapter_state(self.model), "optimizer": self.optimizer.state_dict()}
+        state |= {"scaler": self.scaler.state_dict()}
+        return state | ({"average": self.average.state_dict()} if self.average else {})
+
+    def load(self, state: dict):
+        load_adapter_state(self.model, state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+
+
+def _restore(training: _Training) -> list[dict]:
     """Continue from the run's last checkpoint, if there is one; returns the log's lines up to it."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return []
     with checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
-    load_adapter_state(model, state["adapter"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    training.load(state)
     return state["lines"]
 
 
@@ -201,16 +246,18 @@ def train_loop(settings: dict) -> dict | None:
     parameters = [p for p in objective.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast_dtype == torch.float16)
+    average = EMAModel(parameters, decay=tuning.ema_decay) if tuning.ema_decay else None
+    training = _Training(objective.model, optimizer, scaler, average)
+    timesteps = trained_timesteps(2 * torch.log(objective.alpha / objective.sigma), tuning.log_snr_max)
 
     def draw(microbatch: int) -> tuple[Tensor, ...]:
-        steps = len(objective.alpha)
-        batch = draw_microbatch(data, config.seed, microbatch, tuning.batch_size, steps, tuning.prompt_dropout)
+        batch = draw_microbatch(data, config.seed, microbatch, tuning.batch_size, timesteps, tuning.prompt_dropout)
         return tuple(tensor.to(device) for tensor in batch)
 
     probe = draw(0)[:4]
     with torch.no_grad():
         before = objective.predict(*probe)
-    lines = _restore(objective.model, optimizer, scaler)
+    lines = _restore(training)
     parallel = prepare_model(objective)
 
     log = nullcontext()
@@ -219,7 +266,7 @@ def train_loop(settings: dict) -> dict | None:
         log = TrainingLog(settings["destination"], settings["run"], tuning.steps, tuning.log_to, shown, lines)
     with log:
         for step in range(len(lines), tuning.steps):
-            rate = tuning.learning_rate * min(1, (step + 1) / max(1, tuning.lr_warmup_steps))
+            rate = learning_rate_at(step, tuning)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             first = step * tuning.gradient_accumulation
@@ -232,6 +279,8 @@ def train_loop(settings: dict) -> dict | None:
                 scaler,
                 tuning.max_grad_norm,
             )
+            if average:
+                average.step(parameters)
             if workers > 1:
                 dist.all_reduce(loss)
             mean_loss = loss.item() / workers
@@ -241,9 +290,11 @@ def train_loop(settings: dict) -> dict | None:
                 log.step(step + 1, mean_loss, norm.item(), rate)
             # Reporting takes about two seconds of Ray's time and halts every worker: at checkpoints only.
             if (step + 1) % tuning.checkpoint_every == 0 and step + 1 < tuning.steps:
-                _report(objective.model, optimizer, scaler, log.lines if rank == 0 else None)
+                _report(training, log.lines if rank == 0 else None)
     if rank != 0:
         return None
+    if average:
+        average.copy_to(parameters)
     with torch.no_grad():
         after = objective.predict(*probe)
     change = float((after - before).norm() / before.norm())
@@ -262,18 +313,12 @@ def train_loop(settings: dict) -> dict | None:
     }
 
 
-def _report(model: PeftModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lines: list[dict] | None):
+def _report(training: _Training, lines: list[dict] | None):
     """Checkpoint; every worker calls it, the one with the log's lines uploads."""
     if lines is None:
         return ray.train.report({})
     with tempfile.TemporaryDirectory() as folder:
-        state = {
-            "adapter": adapter_state(model),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "lines": lines,
-        }
-        torch.save(state, Path(folder) / "state.pt")
+        torch.save(training.state() | {"lines": lines}, Path(folder) / "state.pt")
         ray.train.report(lines[-1], checkpoint=Checkpoint.from_directory(folder))
 
 

@@ -73,9 +73,20 @@ def test_an_attribute_that_the_prompt_leaves_open_contradicts_nothing():
     assert not can_both_hold(parse("a circle"), parse("two circles"))
 
 
+def test_counts_are_swapped_between_objects():
+    by_count = [n for n in negatives("two orange crosses with one purple square") if n.attribute == "count"]
+    assert by_count[0].prompt == "one orange cross with two purple squares"
+    assert (by_count[0].said, by_count[0].instead) == (
+        "two orange crosses and one purple square",
+        "one orange cross and two purple squares",
+    )
+
+
 def test_few_negatives_take_every_kind_in_turn():
     made = negatives("a red circle left of a blue square")
-    assert len({n.kind for n in chosen(made, len(KINDS))}) == len(KINDS)
+    first = [n.kind for n in chosen(made, len(KINDS) + 2)]
+    assert set(first) == set(KINDS)
+    assert first.count("attribute replacement") == 3  # the errors that models make most
     assert chosen(made, 3) == chosen(made, 7)[:3]
     assert chosen(made, 1000) != []
     assert sorted(chosen(made, 1000), key=str) == sorted(made, key=str)

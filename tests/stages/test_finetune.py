@@ -173,7 +173,7 @@ def test_prompt_dropout_takes_the_null_prompt_and_weights_follow_their_samples()
         prompts=torch.arange(count),
         embeddings=torch.arange(count + 1).float().view(-1, 1, 1),
     )
-    batches = [stage.draw_microbatch(data, 0, m, 50, 1000, 0.3) for m in range(40)]
+    batches = [stage.draw_microbatch(data, 0, m, 50, range(1000), 0.3) for m in range(40)]
     latents, noise, timesteps, embeddings, weights = (
         torch.cat(parts).flatten() for parts in zip(*batches, strict=True)
     )
@@ -207,6 +207,7 @@ def selected(tmp_path):
 def run_config(tiny_pipeline, *, workers: int, **finetune) -> RunConfig:
     settings = {"adapter": "dora", "rank": 4, "alpha": 4, "learning_rate": 1e-2, "lr_warmup_steps": 2, "steps": 6}
     settings |= {"batch_size": 2, "checkpoint_every": 2, "max_failures": 1, "prompt_dropout": 0.2, "min_snr_gamma": 5}
+    settings |= {"lr_schedule": "cosine", "ema_decay": 0.9, "log_snr_max": 2.0}
     return RunConfig.model_validate(
         {
             "run_dir": "unused",
@@ -216,6 +217,24 @@ def run_config(tiny_pipeline, *, workers: int, **finetune) -> RunConfig:
             "resources": {"train_workers": workers},
         }
     )
+
+
+def test_learning_rate_rises_and_falls():
+    constant = run_config("unused", workers=1, steps=6, lr_schedule="constant").finetune
+    assert [stage.learning_rate_at(s, constant) for s in range(4)] == [0.5e-2, 1e-2, 1e-2, 1e-2]
+    cosine = run_config("unused", workers=1, steps=6).finetune
+    rates = [stage.learning_rate_at(s, cosine) for s in range(7)]
+    assert rates[2] == 1e-2
+    assert rates[4] == pytest.approx(0.5e-2)
+    assert rates[6] == pytest.approx(0)
+
+
+def test_only_timesteps_up_to_a_log_snr_are_trained():
+    log_snr = torch.tensor([3.0, 1.0, 0.0, -4.0])
+    assert stage.trained_timesteps(log_snr, None) == range(4)
+    assert stage.trained_timesteps(log_snr, 0.0) == range(2, 4)
+    with pytest.raises(ConfigError, match=r"finetune.log_snr_max: -5.0 is below"):
+        stage.trained_timesteps(log_snr, -5.0)
 
 
 def in_process(config: RunConfig, selected: str, destination, previous: str | None = None) -> dict:
