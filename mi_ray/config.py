@@ -234,6 +234,7 @@ class SelectConfig(Section):
     min_score: float | None = Field(
         None, description="keep only what reaches this value of the score, in nats; none: the best, however bad"
     )
+    balance: bool = Field(False, description="weigh every prompt alike, however many of its candidates are kept")
 
 
 class FinetuneConfig(Section):
@@ -299,7 +300,7 @@ class ResourcesConfig(Section):
     num_actors: tuple[Positive, Positive] = Field((1, 1), description="least and most generating actors")
     cpus_per_actor: Annotated[float, Field(ge=0)] = Field(1, description="and its threads")
     gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        0, description="0.5: two actors share a GPU; auto: found by a trial when the run starts"
+        0.0, description="0.5: two actors share a GPU; auto: found by a trial when the run starts"
     )
     batch_size: Positive | Literal["auto"] = Field(
         64, description="candidates in one denoiser batch (twice that with guidance); auto: found by a trial"

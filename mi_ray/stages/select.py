@@ -58,6 +58,15 @@ def _finite(value: float | None) -> float:
     return value if value is not None and np.isfinite(value) else -np.inf
 
 
+def _weights(prompt_ids: pa.ChunkedArray, balance: bool) -> np.ndarray:
+    """What each kept candidate weighs in the loss, one on average: (n,) fp32."""
+    if not balance:
+        return np.ones(len(prompt_ids), np.float32)
+    _, of, counts = np.unique(prompt_ids.to_numpy(), return_inverse=True, return_counts=True)
+    weights = 1 / counts[of]
+    return (weights / weights.mean()).astype(np.float32)
+
+
 def select(config: RunConfig, candidates: str, destination: str, by: str) -> dict[str, int]:
     """Write what the selection `by` keeps of every prompt in the folder `candidates` to the table `destination`.
 
@@ -83,6 +92,6 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
     kept = pa.concat_tables(rows)
     if not len(kept):
         raise ConfigError([f"select.min_score: no candidate reaches {config.select.min_score} by {by}; lower it"])
-    kept = kept.append_column("weight", pa.array(np.ones(len(kept), np.float32)))
+    kept = kept.append_column("weight", pa.array(_weights(kept["prompt_id"], config.select.balance)))
     storage.write_table(destination, kept.select(storage.SELECTED.names).cast(storage.SELECTED))
     return {"prompts": len(pc.unique(kept["prompt_id"])), "kept": len(kept)}

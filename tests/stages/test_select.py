@@ -99,3 +99,21 @@ def test_nothing_good_enough_is_said(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"select\.min_score: no candidate reaches 1\.0"):
         select(config, str(tmp_path / "candidates"), str(tmp_path / "selected.parquet"), "pmi")
+
+
+def test_a_prompt_with_few_kept_weighs_as_much_as_one_with_many(tmp_path):
+    schema = storage.candidates_schema(("pmi",))
+    blank = dict.fromkeys(schema.names) | {"prompt": "a", "latents": [0.0], "latents_shape": [1]}
+    rows = [
+        blank | {"prompt_id": prompt, "candidate_index": i, "score_pmi": score}
+        for prompt, scores in (("p", (3.0, 2.0, 1.0)), ("q", (1.0, -1.0, -2.0)))
+        for i, score in enumerate(scores)
+    ]
+    storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist(rows, schema=schema))
+    chosen = {"by": "pmi", "top_k": 2, "min_score": 0, "balance": True}
+    given = {"run_dir": str(tmp_path), "prompts": {"file": "unused"}, "score": {"names": ["pmi"]}, "select": chosen}
+    destination = str(tmp_path / "selected.parquet")
+    select(RunConfig.model_validate(given), str(tmp_path / "candidates"), destination, "pmi")
+    table = storage.read_table(destination).to_pandas()
+    assert table.groupby("prompt_id")["weight"].sum().to_dict() == pytest.approx({"p": 1.5, "q": 1.5})
+    assert table["weight"].mean() == pytest.approx(1)
