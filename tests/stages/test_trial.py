@@ -1,5 +1,7 @@
 """The trial before a run: what it chooses from what it measured, and that it measures where the actors will run."""
 
+import time
+
 import pytest
 import ray
 import torch
@@ -59,7 +61,10 @@ def test_auto_is_settled_by_actors_that_share_a_gpu(tiny_pipeline, capsys):
     try:
         resources = ResourcesConfig(batch_size="auto", gpus_per_actor="auto")
         settled = settle(ModelConfig(path=str(tiny_pipeline)), resources)
-        assert ray.available_resources()["GPU"] == 1  # the probes are gone
+        deadline = time.monotonic() + 30
+        while ray.available_resources().get("GPU") != 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert ray.available_resources().get("GPU") == 1  # the probes are gone
     finally:
         ray.shutdown()
     assert settled.batch_size in trial.BATCH_SIZES
