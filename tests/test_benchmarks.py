@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -55,3 +56,32 @@ def test_the_oracle_benchmark_refuses_what_is_no_model(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: model: ")
     assert "model_index.json" in done.stderr
+
+
+@pytest.fixture
+def guidance(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import guidance
+
+    return guidance
+
+
+def test_models_are_compared_on_the_same_prompts_and_seeds(guidance):
+    """Two prompts of two seeds: tuned gains one image of four on the base, and none on the control."""
+    images = {"prompt_id": ["a", "a", "b", "b"], "seed": [1, 2, 3, 4]}
+    drawn = {
+        "base": pd.DataFrame(images | {"exact": [1.0, 0.0, 0.0, 0.0]}),
+        "tuned": pd.DataFrame(images | {"exact": [1.0, 1.0, 0.0, 0.0]}).iloc[::-1],
+        "random": pd.DataFrame(images | {"exact": [0.0, 1.0, 0.0, 1.0]}),
+    }
+    base, tuned = (guidance.findings(drawn, name, 3.0) for name in ("base", "tuned"))
+    assert {"guidance_scale": 3.0, "model": "base", "exact": 25.0}.items() <= base.items()
+    assert not any(key.startswith("minus") for key in base)
+    assert (tuned["exact"], tuned["minus_base"], tuned["minus_random"]) == (50.0, 25.0, 0.0)
+    half = 12.706 * 25.0  # t of one degree of freedom times the standard error of 50 and 0
+    assert tuned["minus_base_low"] == pytest.approx(25.0 - half, rel=1e-3)
+
+
+def test_a_folder_without_a_finished_run_has_no_guidance_to_compare(guidance, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run\.json"):
+        guidance.read_run(str(tmp_path))

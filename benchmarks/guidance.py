@@ -1,0 +1,118 @@
+"""At which guidance is the tuned model better: python benchmarks/guidance.py --run-dir DIR [--out F] [--figure F.png]
+
+Classifier-free guidance sharpens what a prompt says, and so does fine-tuning on chosen images: what one has done the
+other need not do again. So one guidance scale does not tell two models apart. This draws the same held-out prompts and
+seeds with the base model and with every adapter of a finished run, at several scales.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from gates import Benchmark, Findings, main
+from matplotlib.figure import Figure
+from pydantic import Field, PositiveInt
+from tqdm import tqdm
+
+from mi_ray import storage
+from mi_ray.alignment.oracle import measure
+from mi_ray.config import RunConfig
+from mi_ray.diffusion.denoisers import UNetDenoiser, load_denoiser
+from mi_ray.prompts import read_prompts
+from mi_ray.report.statistics import paired_difference, prompt_mean
+from mi_ray.stages.candidates import Sampler, Work, derived_seed
+
+SMOKE_PROMPTS, SMOKE_IMAGES, SMOKE_SCALES = 6, 2, (2.0,)
+PROMPTS_AT_A_TIME = 16
+
+
+class GuidanceBenchmark(Benchmark):
+    """At which guidance scale is the tuned model better than the base and than the one tuned on random images?"""
+
+    run_dir: str = Field(description="a finished run of the embedded model")
+    guidance_scales: tuple[float, ...] = Field((1.5, 2.0, 3.0, 4.0, 6.0), description="each above 1")
+    prompts: PositiveInt = Field(360, description="held-out prompts, of the run's evaluation file")
+    images_per_prompt: PositiveInt = Field(4, description="seeds, the same for every model and scale")
+    batch_size: PositiveInt = Field(128, description="images in one denoiser batch")
+    figure: Path | None = Field(None, description="PNG to draw: exact against guidance scale")
+
+    def answer(self) -> Findings:
+        config, adapters = read_run(self.run_dir)
+        count, each = (SMOKE_PROMPTS, SMOKE_IMAGES) if self.smoke else (self.prompts, self.images_per_prompt)
+        table, _ = read_prompts(config.evaluation.file, field="run_dir", limit=count)
+        rows = []
+        for scale in SMOKE_SCALES if self.smoke else self.guidance_scales:
+            drawn = {name: self._draw(config, adapter, table, each, scale) for name, adapter in adapters.items()}
+            rows += [findings(drawn, name, scale) for name in drawn]
+        if self.figure:
+            draw(rows, self.figure)
+        return Findings(rows, {})
+
+    @torch.inference_mode()
+    def _draw(self, config: RunConfig, adapter: str | None, table, each: int, scale: float) -> pd.DataFrame:
+        """prompt_id, seed and exact of every image."""
+        denoiser: UNetDenoiser = load_denoiser(config.model.path, adapter=adapter)
+        settings = config.evaluation.sampler.model_copy(update={"guidance_scale": scale})
+        sampler, parts = Sampler(denoiser, settings, self.batch_size), []
+        for start in tqdm(range(0, len(table), PROMPTS_AT_A_TIME), desc=f"{adapter or 'base'} at {scale}", leave=False):
+            some = table.slice(start, PROMPTS_AT_A_TIME)
+            prompts, ids = some["prompt"].to_pylist(), some["prompt_id"].to_pylist()
+            seeds = [[derived_seed(config.seed, "evaluation", i, k) for k in range(each)] for i in ids]
+            images = denoiser.decode(sampler(denoiser.encode_prompts(prompts), seeds, Work()).latents)
+            exact = measure(images, [p for p in prompts for _ in range(each)])["exact"]
+            columns = {"prompt_id": np.repeat(ids, each), "seed": [s for of in seeds for s in of], "exact": exact}
+            parts.append(pd.DataFrame(columns))
+        return pd.concat(parts, ignore_index=True)
+
+
+def read_run(run_dir: str) -> tuple[RunConfig, dict[str, str | None]]:
+    """The run's config, and the local folder of each of its adapters by the name of the model: base has none.
+
+    Raises:
+        ValueError: the folder holds no finished run.
+    """
+    if not storage.exists(storage.join(run_dir, "run.json")):
+        raise ValueError(f"--run-dir: {run_dir!r} holds no run.json; give the folder of a finished run")
+    content = storage.read_json(storage.join(run_dir, "run.json"))["config"]
+    config = RunConfig.model_validate(content | {"run_dir": run_dir})
+    last = f"round-{config.rounds - 1}"
+    folders = {"tuned": storage.join(run_dir, last, "adapter")}
+    folders |= {c: storage.join(run_dir, "controls", c, last, "adapter") for c in config.evaluation.controls}
+    if missing := [f for f in folders.values() if not storage.exists(storage.join(f, "summary.json"))]:
+        raise ValueError("\n".join(f"--run-dir: {f} holds no finished adapter; finish the run first" for f in missing))
+    return config, {"base": None} | {name: storage.local_folder(f) for name, f in folders.items()}
+
+
+def findings(drawn: dict[str, pd.DataFrame], name: str, scale: float) -> dict:
+    """A model's share of exact images at a scale, and how much it is above each other one, paired; in percent."""
+    row = {"guidance_scale": scale, "model": name} | _percent("exact", prompt_mean(drawn[name], "exact"), "value")
+    for other in drawn:
+        if name == "tuned" and other != name:
+            difference = paired_difference(drawn[name], drawn[other], "exact")
+            row |= _percent(f"minus_{other}", difference, "difference")
+    return row
+
+
+def _percent(label: str, measured: dict, key: str) -> dict[str, float | None]:
+    ends = {f"{label}{end}": measured[k] for end, k in (("", key), ("_low", "low"), ("_high", "high"))}
+    return {k: v if v is None else 100 * v for k, v in ends.items()}
+
+
+def draw(rows: list[dict], path: Path):
+    """Exact images against guidance scale, a line a model."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, of_model in pd.DataFrame(rows).groupby("model", sort=False):
+        axes.plot(of_model["guidance_scale"], of_model["exact"], marker="o", label=name)
+        if name != "base":
+            continue
+        axes.fill_between(of_model["guidance_scale"], of_model["exact_low"], of_model["exact_high"], alpha=0.15)
+    axes.set(xlabel="guidance scale", ylabel="exact images, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main(GuidanceBenchmark)
