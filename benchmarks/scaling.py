@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from itertools import pairwise
 
+import pyarrow as pa
 import ray
 from gates import Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -15,7 +16,8 @@ from ray.cluster_utils import Cluster
 from mi_ray import storage
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.prompts import Shard
+from mi_ray.prompts import PROMPTS as PROMPT_TABLE
+from mi_ray.prompts import Shard, ShardPlan, prompt_id, write_prompts
 from mi_ray.stages.shards import ShardWriter, run_stage
 from mi_ray.stages.trial import try_batch
 
@@ -85,14 +87,14 @@ class SleepingGenerator:
         return rows
 
 
-def plan(count: int) -> list[Shard]:
+def plan(count: int, run_dir: str) -> ShardPlan:
     """Shards of made-up prompts."""
-    shards = []
-    for index in range(count):
-        ids = [f"{index:06d}-{position}" for position in range(PROMPTS)]
-        nothing = [None] * PROMPTS
-        shards.append(Shard(index, f"part-{index:05d}.parquet", ids, [f"prompt {i}" for i in ids], nothing, nothing))
-    return shards
+    prompts = [f"prompt {number}" for number in range(count * PROMPTS)]
+    nothing = [None] * len(prompts)
+    source = storage.join(run_dir, "prompts.parquet")
+    columns = [[prompt_id(prompt) for prompt in prompts], prompts, nothing, nothing]
+    write_prompts(source, [pa.record_batch(columns, PROMPT_TABLE)])
+    return ShardPlan(source, PROMPTS, "scaling")
 
 
 def measure(gpus: int, count: int, seconds: float, kill: bool) -> dict:
@@ -115,7 +117,7 @@ def measure(gpus: int, count: int, seconds: float, kill: bool) -> dict:
                 killer.start()
             constructor = {"config": config.model_dump(mode="json"), "folder": folder, "seconds": seconds}
             began = time.time()
-            run_stage("generate", "simulated", SleepingGenerator, constructor, plan(count), folder, config)
+            run_stage("generate", "simulated", SleepingGenerator, constructor, plan(count, run_dir), folder, config)
             wall = time.time() - began
             return {
                 "gpus": gpus,

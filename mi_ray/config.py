@@ -81,6 +81,9 @@ class PromptsConfig(Section):
     overlong: Literal["error", "skip", "truncate"] = Field(
         "error", description="what to do with a prompt longer than the text encoder reads"
     )
+    broken: Literal["error", "skip"] = Field(
+        "error", description="what to do with a line that holds no prompt or is no text"
+    )
 
 
 class ModelConfig(Section):
@@ -394,7 +397,8 @@ class RunConfig(Section):
     def results_config(self) -> dict:
         """What the results depend on: everything but where the run lies, what it runs on and how fast."""
         speed = {"model": {"kernel", "channels_last", "compile"}, "finetune": {"activation_checkpointing"}}
-        return self.model_dump(mode="json", exclude={"run_dir": True, "resources": True, **speed})
+        reading = {"prompts": {"broken"}}  # a run that starts at all reads the same prompts either way
+        return self.model_dump(mode="json", exclude={"run_dir": True, "resources": True, **speed, **reading})
 
     def hash(self) -> str:
         """Hash of `results_config`, 12 hexadecimal digits."""

@@ -1,33 +1,33 @@
-"""Prompt files to prompt tables, and the plan of shards that a run generates.
+"""Prompt files to prompt tables, and the plan of shards that a run generates. All of it as a stream: what is held in
+memory is a chunk of the file, and 16 bytes a prompt, by which repeated ones are known.
 
 A prompt table has the columns prompt_id, prompt, category and split (the last two may be null).
 """
 
 import hashlib
-import io
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from mi_ray import storage
 from mi_ray.config import ConfigError
 
 PROMPTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "category", "split")])
 
-_ROWS_AT_ONCE = 1 << 16
-_LINES_SHOWN = 5
+_ROWS_AT_ONCE = 1 << 14
+_ROWS_IN_GROUP = 1024  # of a stored table: what is read at once for the sake of one shard
+_LONGEST_LINE = 1 << 20  # bytes
+_LINES_SHOWN = 5  # in a message
+_EXAMPLES = 20  # kept of each kind of skipped prompts
+_EXAMPLE_LENGTH = 500  # characters
 _Row = tuple[int, str, str | None, str | None]  # line (from 1), prompt, category, split
-_Broken = dict[str, list[int]]  # what is wrong -> the lines where it is
 
 
 def prompt_id(text: str) -> str:
@@ -36,16 +36,49 @@ def prompt_id(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------ reading
-def read_prompts(
-    file: str,
-    field: str = "prompts.file",
-    limit: int | None = None,
-    duplicates: Literal["error", "drop"] = "error",
-    overlong: Literal["error", "skip", "truncate"] = "error",
-    token_count: Callable[[str], int] | None = None,
-    max_tokens: int | None = None,
-) -> tuple[pa.Table, list[dict]]:
-    """Read a prompt file, local or on an object store.
+@dataclass
+class _Places:
+    """Where one thing is wrong: how often, and the first of them as (line, prompt, what is to be said of it)."""
+
+    count: int = 0
+    first: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def add(self, line: int, prompt: str, message: str):
+        self.count += 1
+        if len(self.first) < _EXAMPLES:
+            self.first.append((line, prompt[:_EXAMPLE_LENGTH], message))
+
+    def skipped(self, kind: str) -> Iterator[dict]:
+        """Rows {"prompt", "stage", "message"} of the first; one with a `count` stands for all others."""
+        for _, prompt, message in self.first:
+            yield {"prompt": prompt, "stage": "prompts", "message": message}
+        if self.count > len(self.first):
+            rest = f"{self.count - len(self.first)} more: {kind}"
+            yield {"prompt": "", "stage": "prompts", "message": rest, "count": self.count - len(self.first)}
+
+
+class _Seen:
+    """The prompts that came before, and on which line each was first."""
+
+    def __init__(self):
+        self.ids, self.lines = np.empty(0, np.uint64), np.empty(0, np.int64)
+
+    def first_lines(self, ids: np.ndarray, lines: np.ndarray) -> np.ndarray:
+        """On which line each of the next prompts (n,) was first; a new one's is its own."""
+        distinct, first, which = np.unique(ids, return_index=True, return_inverse=True)
+        place = np.searchsorted(self.ids, distinct)
+        known = np.zeros(len(distinct), bool)
+        inside = place < len(self.ids)
+        known[inside] = self.ids[place[inside]] == distinct[inside]
+        where = lines[first]
+        where[known] = self.lines[place[known]]
+        self.ids = np.insert(self.ids, place[~known], distinct[~known])
+        self.lines = np.insert(self.lines, place[~known], where[~known])
+        return where[which]
+
+
+class PromptReader:
+    """A prompt file, local or on an object store, read once from its beginning to its end or its limit.
 
     .txt: one prompt a line, what follows a tab is ignored. .jsonl and .parquet: column `prompt`, and if you like
     `category` and `split`. Blank lines are ignored.
@@ -54,144 +87,261 @@ def read_prompts(
         field: of the config, which messages name.
         limit: take the first so many; repeated prompts are dropped before, overlong ones skipped after.
         overlong: "truncate" leaves the prompt as it is; the text encoder cuts it.
+        broken: what to do with lines that hold no prompt, are no text or longer than 1 MiB.
         token_count: tokens of a prompt, with those of start and end; without it no prompt is overlong.
         max_tokens: that the text encoder reads.
+    """
 
-    Returns:
-        The prompt table, and a row {"prompt", "stage", "message"} for each prompt that was skipped.
+    def __init__(
+        self,
+        file: str,
+        field: str = "prompts.file",
+        limit: int | None = None,
+        duplicates: Literal["error", "drop"] = "error",
+        overlong: Literal["error", "skip", "truncate"] = "error",
+        broken: Literal["error", "skip"] = "error",
+        token_count: Callable[[str], int] | None = None,
+        max_tokens: int | None = None,
+    ):
+        self.file, self.field, self.limit, self.duplicates = file, field, limit, duplicates
+        self.on_overlong, self.on_broken = overlong, broken
+        self.token_count, self.max_tokens = token_count, max_tokens
+        self._where = "line"
+        self._broken: dict[str, _Places] = {}  # what is wrong -> where
+        self._repeated, self._overlong = _Places(), _Places()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The prompts, of schema `PROMPTS`, a chunk at a time.
+
+        Raises:
+            ConfigError: at once if the file will not do at all, else at the end with every fault of it.
+        """
+        seen, taken, kept = _Seen(), 0, 0
+        left = _ROWS_AT_ONCE if self.limit is None else self.limit
+        try:
+            rows = self._rows()
+            while chunk := list(islice(rows, min(_ROWS_AT_ONCE, left))):
+                batch, lines = _batch(chunk)
+                good = self._check_repeated(batch, lines, seen)
+                taken += len(batch) if self.duplicates == "error" else int(good.sum())
+                left = _ROWS_AT_ONCE if self.limit is None else self.limit - taken
+                good &= self._check_length(batch, lines, good)
+                kept += int(good.sum())
+                yield batch.filter(pa.array(good))
+        except OSError as error:
+            fault = f"cannot be read ({error}); give a local path or an s3:// URI"
+            raise ConfigError([f"{self.field}: {self.file!r} {fault}"]) from error
+        except ValueError as error:
+            raise ConfigError([f"{self.field}: {self.file!r} {error}"]) from error
+        if faults := self._faults(taken, kept):
+            raise ConfigError([f"{self.field}: {self.file!r} {fault}" for fault in faults])
+
+    @property
+    def skipped(self) -> list[dict]:
+        """What was left out so far: rows {"prompt", "stage", "message"}, at most 20 of a kind, and for each kind with
+        more one row, without a prompt, whose `count` says how many more."""
+        rows = []
+        if self.on_broken == "skip":
+            for fault, places in self._broken.items():
+                rows += places.skipped(fault.partition(";")[0])
+        if self.duplicates == "drop":
+            rows += self._repeated.skipped("a repeated prompt")
+        if self.on_overlong == "skip":
+            rows += self._overlong.skipped(f"longer than the {self.max_tokens} tokens that the text encoder reads")
+        return rows
+
+    # -------------------------------------------------------------------------------------- checks
+    def _check_repeated(self, batch: pa.RecordBatch, lines: np.ndarray, seen: _Seen) -> np.ndarray:
+        """Which rows to go on with, (n,) bool."""
+        ids = np.array([int(i, 16) for i in batch["prompt_id"].to_pylist()], np.uint64)
+        firsts = seen.first_lines(ids, lines)
+        for row in np.flatnonzero(firsts != lines):
+            message = f"{self._where} {lines[row]} is {self._where} {firsts[row]} again"
+            self._repeated.add(int(lines[row]), batch["prompt"][row].as_py(), message)
+        return (firsts == lines) | (self.duplicates == "error")
+
+    def _check_length(self, batch: pa.RecordBatch, lines: np.ndarray, among: np.ndarray) -> np.ndarray:
+        good = np.ones(len(batch), bool)
+        if self.token_count is None or self.on_overlong == "truncate":
+            return good
+        for row in np.flatnonzero(among):
+            prompt = batch["prompt"][row].as_py()
+            if (count := self.token_count(prompt)) > self.max_tokens:
+                message = f"{count} tokens; the text encoder reads {self.max_tokens}"
+                self._overlong.add(int(lines[row]), prompt, message)
+                good[row] = False
+        return good
+
+    def _faults(self, taken: int, kept: int) -> list[str]:
+        """What is said of the file, after its name."""
+        if self._broken and self.on_broken == "error":
+            return [
+                f"{_named(self._where, places)} {fault}, or set prompts.broken: skip"
+                for fault, places in self._broken.items()
+            ]
+        if not taken and not self._broken:
+            return ["holds no prompt; give a file with prompts"]
+        faults = []
+        if self._repeated.count and self.duplicates == "error":
+            _, prompt, message = self._repeated.first[0]
+            where = message.replace(" is ", ", which is ", 1)
+            faults.append(
+                f"repeats {_counted(self._repeated.count)}, first {_shown(prompt)} on {where};"
+                " remove what repeats or set prompts.duplicates: drop"
+            )
+        if self._overlong.count and self.on_overlong == "error":
+            line, prompt, message = self._overlong.first[0]
+            faults.append(
+                f"holds {_counted(self._overlong.count)} longer than the {self.max_tokens} tokens that the text encoder"
+                f" reads, first {self._where} {line} with {message.partition(' ')[0]}: {_shown(prompt)};"
+                " shorten what is too long or set prompts.overlong: skip, or truncate"
+            )
+        if not faults and not kept:
+            faults.append("keeps no prompt once what will not do is skipped; mend some")
+        return faults
+
+    # -------------------------------------------------------------------------------------- rows
+    def _rows(self) -> Iterator[_Row]:
+        suffix, size = self._look()
+        read_rows = {".txt": self._text_rows, ".jsonl": self._json_rows, ".parquet": self._parquet_rows}.get(suffix)
+        if read_rows is None:
+            raise ValueError(f"has the unknown extension {suffix!r}; give .txt, .jsonl or .parquet")
+        if not size:
+            raise ValueError("is empty; give a file with prompts")
+        return read_rows()
+
+    def _look(self) -> tuple[str, int]:
+        """The file's extension and size."""
+        try:
+            system, path = storage.filesystem(self.file)
+        except ValueError as error:
+            raise OSError(error) from error
+        info = system.get_file_info(path)
+        if info.type == pafs.FileType.NotFound:
+            raise ValueError("does not exist; give a file with prompts")
+        if info.type == pafs.FileType.Directory:
+            raise ValueError("is a folder; give a file with prompts")
+        return PurePosixPath(path).suffix.lower(), info.size
+
+    def _text_rows(self) -> Iterator[_Row]:
+        for number, text in self._decoded():
+            yield from self._row(number, text, text.partition("\t")[0], None, None)
+
+    def _json_rows(self) -> Iterator[_Row]:
+        for number, text in self._decoded():
+            try:
+                fields = json.loads(text)
+            except (ValueError, RecursionError):
+                self._break(number, text, 'not JSON; give one {"prompt": ...} a line')
+                continue
+            fields = fields if isinstance(fields, dict) else {}
+            yield from self._row(number, text, fields.get("prompt"), fields.get("category"), fields.get("split"))
+
+    def _parquet_rows(self) -> Iterator[_Row]:
+        self._where = "row"
+        try:
+            table = storage.ParquetRows(self.file)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"is no Parquet file ({error}); write it again") from error
+        kinds = {name: table.schema.field(name).type for name in PROMPTS.names[1:] if name in table.schema.names}
+        if "prompt" not in kinds:
+            raise ValueError(f"has no column 'prompt' among {', '.join(table.schema.names)}; rename the one that is it")
+        for name, kind in kinds.items():
+            if not _holds_text(kind):
+                raise ValueError(f"has in column {name!r} {kind}, not text; write it as strings")
+        number = 0
+        for batch in table.batches(list(kinds)):
+            for fields in batch.to_pylist():
+                number += 1
+                text = str(fields["prompt"] or "")
+                yield from self._row(number, text, fields["prompt"], fields.get("category"), fields.get("split"))
+
+    def _decoded(self) -> Iterator[tuple[int, str]]:
+        """The lines that are not blank, with their numbers."""
+        blank = True
+        for number, line, whole in _lines(self.file):
+            if b"\0" in line:
+                if self.on_broken == "error":
+                    raise ValueError(f"is binary (a zero byte on line {number}); give text in UTF-8")
+                self._break(number, line.decode(errors="replace"), "binary; save the file as text in UTF-8")
+            elif not whole:
+                shown = line[:_EXAMPLE_LENGTH].decode(errors="replace")
+                self._break(number, shown, f"longer than {_LONGEST_LINE >> 20} MiB; give one prompt a line")
+            else:
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError:
+                    self._break(number, line.decode(errors="replace"), "not UTF-8; save the file as UTF-8")
+                else:
+                    if not text.strip():
+                        continue
+                    blank = False
+                    yield number, text
+                    continue
+            blank = False
+        if blank:
+            raise ValueError("is empty; give a file with prompts")
+
+    def _row(self, number: int, text: str, prompt: object, category: object, split: object) -> Iterator[_Row]:
+        """One row, or none where something is broken."""
+        prompt = prompt.strip() if isinstance(prompt, str) else ""
+        if not prompt or not _can_be_stored(prompt):
+            self._break(number, text, "without a prompt; write one or remove the line")
+        elif not all(value is None or isinstance(value, str) for value in (category, split)):
+            self._break(number, text, "with a category or split that is no text; write it as text")
+        else:
+            yield number, prompt, category, split
+
+    def _break(self, number: int, text: str, fault: str):
+        shown = text.strip().encode(errors="replace").decode()
+        message = f"{self._where} {number} is {fault.partition(';')[0]}"
+        self._broken.setdefault(fault, _Places()).add(number, shown, message)
+
+
+def read_prompts(
+    file: str,
+    field: str = "prompts.file",
+    limit: int | None = None,
+    duplicates: Literal["error", "drop"] = "error",
+    overlong: Literal["error", "skip", "truncate"] = "error",
+    broken: Literal["error", "skip"] = "error",
+    token_count: Callable[[str], int] | None = None,
+    max_tokens: int | None = None,
+) -> tuple[pa.Table, list[dict]]:
+    """Read a prompt file into memory: the prompt table, and `PromptReader.skipped`. The arguments are the reader's.
 
     Raises:
         ConfigError: with every fault of the file.
     """
-    table, where = _read(file, field)
-    firsts = table.group_by("prompt_id").aggregate([("line", "min")])["line_min"].combine_chunks()
-    if duplicates == "drop":
-        table = table.filter(pc.is_in(table["line"], value_set=firsts))
-    table = table.slice(0, limit)
-    faults = []
-    repeated = table.filter(pc.invert(pc.is_in(table["line"], value_set=firsts)))
-    if len(repeated):
-        again = repeated.slice(0, 1).to_pylist()[0]
-        before = pc.min(table.filter(pc.equal(table["prompt_id"], again["prompt_id"]))["line"])
-        faults.append(
-            f"{field}: {file!r} repeats {_counted(len(repeated))}, first {_shown(again['prompt'])} on {where}"
-            f" {again['line']}, which is {where} {before} again; remove what repeats or set prompts.duplicates: drop"
-        )
-    skipped = []
-    if token_count and overlong != "truncate":
-        lengths = pa.array([token_count(prompt.as_py()) for prompt in table["prompt"]], pa.int64())
-        too_long = pc.greater(lengths, max_tokens)
-        longer = table.append_column("tokens", lengths).filter(too_long)
-        if overlong == "skip":
-            table = table.filter(pc.invert(too_long))
-            skipped = [_skipped(row, max_tokens) for row in longer.to_pylist()]
-        elif len(longer):
-            first = longer.slice(0, 1).to_pylist()[0]
-            faults.append(
-                f"{field}: {file!r} holds {_counted(len(longer))} longer than the {max_tokens} tokens that the text"
-                f" encoder reads, first {where} {first['line']} with {first['tokens']}: {_shown(first['prompt'])};"
-                " shorten what is too long or set prompts.overlong: skip, or truncate"
-            )
-    if not faults and not len(table):
-        faults.append(f"{field}: {file!r} keeps no prompt once overlong ones are skipped; shorten some")
-    if faults:
-        raise ConfigError(faults)
-    return table.select(PROMPTS.names), skipped
+    reader = PromptReader(file, field, limit, duplicates, overlong, broken, token_count, max_tokens)
+    return pa.Table.from_batches(reader.batches(), PROMPTS), reader.skipped
 
 
-def _read(file: str, field: str) -> tuple[pa.Table, str]:
-    """All rows with their line as a further column, and what the file calls a line."""
-    content, suffix = _content(file, field)
-    read_rows = {".txt": _text_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}.get(suffix)
-    if read_rows is None:
-        raise ConfigError([f"{field}: {file!r} has the unknown extension {suffix!r}; give .txt, .jsonl or .parquet"])
-    if not content.strip():
-        raise ConfigError([f"{field}: {file!r} is empty; give a file with prompts"])
-    where = "row" if read_rows is _parquet_rows else "line"
-    if where == "line" and b"\0" in content:
-        line = content.count(b"\n", 0, content.index(b"\0")) + 1
-        raise ConfigError([f"{field}: {file!r} is binary (a zero byte on line {line}); give text in UTF-8"])
-    broken: _Broken = defaultdict(list)
+def _lines(uri: str) -> Iterator[tuple[int, bytes, bool]]:
+    """(number from 1, line, whether it is whole) of a file; of a line that is too long only the beginning."""
+    rest, number, skipping = b"", 1, False
+    for position, chunk in enumerate(storage.read_chunks(uri)):
+        *lines, last = (rest + (chunk.removeprefix(b"\xef\xbb\xbf") if position == 0 else chunk)).split(b"\n")
+        for line in lines:
+            if not skipping:
+                yield number, line[:_LONGEST_LINE], len(line) <= _LONGEST_LINE
+            number, skipping = number + 1, False
+        if skipping or len(last) > _LONGEST_LINE:
+            if not skipping:
+                yield number, last[:_LONGEST_LINE], False
+            last, skipping = b"", True
+        rest = last
+    if rest:
+        yield number, rest, True
+
+
+def _can_be_stored(text: str) -> bool:
+    """Not if there is half a surrogate pair in it: JSON can say it, UTF-8 cannot."""
     try:
-        table = _table(read_rows(content, broken))
-    except ValueError as error:
-        raise ConfigError([f"{field}: {file!r} {error}"]) from error
-    if broken:
-        raise ConfigError([f"{field}: {file!r} {_places(where, lines)} {fault}" for fault, lines in broken.items()])
-    if not len(table):
-        raise ConfigError([f"{field}: {file!r} holds no prompt; give a file with prompts"])
-    return table, where
-
-
-def _content(file: str, field: str) -> tuple[bytes, str]:
-    try:
-        system, path = storage.filesystem(file)
-        kind = system.get_file_info(path).type
-        if kind == pafs.FileType.NotFound:
-            raise ConfigError([f"{field}: {file!r} does not exist; give a file with prompts"])
-        if kind == pafs.FileType.Directory:
-            raise ConfigError([f"{field}: {file!r} is a folder; give a file with prompts"])
-        return storage.read_bytes(file), PurePosixPath(path).suffix.lower()
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"{field}: {file!r} cannot be read ({error}); give a local path or an s3:// URI"]) from error
-
-
-def _decoded(content: bytes, broken: _Broken) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
-    for number, raw in enumerate(io.BytesIO(content.removeprefix(b"\xef\xbb\xbf")), start=1):
-        try:
-            text = raw.decode()
-            if text.strip():
-                yield number, text
-        except UnicodeDecodeError:
-            broken["not UTF-8; save the file as UTF-8"].append(number)
-
-
-def _row(number: int, prompt: object, category: object, split: object, broken: _Broken) -> Iterator[_Row]:
-    """One row, or none where something is broken."""
-    prompt = prompt.strip() if isinstance(prompt, str) else ""
-    if not prompt or any("\ud800" <= c <= "\udfff" for c in prompt):  # a surrogate: JSON can say it, UTF-8 cannot
-        broken["without a prompt; write one or remove the line"].append(number)
-    elif not all(value is None or isinstance(value, str) for value in (category, split)):
-        broken["with a category or split that is no text; put it in quotes or leave it out"].append(number)
-    else:
-        yield number, prompt, category, split
-
-
-def _text_rows(content: bytes, broken: _Broken) -> Iterator[_Row]:
-    for number, text in _decoded(content, broken):
-        yield from _row(number, text.partition("\t")[0], None, None, broken)
-
-
-def _json_rows(content: bytes, broken: _Broken) -> Iterator[_Row]:
-    for number, text in _decoded(content, broken):
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError):
-            broken['not JSON; give one {"prompt": ...} a line'].append(number)
-            continue
-        fields = fields if isinstance(fields, dict) else {}
-        yield from _row(number, fields.get("prompt"), fields.get("category"), fields.get("split"), broken)
-
-
-def _parquet_rows(content: bytes, broken: _Broken) -> Iterator[_Row]:
-    try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"is no Parquet file ({error}); write it again") from error
-    kinds = {name: file.schema_arrow.field(name).type for name in PROMPTS.names[1:] if name in file.schema_arrow.names}
-    if "prompt" not in kinds:
-        raise ValueError(
-            f"has no column 'prompt' among {', '.join(file.schema_arrow.names)}; rename the one that is it"
-        )
-    for name, kind in kinds.items():
-        if not _holds_text(kind):
-            raise ValueError(f"has in column {name!r} {kind}, not text; write it as strings")
-    number = 0
-    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(kinds)):
-        for fields in batch.to_pylist():
-            number += 1
-            yield from _row(number, fields["prompt"], fields.get("category"), fields.get("split"), broken)
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _holds_text(kind: pa.DataType) -> bool:
@@ -199,14 +349,12 @@ def _holds_text(kind: pa.DataType) -> bool:
     return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
-def _table(rows: Iterator[_Row]) -> pa.Table:
-    schema = PROMPTS.append(pa.field("line", pa.int64()))
-    batches = []
-    while chunk := list(islice(rows, _ROWS_AT_ONCE)):  # no more Python objects at a time than these
-        lines, prompts, categories, splits = zip(*chunk, strict=True)
-        columns = [[prompt_id(prompt) for prompt in prompts], prompts, categories, splits, lines]
-        batches.append(pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema))
-    return pa.Table.from_batches(batches, schema)
+def _batch(rows: list[_Row]) -> tuple[pa.RecordBatch, np.ndarray]:
+    """Rows as a batch of the schema `PROMPTS`, and their lines."""
+    lines, prompts, categories, splits = zip(*rows, strict=True)
+    columns = [[prompt_id(prompt) for prompt in prompts], prompts, categories, splits]
+    arrays = [pa.array(column, pa.string()) for column in columns]
+    return pa.record_batch(arrays, schema=PROMPTS), np.array(lines, np.int64)
 
 
 # ------------------------------------------------------------------------------------------ messages
@@ -214,19 +362,15 @@ def _counted(count: int) -> str:
     return f"{count} prompt{'' if count == 1 else 's'}"
 
 
-def _places(where: str, lines: list[int]) -> str:
-    shown = ", ".join(map(str, lines[:_LINES_SHOWN]))
-    more = f" and {len(lines) - _LINES_SHOWN} more" if len(lines) > _LINES_SHOWN else ""
-    return f"{where} {shown} is" if len(lines) == 1 else f"{where}s {shown}{more} are"
+def _named(where: str, places: _Places) -> str:
+    lines = [line for line, _, _ in places.first[:_LINES_SHOWN]]
+    shown = ", ".join(map(str, lines))
+    more = f" and {places.count - len(lines)} more" if places.count > len(lines) else ""
+    return f"{where} {shown} is" if places.count == 1 else f"{where}s {shown}{more} are"
 
 
 def _shown(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
-
-
-def _skipped(row: dict, max_tokens: int) -> dict:
-    message = f"{row['tokens']} tokens; the text encoder reads {max_tokens}"
-    return {"prompt": row["prompt"], "stage": "prompts", "message": message}
 
 
 # ------------------------------------------------------------------------------------------ plan
@@ -242,29 +386,74 @@ class Shard:
     splits: list[str | None]
 
 
-def plan_shards(table: pa.Table, prompts_per_shard: int, key: str) -> list[Shard]:
-    """Cut a prompt table into shards, in its order; a shard's name is fixed by its place, `key` and its prompt ids."""
-    shards = []
-    for index, start in enumerate(range(0, len(table), prompts_per_shard)):
-        ids, *columns = (column.to_pylist() for column in table.slice(start, prompts_per_shard).select(PROMPTS.names))
-        digest = hashlib.sha256("\n".join([key, *ids]).encode()).hexdigest()[:12]
-        shards.append(Shard(index, f"part-{index:05d}-{digest}.parquet", ids, *columns))
-    return shards
+class ShardPlan:
+    """A prompt table cut into shards, in its order. A shard's name is fixed by its place, `key` and its prompt ids.
+
+    It holds 12 bytes a shard and no prompt: who makes a shard reads the shard's rows of the table.
+
+    Args:
+        source: URI of the prompt table, as `write_prompts` leaves it.
+    """
+
+    def __init__(self, source: str, prompts_per_shard: int, key: str):
+        self.source, self.prompts_per_shard = source, prompts_per_shard
+        table = storage.ParquetRows(source)
+        self.prompts = len(table)
+        ids = (i for batch in table.batches(["prompt_id"]) for i in batch["prompt_id"].to_pylist())
+        self._digests = np.empty(-(-self.prompts // prompts_per_shard), "S12")
+        for index in range(len(self)):
+            of_shard = islice(ids, prompts_per_shard)
+            self._digests[index] = hashlib.sha256("\n".join([key, *of_shard]).encode()).hexdigest()[:12].encode()
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def name(self, index: int) -> str:
+        return f"part-{index:05d}-{self._digests[index].decode()}.parquet"
+
+    def size(self, index: int) -> int:
+        """Prompts of a shard."""
+        return min(self.prompts_per_shard, self.prompts - index * self.prompts_per_shard)
+
+    def store(self, uri: str):
+        """Copy the table to where the actors can read it."""
+        write_prompts(uri, storage.ParquetRows(self.source).batches())
+        self.source = uri
+
+    def row(self, index: int) -> dict:
+        """What who makes a shard must know of it: index, name, source and, of the source's rows, start and stop."""
+        start = index * self.prompts_per_shard
+        stop = start + self.size(index)
+        return {"index": index, "name": self.name(index), "source": self.source, "start": start, "stop": stop}
 
 
-def holdout(table: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
-    """Split a prompt table into what trains and what is held out, about `share` of it and at least one prompt each.
+def write_prompts(uri: str, batches: Iterable[pa.RecordBatch]):
+    """Write a prompt table from its batches, as a file that shards are read from."""
+    with storage.table_writer(uri, PROMPTS) as writer:
+        for batch in batches:
+            if len(batch):
+                writer.write_batch(batch, row_group_size=_ROWS_IN_GROUP)
+
+
+def read_shard(row: dict, table: storage.ParquetRows) -> Shard:
+    """The shard of a `ShardPlan.row`, from its source."""
+    columns = table.read(row["start"], row["stop"]).to_pydict()
+    return Shard(row["index"], row["name"], *(columns[name] for name in PROMPTS.names))
+
+
+def holdout(ids: Iterable[str], share: float, seed: int) -> np.ndarray:
+    """Which of the prompts with these ids are held out from training, (n,) bool: about `share`, at least one each way.
 
     A hash of (seed, prompt id) decides, so a prompt keeps its side when others come or go.
 
     Raises:
         ConfigError: there are fewer than two prompts.
     """
-    if len(table) < 2:
+    digests = (hashlib.sha256(f"{seed}:{i}".encode()).digest()[:8] for i in ids)
+    draws = np.fromiter((int.from_bytes(digest, "big") / 2**64 for digest in digests), np.float64)
+    if len(draws) < 2:
         raise ConfigError(["evaluation.file: a single prompt cannot be split; give a file, or more prompts"])
-    digests = (hashlib.sha256(f"{seed}:{i.as_py()}".encode()).digest()[:8] for i in table["prompt_id"])
-    draws = np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
-    count = np.clip((draws < share).sum(), 1, len(table) - 1)
-    held_out = np.zeros(len(table), bool)
+    count = np.clip((draws < share).sum(), 1, len(draws) - 1)
+    held_out = np.zeros(len(draws), bool)
     held_out[np.argsort(draws, kind="stable")[:count]] = True
-    return table.filter(pa.array(~held_out)), table.filter(pa.array(held_out))
+    return held_out

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -208,6 +211,14 @@ def read_bytes(uri: str) -> bytes:
     return _patiently(read)
 
 
+def read_chunks(uri: str, size: int = 1 << 22) -> Iterator[bytes]:
+    """The content of a file, `size` bytes at a time."""
+    system, path = filesystem(uri)
+    with _patiently(lambda: system.open_input_file(path)) as file:
+        for start in range(0, file.size(), size):
+            yield _patiently(lambda start=start: file.read_at(size, start))
+
+
 def write_bytes(uri: str, content: bytes):
     """Write a file whole or not at all: a rename on a local disk, one put on an object store."""
     system, path = filesystem(uri)
@@ -337,6 +348,57 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     return _read_parquet(*filesystem(uri), columns)
 
 
+@contextmanager
+def table_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """Write a Parquet file piece by piece, whole or not at all: until it is whole it lies under another name, or on
+    this machine's disk if its place is an object store."""
+    system, path = filesystem(uri)
+    local = isinstance(system, pafs.LocalFileSystem)
+    if local:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mi_ray-", dir=Path(path).parent if local else None) as folder:
+        partial = Path(folder) / "table.parquet"
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            yield writer
+        with partial.open("rb+") as file:
+            if local:
+                os.fsync(file.fileno())
+                partial.replace(path)
+            else:
+                with system.open_output_stream(path) as stream:
+                    shutil.copyfileobj(file, stream, 1 << 22)
+
+
+class ParquetRows:
+    """Rows of a Parquet file by their numbers, of which no more is read than the row groups that hold them."""
+
+    def __init__(self, uri: str):
+        system, path = filesystem(uri)
+        self.uri = uri
+        self._file = _patiently(lambda: pq.ParquetFile(system.open_input_file(path)))
+        groups = range(self._file.num_row_groups)
+        self._ends = np.cumsum([self._file.metadata.row_group(group).num_rows for group in groups], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self._file.metadata.num_rows
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self._file.schema_arrow
+
+    def read(self, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
+        """Rows start to stop, as many of them as there are."""
+        first, last = np.searchsorted(self._ends, [start, max(start, stop - 1)], side="right")
+        groups = list(range(first, min(last + 1, len(self._ends))))
+        begins = 0 if first == 0 else int(self._ends[first - 1])
+        table = _patiently(lambda: self._file.read_row_groups(groups, columns))
+        return table.slice(start - begins, stop - start)
+
+    def batches(self, columns: list[str] | None = None, size: int = 1 << 14) -> Iterator[pa.RecordBatch]:
+        """All rows in order, at most `size` at a time."""
+        return self._file.iter_batches(size, columns=columns)
+
+
 def local_folder(uri: str) -> str:
     """The path of a folder on this machine's disk; a remote one's files are copied to a temporary folder."""
     system, path = filesystem(uri)
@@ -434,12 +496,18 @@ def _ends_with_newline(file: BinaryIO) -> bool:
     return file.read(1) == b"\n"
 
 
-def read_lines(uri: str) -> list[dict]:
+def iter_lines(uri: str) -> Iterator[dict]:
     """The lines of a .jsonl file; none if it is missing. A line that a kill cut short is left out."""
-    lines = []
-    for line in read_bytes(uri).splitlines() if exists(uri) else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+    rest = b""
+    for chunk in chain(read_chunks(uri), [b"\n"]) if exists(uri) else ():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def read_lines(uri: str) -> list[dict]:
+    """The same, all at once."""
+    return list(iter_lines(uri))

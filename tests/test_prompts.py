@@ -1,13 +1,25 @@
 import hashlib
 import json
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mi_ray import storage
 from mi_ray.config import ConfigError
-from mi_ray.prompts import PROMPTS, holdout, plan_shards, prompt_id, read_prompts
+from mi_ray.prompts import (
+    PROMPTS,
+    PromptReader,
+    Shard,
+    ShardPlan,
+    holdout,
+    prompt_id,
+    read_prompts,
+    read_shard,
+    write_prompts,
+)
 
 
 def words(prompt: str) -> int:
@@ -112,6 +124,84 @@ def test_overlong_prompts_stay_whole_when_the_encoder_cuts_them(write):
     assert (table["prompt"].to_pylist(), skipped) == (["a b c d"], [])
 
 
+def test_broken_lines_are_skipped_with_a_row_each(write):
+    lines = [
+        b'{"prompt": "a"}',
+        b"no json",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": ""}',
+        b'{"prompt": "b\0"}',
+        b"",
+        b"x" * 2**21,
+    ]
+    table, skipped = read_prompts(write("p.jsonl", b"\n".join([*lines, b'{"prompt": "c"}'])), broken="skip")
+    assert table["prompt"].to_pylist() == ["a", "c"]
+    assert sorted(row["message"] for row in skipped) == [
+        "line 2 is not JSON",
+        "line 3 is not UTF-8",
+        "line 4 is without a prompt",
+        "line 5 is binary",
+        "line 7 is longer than 1 MiB",
+    ]
+    assert next(row["prompt"] for row in skipped if "line 3" in row["message"]) == '{"prompt": "\ufffd"}'
+
+
+def test_dropped_duplicates_are_told(write):
+    _, skipped = read_prompts(write("p.txt", "a\nb\na\n"), duplicates="drop")
+    assert skipped == [{"prompt": "a", "stage": "prompts", "message": "line 3 is line 1 again"}]
+
+
+def test_repeats_are_found_however_far_apart(write):
+    prompts = [f"prompt {i}" for i in range(40_000)]
+    file = write("p.txt", "\n".join([*prompts, "prompt 39999", "new", "prompt 7"]))
+    table, skipped = read_prompts(file, duplicates="drop")
+    assert table["prompt"].to_pylist() == [*prompts, "new"]
+    assert [row["message"] for row in skipped] == ["line 40001 is line 40000 again", "line 40003 is line 8 again"]
+
+
+@pytest.mark.slow
+def test_every_one_of_a_million_lines_on_s3_is_kept_or_counted(s3_server):
+    """Bad lines of all kinds among 10^6: told in a few rows and in a short message, and none is lost."""
+    bad = {
+        "not UTF-8": b'{"prompt": "caf\xe9"}',
+        "not JSON": b'{"prompt": "a dog',
+        "without a prompt": b'{"prompt": "", "category": "animals"}',
+        "binary": b'{"prompt": "a\0dog"}',
+        "a repeated prompt": b'{"prompt": "prompt number 0"}',
+        "longer than the 9 tokens": b'{"prompt": "%d one two three four five six seven eight"}',
+    }
+    kinds, expected, lines = list(bad), dict.fromkeys(bad, 0), []
+    for number in range(1_000_000):
+        if number % 1000 == 999:
+            kind = kinds[number // 1000 % len(kinds)]
+            expected[kind] += 1
+            lines.append(bad[kind] % number if b"%d" in bad[kind] else bad[kind])
+        else:
+            lines.append(b'{"prompt": "prompt number %d"}' % number)
+    lines[500_000] = b'{"prompt": "' + b"x" * 2**21 + b'"}'
+    client = boto3.client("s3", endpoint_url=f"http://{s3_server}")
+    client.create_bucket(Bucket="prompts")
+    client.put_object(Bucket="prompts", Key="many.jsonl", Body=b"\n".join(lines))
+    uri = f"s3://prompts/many.jsonl?scheme=http&endpoint_override={s3_server}"
+    skip = {"duplicates": "drop", "overlong": "skip", "broken": "skip"}
+    reader = PromptReader(uri, **skip, token_count=words, max_tokens=9)
+    kept = 0
+    for batch in reader.batches():
+        assert all(prompt.startswith("prompt number") for prompt in batch["prompt"].to_pylist())
+        kept += len(batch)
+    told = dict.fromkeys([*expected, "longer than 1 MiB"], 0)
+    names = {"tokens; the text": "longer than the 9 tokens", " again": "a repeated prompt"}
+    for row in reader.skipped:
+        kind = next(name for part, name in [*names.items(), *zip(told, told, strict=True)] if part in row["message"])
+        told[kind] += row.get("count", 1)
+    assert told == expected | {"longer than 1 MiB": 1}
+    assert kept + sum(told.values()) == 1_000_000
+    assert len(reader.skipped) <= 21 * len(told)
+    refused = faults(uri)
+    assert {"not UTF-8" in fault or "binary" in fault for fault in refused} == {True}
+    assert len("".join(refused)) < 1000
+
+
 # ------------------------------------------------------------------------------------------ what is refused
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
@@ -200,9 +290,18 @@ def test_broken_parquet(tmp_path, columns, expected):
 
 
 # ------------------------------------------------------------------------------------------ plan
-def test_shards_hold_every_prompt_once_in_order():
+def shards_of(table: pa.Table, prompts_per_shard: int, key: str, folder) -> list[Shard]:
+    """All shards, each as an actor reads it."""
+    source = str(folder / "prompts.parquet")
+    write_prompts(source, table.to_batches())
+    plan = ShardPlan(source, prompts_per_shard, key)
+    stored = storage.ParquetRows(source)
+    return [read_shard(plan.row(index), stored) for index in range(len(plan))]
+
+
+def test_shards_hold_every_prompt_once_in_order(tmp_path):
     table = table_of(*(f"prompt {i}" for i in range(11)))
-    shards = plan_shards(table, 4, "key")
+    shards = shards_of(table, 4, "key", tmp_path)
     assert [len(shard.prompts) for shard in shards] == [4, 4, 3]
     assert [p for shard in shards for p in shard.prompts] == table["prompt"].to_pylist()
     assert [i for shard in shards for i in shard.prompt_ids] == table["prompt_id"].to_pylist()
@@ -210,7 +309,10 @@ def test_shards_hold_every_prompt_once_in_order():
     assert len({shard.name for shard in shards}) == 3
 
 
-def test_names_of_shards_depend_on_key_and_prompts_only():
+def test_names_of_shards_depend_on_key_and_prompts_only(tmp_path):
+    def plan_shards(table, prompts_per_shard, key):
+        return shards_of(table, prompts_per_shard, key, tmp_path)
+
     names = [shard.name for shard in plan_shards(table_of("a", "b", "c"), 2, "key")]
     assert names == [shard.name for shard in plan_shards(table_of("a", "b", "c"), 2, "key")]
     assert all(name.startswith(f"part-0000{i}-") and name.endswith(".parquet") for i, name in enumerate(names))
@@ -218,21 +320,26 @@ def test_names_of_shards_depend_on_key_and_prompts_only():
     assert names[0] != plan_shards(table_of("b", "a"), 2, "key")[0].name
 
 
+def split(table: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
+    held_out = holdout(table["prompt_id"].to_pylist(), share, seed)
+    return table.filter(pa.array(~held_out)), table.filter(pa.array(held_out))
+
+
 def test_holdout_takes_its_share_and_is_stable():
     table = table_of(*(f"prompt {i}" for i in range(2000)))
-    train, held_out = holdout(table, 0.1, seed=0)
+    train, held_out = split(table, 0.1, seed=0)
     assert len(held_out) == pytest.approx(200, abs=60)
     assert sorted(train["prompt"].to_pylist() + held_out["prompt"].to_pylist()) == sorted(table["prompt"].to_pylist())
     fewer = table.filter(pa.array(np.arange(2000) % 3 > 0))
-    assert {*holdout(fewer, 0.1, seed=0)[1]["prompt"].to_pylist()} < {*held_out["prompt"].to_pylist()}
-    assert holdout(table, 0.1, seed=1)[1]["prompt"] != held_out["prompt"]
+    assert {*split(fewer, 0.1, seed=0)[1]["prompt"].to_pylist()} < {*held_out["prompt"].to_pylist()}
+    assert split(table, 0.1, seed=1)[1]["prompt"] != held_out["prompt"]
 
 
 @pytest.mark.parametrize("share", [0.001, 0.999])
 def test_holdout_leaves_a_prompt_on_either_side(share):
-    assert sorted(map(len, holdout(table_of("a", "b", "c"), share, seed=0))) == [1, 2]
+    assert sorted(map(len, split(table_of("a", "b", "c"), share, seed=0))) == [1, 2]
 
 
 def test_a_single_prompt_cannot_be_split():
     with pytest.raises(ConfigError, match="single prompt"):
-        holdout(table_of("a"), 0.5, seed=0)
+        holdout([prompt_id("a")], 0.5, seed=0)

@@ -258,9 +258,10 @@ def _training(run_dir: str) -> dict:
 
 
 def _errors(events: list[dict], candidates: pd.DataFrame, evaluation: dict[str, pd.DataFrame]) -> list[dict]:
-    """Skipped prompts and error rows; rows that say the same are one entry with a `count`."""
-    skipped = [(e["prompt"], e["stage"], e["message"]) for e in events if e["event"] == "prompt_skipped"]
-    counts = Counter(dict.fromkeys(skipped, 1))  # a resumed session says it again
+    """Skipped prompts and error rows; rows that say the same are one entry with a `count`, and of many skipped prompts
+    those beyond the first are one entry without a prompt."""
+    skipped = [e for e in events if e["event"] == "prompt_skipped"]  # a resumed session says it again
+    counts = Counter({(e["prompt"], e["stage"], e["message"]): e.get("count", 1) for e in skipped})
     for stage, frame in [("generate", candidates), *(("evaluate", frame) for frame in evaluation.values())]:
         failed = frame[frame["error"].notna()]
         counts.update((row.prompt, stage, row.error) for row in failed.itertuples())

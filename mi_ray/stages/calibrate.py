@@ -55,7 +55,8 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
 
 def _checked_prompts(config: CalibrationConfig) -> pa.Table:
     """The prompts, when they and the model will do."""
-    prompts, _ = read_prompts(config.prompts.file, limit=config.prompts.limit, duplicates=config.prompts.duplicates)
+    given = config.prompts
+    prompts, _ = read_prompts(given.file, limit=given.limit, duplicates=given.duplicates, broken=given.broken)
     faults = []
     if len(prompts) < 2:
         faults.append(f"prompts.file: {config.prompts.file!r} holds one prompt only; each is held against others")

@@ -9,7 +9,7 @@ from mi_ray import storage
 from mi_ray.alignment.quality import latent_features
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.prompts import Shard
+from mi_ray.prompts import Shard, ShardPlan
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
 from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured, specialise
@@ -87,7 +87,7 @@ def draw(prompt: str, seed: int) -> np.ndarray:
     return render(draw_scene(parse(prompt), np.random.default_rng(seed), unseen=True))
 
 
-def evaluate(config: RunConfig, shards: list[Shard], model: str, adapter: str | None) -> dict:
+def evaluate(config: RunConfig, shards: ShardPlan, model: str, adapter: str | None) -> dict:
     """Draw and measure `images_per_prompt` images of every held-out prompt into evaluation/<model>.
 
     Args:

@@ -10,7 +10,7 @@ from mi_ray import storage
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
-from mi_ray.prompts import Shard
+from mi_ray.prompts import Shard, ShardPlan
 from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured, specialise
 from mi_ray.stages.pruning import Halving, cut_scorer
 from mi_ray.stages.select import keeps, ranks
@@ -154,7 +154,7 @@ def _spread(values: list, rows: list[int], count: int) -> list:
 
 def generate(
     config: RunConfig,
-    shards: list[Shard],
+    shards: ShardPlan,
     folder: str,
     round_index: int,
     adapter: str | None,

@@ -1,10 +1,14 @@
 """The main job: rounds of generate, select and fine-tune, then evaluation and the report, in one resumable folder."""
 
 import platform
+import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -12,7 +16,7 @@ from mi_ray import __version__, storage
 from mi_ray.alignment.oracle import foreign_prompts
 from mi_ray.config import ConfigError, RunConfig
 from mi_ray.diffusion.denoisers import check_model, load_tokenizer
-from mi_ray.prompts import holdout, plan_shards, read_prompts
+from mi_ray.prompts import PromptReader, ShardPlan, holdout, write_prompts
 from mi_ray.report.page import alignment_table, write_report
 from mi_ray.stages.candidates import NEIGHBOUR_POOL
 from mi_ray.stages.evaluate import REFERENCE, evaluate
@@ -28,6 +32,8 @@ PACKAGES = ("torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "num
 
 class Plan:
     """What a run will do: its prompts and shards. Building it checks everything that can be checked beforehand.
+
+    The prompts lie in a temporary folder until `open_run` stores them in the run's; in memory are a few bytes of each.
 
     Raises:
         ConfigError: with every fault of the model, the prompt files and the run folder.
@@ -48,48 +54,77 @@ class Plan:
             storage.check_run_dir(config.run_dir, config.results_config())
         token_count = tokenizer and (lambda prompt: len(tokenizer(prompt).input_ids))
         max_tokens = tokenizer and tokenizer.model_max_length
-        self.skipped: list[dict] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="mi_ray-")
+        self.skipped: dict[str, list[dict]] = {"train": [], "evaluation": []}
         self.train = self.held_out = None
         with collecting(faults):
-            self.train = self._read(config.prompts.file, "prompts.file", config.prompts.limit, token_count, max_tokens)
+            self.train = self._read("train", config.prompts.file, config.prompts.limit, token_count, max_tokens)
         if config.evaluation.file:
             with collecting(faults):
                 file, limit = config.evaluation.file, config.evaluation.limit
-                self.held_out = self._read(file, "evaluation.file", limit, token_count, max_tokens)
+                self.held_out = self._read("evaluation", file, limit, token_count, max_tokens)
         elif self.train is not None:
-            self.train, self.held_out = holdout(self.train, config.evaluation.holdout_share, config.seed)
-            self.held_out = self.held_out.slice(0, config.evaluation.limit)
+            with collecting(faults):
+                self.train, self.held_out = self._split(self.train)
         with collecting(faults):
             _check_alignment(config, self.train, self.held_out)
         if faults:
             raise ConfigError(faults)
-        key = config.hash()
-        self.shards = plan_shards(self.train, config.generate.prompts_per_shard, key)
-        self.evaluation_shards = plan_shards(self.held_out, config.generate.prompts_per_shard, key)
+        key, per_shard = config.hash(), config.generate.prompts_per_shard
+        self.shards = ShardPlan(self.train.uri, per_shard, key)
+        self.evaluation_shards = ShardPlan(self.held_out.uri, per_shard, key)
 
     def settle(self):
         """Find what the resources leave open, on the cluster."""
         resources = settle(self.config.model, self.config.resources)
         self.config = self.config.model_copy(update={"resources": resources})
 
-    def _read(self, file: str, field: str, limit: int | None, token_count, max_tokens) -> pa.Table:
+    def _read(self, stage: str, file: str, limit: int | None, token_count, max_tokens) -> storage.ParquetRows:
         prompts = self.config.prompts
-        table, skipped = read_prompts(
+        reader = PromptReader(
             file,
-            field=field,
+            field="prompts.file" if stage == "train" else "evaluation.file",
             limit=limit,
             duplicates=prompts.duplicates,
             overlong=prompts.overlong,
+            broken=prompts.broken,
             token_count=token_count,
             max_tokens=max_tokens,
         )
-        self.skipped += skipped
+        table = self._table(stage, reader.batches())
+        self.skipped[stage] = reader.skipped
         return table
+
+    def _split(self, prompts: storage.ParquetRows) -> tuple[storage.ParquetRows, storage.ParquetRows]:
+        """Without a file of its own, the evaluation takes a share of the prompts."""
+        evaluation = self.config.evaluation
+        ids = (i for batch in prompts.batches(["prompt_id"]) for i in batch["prompt_id"].to_pylist())
+        held_out = holdout(ids, evaluation.holdout_share, self.config.seed)
+        within_limit = held_out if evaluation.limit is None else held_out & (np.cumsum(held_out) <= evaluation.limit)
+        return tuple(
+            self._table(name, _filtered(prompts, mask))
+            for name, mask in (("training", ~held_out), ("evaluation", within_limit))
+        )
+
+    def _table(self, name: str, batches: Iterator[pa.RecordBatch]) -> storage.ParquetRows:
+        uri = storage.join(self._folder.name, f"{name}.parquet")
+        write_prompts(uri, batches)
+        return storage.ParquetRows(uri)
+
+    def skipped_count(self, stage: str) -> int:
+        return sum(row.get("count", 1) for row in self.skipped[stage])
 
     @property
     def pool(self) -> list[str]:
         """The prompts among which pmi_contrastive finds neighbours."""
-        return self.train["prompt"].slice(0, NEIGHBOUR_POOL).to_pylist()
+        return self.train.read(0, NEIGHBOUR_POOL)["prompt"].to_pylist()
+
+
+def _filtered(table: storage.ParquetRows, mask: np.ndarray) -> Iterator[pa.RecordBatch]:
+    start = 0
+    for batch in table.batches():
+        yield batch.filter(pa.array(mask[start : start + len(batch)]))
+        start += len(batch)
 
 
 @contextmanager
@@ -109,7 +144,7 @@ def _checked_tokenizer(config: RunConfig):
         raise ConfigError([f"model.path: {fault}" for fault in str(error).split("\n")]) from error
 
 
-def _check_alignment(config: RunConfig, *tables: pa.Table | None):
+def _check_alignment(config: RunConfig, *tables: storage.ParquetRows | None):
     faults = []
     for field, wanted, table in zip(
         ("generate.alignment", "evaluation.alignment"),
@@ -117,11 +152,15 @@ def _check_alignment(config: RunConfig, *tables: pa.Table | None):
         tables,
         strict=True,
     ):
-        if wanted == "oracle" and table is not None and (foreign := foreign_prompts(table["prompt"].to_pylist())):
-            shown = ", ".join(repr(prompt) for prompt in foreign[:3])
+        if wanted != "oracle" or table is None:
+            continue
+        batches = (batch["prompt"].to_pylist() for batch in table.batches(["prompt"]))
+        found = (prompt for prompts in batches for prompt in foreign_prompts(prompts))
+        if shown := list(islice(found, 3)):
+            count = len(shown) + sum(1 for _ in found)
             faults.append(
-                f"{field}: the oracle reads only prompts of the shapes grammar, not {shown}"
-                f" ({len(foreign)} of {len(table)}); set it to none for your own prompts"
+                f"{field}: the oracle reads only prompts of the shapes grammar, not {', '.join(map(repr, shown))}"
+                f" ({count} of {len(table)}); set it to none for your own prompts"
             )
     if faults:
         raise ConfigError(faults)
@@ -139,7 +178,7 @@ def timed(config: RunConfig, stage: str):
 
 
 def open_run(plan: Plan):
-    """Write run.json, which makes the folder this run's, and note what was read."""
+    """Write run.json, which makes the folder this run's, store its prompts and note what was read and skipped."""
     config = plan.config
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions = {"mi_ray": __version__, "python": platform.python_version(), **versions}
@@ -147,11 +186,12 @@ def open_run(plan: Plan):
     content |= {"resources": config.resources.model_dump(mode="json")}
     storage.write_json(storage.join(config.run_dir, "run.json"), content)
     storage.log_event(config.run_dir, "run_started", config_hash=config.hash())
-    for stage, table in (("train", plan.train), ("evaluation", plan.held_out)):
-        facts = {"used": len(table), "skipped": len(plan.skipped), "read": len(table) + len(plan.skipped)}
-        storage.log_event(config.run_dir, "prompts_read", stage=stage, **facts)
-    for skipped in plan.skipped:
-        storage.log_event(config.run_dir, "prompt_skipped", **skipped)
+    for stage, shards in (("train", plan.shards), ("evaluation", plan.evaluation_shards)):
+        shards.store(storage.join(config.run_dir, "prompts", f"{stage}.parquet"))
+        used, skipped = shards.prompts, plan.skipped_count(stage)
+        storage.log_event(config.run_dir, "prompts_read", stage=stage, read=used + skipped, used=used, skipped=skipped)
+        for row in plan.skipped[stage]:
+            storage.log_event(config.run_dir, "prompt_skipped", **row)
 
 
 def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
@@ -164,7 +204,7 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
     home = run_dir if arm == "tuned" else storage.join(run_dir, "controls", arm)
     by = config.select.by if arm == "tuned" else arm
     suffix = "" if arm == "tuned" else f"_{arm}"
-    previews = plan.train["prompt_id"].slice(0, config.generate.preview_prompts).to_pylist()
+    previews = plan.train.read(0, config.generate.preview_prompts)["prompt_id"].to_pylist()
     adapter = None
     for r in range(config.rounds):
         candidates = storage.join(run_dir if r == 0 else home, f"round-{r}", "candidates")

@@ -51,6 +51,7 @@ def describe(plan: Plan) -> str:
     mine = best(trials) if resources.batch_size == "auto" else try_batch(denoiser, resources.batch_size)
     each = mine.seconds_per_evaluation
     prompts, held_out = len(plan.train), len(plan.held_out)
+    skipped = sum(map(plan.skipped_count, plan.skipped))
     counts = evaluations(config, prompts, held_out)
     actors = min(resources.num_actors[1], len(plan.shards))
     workers = {"finetune": resources.train_workers}
@@ -60,7 +61,7 @@ def describe(plan: Plan) -> str:
     lines = [
         f"run folder    {config.run_dir} (config {config.hash()})",
         f"model         {config.model.path}: denoiser of {parameters / 1e6:.1f} M parameters, {denoiser.dtype}",
-        f"prompts       {prompts} to train on, {held_out} held out, {len(plan.skipped)} skipped",
+        f"prompts       {prompts} to train on, {held_out} held out, {skipped} skipped",
         f"shards        {len(plan.shards)} of up to {config.generate.prompts_per_shard} prompts,"
         f" {len(plan.evaluation_shards)} for evaluation",
         f"candidates    {prompts * config.generate.candidates_per_prompt} a round, {config.rounds} round(s),"

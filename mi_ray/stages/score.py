@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,6 @@ from mi_ray.stages.trial import settle
 SCORES_FOLDER = "scores"
 MAX_THUMBNAIL = 256  # pixels
 SINGLE_BATCH = 64  # of a single pair, for which a trial would take longer than the pair
-MAX_BLOCKS = 1000  # of Ray Data; with more shards a block holds several
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
 _END = object()
 _T = TypeVar("_T")
@@ -197,10 +197,11 @@ def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
         ray.init(logging_level="warning", ignore_reinit_error=True)
         resources = settle(ModelConfig(path=config.model, dtype=config.dtype), config.resources)
         config = config.model_copy(update={"resources": resources})
+    rows = [asdict(shard) for shard in todo]
     actor = {"config": config.model_dump(mode="json"), "token": lease.current_token(config.run_dir)}
     with tqdm(total=len(shards), desc="score", unit="shard", mininterval=2, dynamic_ncols=True) as progress:
         progress.update(len(shards) - len(todo))
-        for done in stream(PairActor, actor, todo, config.resources, min(len(todo), MAX_BLOCKS)) if todo else ():
+        for done in stream(PairActor, actor, rows, config.resources) if todo else ():
             lease.confirm(config.run_dir)
             storage.log_event(config.run_dir, "shard_written", stage="score", model=config.model, **done)
             progress.update()

@@ -58,17 +58,43 @@ def _finite(value: float | None) -> float:
     return value if value is not None and np.isfinite(value) else -np.inf
 
 
-def _weights(prompt_ids: pa.ChunkedArray, balance: bool) -> np.ndarray:
-    """What each kept candidate weighs in the loss, one on average: (n,) fp32."""
-    if not balance:
-        return np.ones(len(prompt_ids), np.float32)
-    _, of, counts = np.unique(prompt_ids.to_numpy(), return_inverse=True, return_counts=True)
-    weights = 1 / counts[of]
-    return (weights / weights.mean()).astype(np.float32)
+# What ranking and keeping look at; the curves are never read, latents and prompts of the kept rows alone.
+_LOOKED_AT = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score"]
+_MEASURED = ["exact", "objects", "attributes", "relation"]
+
+
+def _kept_of_part(uri: str, config: RunConfig, by: str) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the kept rows of a part, and their prompts' ids, both (k,).
+
+    A prompt's candidates all lie in one part, one after the other: a shard is written whole.
+    """
+    columns = [*_LOOKED_AT, *_MEASURED, *(f"score_{name}" for name in config.score.names)]
+    table = storage.read_table(uri, columns)
+    rows = np.flatnonzero(pc.is_null(table["error"]).to_numpy())
+    table = table.take(rows)
+    ids = table["prompt_id"].to_numpy()
+    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]]) if len(ids) else np.empty(0, int)
+    kept = np.zeros(len(ids), bool)
+    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        of_prompt = table.slice(start, stop - start).to_pydict()
+        kept[start:stop] = keeps(of_prompt, ranks(of_prompt, by, config.seed), by, config.select)
+    return rows[kept], ids[kept]
+
+
+def _counts(selected: str) -> dict[str, int]:
+    """Prompts, each one's rows one after the other, and rows of a table of what was kept."""
+    table, prompts, last = storage.ParquetRows(selected), 0, None
+    for batch in table.batches(["prompt_id"]):
+        ids = np.array([last, *batch["prompt_id"].to_pylist()], object)
+        prompts += int((ids[1:] != ids[:-1]).sum())
+        last = ids[-1]
+    return {"prompts": prompts, "kept": len(table)}
 
 
 def select(config: RunConfig, candidates: str, destination: str, by: str) -> dict[str, int]:
     """Write what the selection `by` keeps of every prompt in the folder `candidates` to the table `destination`.
+
+    Part by part: in memory are one part's scores or kept latents, and 8 bytes a kept row.
 
     Returns:
         Counts: prompts, kept.
@@ -77,21 +103,26 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
         ConfigError: nothing is kept.
     """
     if storage.exists(destination):
-        kept = storage.read_table(destination, ["prompt_id"])
-        return {"prompts": len(pc.unique(kept["prompt_id"])), "kept": len(kept)}
-    scores = [f"score_{name}" for name in config.score.names]
-    measured = ["exact", "objects", "attributes", "relation"]
-    wanted = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score", *measured, *scores]
-    table = storage.read_tables(candidates, [*wanted, "prompt", "latents", "latents_shape"])
-    table = table.filter(pc.is_null(table["error"]))
-    rows = []
-    for prompt_id in pc.unique(table["prompt_id"]).to_pylist():
-        of_prompt = table.filter(pc.equal(table["prompt_id"], prompt_id))
-        columns = of_prompt.select(wanted).to_pydict()
-        rows.append(of_prompt.filter(pa.array(keeps(columns, ranks(columns, by, config.seed), by, config.select))))
-    kept = pa.concat_tables(rows)
-    if not len(kept):
+        return _counts(destination)
+    parts = [storage.join(candidates, name) for name in storage.list_names(candidates) if name.endswith(".parquet")]
+    kept, prompts = [], 0
+    for part in parts:
+        rows, ids = _kept_of_part(part, config, by)
+        kept.append(rows)
+        prompts += len(np.unique(ids))
+    total = sum(map(len, kept))
+    if not total:
         raise ConfigError([f"select.min_score: no candidate reaches {config.select.min_score} by {by}; lower it"])
-    kept = kept.append_column("weight", pa.array(_weights(kept["prompt_id"], config.select.balance)))
-    storage.write_table(destination, kept.select(storage.SELECTED.names).cast(storage.SELECTED))
-    return {"prompts": len(pc.unique(kept["prompt_id"])), "kept": len(kept)}
+    with storage.table_writer(destination, storage.SELECTED) as writer:
+        for part, rows in zip(parts, kept, strict=True):
+            if not len(rows):
+                continue
+            columns = [name for name in storage.SELECTED.names if name != "weight"]
+            table = storage.read_table(part, columns).take(rows)
+            weights = np.ones(len(rows), np.float32)
+            if config.select.balance:  # a prompt's rows share the same weight; one on average over the table
+                _, of, counts = np.unique(table["prompt_id"].to_numpy(), return_inverse=True, return_counts=True)
+                weights = (total / prompts / counts[of]).astype(np.float32)
+            table = table.append_column("weight", pa.array(weights))
+            writer.write_table(table.select(storage.SELECTED.names).cast(storage.SELECTED))
+    return {"prompts": prompts, "kept": total}

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +17,12 @@ from tqdm import tqdm
 
 from mi_ray import storage
 from mi_ray.config import ResourcesConfig, RunConfig
-from mi_ray.prompts import Shard
+from mi_ray.prompts import Shard, ShardPlan, read_shard
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import Work
 from mi_ray.stages.metrics import StageMetrics
 
+MAX_BLOCKS = 4096  # of Ray Data, which keeps some kilobytes of each; with more shards a block holds several
 Rows = Callable[[Shard, list[int], Work], list[dict]]  # of the prompts at these positions of the shard
 FACTS = {  # of a shard's receipt, which its event repeats
     "index": 0,
@@ -55,13 +55,19 @@ class ShardWriter:
     def __init__(self, stage: str, model: str, folder: str, schema: pa.Schema, config: RunConfig, token: int | None):
         self.folder, self.schema, self.config, self.token = folder, schema, config, token
         self.metrics = StageMetrics(stage, model)
+        self.table: storage.ParquetRows | None = None
 
     def __call__(self, batch: dict[str, np.ndarray], make_rows: Rows) -> dict[str, list]:
-        """Take a Ray Data batch that holds one shard; its receipt is the row that comes out."""
-        shard = shard_of(batch)
-        receipt = storage.committed(self.folder, shard.name) or self._make(shard, make_rows)
-        facts = FACTS | {"index": shard.index, "shard": shard.name}
+        """Take a Ray Data batch of one `ShardPlan.row`; the shard's receipt is the row that comes out."""
+        (row,) = rows_of(batch)
+        receipt = storage.committed(self.folder, row["name"]) or self._make(self._shard(row), make_rows)
+        facts = FACTS | {"index": row["index"], "shard": row["name"]}
         return {name: [receipt.get(name, fact)] for name, fact in facts.items()}
+
+    def _shard(self, row: dict) -> Shard:
+        if self.table is None or self.table.uri != row["source"]:
+            self.table = storage.ParquetRows(row["source"])
+        return read_shard(row, self.table)
 
     def _make(self, shard: Shard, make_rows: Rows) -> dict:
         began, work = time.perf_counter(), Work()
@@ -103,11 +109,10 @@ def deadline(seconds: float | None):
         timer.cancel()
 
 
-def shard_of(batch: dict[str, np.ndarray]) -> Shard:
-    """The one shard that a Ray Data batch of size 1 holds."""
-    fields = {name: values[0] for name, values in batch.items()}
-    lists = {name: list(values) for name, values in fields.items() if isinstance(values, np.ndarray)}
-    return Shard(index=int(fields["index"]), name=str(fields["name"]), **lists)
+def rows_of(batch: dict[str, np.ndarray]) -> list[dict]:
+    """The rows of a Ray Data batch, with Python's own numbers and strings."""
+    columns = [values.tolist() for values in batch.values()]
+    return [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def whole_or_one_by_one(make_rows, shard: Shard, work: Work) -> tuple[list[dict], list[tuple[int, str]]]:
@@ -138,19 +143,16 @@ def error_row(schema: pa.Schema, shard: Shard, position: int, message: str) -> d
 
 
 # ------------------------------------------------------------------------------------------ in the driver
-def stream(actor: type, constructor: dict, shards: list, resources: ResourcesConfig, blocks: int) -> Iterator[dict]:
-    """Run shards (dataclasses) through a pool of actors and yield, as each is written, what was written.
-
-    Args:
-        blocks: of Ray Data, in which the shards are handed out.
-    """
+def stream(actor: type, constructor: dict, rows: list[dict], resources: ResourcesConfig) -> Iterator[dict]:
+    """Run shards, a row each, through a pool of actors and yield, as each is written, what was written."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
-    least, most = (min(n, len(shards)) for n in resources.num_actors)
-    dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=blocks)
+    least, most = (min(n, len(rows)) for n in resources.num_actors)
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
+    dataset.context.target_max_block_size = 1  # byte: each receipt comes out at once, not with its block's last
     dataset = dataset.map_batches(
         actor,
         batch_size=1,
@@ -160,45 +162,47 @@ def stream(actor: type, constructor: dict, shards: list, resources: ResourcesCon
         fn_constructor_kwargs=constructor,
     )
     for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
-        yield {name: values[0].item() if hasattr(values[0], "item") else values[0] for name, values in batch.items()}
+        yield from rows_of(batch)
 
 
-def _receipts(folder: str, names: list[str], missing: set[str], logged: set[str]) -> Iterator[dict]:
-    """Of the committed shards whose event was lost with an earlier driver."""
-    for index, name in enumerate(names):
-        if name not in missing and name not in logged:
-            receipt = storage.committed(folder, name)
-            facts = FACTS | {"index": index, "shard": name}
-            yield {key: receipt.get(key, fact) for key, fact in facts.items()} | {"time": receipt["time"]}
+def _written_of(run_dir: str, folder: str) -> Iterator[dict]:
+    """The events of shards of this folder."""
+    for event in storage.iter_lines(storage.join(run_dir, "events.jsonl")):
+        if event["event"] == "shard_written" and event.get("folder") == folder:
+            yield event
 
 
 def run_stage(
-    stage: str, model: str, actor: type, constructor: dict, shards: list[Shard], folder: str, config: RunConfig
+    stage: str, model: str, actor: type, constructor: dict, shards: ShardPlan, folder: str, config: RunConfig
 ) -> dict:
     """Write the missing parts of a folder, with progress and events, then its manifest. Returns the manifest."""
     manifest_uri = storage.join(folder, storage.MANIFEST)
     if storage.exists(manifest_uri):
         return storage.read_json(manifest_uri)
-    names = [shard.name for shard in shards]
+    names = [shards.name(index) for index in range(len(shards))]
     storage.adopt_parts(folder, names)
     missing = set(storage.missing_parts(folder, names))
-    todo = [shard for shard in shards if shard.name in missing]
-    total = sum(len(shard.prompts) for shard in shards)
+    todo = [index for index, name in enumerate(names) if name in missing]
     what = {"stage": stage, "model": model, "folder": storage.relative(folder, config.run_dir)}
-    events = storage.read_lines(storage.join(config.run_dir, "events.jsonl"))
-    logged = {e["shard"] for e in events if e["event"] == "shard_written" and e.get("folder") == what["folder"]}
-    for lost in _receipts(folder, names, missing, logged):
-        storage.log_event(config.run_dir, "shard_written", **what, **lost)
-    plan = {"shards": len(shards), "missing": len(todo), "prompts": total}
+    logged = {event["shard"] for event in _written_of(config.run_dir, what["folder"])}
+    for index, name in enumerate(names):  # committed, but the event was lost with an earlier driver
+        if name not in missing and name not in logged:
+            receipt = storage.committed(folder, name)
+            facts = FACTS | {"index": index, "shard": name, "time": receipt["time"]}
+            facts = {key: receipt.get(key, fact) for key, fact in facts.items()}
+            storage.log_event(config.run_dir, "shard_written", **what, **facts)
+    plan = {"shards": len(shards), "missing": len(todo), "prompts": shards.prompts}
     storage.log_event(config.run_dir, "shards_planned", **what, **plan)
+    del names, missing, logged
     constructor = constructor | {"token": lease.current_token(config.run_dir)}
-    with tqdm(total=total, desc=f"{stage} {model}", unit="prompt", mininterval=2, dynamic_ncols=True) as progress:
-        progress.update(total - sum(len(shard.prompts) for shard in todo))
-        for done in stream(actor, constructor, todo, config.resources, len(todo)) if todo else ():
+    with tqdm(total=shards.prompts, desc=f"{stage} {model}", unit="prompt", mininterval=2, dynamic_ncols=True) as bar:
+        bar.update(shards.prompts - sum(shards.size(index) for index in todo))
+        rows = [shards.row(index) for index in todo]
+        for done in stream(actor, constructor, rows, config.resources) if rows else ():
             lease.confirm(config.run_dir)
             storage.log_event(config.run_dir, "shard_written", **what, **done)
-            progress.update(len(shards[done["index"]].prompts))
+            bar.update(shards.size(done["index"]))
     lease.confirm(config.run_dir)
-    manifest = {"parts": [{"name": shard.name, "prompts": len(shard.prompts)} for shard in shards], "prompts": total}
+    manifest = {"shards": len(shards), "prompts": shards.prompts}
     storage.write_json(manifest_uri, manifest)
     return manifest

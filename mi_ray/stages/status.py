@@ -1,6 +1,8 @@
 """How a run stands, from its folder alone: what is done, what failed, what is left, and when it may end."""
 
 import time
+from bisect import insort
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -33,6 +35,39 @@ class StageStatus:
         return "under way" if self.done else "to do"
 
 
+class _Events:
+    """What the status needs of events.jsonl, read once, line by line: it holds nothing of most shards."""
+
+    def __init__(self, run_dir: str):
+        self.prompts: dict[str, int] = {}  # by stage, those used
+        self.times: dict[str, list[float]] = defaultdict(list)  # by folder: when the latest shards were written
+        self.errors: dict[str, dict[str, int]] = defaultdict(dict)  # by folder: of the shards that have any
+        self.spent, self.shard_seconds, self.stage_seconds, self.sessions = 0, 0.0, 0.0, 0
+        self.skipped: dict[tuple[str, str], int] = {}
+        self.last: dict | None = None
+        for event in storage.iter_lines(storage.join(run_dir, "events.jsonl")):
+            self.last, kind = event, event["event"]
+            if kind == "shard_written":
+                self._shard_written(event)
+            elif kind == "prompts_read":
+                self.prompts[event["stage"]] = event["used"]
+            elif kind == "prompt_skipped":
+                self.skipped[event["prompt"], event["message"]] = event.get("count", 1)  # every session says it again
+            elif kind == "stage_finished" and event["stage"].startswith(("generate", "evaluate")):
+                self.stage_seconds += event["seconds"]
+            self.sessions += kind == "run_started"
+
+    def _shard_written(self, event: dict):
+        self.spent += event["denoiser_evaluations"] + event["score_evaluations"]
+        self.shard_seconds += event["seconds"]
+        times, errors = self.times[event.get("folder")], self.errors[event.get("folder")]
+        insort(times, event["time"])
+        del times[:-RECENT]
+        errors.pop(event["shard"], None)
+        if event["errors"]:
+            errors[event["shard"]] = event["errors"]
+
+
 def _pace(times: list[float]) -> float | None:
     """Seconds a unit, of the latest ones and without the pause before a restart: the median gap tells a pause."""
     gaps = [later - earlier for earlier, later in pairwise(times)]
@@ -43,18 +78,16 @@ def _pace(times: list[float]) -> float | None:
     return sum(sound) / len(sound)
 
 
-def _shards(folder: str, stage: str, model: str, planned: int | None, events: list[dict], run_dir: str):
-    names = [name for name in storage.list_names(storage.join(folder, storage.COMMITS)) if name.endswith(".json")]
+def _shards(folder: str, stage: str, model: str, planned: int | None, events: _Events, run_dir: str):
+    names = storage.list_names(storage.join(folder, storage.COMMITS))
+    done = sum(name.endswith(".json") for name in names)
     here = storage.relative(folder, run_dir)
-    written = [e for e in events if e["event"] == "shard_written" and e.get("folder") == here]
     if storage.exists(storage.join(folder, storage.MANIFEST)):
-        planned = len(names)
-    left = None if planned is None else max(0, planned - len(names))
-    times = sorted(e["time"] for e in written)[-RECENT:]
-    pace = _pace(times)
+        planned = done
+    left = None if planned is None else max(0, planned - done)
+    pace = _pace(events.times[here])
     seconds = 0.0 if left == 0 else left * pace if left is not None and pace is not None else None
-    errors = sum(e["errors"] for e in {e["shard"]: e for e in written}.values())
-    return StageStatus(stage, model, "shards", len(names), left, errors, seconds)
+    return StageStatus(stage, model, "shards", done, left, sum(events.errors[here].values()), seconds)
 
 
 def _finetune(folder: str, model: str, steps: int) -> StageStatus:
@@ -64,11 +97,10 @@ def _finetune(folder: str, model: str, steps: int) -> StageStatus:
     return StageStatus("finetune", model, "steps", done, steps - done)
 
 
-def _stages(config: RunConfig, events: list[dict]) -> list[StageStatus]:
+def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
     run_dir = config.run_dir
-    prompts = {e["stage"]: e["used"] for e in events if e["event"] == "prompts_read"}
     per_shard = config.generate.prompts_per_shard
-    planned = {stage: -(-count // per_shard) for stage, count in prompts.items()}
+    planned = {stage: -(-count // per_shard) for stage, count in events.prompts.items()}
     stages = []
     for arm in ("tuned", *config.evaluation.controls):
         home = run_dir if arm == "tuned" else storage.join(run_dir, "controls", arm)
@@ -89,13 +121,9 @@ def _stages(config: RunConfig, events: list[dict]) -> list[StageStatus]:
     return [*stages, StageStatus("report", "all", "page", int(written), int(not written))]
 
 
-def _with_estimates(stages: list[StageStatus], config: RunConfig, events: list[dict]) -> list[StageStatus]:
+def _with_estimates(stages: list[StageStatus], config: RunConfig, events: _Events) -> list[StageStatus]:
     """Fill in what has no pace of its own yet: by its denoiser evaluations, at the pace of the shards so far."""
-    prompts = {e["stage"]: e["used"] for e in events if e["event"] == "prompts_read"}
-    shards = [e for e in events if e["event"] == "shard_written"]
-    spent = sum(e["denoiser_evaluations"] + e["score_evaluations"] for e in shards)
-    finished = [e for e in events if e["event"] == "stage_finished" and e["stage"].startswith(("generate", "evaluate"))]
-    busy = sum(e["seconds"] for e in finished) or sum(e["seconds"] for e in shards)
+    spent, busy, prompts = events.spent, events.stage_seconds or events.shard_seconds, events.prompts
     if not spent or not busy or "train" not in prompts:
         return stages
     each = busy / spent
@@ -128,19 +156,18 @@ def run_status(run_dir: str) -> dict:
     except (OSError, ValueError) as error:
         raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
     config = RunConfig.model_validate(content["config"] | {"run_dir": run_dir})
-    events = storage.read_lines(storage.join(run_dir, "events.jsonl"))
+    events = _Events(run_dir)
     stages = _with_estimates(_stages(config, events), config, events)
     lefts = [status.seconds_left for status in stages]
-    skipped = {(e["prompt"], e["message"]) for e in events if e["event"] == "prompt_skipped"}
     return {
         "run_dir": run_dir,
         "config_hash": content["config_hash"],
         "stages": [asdict(status) | {"state": status.state} for status in stages],
         "seconds_left": None if None in lefts else sum(lefts),
         "error_rows": sum(status.errors for status in stages),
-        "prompts_skipped": len(skipped),
-        "sessions": sum(e["event"] == "run_started" for e in events),
-        "last_event": events[-1] if events else None,
+        "prompts_skipped": sum(events.skipped.values()),
+        "sessions": events.sessions,
+        "last_event": events.last,
         "driver": _driver(run_dir),
     }
 

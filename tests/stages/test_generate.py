@@ -1,8 +1,10 @@
 """The generating actor called directly, without Ray: what it writes, and what does not change it."""
 
 import io
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +12,8 @@ from PIL import Image
 from mi_ray import storage
 from mi_ray.config import TRAJECTORY_SCORES, RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.prompts import Shard, prompt_id
+from mi_ray.prompts import PROMPTS as PROMPTS_SCHEMA
+from mi_ray.prompts import Shard, prompt_id, write_prompts
 from mi_ray.stages import candidates
 from mi_ray.stages.candidates import Sampler, Work
 from mi_ray.stages.generate import CandidateGenerator
@@ -38,22 +41,17 @@ def config_for(model, **resources) -> RunConfig:
     )
 
 
-def shard_batch(prompts: list[str], index: int = 0) -> dict[str, np.ndarray]:
-    """As Ray Data hands a shard over."""
-
-    def column(values):
-        array = np.empty(1, object)
-        array[0] = np.array(values, object)
-        return array
-
-    nothing = [None] * len(prompts)
+def shard_batch(prompts: list[str], folder: Path, index: int = 0) -> dict[str, np.ndarray]:
+    """As Ray Data hands a shard over: where its prompts lie."""
+    source, nothing = str(folder / f"prompts-{index}" / "prompts.parquet"), [None] * len(prompts)
+    columns = [[prompt_id(p) for p in prompts], prompts, nothing, nothing]
+    write_prompts(source, [pa.record_batch(columns, PROMPTS_SCHEMA)])
     return {
         "index": np.array([index]),
         "name": np.array([f"part-{index:05d}.parquet"], object),
-        "prompt_ids": column([prompt_id(p) for p in prompts]),
-        "prompts": column(prompts),
-        "categories": column(nothing),
-        "splits": column(nothing),
+        "source": np.array([source], object),
+        "start": np.array([0]),
+        "stop": np.array([len(prompts)]),
     }
 
 
@@ -67,7 +65,7 @@ def generate(model, folder, shards, keep_by=("pmi_contrastive",), previews=(), *
         list(previews),
         PROMPTS,
     )
-    done = [actor(shard_batch(prompts, index)) for index, prompts in enumerate(shards)]
+    done = [actor(shard_batch(prompts, folder, index)) for index, prompts in enumerate(shards)]
     return storage.read_tables(str(folder)).to_pandas(), done, actor
 
 

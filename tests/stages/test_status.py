@@ -36,6 +36,7 @@ def run_dir(tmp_path) -> str:
         storage.log_event(uri, "prompts_read", stage="train", used=9, skipped=1, read=10)
         storage.log_event(uri, "prompts_read", stage="evaluation", used=3, skipped=1, read=4)
         storage.log_event(uri, "prompt_skipped", prompt="too long", stage="prompts", message="99 tokens")
+        storage.log_event(uri, "prompt_skipped", prompt="", stage="prompts", message="7 more: not UTF-8", count=7)
     for index, moment in enumerate((110.0, 120.0, 1130.0)):
         name = f"part-{index}.parquet"
         storage.create_bytes(storage.join(candidates, storage.COMMITS, f"{name}.json"), b"{}")
@@ -59,7 +60,7 @@ def test_done_left_and_failed_are_counted(run_dir):
     )
     assert stages["evaluate", "tuned"]["left"] == 2
     assert ("generate", "random, round 0") not in stages  # the first round's pool serves all arms
-    assert (status["error_rows"], status["prompts_skipped"], status["sessions"]) == (1, 1, 2)
+    assert (status["error_rows"], status["prompts_skipped"], status["sessions"]) == (1, 8, 2)
 
 
 def test_the_pace_leaves_out_the_pause_between_two_drivers(run_dir):

@@ -1,0 +1,184 @@
+"""Does memory grow with the number of prompts?: python benchmarks/memory.py [--out FILE.json] [--check] [--smoke]"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from gates import ROOT, Benchmark, Findings, Gate, main
+from pydantic import Field, PositiveInt
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+from mi_ray.prompts import Shard
+from mi_ray.stages import generate as stage
+from mi_ray.stages.pipeline import Plan, open_run
+from mi_ray.stages.select import select
+from mi_ray.stages.shards import ShardWriter
+from mi_ray.stages.status import run_status
+
+MB = 2**20
+CANDIDATES = 2  # of a prompt: as little work as a pool can be
+ALLOWED = 64  # bytes of the driver for every prompt: 16 to know it again, which are moved as they grow, 8 for its lot
+WORDS = ("red", "blue", "green", "small", "large", "cat", "dog", "owl", "house", "boat")
+
+
+class MemoryBenchmark(Benchmark):
+    """How much memory of the driver and of the object store does a run take that has 10^4, 10^5 or 10^6 prompts?
+
+    Each run is a process of its own: it plans a prompt file, generates, selects and asks for the status, all by the
+    code of a real run, but for the actor, which writes made-up candidates. Memory is counted from the idle driver, Ray
+    and libraries loaded. Prompts' tokens are not counted (`prompts.overlong: truncate`): that takes time, not memory.
+    """
+
+    prompts: list[int] = Field([10_000, 100_000, 1_000_000], description="numbers of prompts, rising")
+    prompts_per_shard: PositiveInt = Field(1000, description="prompts in a shard; every shard costs a few kilobytes")
+    alone: PositiveInt | None = Field(None, description="measure a run of so many prompts, in this process")
+
+    def answer(self) -> Findings:
+        if self.alone:
+            return Findings([measure(self.alone, self.prompts_per_shard)], {})
+        if len(self.prompts) < 2 or sorted(self.prompts) != self.prompts:
+            raise ValueError("prompts: give two numbers or more, rising")
+        sizes = [500, 5000] if self.smoke else self.prompts
+        per_shard = 100 if self.smoke else self.prompts_per_shard
+        rows = [in_a_fresh_process(count, per_shard) for count in sizes]
+        least, most = rows[0], rows[-1]
+        allowed = ALLOWED * (most["prompts"] - least["prompts"]) / MB
+        gates = {
+            "driver_growth": Gate((most["driver_peak_mb"] - allowed) / least["driver_peak_mb"], maximum=1.5),
+            "object_store_growth_mb": Gate(most["object_store_peak_mb"] - least["object_store_peak_mb"], maximum=8),
+            "lost": Gate(sum(row["prompts"] - row["selected"] for row in rows), maximum=0),
+        }
+        return Findings(rows, gates)
+
+
+def in_a_fresh_process(count: int, per_shard: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        arguments = ["--alone", str(count), "--prompts-per-shard", str(per_shard), "--out", str(out)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, __file__, *arguments], env=environment, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise RuntimeError(f"the run of {count} prompts failed")
+        (row,) = storage.read_json(str(out))["results"]
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+class MadeUpGenerator:
+    """Ray Data actor: reads, writes and commits as a real one, and makes up what a model would give."""
+
+    def __init__(self, config: dict, folder: str, round_index: int, token: int | None = None, **_: object):
+        config = RunConfig.model_validate(config)
+        self.empty = dict.fromkeys(storage.candidates_schema(config.score.names).names)
+        schema = storage.candidates_schema(config.score.names)
+        self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token)
+
+    def __call__(self, batch):
+        return self.write(batch, self.rows)
+
+    def rows(self, shard: Shard, positions: list[int], work) -> list[dict]:
+        rows = []
+        for position in positions:
+            known = {"prompt_id": shard.prompt_ids[position], "prompt": shard.prompts[position]}
+            for candidate in range(CANDIDATES):
+                kept = {"kept": candidate == 1, "rank": 1 - candidate, "score_mitune": float(candidate)}
+                latents = {"latents": [0.0] * 16 if kept["kept"] else None, "latents_shape": [16]}
+                rows.append(self.empty | known | kept | latents | {"candidate_index": candidate})
+        return rows
+
+
+# ------------------------------------------------------------------------------------------ one run
+def measure(count: int, per_shard: int) -> dict:
+    """Peaks and times of one run."""
+    ray.init(logging_level="warning", num_cpus=2)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "prompts.txt"
+        with file.open("w") as lines:
+            for number in range(count):
+                lines.write(" ".join(WORDS[int(digit)] for digit in f"{number:012d}") + "\n")
+        given = {
+            "run_dir": str(Path(folder) / "run"),
+            "prompts": {"file": str(file), "overlong": "truncate"},
+            "evaluation": {"holdout_share": 1e-9},  # one prompt, which nothing here looks at
+            "generate": {"candidates_per_prompt": CANDIDATES, "prompts_per_shard": per_shard},
+            "score": {"names": ("mitune",)},
+            "resources": {"num_actors": (2, 2), "cpus_per_actor": 0.5},
+        }
+        config = RunConfig.model_validate(given)
+        stage.CandidateGenerator = MadeUpGenerator
+        candidates, selected = (storage.join(config.run_dir, "round-0", n) for n in ("candidates", "selected.parquet"))
+        with watched() as peaks:
+            plan, plan_s = timed(lambda: Plan(config))
+            open_run(plan)
+            peaks.mark("plan")
+            arguments = (0, None, ["mitune"], [], plan.pool)
+            _, generate_s = timed(lambda: stage.generate(config, plan.shards, candidates, *arguments))
+            peaks.mark("generate")
+            counts, select_s = timed(lambda: select(config, candidates, selected, "mitune"))
+            run_status(config.run_dir)
+            peaks.mark("end")
+        shards = len(plan.shards)
+    ray.shutdown()
+    return {
+        "prompts": count - 1,  # one is held out
+        "shards": shards,
+        "driver_idle_mb": peaks.idle,
+        "driver_peak_mb": peaks.driver["end"],
+        "driver_after_plan_mb": peaks.driver["plan"],
+        "driver_after_generate_mb": peaks.driver["generate"],
+        "object_store_peak_mb": peaks.store,
+        "plan_s": plan_s,
+        "generate_s": generate_s,
+        "shards_per_s": shards / generate_s,
+        "select_s": select_s,
+        "selected": counts["kept"],
+    }
+
+
+def timed(run) -> tuple:
+    began = time.monotonic()
+    return run(), time.monotonic() - began
+
+
+class Peaks:
+    """Highest so far, MB: the driver's resident memory beyond what it held when idle, and the object store's use."""
+
+    def __init__(self):
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
+        self.idle, self.driver, self.store = resident("VmRSS"), {}, 0.0
+
+    def mark(self, when: str):
+        self.driver[when] = resident("VmHWM") - self.idle
+
+    def look(self, stopped: threading.Event):
+        total = ray.cluster_resources()["object_store_memory"]
+        while not stopped.wait(0.2):
+            self.store = max(self.store, (total - ray.available_resources()["object_store_memory"]) / MB)
+
+
+def resident(name: str) -> float:
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+@contextmanager
+def watched():
+    peaks, stopped = Peaks(), threading.Event()
+    watcher = threading.Thread(target=peaks.look, args=(stopped,), daemon=True)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        stopped.set()
+        watcher.join()
+
+
+if __name__ == "__main__":
+    main(MemoryBenchmark)
