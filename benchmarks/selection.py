@@ -35,7 +35,7 @@ class SelectionBenchmark(Benchmark):
     model: str = Field("shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar")
     prompts: PositiveInt = Field(150, description="taken from the demo's training prompts, the categories in turn")
     candidates: PositiveInt = Field(16, description="per prompt")
-    sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=4.0)
+    sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=2.0)
     score: ScoreConfig = Field(
         ScoreConfig(
             names=get_args(ScoreName), log_snr_min=-5.0, log_snr_max=-1.0, num_samples=6, neighbours=8, max_negatives=8

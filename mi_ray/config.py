@@ -238,6 +238,13 @@ class SelectConfig(Section):
         None, description="keep only what reaches this value of the score, in nats; none: the best, however bad"
     )
     balance: bool = Field(False, description="weigh every prompt alike, however many of its candidates are kept")
+    baseline: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="how much of the loss on a random selection is subtracted: learning from its own images changes a"
+        " model whatever is chosen, and this cancels that",
+    )
 
 
 class FinetuneConfig(Section):

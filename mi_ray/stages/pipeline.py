@@ -211,6 +211,8 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
         selected, tuned = (storage.join(home, f"round-{r}", name) for name in ("selected.parquet", "adapter"))
         if r or arm == "tuned":
             keep_by = [by] if r else [by, *config.evaluation.controls]
+            if config.select.baseline and "random" not in keep_by:
+                keep_by.append("random")
             with timed(config, f"generate{suffix}"):
                 generate(config, plan.shards, candidates, r, adapter, keep_by, previews, plan.pool)
         if until == "generate":
