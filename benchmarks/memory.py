@@ -75,10 +75,20 @@ def in_a_fresh_process(count: int, per_shard: int) -> dict:
 class MadeUpGenerator:
     """Ray Data actor: reads, writes and commits as a real one, and makes up what a model would give."""
 
-    def __init__(self, config: dict, folder: str, round_index: int, token: int | None = None, **_: object):
+    def __init__(
+        self,
+        config: dict,
+        round_index: int,
+        folder: str,
+        adapter: str | None,
+        keep_by: list[str],
+        previews: list[str],
+        pool: list[str],
+        token: int | None = None,
+    ):
         config = RunConfig.model_validate(config)
-        self.empty = dict.fromkeys(storage.candidates_schema(config.score.names).names)
         schema = storage.candidates_schema(config.score.names)
+        self.empty = dict.fromkeys(schema.names)
         self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token)
 
     def __call__(self, batch):
@@ -98,6 +108,7 @@ class MadeUpGenerator:
 # ------------------------------------------------------------------------------------------ one run
 def measure(count: int, per_shard: int) -> dict:
     """Peaks and times of one run."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # the machine may be busy
     ray.init(logging_level="warning", num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.txt"

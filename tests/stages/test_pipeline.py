@@ -15,7 +15,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from mi_ray import storage
+from mi_ray.config import load_config
 from mi_ray.diffusion.denoisers import resolve_model
+from mi_ray.report.summary import summarise
+from mi_ray.stages.pipeline import Plan, open_run
+from mi_ray.stages.status import run_status
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", "jobs/configs/shapes-smoke.yaml"]
@@ -139,6 +144,34 @@ def test_a_bad_prompt_file_is_one_message_and_code_2(tmp_path, content, told):
     assert len(faults) == 1
     assert told in faults[0]
     assert not list(run_dir.rglob("*")), "something was written"
+
+
+def test_what_is_skipped_is_counted_and_told_wherever_one_looks(tmp_path):
+    """Of 40 lines 30 are broken and one repeats: the first are told, the rest counted, also when the run goes on."""
+    prompts = [f"a {color} circle" for color in ("red", "blue", "green")] + [
+        f"{n} stars" for n in ("two", "three", "four")
+    ]
+    prompts += ["a red star", "a blue star", "a green star", "a red star"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\n".join(prompts).encode() + b"\n\xff\xfe" * 30)
+    skip = ["--prompts.broken", "skip", "--prompts.duplicates", "drop", "--prompts.file", str(file)]
+    whole = [f"--{name}=none" for name in ("prompts.limit", "evaluation.file")]
+    whole += [f"--{name}.alignment=none" for name in ("generate", "evaluation")]
+    config, _ = load_config([*SMOKE, *skip, *whole, "--run-dir", str(tmp_path / "run")])
+    for _ in range(2):
+        open_run(Plan(config))
+    folder = tmp_path / "run" / "prompts"
+    used = pd.concat([pd.read_parquet(folder / f"{stage}.parquet") for stage in ("train", "evaluation")])
+    assert sorted(used["prompt"]) == sorted(set(prompts))
+    events = storage.read_lines(str(tmp_path / "run" / "events.jsonl"))
+    counts = {e["stage"]: e for e in events if e["event"] == "prompts_read"}
+    assert counts["train"]["read"] + counts["evaluation"]["read"] == len(prompts) + 30
+    assert counts["train"]["skipped"] == 31
+    assert len(events) < 60
+    assert run_status(config.run_dir)["prompts_skipped"] == 31
+    told = summarise(config.run_dir, config)["errors"]
+    assert sum(error["count"] for error in told) == 31
+    assert {"line 11 is not UTF-8", "10 more: not UTF-8", "line 10 is line 7 again"} <= {e["message"] for e in told}
 
 
 def test_faults_of_different_kinds_are_told_together(tmp_path):

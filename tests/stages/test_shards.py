@@ -1,0 +1,86 @@
+"""A stage over a plan of shards, with its actor called in this process instead of by Ray Data."""
+
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+from mi_ray.prompts import PROMPTS, ShardPlan, prompt_id, write_prompts
+from mi_ray.stages import shards
+from mi_ray.stages.shards import ShardWriter, rows_of, run_stage
+
+TEXTS = [f"prompt {number}" for number in range(11)]
+
+
+class Writer:
+    """An actor that writes a row a prompt."""
+
+    made: ClassVar[list[int]] = []
+
+    def __init__(self, config: dict, folder: str, token: int | None = None):
+        schema = storage.candidates_schema(("mitune",))
+        self.empty = dict.fromkeys(schema.names)
+        self.write = ShardWriter("generate", "round 0", folder, schema, RunConfig.model_validate(config), token)
+
+    def __call__(self, batch):
+        return self.write(batch, self.rows)
+
+    def rows(self, shard, positions, work):
+        Writer.made.append(shard.index)
+        known = [{"prompt_id": shard.prompt_ids[p], "prompt": shard.prompts[p]} for p in positions]
+        return [self.empty | row | {"candidate_index": 0} for row in known]
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Runs the stage over 3 shards of 4, 4 and 3 prompts; returns its manifest."""
+
+    def inline(actor, constructor, rows, resources):
+        writer = actor(**constructor)
+        for row in rows:
+            batch = {name: np.array([value], int if type(value) is int else object) for name, value in row.items()}
+            done = writer(batch)
+            yield from rows_of({name: np.array(values, object) for name, values in done.items()})
+
+    monkeypatch.setattr(shards, "stream", inline)
+    monkeypatch.setattr(Writer, "made", [])
+    nothing = [None] * len(TEXTS)
+    columns = [[prompt_id(text) for text in TEXTS], TEXTS, nothing, nothing]
+    source, folder = str(tmp_path / "prompts.parquet"), str(tmp_path / "candidates")
+    write_prompts(source, [pa.record_batch(columns, PROMPTS)])
+    given = {"run_dir": str(tmp_path), "prompts": {"file": "unused"}, "score": {"names": ["mitune"]}}
+    config = RunConfig.model_validate(given)
+    constructor = {"config": config.model_dump(mode="json"), "folder": folder}
+    plan = ShardPlan(source, 4, "key")
+    return lambda: run_stage("generate", "round 0", Writer, constructor, plan, folder, config)
+
+
+def events(tmp_path) -> list[int]:
+    lines = storage.read_lines(str(tmp_path / "events.jsonl"))
+    return sorted(event["index"] for event in lines if event["event"] == "shard_written")
+
+
+def test_every_prompt_of_the_plan_is_written_once(stage, tmp_path):
+    assert stage() == {"shards": 3, "prompts": 11}
+    assert storage.read_tables(str(tmp_path / "candidates"))["prompt"].to_pylist() == TEXTS
+    assert events(tmp_path) == [0, 1, 2]
+    stage()
+    assert Writer.made == [0, 1, 2]
+
+
+def test_what_is_missing_is_made_again_and_a_lost_event_comes_back(stage, tmp_path):
+    stage()
+    folder = tmp_path / "candidates"
+    (folder / storage.MANIFEST).unlink()
+    lost = sorted(folder.glob("part-*"))[1]
+    (folder / storage.COMMITS / f"{lost.name}.json").unlink()
+    lost.unlink()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "events.jsonl").write_text("".join(line for line in lines if '"index": 2' not in line))
+    stage()
+    assert Writer.made == [0, 1, 2, 1]
+    assert storage.read_tables(str(folder))["prompt"].to_pylist() == TEXTS
+    assert events(tmp_path) == [0, 1, 1, 2]
