@@ -1,5 +1,6 @@
 """How a stage runs its shards on Ray Data: a pool of actors, one commit a shard, resume by what is missing."""
 
+import ctypes
 import logging
 import os
 import platform
@@ -41,6 +42,21 @@ FACTS = {  # of a shard's receipt, which its event repeats
 def take_cpus(count: float):
     """Use as many threads as CPUs were asked for, so that actors never fight for cores."""
     torch.set_num_threads(max(1, int(count)))
+    if not torch.cuda.is_available():
+        keep_memory()
+
+
+def keep_memory():
+    """Let glibc keep freed memory for the next tensor of that size; no other libc is touched.
+
+    By default it gives large blocks back to the system, and each activation then costs a page fault every 4 KiB: a
+    sixth of the time that a small denoiser takes at a batch of 128 on one core.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc, mmap_max, trim_threshold, arena_max = ctypes.CDLL(None), -4, -1, -8  # malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(arena_max, 1)  # a thread's own arena would still be given back
 
 
 # ------------------------------------------------------------------------------------------ in the actor
