@@ -19,7 +19,7 @@ from mi_ray.config import PruneConfig, SamplerConfig, ScoreConfig, ScoreName, lo
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.prompts import read_prompts
 from mi_ray.stages.candidates import Pool, Sampler, Scorer, Work, derived_seed
-from mi_ray.stages.shards import keep_memory
+from mi_ray.stages.memory import keep_memory
 
 CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 PROMPTS = CONFIGS / "prompts" / "shapes-train.jsonl"

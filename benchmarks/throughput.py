@@ -50,7 +50,7 @@ class ThroughputBenchmark(Benchmark):
 
     model: str = Field("shapes", description="a shipped model or a diffusers folder")
     dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: float16 on a GPU, float32 without")
-    channels_last: bool = Field(True, description="memory layout of our UNet")
+    channels_last: bool = Field(True, description="memory layout of our UNet in generation")
     prompts: PositiveInt = Field(4, description="whose pools are generated")
     candidates: PositiveInt = Field(16, description="per prompt")
     sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=5.0)
@@ -433,7 +433,6 @@ class World:
     def _tuning(self, checkpointing: bool) -> Callable[[], None]:
         settings, device = self.settings, self.denoiser.device
         denoiser = load_denoiser(settings.model, settings.dtype, str(device))
-        specialise(denoiser, ModelConfig(channels_last=settings.channels_last), settings.training_batch)
         model = attach_adapter(denoiser.unet, rank=16, alpha=16, target_modules=TARGETS)
         if checkpointing:
             denoiser.unet.enable_gradient_checkpointing()

@@ -192,8 +192,6 @@ def _prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[D
     if settings["previous_adapter"]:
         weights = read_bytes(join(settings["previous_adapter"], "adapter_model.safetensors"))
         load_adapter_state(model, load_safetensors(weights))
-    if config.model.channels_last:
-        denoiser.unet.to(memory_format=torch.channels_last)
     if tuning.activation_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     half = denoiser.unet.dtype if denoiser.unet.dtype != torch.float32 else None

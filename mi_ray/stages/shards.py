@@ -1,6 +1,5 @@
 """How a stage runs its shards on Ray Data: a pool of actors, one commit a shard, resume by what is missing."""
 
-import ctypes
 import logging
 import os
 import platform
@@ -21,6 +20,7 @@ from mi_ray.config import ResourcesConfig, RunConfig
 from mi_ray.prompts import Shard, ShardPlan, read_shard
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import Work
+from mi_ray.stages.memory import keep_memory
 from mi_ray.stages.metrics import StageMetrics
 
 MAX_BLOCKS = 4096  # of Ray Data, which keeps some kilobytes of each; with more shards a block holds several
@@ -44,19 +44,6 @@ def take_cpus(count: float):
     torch.set_num_threads(max(1, int(count)))
     if not torch.cuda.is_available():
         keep_memory()
-
-
-def keep_memory():
-    """Let glibc keep freed memory for the next tensor of that size; no other libc is touched.
-
-    By default it gives large blocks back to the system, and each activation then costs a page fault every 4 KiB: a
-    sixth of the time that a small denoiser takes at a batch of 128 on one core.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc, mmap_max, trim_threshold, arena_max = ctypes.CDLL(None), -4, -1, -8  # malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(arena_max, 1)  # a thread's own arena would still be given back
 
 
 # ------------------------------------------------------------------------------------------ in the actor
