@@ -89,7 +89,9 @@ def test_evaluations_are_counted_by_hand(pruning, monkeypatch):
     draws = np.random.default_rng(0).random((4, 3, 4))
     cuts = {("asd", 1): draws[0], ("asd", 2): draws[1]}
     recorded = pruning.Recorded(draws[2].round(), draws[3], 5.0, cuts, {"asd": 0.5})
-    whole, pruned, random = pruning.compared(recorded, "ddim", 4, 4)
+    reference = np.array([1.0, 1, 0])
+    whole, pruned, random = pruning.compared(recorded, "ddim", 4, 4, reference)
+    assert whole["points_lost"] == pytest.approx(100 * (2 / 3 - whole["top1_exact"]))
     assert whole["evaluations"] == 4 * (2 * 4 + 5)
     assert random["evaluations"] == 2 * (4 * 1 + 3 * 1 + 1 * 2) + 1 * 5
     assert pruned["evaluations"] == random["evaluations"] + (4 + 3) * 0.5

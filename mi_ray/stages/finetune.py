@@ -35,6 +35,7 @@ from mi_ray.diffusion.adapters import (
     target_faults,
 )
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser, resolve_model
+from mi_ray.stages.shards import take_cpus
 from mi_ray.stages.training_log import TrainingLog, check_loggers
 from mi_ray.storage import exists, filesystem, join, read_bytes, read_json, read_table, write_bytes, write_json
 
@@ -239,7 +240,7 @@ def train_loop(settings: dict) -> dict | None:
     tuning, context, device = config.finetune, ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
     cores = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-    torch.set_num_threads(min(max(1, int(config.resources.train_cpus)), cores))
+    take_cpus(min(config.resources.train_cpus, cores))
     began = time.monotonic()
 
     objective, data = _prepare(config, settings, device)

@@ -1,6 +1,10 @@
-"""Batches that fit: one that runs out of memory is halved and done again, and the size that fits is remembered."""
+"""Batches that fit: one that runs out of memory is halved and done again, and the size that fits is remembered. And
+memory that is kept from one batch to the next.
+"""
 
+import ctypes
 import logging
+import platform
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -35,3 +39,15 @@ def fitting(worker: Batched, run: Callable[[], Result]) -> Result:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning("%s: going on with batches of %d", reason, worker.batch_size)
+
+
+def keep_memory():
+    """Let glibc keep freed memory for the next tensor of that size; no other libc is touched.
+
+    By default it gives large blocks back to the system, and each activation then costs a page fault every 4 KiB: a
+    sixth of the time that a small denoiser takes at a batch of 128 on one core.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1  # malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)

@@ -20,6 +20,7 @@ from mi_ray.config import ResourcesConfig, RunConfig
 from mi_ray.prompts import Shard, ShardPlan, read_shard
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import Work
+from mi_ray.stages.memory import keep_memory
 from mi_ray.stages.metrics import StageMetrics
 
 MAX_BLOCKS = 4096  # of Ray Data, which keeps some kilobytes of each; with more shards a block holds several
@@ -41,6 +42,8 @@ FACTS = {  # of a shard's receipt, which its event repeats
 def take_cpus(count: float):
     """Use as many threads as CPUs were asked for, so that actors never fight for cores."""
     torch.set_num_threads(max(1, int(count)))
+    if not torch.cuda.is_available():
+        keep_memory()
 
 
 # ------------------------------------------------------------------------------------------ in the actor
