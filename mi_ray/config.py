@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -281,7 +281,9 @@ class FinetuneConfig(Section):
     )
     prompt_dropout: Share = Field(0.0, description="share of the rows that train without their prompt")
     checkpoint_every: Positive = Field(100, description="optimiser steps")
-    max_failures: Annotated[int, Field(ge=-1)] = Field(3, description="restarts of the workers; -1: no limit")
+    max_failures: Annotated[int, Field(ge=-1)] = Field(
+        3, description="restarts of the workers, beside those for preempted nodes; -1: no limit"
+    )
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         ("tensorboard",), description="where losses go besides training.jsonl; the last two by extras"
     )
@@ -304,6 +306,13 @@ class EvaluationConfig(Section):
     pmi: bool = Field(True, description="score the images with pmi")
 
 
+def _pair(value: object) -> object:
+    """One number stands for (number, number)."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    return (value, value) if isinstance(value, (int, str)) else value
+
+
 class ResourcesConfig(Section):
     """Where and how fast; nothing here changes a result beyond floating-point tolerance."""
 
@@ -321,7 +330,10 @@ class ResourcesConfig(Section):
     lease_s: float = Field(
         40, gt=0, description="a driver on another machine not heard of for so long is taken for dead; one here at once"
     )
-    train_workers: Positive = Field(1, description="data-parallel workers of the fine-tuning")
+    train_workers: Annotated[tuple[Positive, Positive], BeforeValidator(_pair)] = Field(
+        (1, 1),
+        description="data-parallel workers of the fine-tuning; least,most: as many as the cluster has room for",
+    )
     train_cpus: Annotated[float, Field(ge=0)] = Field(1, description="per worker")
     train_gpus: Annotated[float, Field(ge=0)] = Field(0, description="per worker: 0 or 1")
     price_per_gpu_hour: float | None = Field(None, ge=0, description="in any currency: --dry-run then tells the cost")
@@ -330,6 +342,8 @@ class ResourcesConfig(Section):
     def _order(self):
         if self.num_actors[0] > self.num_actors[1]:
             raise ValueError(f"num_actors is (least, most), and {self.num_actors} has them the wrong way round")
+        if self.train_workers[0] > self.train_workers[1]:
+            raise ValueError(f"train_workers is (least, most), and {self.train_workers} has them the wrong way round")
         return self
 
 
@@ -364,10 +378,11 @@ class RunConfig(Section):
                 f" {self.generate.candidates_per_prompt} candidates: lower it or raise generate.candidates_per_prompt"
             )
         faults += self._speed_faults(by_oracle)
-        if self.finetune.gradient_accumulation % self.resources.train_workers:
+        if self.finetune.gradient_accumulation < self.resources.train_workers[1]:
             faults.append(
-                f"finetune.gradient_accumulation is {self.finetune.gradient_accumulation}, which does not divide among"
-                f" {self.resources.train_workers} workers: make it a multiple of resources.train_workers"
+                f"finetune.gradient_accumulation is {self.finetune.gradient_accumulation}, which leaves some of"
+                f" {self.resources.train_workers[1]} workers without a batch: raise it or lower"
+                " resources.train_workers"
             )
         if faults:
             raise ValueError("\n".join(faults))

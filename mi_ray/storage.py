@@ -1,5 +1,6 @@
 """Where a run lies: URIs to filesystems, Arrow schemas of its tables, atomic writes, commits and events."""
 
+import errno
 import json
 import os
 import shutil
@@ -286,6 +287,30 @@ def check_writable(uri: str):
     delete(probe)
     if not first or second:
         raise OSError("its store does not honour If-None-Match, which keeps two drivers apart")
+
+
+@contextmanager
+def full_disk_told(run_dir: str) -> Iterator[None]:
+    """Tell of a full disk in one message, whether this process met it or an actor, whose error Ray has wrapped.
+
+    Raises:
+        ConfigError: instead of what a full disk is behind.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        advice = "make room and give the same command again: it goes on from what is written"
+        raise ConfigError([f"run_dir: the disk of {run_dir!r} is full; {advice}"]) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_run_dir(run_dir: str, results: dict):

@@ -61,6 +61,13 @@ def test_lists(value):
     assert load(*LEAST, "--score.names", value).score.names == ("pmi", "mitune")
 
 
+@pytest.mark.parametrize(("value", "workers"), [("3", (3, 3)), ("1,3", (1, 3))])
+def test_a_number_of_workers_or_the_least_and_the_most(value, workers, config_file):
+    assert load(*LEAST, "--resources.train-workers", value).resources.train_workers == workers
+    file = config_file(f"resources: {{train_workers: {value if value.isdecimal() else f'[{value}]'}}}")
+    assert load(*LEAST, "--config", file).resources.train_workers == workers
+
+
 def test_flags_override_the_file_field_by_field(config_file):
     file = config_file("run_dir: a\nprompts: {file: p.txt, limit: 8}\nsampler: {solver: ddim, guidance_scale: 3}\n")
     config = load(
@@ -165,6 +172,8 @@ def test_unknown_keys_are_refused_with_a_suggestion(config_file):
         (("--score.antithetic", "true", "--score.num-samples", "5"), "score: num_samples is 5, and antithetic"),
         (("--score.sampling", "logistic", "--score.logistic-loc", "9"), "logistic_loc 9.0 with its clip reaches"),
         (("--resources.num_actors", "3,2"), "resources: num_actors is (least, most)"),
+        (("--resources.train_workers", "3,2"), "resources: train_workers is (least, most)"),
+        (("--resources.train_workers", "2,64"), "gradient_accumulation is 50, which leaves some of 64 workers"),
         (("--select.by", "pmi"), "select.by is 'pmi', which score.names lacks"),
         (("--select.by", "oracle"), "needs generate.alignment: oracle"),
         (("--evaluation.controls", "oracle"), "needs generate.alignment: oracle"),

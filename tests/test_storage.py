@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +12,7 @@ import pytest
 from moto.s3.responses import S3Response
 
 from mi_ray import storage
-from mi_ray.config import RunConfig
+from mi_ray.config import ConfigError, RunConfig
 from mi_ray.prompts import read_prompts
 
 TABLE = pa.table({"prompt": ["a", "b"], "score": pa.array([1.5, None], pa.float32())})
@@ -321,3 +323,30 @@ def test_candidates_open_in_pandas(tmp_path):
     assert frame["score_mitune"][0] == 1.5
     assert int(frame["seed"][0]) == 2**62
     assert frame["error"].isna().tolist() == [True, False]
+
+
+def write_on_a_full_disk(folder: str, wrapped: bool):
+    try:
+        storage.commit(folder, "part.parquet", TABLE, {})
+    except OSError as error:
+        if wrapped:
+            raise RuntimeError("an actor failed") from error
+        raise
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_is_told_in_one_message(wrapped, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError) as told, storage.full_disk_told("runs/x"):
+        write_on_a_full_disk(str(tmp_path), wrapped)
+    (fault,) = told.value.faults
+    assert fault.startswith("run_dir: the disk of 'runs/x' is full; make room")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_other_errors_are_not_taken_for_a_full_disk():
+    with pytest.raises(FileNotFoundError), storage.full_disk_told("runs/x"):
+        storage.read_bytes("/nowhere/at/all")

@@ -71,6 +71,13 @@ def direction(result: dict | None) -> str:
     return "better" if result["low"] > 0 else "worse"
 
 
+def plain(value: object) -> str:
+    """A cell of a benchmark's table."""
+    if value is None or isinstance(value, bool):
+        return {None: "–", True: "yes", False: "no"}[value]
+    return decimal(value, 3) if isinstance(value, float) else str(value)
+
+
 def number(value: float | None) -> str:
     if value is None:
         return "–"
@@ -290,7 +297,7 @@ def page_environment(*filters: Callable) -> Environment:
 def render(report: dict, config: RunConfig) -> str:
     """The page of a report, from its numbers and the images in the run's folder."""
     run_dir = report["run"]["run_dir"]
-    environment = page_environment(percent, nats, points, nats_difference, decimal, direction, number, duration)
+    environment = page_environment(percent, nats, points, nats_difference, decimal, direction, number, duration, plain)
     title, verdict = headline(report)
     return environment.get_template("template.html.j2").render(
         report=report,

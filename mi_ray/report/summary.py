@@ -282,6 +282,17 @@ def _strict(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _benchmarks(run_dir: str) -> dict[str, dict]:
+    """What benchmarks wrote by `--out` into the folder `benchmarks/`, by name; other files there are left out."""
+    folder = join(run_dir, "benchmarks")
+    found = {
+        name.removesuffix(".json"): read_json(join(folder, name))
+        for name in list_names(folder)
+        if name.endswith(".json")
+    }
+    return {name: told for name, told in found.items() if {"question", "results", "gates"} <= told.keys()}
+
+
 def summarise(run_dir: str, config: RunConfig) -> dict:
     """The content of report.json, from the run's folder alone; what has not run yet is left out.
 
@@ -303,5 +314,6 @@ def summarise(run_dir: str, config: RunConfig) -> dict:
         "selection": _selection(candidates[candidates["error"].isna()], config.score.names),
         "training": _training(run_dir),
         "errors": _errors(events, candidates, evaluation),
+        "benchmarks": _benchmarks(run_dir),
     }
     return _strict(report)

@@ -154,18 +154,24 @@ def optimizer_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     max_grad_norm: float,
+    share: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimiser step over accumulated microbatches; workers exchange gradients once, at the last.
 
+    Args:
+        share: weight of each microbatch in this worker's loss; None: their mean is taken. Workers with unequal numbers
+            of microbatches all take workers / microbatches of the step, so that the mean over them is the step's.
+
     Returns:
-        This worker's mean loss, and the norm of the gradient before it was clipped to `max_grad_norm`.
+        This worker's loss, and the norm of the gradient before it was clipped to `max_grad_norm`.
     """
+    share = share or 1 / len(microbatches)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=parameters[0].device)
     for number, draw in enumerate(microbatches, 1):
         hold = isinstance(objective, torch.nn.parallel.DistributedDataParallel) and number < len(microbatches)
         with objective.no_sync() if hold else nullcontext():
-            loss = objective(*draw()) / len(microbatches)
+            loss = objective(*draw()) * share
             scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
@@ -261,7 +267,7 @@ def train_loop(settings: dict) -> dict | None:
     lines = _restore(training)
     parallel = prepare_model(objective)
 
-    log = nullcontext()
+    log, notice = nullcontext(), None
     if rank == 0:
         shown = flatten(config.results_config())
         log = TrainingLog(settings["destination"], settings["run"], tuning.steps, tuning.log_to, shown, lines)
@@ -279,6 +285,7 @@ def train_loop(settings: dict) -> dict | None:
                 optimizer,
                 scaler,
                 tuning.max_grad_norm,
+                workers / tuning.gradient_accumulation,
             )
             if average:
                 average.step(parameters)
@@ -289,8 +296,10 @@ def train_loop(settings: dict) -> dict | None:
                 raise FloatingPointError(f"the loss is {mean_loss} at step {step + 1}: lower finetune.learning_rate")
             if rank == 0:
                 log.step(step + 1, mean_loss, norm.item(), rate)
+            earlier, notice = notice, ray.train.get_preemption_info()  # of a node that will go: the same on every rank
+            due = (step + 1) % tuning.checkpoint_every == 0 or notice != earlier
             # Reporting takes about two seconds of Ray's time and halts every worker: at checkpoints only.
-            if (step + 1) % tuning.checkpoint_every == 0 and step + 1 < tuning.steps:
+            if due and step + 1 < tuning.steps:
                 _report(training, log.lines if rank == 0 else None)
     if rank != 0:
         return None
@@ -354,7 +363,6 @@ def loop_settings(config: RunConfig, selected: str, destination: str, previous_a
     model = str(resolve_model(config.model.path))
     inputs = {
         "config": config.model_dump(mode="json", include={"seed", "model", "finetune"}),
-        "workers": config.resources.train_workers,
         "selected": _absolute(selected),
         "previous_adapter": previous_adapter and _absolute(previous_adapter),
     }
@@ -395,11 +403,12 @@ def finetune(config: RunConfig, selected: str, destination: str, previous_adapte
         check_loggers(config.finetune.log_to)
         check_targets(config)
         settings, resources = loop_settings(config, selected, destination, previous_adapter, name), config.resources
+        least, most = resources.train_workers
         result = TorchTrainer(
             train_loop,
             train_loop_config=settings,
             scaling_config=ScalingConfig(
-                num_workers=resources.train_workers,
+                num_workers=least if least == most else (least, most),
                 use_gpu=resources.train_gpus > 0,
                 resources_per_worker={"CPU": resources.train_cpus}
                 | ({"GPU": resources.train_gpus} if resources.train_gpus else {}),

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -117,9 +117,11 @@ class Lease:
             raise Lost([f"run_dir: {self.run_dir!r} {_holding(self.run_dir)}, which took it over; this driver stops"])
 
     def release(self):
+        """Give the run back. Where that cannot be written, the next driver finds out that this one is gone."""
         self._stop.set()
-        if not superseded(self.run_dir, self.token):
-            storage.write_bytes(_uri(self.run_dir, self.token), self.content(released=True))
+        with suppress(OSError):
+            if not superseded(self.run_dir, self.token):
+                storage.write_bytes(_uri(self.run_dir, self.token), self.content(released=True))
 
 
 def latest(run_dir: str) -> tuple[int, dict | None]:

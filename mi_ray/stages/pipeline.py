@@ -232,10 +232,11 @@ def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
         until: the last stage to run: generate (of the first round), finetune, evaluate or report.
 
     Raises:
-        ConfigError: something the user gave is wrong, or another driver holds the run; nothing was started.
+        ConfigError: something the user gave is wrong, or another driver holds the run, and nothing was started; or the
+            disk is full.
     """
     plan = Plan(config)
-    with held(config.run_dir, config.resources.lease_s):
+    with storage.full_disk_told(config.run_dir), held(config.run_dir, config.resources.lease_s):
         # Again: who held the run until now may have begun another config.
         storage.check_run_dir(config.run_dir, config.results_config())
         return _run(plan, until)

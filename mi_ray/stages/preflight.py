@@ -54,7 +54,7 @@ def describe(plan: Plan) -> str:
     skipped = sum(map(plan.skipped_count, plan.skipped))
     counts = evaluations(config, prompts, held_out)
     actors = min(resources.num_actors[1], len(plan.shards))
-    workers = {"finetune": resources.train_workers}
+    workers = {"finetune": resources.train_workers[1]}
     minutes = {stage: count * each / workers.get(stage, actors) / 60 for stage, count in counts.items()}
     parameters = sum(p.numel() for p in denoiser.unet.parameters())
     arms = ", ".join([config.select.by, *config.evaluation.controls])
@@ -82,7 +82,7 @@ def _cost(plan: Plan, minutes: dict[str, float], actors: int) -> str:
     """GPU-hours of all stages, and what they cost."""
     resources = plan.config.resources
     share = 1 if resources.gpus_per_actor == "auto" else resources.gpus_per_actor
-    training = minutes["finetune"] * resources.train_workers * resources.train_gpus
+    training = minutes["finetune"] * resources.train_workers[1] * resources.train_gpus
     hours = (training + sum(m for stage, m in minutes.items() if stage != "finetune") * actors * share) / 60
     price = resources.price_per_gpu_hour
     return f"cost          {hours:,.2f} GPU-hours at {price:g} each: {hours * price:,.2f}"

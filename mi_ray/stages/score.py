@@ -182,7 +182,7 @@ def score_pairs(config: ScorePairsConfig) -> str:
     """
     _checked(config)
     shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
-    with lease.held(config.run_dir, config.resources.lease_s):
+    with storage.full_disk_told(config.run_dir), lease.held(config.run_dir, config.resources.lease_s):
         _open_run(config)
         return _score_missing(config, shards)
 

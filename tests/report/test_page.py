@@ -14,7 +14,7 @@ from run_folder import HOSTILE, SEEDS, config_of, png
 
 from mi_ray.report.page import _strips, _tile, alignment_table, headline, write_report
 from mi_ray.report.summary import summarise
-from mi_ray.storage import read_tables, write_table
+from mi_ray.storage import read_tables, write_json, write_table
 
 
 class Page(HTMLParser):
@@ -118,6 +118,28 @@ def test_a_run_without_results(tmp_path):
     page = Page(Path(write_report(str(tmp_path), config)).read_text())
     assert "Not evaluated yet" in page.text
     assert alignment_table(summarise(str(tmp_path), config)) == "no evaluation yet"
+
+
+def test_a_benchmark_in_the_folder_is_shown_and_escaped(tmp_path):
+    told = {
+        "question": HOSTILE,
+        "results": [{"fault": "driver", "runs": 20, "lost": 0}, {"fault": "<i>", "runs": 10, "lost": None}],
+        "gates": {
+            "lost": {"value": 3, "max": 0, "holds": False},
+            "happened": {"value": 0.95, "min": 0.8, "holds": True},
+        },
+    }
+    write_json(str(tmp_path / "benchmarks" / "faults.json"), told)
+    write_json(str(tmp_path / "benchmarks" / "other.json"), {"something": "else"})
+    uri = write_report(str(tmp_path), config_of(tmp_path))
+    page = Page(Path(uri).read_text())
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["benchmarks"] == {"faults": told}
+    assert HOSTILE in page.text
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "i" not in {tag for tag, _ in page.tags}
+    cells = [line.strip() for line in page.text.split("\n")]
+    assert {"faultrunslost", "driver200<i>10–"} <= set(cells)
+    assert "lost 3 (at most 0), which fails; happened 0.950 (at least 0.800)" in cells
 
 
 def test_a_run_without_oracle_and_previews(run_dir, tmp_path):

@@ -1,6 +1,8 @@
 """The adapter, its loss and its training: against closed forms, stock diffusers and an undisturbed run."""
 
 import json
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import ray
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
@@ -204,7 +208,7 @@ def selected(tmp_path):
     return path
 
 
-def run_config(tiny_pipeline, *, workers: int, **finetune) -> RunConfig:
+def run_config(tiny_pipeline, *, workers: int | tuple[int, int], **finetune) -> RunConfig:
     settings = {"adapter": "dora", "rank": 4, "alpha": 4, "learning_rate": 1e-2, "lr_warmup_steps": 2, "steps": 6}
     settings |= {"batch_size": 2, "checkpoint_every": 2, "max_failures": 1, "prompt_dropout": 0.2, "min_snr_gamma": 5}
     settings |= {"lr_schedule": "cosine", "ema_decay": 0.9, "log_snr_max": 2.0}
@@ -278,42 +282,87 @@ def test_a_later_round_starts_from_the_adapter_before_it(tiny_pipeline, selected
 
 
 @pytest.fixture
-def local_ray():
-    ray.init(address="local", num_cpus=2, include_dashboard=False)
-    yield
+def nodes(monkeypatch):
+    """A cluster of two nodes with a CPU each, beside the head; (cluster, a node that the driver can spare)."""
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")  # Ray counts on the lost node for a while
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, logging_level="error")
+    mine = ray.get_runtime_context().get_node_id()  # all have one address: the driver may be at any
+    yield cluster, next(node for node in nodes if node.node_id != mine)
     ray.shutdown()
+    cluster.shutdown()
+
+
+def preempt(cluster: Cluster, node, waiting: Path, saved: Path):
+    """Give notice to a node once the training waits for it, and take it away once the training has gone on."""
+    store = ray._raylet.GcsClient(address=cluster.address)
+    for moment, seconds in ((waiting, 120), (saved, 0)):
+        await_file(moment)
+        deadline_ms = int(1000 * (time.time() + seconds))
+        reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        store.drain_node(node.node_id, reason, "", deadline_ms)
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def await_file(file: Path):
+    deadline = time.monotonic() + 600
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 @pytest.mark.ray
-def test_two_workers_with_a_failure_end_where_an_undisturbed_worker_does(
-    tiny_pipeline, selected, tmp_path, local_ray, monkeypatch
+@pytest.mark.slow
+def test_two_workers_of_whom_one_fails_and_one_is_preempted_end_where_one_undisturbed_does(
+    tiny_pipeline, selected, tmp_path, nodes, monkeypatch
 ):
-    """Rank 0 dies in step 4, past the checkpoint of step 2; two workers' two microsteps see what one's four see."""
+    """Rank 0 dies in step 4, past the checkpoint of step 2. In step 5 comes the notice; the node goes in step 6.
+
+    Three microbatches are two and one of two workers, and three of the one that is left.
+    """
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    expected = in_process(run_config(tiny_pipeline, workers=1, gradient_accumulation=4), selected, undisturbed)
+    expected = in_process(run_config(tiny_pipeline, workers=1, gradient_accumulation=3), selected, undisturbed)
 
-    died = tmp_path / "died"
+    died, waiting, saved, begun = (tmp_path / name for name in ("died", "waiting", "saved", "begun"))
 
-    def fails_once(settings: dict) -> dict | None:
+    def disturbed_loop(settings: dict) -> dict | None:
         from mi_ray.stages import finetune as module
 
         optimizer_step, calls = module.optimizer_step, []
+        context = ray.train.get_context()
+        rank, workers, first = context.get_world_rank(), context.get_world_size(), not died.exists()
 
         def step(*arguments):
             calls.append(1)
-            if len(calls) == 4 and not died.exists() and ray.train.get_context().get_world_rank() == 0:
+            if rank == 0:
+                with begun.open("a") as file:
+                    file.write(str(workers))
+            if first and len(calls) == 4 and rank == 0:
                 died.touch()
                 raise RuntimeError("as if the node had gone")
+            if not first and workers == 2 and len(calls) == 3:
+                waiting.touch()
+                while ray.train.get_preemption_info() is None:
+                    time.sleep(0.05)
+            if not first and workers == 2 and len(calls) == 4:
+                ray.train.get_all_reported_checkpoints()  # waits until Ray knows of the one at the notice
+                saved.touch()
+                time.sleep(600)  # until the node is gone
             return optimizer_step(*arguments)
 
         module.optimizer_step = step
         return module.train_loop(settings)
 
-    config = run_config(tiny_pipeline, workers=2, gradient_accumulation=4)
+    config = run_config(tiny_pipeline, workers=(1, 2), gradient_accumulation=3)
+    provider = threading.Thread(target=preempt, args=(*nodes, waiting, saved), daemon=True)
+    provider.start()
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "train_loop", fails_once)
+        patch.setattr(stage, "train_loop", disturbed_loop)
         summary = stage.finetune(config, selected, str(disturbed), None, "test")
-    assert died.exists()
+    provider.join()
+    # Steps 1 to 4, again 3 to 6 from the checkpoint of step 2, and the last alone from that of the notice.
+    assert begun.read_text() == "2222" + "2222" + "1"
     assert summary["output_change"] == pytest.approx(expected["output_change"], rel=1e-3)
 
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (undisturbed, disturbed))

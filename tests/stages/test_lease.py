@@ -34,6 +34,15 @@ def test_a_second_driver_is_told_who_holds_the_run(run_dir):
         assert told in message
 
 
+def test_what_went_wrong_is_told_even_where_the_lease_cannot_be_released(run_dir, monkeypatch):
+    def fail(uri, content):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(storage, "write_bytes", fail)  # not needed to take the lease
+    with pytest.raises(ValueError, match="the reason"), lease.held(run_dir, 40):
+        raise ValueError("the reason")
+
+
 def test_a_released_run_is_free_and_its_token_grows(run_dir):
     with lease.held(run_dir, 40) as first:
         assert lease.current_token(run_dir) == first.token == 1
