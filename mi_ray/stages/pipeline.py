@@ -20,7 +20,7 @@ from mi_ray.prompts import PromptReader, ShardPlan, holdout, write_prompts
 from mi_ray.report.page import alignment_table, write_report
 from mi_ray.stages.candidates import NEIGHBOUR_POOL
 from mi_ray.stages.evaluate import REFERENCE, evaluate
-from mi_ray.stages.finetune import check_targets, finetune
+from mi_ray.stages.finetune import check_targets, finetune, take_off_baseline
 from mi_ray.stages.generate import generate
 from mi_ray.stages.lease import confirm, held
 from mi_ray.stages.select import select
@@ -210,9 +210,8 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
         candidates = storage.join(run_dir if r == 0 else home, f"round-{r}", "candidates")
         selected, tuned = (storage.join(home, f"round-{r}", name) for name in ("selected.parquet", "adapter"))
         if r or arm == "tuned":
-            keep_by = [by] if r else [by, *config.evaluation.controls]
-            if config.select.baseline and "random" not in keep_by:
-                keep_by.append("random")
+            against = ["random"] if takes_baseline(config, r, by) else []
+            keep_by = list(dict.fromkeys([by, *against, *([] if r else config.evaluation.controls)]))
             with timed(config, f"generate{suffix}"):
                 generate(config, plan.shards, candidates, r, adapter, keep_by, previews, plan.pool)
         if until == "generate":
@@ -221,8 +220,30 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
             select(config, candidates, selected, by)
         with timed(config, f"finetune{suffix}"):
             finetune(config, selected, tuned, adapter, f"{arm}-{r}")
+            if takes_baseline(config, r, by):
+                tuned = _less_baseline(config, home, candidates, tuned, adapter, r)
         adapter = tuned
     return adapter
+
+
+def takes_baseline(config: RunConfig, r: int, by: str) -> bool:
+    """The last round's adapter alone: an earlier one is the start of the next and keeps its rank."""
+    return bool(config.finetune.baseline) and r == config.rounds - 1 and by != "random"
+
+
+def _less_baseline(config: RunConfig, home: str, candidates: str, tuned: str, start: str | None, r: int) -> str:
+    """The adapter of an arm without what a random selection of its pool teaches; returns its folder.
+
+    In the first round every arm has the same pool, and what learns there at random is the random control itself.
+    """
+    control = storage.join(config.run_dir, "controls", "random", "round-0")
+    folder = storage.join(home, f"round-{r}", "baseline") if r else control
+    selected, baseline = storage.join(folder, "selected.parquet"), storage.join(folder, "adapter")
+    select(config, candidates, selected, "random")
+    finetune(config, selected, baseline, start, f"{'baseline' if r else 'random'}-{r}")
+    destination = storage.join(home, f"round-{r}", "adapter-less-baseline")
+    take_off_baseline(config, tuned, baseline, start, destination)
+    return destination
 
 
 def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
