@@ -28,6 +28,7 @@ from mi_ray.stages.training_log import check_loggers
 from mi_ray.stages.trial import settle
 
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "numpy")
+LESS_BASELINE = "adapter-less-baseline"
 
 
 class Plan:
@@ -231,6 +232,13 @@ def takes_baseline(config: RunConfig, r: int, by: str) -> bool:
     return bool(config.finetune.baseline) and r == config.rounds - 1 and by != "random"
 
 
+def final_adapter(config: RunConfig, arm: str) -> str:
+    """The folder of the adapter with which a finished run evaluates an arm."""
+    home = config.run_dir if arm == "tuned" else storage.join(config.run_dir, "controls", arm)
+    last, by = config.rounds - 1, config.select.by if arm == "tuned" else arm
+    return storage.join(home, f"round-{last}", LESS_BASELINE if takes_baseline(config, last, by) else "adapter")
+
+
 def _less_baseline(config: RunConfig, home: str, candidates: str, tuned: str, start: str | None, r: int) -> str:
     """The adapter of an arm without what a random selection of its pool teaches; returns its folder.
 
@@ -241,7 +249,7 @@ def _less_baseline(config: RunConfig, home: str, candidates: str, tuned: str, st
     selected, baseline = storage.join(folder, "selected.parquet"), storage.join(folder, "adapter")
     select(config, candidates, selected, "random")
     finetune(config, selected, baseline, start, f"{'baseline' if r else 'random'}-{r}")
-    destination = storage.join(home, f"round-{r}", "adapter-less-baseline")
+    destination = storage.join(home, f"round-{r}", LESS_BASELINE)
     take_off_baseline(config, tuned, baseline, start, destination)
     return destination
 
