@@ -416,8 +416,10 @@ class ShardPlan:
         return min(self.prompts_per_shard, self.prompts - index * self.prompts_per_shard)
 
     def store(self, uri: str):
-        """Copy the table to where the actors can read it."""
-        write_prompts(uri, storage.ParquetRows(self.source).batches())
+        """Copy the table to where the actors can read it, unless an earlier session did."""
+        source = storage.ParquetRows(self.source)
+        if not (storage.exists(uri) and _same(storage.ParquetRows(uri), source)):
+            write_prompts(uri, source.batches())
         self.source = uri
 
     def row(self, index: int) -> dict:
@@ -425,6 +427,10 @@ class ShardPlan:
         start = index * self.prompts_per_shard
         stop = start + self.size(index)
         return {"index": index, "name": self.name(index), "source": self.source, "start": start, "stop": stop}
+
+
+def _same(one: storage.ParquetRows, other: storage.ParquetRows) -> bool:
+    return len(one) == len(other) and all(a.equals(b) for a, b in zip(one.batches(), other.batches(), strict=True))
 
 
 def write_prompts(uri: str, batches: Iterable[pa.RecordBatch]):
