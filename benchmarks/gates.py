@@ -31,7 +31,7 @@ class Gate:
     def holds(self) -> bool:
         """False for a value that is not a number."""
         low = self.minimum is None or self.value >= self.minimum
-        return low and (self.maximum is None or self.value <= self.maximum)
+        return bool(low and (self.maximum is None or self.value <= self.maximum))  # of NumPy's numbers too
 
     def as_json(self) -> dict:
         bounds = {"min": self.minimum, "max": self.maximum}
