@@ -229,7 +229,7 @@ def resources(case: Case, dtype: torch.dtype, shape: tuple[int, ...], capability
     widths = [int(vector or 1) * int(bits) // 8 for _, vector, bits in ACCESS.findall(ptx)]
     scalars = 7 + case.momentum + case.noisy + 2  # coefficients, guidance, partial sums: one address a program
     moved = sum(widths) - 4 * scalars
-    report = assembled(ptx, Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
+    report = assembled(ptx, Path(triton.knobs.nvidia.ptxas.path))
     per_number = moved * 32 * triton_step.NUM_WARPS / triton_step.BLOCK
     return {
         "solver": case.solver,

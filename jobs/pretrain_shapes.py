@@ -10,7 +10,7 @@ from mi_ray.stages.pretrain import PretrainConfig, pretrain
 class Command(BaseSettings, PretrainConfig):
     """Train the embedded model from scratch. The same command in the same folder continues."""
 
-    model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
+    model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, cli_implicit_flags=True, extra="forbid")
 
     folder: Path  # where checkpoints, logs and the finished model go
 

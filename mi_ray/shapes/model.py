@@ -22,7 +22,7 @@ from mi_ray.shapes.grammar import (
 )
 from mi_ray.shapes.scenes import COLORS, IMAGE_SIZE, RELATIONS, SHAPES, TEXTURES, render
 
-WRONG_CAPTION_SHARE = 1 / 4
+WRONG_CAPTION_SHARE = 1 / 3
 MAX_TOKENS = 24
 EMBEDDING_SIZE = 128
 LATENT_CHANNELS = 16

@@ -4,8 +4,9 @@ import json
 import math
 import tempfile
 import time
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray.train
@@ -13,8 +14,9 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from pydantic import BaseModel, ConfigDict, Field
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, prepare_model
+from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, Dataset
 
 from mi_ray.diffusion.denoisers import resolve_model
 from mi_ray.shapes import model
@@ -29,6 +31,8 @@ class PretrainConfig(BaseModel):
     seed: int = 0
     num_workers: int = 1
     threads_per_worker: int = 2
+    use_gpu: bool = False  # one for each worker: forward in bfloat16, weights in float32, a step as a CUDA graph
+    drawing_processes: int = 0  # of each worker, for its pairs; 0: it draws them itself
     vae_steps: int = 2200
     vae_batch_size: int = 16
     vae_learning_rate: float = 1.5e-3
@@ -47,9 +51,9 @@ class PretrainConfig(BaseModel):
     layout_share: float = Field(0.0, ge=0, lt=1)  # of the timesteps, drawn around 690, where a caption decides most
 
 
-def _to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 (n, h, w, 3) -> float (n, 3, h, w) in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+def _to_tensor(images: list[np.ndarray]) -> torch.Tensor:
+    """n images (h, w, 3) uint8 -> (n, 3, h, w) in [-1, 1], on the worker's device."""
+    return torch.from_numpy(np.stack(images)).to(get_device()).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _learning_rate_factor(step: int, total: int) -> float:
@@ -58,13 +62,24 @@ def _learning_rate_factor(step: int, total: int) -> float:
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
 
 
-def _pairs(config: PretrainConfig, phase: int, start: int):
-    """This worker's endless stream of pairs; the n-th is a function of (seed, phase, rank, n), so it resumes."""
-    rank = ray.train.get_context().get_world_rank()
-    index = start
-    while True:
-        yield model.draw_pair(np.random.default_rng((config.seed, phase, rank, index)))
-        index += 1
+class _Drawn(Dataset):
+    """A worker's endless stream of draws; the n-th is a function of (seed, phase, rank, n), so it resumes."""
+
+    def __init__(self, draw: Callable[[np.random.Generator], Any], seed: int, phase: int, rank: int):
+        self.draw, self.key = draw, (seed, phase, rank)
+
+    def __getitem__(self, n: int):
+        return self.draw(np.random.default_rng((*self.key, n)))
+
+
+def _batches(draw: Callable, config: PretrainConfig, phase: int, indices: range, batch_size: int) -> DataLoader:
+    """Lists of `batch_size` draws, those of `indices` in the worker's stream."""
+    drawn = _Drawn(draw, config.seed, phase, ray.train.get_context().get_world_rank())
+    return DataLoader(drawn, batch_size, sampler=indices, num_workers=config.drawing_processes, collate_fn=list)
+
+
+def _draw_image(rng: np.random.Generator) -> np.ndarray:
+    return model.draw_pair(rng)[1]
 
 
 class _Checkpoints:
@@ -75,7 +90,7 @@ class _Checkpoints:
         self.step = 0
         if checkpoint := ray.train.get_checkpoint():
             with checkpoint.as_directory() as folder:
-                state = torch.load(Path(folder) / "state.pt", weights_only=True)
+                state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
             self.step = state["step"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -144,22 +159,37 @@ class _DecoderLoss(torch.nn.Module):
         return _pixel_loss(y, x) + edges
 
 
+class _DenoiserLoss(torch.nn.Module):
+    """Mean squared error of the predicted noise: (ids, noisy latents, timesteps, noise) -> loss."""
+
+    def __init__(self, modules: torch.nn.ModuleDict):
+        super().__init__()
+        self.parts = modules
+
+    def forward(self, ids, noisy, timesteps, noise) -> torch.Tensor:
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=noisy.is_cuda):
+            embeddings = self.parts["text_encoder"](ids).last_hidden_state
+            predicted = self.parts["unet"](noisy, timesteps, encoder_hidden_states=embeddings).sample
+        return mse_loss(predicted.float(), noise)
+
+
 def train_vae(settings: dict):
     """Worker loop: the autoencoder."""
     config, folder = PretrainConfig(**settings["config"]), settings["folder"]
     torch.set_num_threads(config.threads_per_worker)
     torch.manual_seed(config.seed)
-    vae = model.build_vae()
+    vae = model.build_vae().to(get_device())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_learning_rate, weight_decay=1e-4)
     checkpoints = _Checkpoints(vae=vae, optimizer=optimizer)
     objective = prepare_model(_AutoencoderLoss(vae, config.kl_weight))
     batch_size = config.vae_batch_size // ray.train.get_context().get_world_size()
-    stream = _pairs(config, 0, checkpoints.step * batch_size)
+    indices = range(checkpoints.step * batch_size, config.vae_steps * batch_size)
+    batches = _batches(_draw_image, config, 0, indices, batch_size)
     progress = _Progress(folder, "vae", checkpoints.step, config.vae_steps)
-    for step in range(checkpoints.step, config.vae_steps):
+    for step, images in enumerate(batches, checkpoints.step):
         for group in optimizer.param_groups:
             group["lr"] = config.vae_learning_rate * _learning_rate_factor(step, config.vae_steps)
-        loss = objective(_to_tensor(np.stack([image for _, image in islice(stream, batch_size)])))
+        loss = objective(_to_tensor(images))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -177,7 +207,7 @@ def train_decoder(settings: dict):
     config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
     torch.set_num_threads(config.threads_per_worker)
     torch.manual_seed(config.seed)
-    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    vae = AutoencoderKL.from_pretrained(folder / "vae").to(get_device())
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
@@ -186,12 +216,13 @@ def train_decoder(settings: dict):
     objective = prepare_model(_DecoderLoss(vae))
     context = ray.train.get_context()
     batch_size = config.vae_batch_size // context.get_world_size()
+    indices = range(checkpoints.step * batch_size, config.decoder_steps * batch_size)
+    batches = _batches(model.draw_textured, config, 3, indices, batch_size)
     progress = _Progress(folder, "decoder", checkpoints.step, config.decoder_steps)
-    for step in range(checkpoints.step, config.decoder_steps):
+    for step, images in enumerate(batches, checkpoints.step):
         for group in optimizer.param_groups:
             group["lr"] = config.decoder_learning_rate * _learning_rate_factor(step, config.decoder_steps)
-        rng = np.random.default_rng((config.seed, 3, context.get_world_rank(), step))
-        loss = objective(_to_tensor(np.stack([model.draw_textured(rng) for _ in range(batch_size)])))
+        loss = objective(_to_tensor(images))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -206,8 +237,8 @@ def train_decoder(settings: dict):
 @torch.no_grad()
 def _set_scaling_factor(vae: AutoencoderKL, config: PretrainConfig):
     """Latents times the scaling factor have unit variance (Rombach et al. 2022, section G)."""
-    images = np.stack([image for _, image in islice(_pairs(config, 2, 0), 512)])
-    latents = torch.cat([vae.encode(x).latent_dist.mode() for x in _to_tensor(images).split(64)])
+    images = _batches(_draw_image, config, 2, range(512), 64)
+    latents = torch.cat([vae.encode(_to_tensor(batch)).latent_dist.mode() for batch in images])
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
 
 
@@ -218,12 +249,11 @@ def _cached_pairs(config: PretrainConfig, folder: Path, vae: AutoencoderKL, toke
     path = folder / f"pairs-{context.get_world_rank()}-of-{context.get_world_size()}.pt"
     if not path.exists():
         captions, latents = [], []
-        stream = _pairs(config, 1, 0)
-        for _ in range(config.pairs // context.get_world_size() // 100):
-            texts, images = zip(*islice(stream, 100), strict=True)
+        for batch in _batches(model.draw_pair, config, 1, range(config.pairs // context.get_world_size()), 500):
+            texts, images = zip(*batch, strict=True)
             captions += texts
-            encoded = vae.encode(_to_tensor(np.stack(images))).latent_dist.mode()
-            latents.append((encoded * vae.config.scaling_factor).half())
+            encoded = vae.encode(_to_tensor(images)).latent_dist.mode()
+            latents.append((encoded * vae.config.scaling_factor).half().cpu())
         ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
         torch.save({"ids": ids.short(), "latents": torch.cat(latents)}, path)
     return torch.load(path, weights_only=True)
@@ -247,10 +277,10 @@ def train_denoiser(settings: dict):
     """Worker loop: text encoder and UNet together, epsilon-prediction, averaged weights kept."""
     config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
     torch.set_num_threads(config.threads_per_worker)
-    context = ray.train.get_context()
-    vae, tokenizer = AutoencoderKL.from_pretrained(folder / "vae"), model.build_tokenizer()
-    data = _cached_pairs(config, folder, vae, tokenizer)
-    null_ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids.short()
+    context, device = ray.train.get_context(), get_device()
+    vae, tokenizer = AutoencoderKL.from_pretrained(folder / "vae").to(device), model.build_tokenizer()
+    data = {name: values.to(device) for name, values in _cached_pairs(config, folder, vae, tokenizer).items()}
+    null_ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids.short().to(device)
 
     torch.manual_seed(config.seed)
     modules = torch.nn.ModuleDict({"text_encoder": model.build_text_encoder(tokenizer), "unet": model.build_unet()})
@@ -258,6 +288,7 @@ def train_denoiser(settings: dict):
         trained = _start(config)
         modules["text_encoder"].load_state_dict(trained.text_encoder.state_dict())
         modules["unet"].load_state_dict(trained.unet.state_dict())
+    modules.to(device)
     average = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
     )
@@ -266,45 +297,40 @@ def train_denoiser(settings: dict):
     )
     checkpoints = _Checkpoints(modules=modules, average=average, optimizer=optimizer)
 
-    class Loss(torch.nn.Module):
-        """One forward for DDP: (ids, x_t, t, noise) -> loss."""
-
-        def __init__(self):
-            super().__init__()
-            self.modules_ = modules
-
-        def forward(self, ids, noisy, timesteps, noise):
-            embeddings = modules["text_encoder"](ids).last_hidden_state
-            predicted = modules["unet"](noisy, timesteps, encoder_hidden_states=embeddings).sample
-            return mse_loss(predicted, noise)
-
-    objective = prepare_model(Loss())
     scheduler = model.build_scheduler()
-    frequency = timestep_frequency(scheduler.alphas_cumprod, config.min_snr_gamma, config.layout_share)
+    frequency = timestep_frequency(scheduler.alphas_cumprod, config.min_snr_gamma, config.layout_share).to(device)
     batch_size, count = config.batch_size // context.get_world_size(), len(data["ids"])
+
+    def draw(step: int) -> tuple[torch.Tensor, ...]:
+        """The arguments of the loss at a step: (ids, noisy, timesteps, noise)."""
+        generator = torch.Generator(device).manual_seed(hash((config.seed, context.get_world_rank(), step)) % 2**63)
+        chosen = torch.randint(count, (batch_size,), generator=generator, device=device)
+        latents = data["latents"][chosen].float()
+        dropped = torch.rand(batch_size, 1, generator=generator, device=device) < config.prompt_dropout
+        ids = torch.where(dropped, null_ids, data["ids"][chosen]).long()
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        timesteps = torch.multinomial(frequency, batch_size, replacement=True, generator=generator)
+        return ids, scheduler.add_noise(latents, noise, timesteps), timesteps, noise
+
+    objective = _DenoiserLoss(modules)
+    if config.use_gpu:  # so many small kernels take ten times as long to launch one by one as to run
+        objective = torch.cuda.make_graphed_callables(objective, draw(0))
+    objective = prepare_model(objective)
     running = None
     progress = _Progress(folder, "denoiser", checkpoints.step, config.steps)
     for step in range(checkpoints.step, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _learning_rate_factor(step, config.steps)
-        generator = torch.Generator().manual_seed(hash((config.seed, context.get_world_rank(), step)) % 2**63)
-        chosen = torch.randint(count, (batch_size,), generator=generator)
-        latents = data["latents"][chosen].float()
-        dropped = torch.rand(batch_size, 1, generator=generator) < config.prompt_dropout
-        ids = torch.where(dropped, null_ids, data["ids"][chosen]).long()
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.multinomial(frequency, batch_size, replacement=True, generator=generator)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        loss = objective(ids, noisy, timesteps, noise)
+        loss = objective(*draw(step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(modules)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        running = loss.detach() if running is None else running.lerp(loss.detach(), 0.02)
         progress.step(step + 1, loss=running, grad_norm=norm)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            checkpoints.save(step + 1, {"loss": running})
+            checkpoints.save(step + 1, {"loss": float(running)})
     if context.get_world_rank() == 0:
         save_pipeline(folder, average.module, vae, tokenizer)
 
@@ -347,7 +373,9 @@ def pretrain(config: PretrainConfig, folder: Path) -> Path:
                 loop,
                 train_loop_config={"config": config.model_dump(), "folder": str(folder)},
                 scaling_config=ScalingConfig(
-                    num_workers=config.num_workers, resources_per_worker={"CPU": config.threads_per_worker}
+                    num_workers=config.num_workers,
+                    use_gpu=config.use_gpu,
+                    resources_per_worker={"CPU": config.threads_per_worker, "GPU": int(config.use_gpu)},
                 ),
                 run_config=RunConfig(
                     name=name,
