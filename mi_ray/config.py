@@ -151,6 +151,10 @@ class ScoreConfig(Section):
         " for its prompts, else text",
     )
     max_negatives: Positive = Field(8, description="pmi_negatives: so many changed prompts at most, one branch each")
+    shortlist: Positive | None = Field(
+        None, description="so many neighbours or negatives, a candidate's likeliest, meet all noise draws; none: all do"
+    )
+    shortlist_samples: Positive = Field(3, description="noise draws by which they are found: all others meet no more")
 
     @model_validator(mode="after")
     def _band(self):
@@ -164,6 +168,10 @@ class ScoreConfig(Section):
             )
         if self.antithetic and self.num_samples % 2:
             faults.append(f"num_samples is {self.num_samples}, and antithetic samples come in pairs; make it even")
+        if self.antithetic and self.shortlist and self.shortlist_samples % 2:
+            faults.append(
+                f"shortlist_samples is {self.shortlist_samples}, and antithetic samples come in pairs; make it even"
+            )
         if faults:
             raise ValueError("\n".join(faults))
         return self

@@ -17,8 +17,9 @@ a prompt meet the same probes, so that differences between them are far tighter 
 difference of two integrands to know how much.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,6 +68,27 @@ class Probes:
         generator = torch.Generator().manual_seed(int(self.noise_seeds[prompt, probe]))
         draw = torch.randn(self.latent_shape, generator=generator)
         return -draw if self.design.antithetic and probe % 2 else draw
+
+    def of(self, prompts: Tensor) -> "Probes":
+        """Those of some prompts, an index (Q,) into the P, in that order."""
+        return replace(self, noise_seeds=self.noise_seeds[prompts])
+
+    def at(self, which: Tensor) -> "Probes":
+        """Some of the K probes; a pair stays together."""
+        return replace(
+            self, log_snr=self.log_snr[which], weight=self.weight[which], noise_seeds=self.noise_seeds[:, which]
+        )
+
+    def spread(self, count: int) -> tuple[Tensor, Tensor]:
+        """Which probes make `count` that are spread over all K, and which are the others: indices, ascending."""
+        each = 2 if self.design.antithetic else 1
+        draws, some = len(self.log_snr) // each, count // each
+        if some >= draws:
+            return torch.arange(len(self.log_snr)), torch.empty(0, dtype=torch.long)
+        chosen = torch.zeros(draws, dtype=torch.bool)
+        chosen[(torch.arange(some) + 1) * draws // (some + 1)] = True
+        chosen = chosen.repeat_interleave(each)
+        return chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]
 
     @property
     def noise(self) -> Tensor:
@@ -342,10 +364,13 @@ def pmi_orthogonal(distances: Tensor, probes: Probes) -> Estimate:
     return integrate(0.5 * distances, probes)
 
 
-def pmi_contrastive(errors: Tensor, other_errors: Tensor, probes: Probes) -> Tensor:
+def pmi_contrastive(errors: Tensor, other_errors: Tensor, probes: Probes, total: int | None = None) -> Tensor:
     """log p(x|y) - log mean_j p(x|y_j), the PMI with the prompts y_j as marginal: (N, K), (N, J, K) -> (N,).
 
     The form of InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4) with the model's own likelihoods.
+
+    Args:
+        total: how many prompts the mean is over, where only the J likeliest are here; the others count as impossible.
     """
-    others = torch.logsumexp(log_density(other_errors, probes), -1) - torch.tensor(float(other_errors.shape[1])).log()
+    others = torch.logsumexp(log_density(other_errors, probes), -1) - math.log(total or other_errors.shape[1])
     return log_density(errors, probes) - others

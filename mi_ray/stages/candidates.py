@@ -4,6 +4,7 @@ import hashlib
 import io
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -22,7 +23,7 @@ from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise, trajectory
 from mi_ray.information.negatives import pmi_negatives
 from mi_ray.language.negatives import chosen, negatives_by
-from mi_ray.stages.branches import branch_errors
+from mi_ray.stages.branches import encode_each, likeliest_errors
 from mi_ray.stages.memory import fitting
 
 NEIGHBOUR_POOL = 2000  # prompts among which the nearest are sought; keeps memory flat however long the list is
@@ -242,11 +243,8 @@ class Scorer:
         began = time.perf_counter()
         config = self.config
         branches = [embeddings[:, None]]
-        with_null = "pmi" in config.names or "pmi_orthogonal" in config.names
-        if with_null:
+        if "pmi" in config.names or "pmi_orthogonal" in config.names:
             branches.append(self.null.expand(len(prompts), -1, -1)[:, None])
-        if "pmi_contrastive" in config.names:
-            branches.append(self.neighbours(prompts, embeddings))
         probes = draw_probes_of(prompts, config, self.seed, self.denoiser.latent_shape)
         errors, distances = pointwise.denoising_statistics(
             self.denoiser.predict_epsilon,
@@ -265,31 +263,56 @@ class Scorer:
             scores["pmi"] = pointwise.pmi(errors[:, 0], errors[:, 1], probes).value
         if "pmi_orthogonal" in config.names:
             scores["pmi_orthogonal"] = pointwise.pmi_orthogonal(distances[:, 0], probes).value
+        own = errors[:, 0]
         if "pmi_contrastive" in config.names:
-            others = errors[:, 1 + with_null :]
-            scores["pmi_contrastive"] = pointwise.pmi_contrastive(errors[:, 0], others, probes)
+            others = list(self.neighbours(prompts, embeddings))
+            contrast = partial(pointwise.pmi_contrastive, total=len(others[0]))
+            scores["pmi_contrastive"] = self._against(others, contrast, index, latents, own, probes, work)
         if "pmi_negatives" in config.names:
-            scores["pmi_negatives"] = self._against_negatives(prompts, index, latents, errors[:, 0], probes, work)
+            negatives = [chosen(self.negatives(prompt), config.max_negatives) for prompt in prompts]
+            others = encode_each(self.denoiser, [[n.prompt for n in of_prompt] for of_prompt in negatives])
+            scores["pmi_negatives"] = self._against(others, _log_odds, index, latents, own, probes, work)
         return scores
 
-    def _against_negatives(
-        self, prompts: list[str], index: Tensor, latents: Tensor, errors: Tensor, probes: pointwise.Probes, work: Work
+    def _against(
+        self,
+        branches: list[Tensor],
+        score: Callable[[Tensor, Tensor, pointwise.Probes], Tensor],
+        index: Tensor,
+        latents: Tensor,
+        own: Tensor,
+        probes: pointwise.Probes,
+        work: Work,
     ) -> Tensor:
-        """The log odds of each candidate's prompt against its hard negatives, (N,); nan where it has none.
+        """A score of each candidate's prompt against others, (N,); nan where it has none.
 
-        errors: (N, K) under the prompts themselves, at the probes that the negatives meet too.
+        Args:
+            branches: of each prompt, the embeddings (J, tokens, dim) of the others.
+            own: (N, K) errors under the prompts themselves, at the probes that the others meet too.
         """
         began = time.perf_counter()
-        negatives = [chosen(self.negatives(prompt), self.config.max_negatives) for prompt in prompts]
-        texts = [[negative.prompt for negative in of_prompt] for of_prompt in negatives]
-        others = branch_errors(self.denoiser, latents, index, texts, probes, 2 * self.batch_size)
-        work.score_evaluations += sum(other.numel() for other in others)
+        config = self.config
+        others, spent = likeliest_errors(
+            self.denoiser,
+            latents,
+            index,
+            branches,
+            probes,
+            2 * self.batch_size,
+            count=config.shortlist or max(map(len, branches)),
+            first=config.shortlist_samples if config.shortlist else config.num_samples,
+        )
+        work.score_evaluations += spent
         work.timed("score", began)
         scored = [
-            pmi_negatives(own[None], other[None], probes)[0] if len(other) else own.new_full((1,), torch.nan)
-            for own, other in zip(errors, others, strict=True)
+            score(errors[None], against[None], probes) if len(against) else errors.new_full((1,), torch.nan)
+            for errors, against in zip(own, others, strict=True)
         ]
         return torch.cat(scored)
+
+
+def _log_odds(errors: Tensor, negative_errors: Tensor, probes: pointwise.Probes) -> Tensor:
+    return pmi_negatives(errors, negative_errors, probes).value
 
 
 def measured(images: np.ndarray, prompts: list[str], alignment: str | None) -> dict[str, list]:

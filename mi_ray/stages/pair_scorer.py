@@ -16,7 +16,7 @@ from mi_ray.information.maps import InformationMaps, information_maps, without_e
 from mi_ray.information.negatives import margin, pmi_negatives, posteriors
 from mi_ray.information.pointwise import Probes, denoising_errors, pmi
 from mi_ray.language.negatives import Negative, chosen, negatives_by
-from mi_ray.stages.branches import branch_errors
+from mi_ray.stages.branches import branch_errors, encode_each
 from mi_ray.stages.candidates import Work, draw_probes_of
 
 Fit = Literal["exact", "crop"]
@@ -103,8 +103,9 @@ class PairScorer:
             [n.prompt for n in of_prompt] + [text for _, text in words]
             for of_prompt, words in zip(negatives, left_out, strict=True)
         ]
+        branches = encode_each(self.denoiser, texts)
         others = branch_errors(
-            self.denoiser, encoded.latents, encoded.index, texts, encoded.probes, 2 * self.batch_size
+            self.denoiser, encoded.latents, encoded.index, branches, encoded.probes, 2 * self.batch_size
         )
         work.score_evaluations += errors.numel() + sum(other.numel() for other in others)
         work.timed("score", began)

@@ -1,6 +1,6 @@
 """The plan of a run before it starts: how much of everything, from one measured batch how long and how big."""
 
-from mi_ray.config import POINTWISE_SCORES, RunConfig
+from mi_ray.config import POINTWISE_SCORES, RunConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.stages.pipeline import Plan, run_pipeline
 from mi_ray.stages.shards import take_cpus
@@ -19,8 +19,8 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     each, steps = config.generate.candidates_per_prompt, config.sampler.num_inference_steps
     cuts = config.prune.cuts(steps, each)
     left = [each, *cuts.values()]
-    at_cuts = sum(left[:-1]) * config.prune.num_samples * _branches(config, {config.prune.by})
-    at_the_end = left[-1] * config.score.num_samples * _branches(config, set(config.score.names))
+    at_cuts = sum(left[:-1]) * _scoring(config.score, {config.prune.by}, config.prune.num_samples)
+    at_the_end = left[-1] * _scoring(config.score, set(config.score.names), config.score.num_samples)
     finetune = config.finetune
     samples = finetune.steps * finetune.batch_size * finetune.gradient_accumulation
     images = held_out * config.evaluation.images_per_prompt * (1 + arms)
@@ -33,13 +33,17 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     }
 
 
-def _branches(config: RunConfig, names: set[str]) -> int:
-    """Evaluations of one noise draw for these scores."""
+def _scoring(score: ScoreConfig, names: set[str], samples: int) -> int:
+    """Evaluations of a candidate for these scores."""
     if not names & set(POINTWISE_SCORES):
         return 0
-    branches = 1 + bool(names & {"pmi", "pmi_orthogonal"})
-    branches += config.score.neighbours * ("pmi_contrastive" in names)
-    return branches + config.score.max_negatives * ("pmi_negatives" in names)
+    spent = samples * (1 + bool(names & {"pmi", "pmi_orthogonal"}))
+    for name, others in (("pmi_contrastive", score.neighbours), ("pmi_negatives", score.max_negatives)):
+        if name in names:
+            kept = min(others, score.shortlist or others)
+            first = min(samples, score.shortlist_samples)
+            spent += first * others + (samples - first) * kept
+    return spent
 
 
 def describe(plan: Plan) -> str:
