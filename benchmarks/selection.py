@@ -148,7 +148,7 @@ def draw(rows: list[dict], path: Path):
                 continue
             low, high = row[f"{key}_low"], row[f"{key}_high"]
             error = None if low is None else [[row[key] - low], [high - row[key]]]
-            axes.errorbar(row["evaluations"], row[key], yerror=error, fmt="o", capsize=3, label=row["score"])
+            axes.errorbar(row["evaluations"], row[key], yerr=error, fmt="o", capsize=3, label=row["score"])
         axes.set(xlabel="denoiser evaluations a candidate, beside generating it", ylabel=title)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
