@@ -31,8 +31,14 @@ SETTINGS = {
     "trajectory_banded": {"log_snr_min": -5.0, "log_snr_max": -2.5},
     "pmi": {"num_samples": 24, "log_snr_min": -5.4, "log_snr_max": 0.2},
     "pmi_orthogonal": {"num_samples": 24, "log_snr_min": -5.4, "log_snr_max": 0.2},
-    "pmi_contrastive": {"num_samples": 10, "log_snr_min": -5.4, "log_snr_max": -0.8, "neighbours": 8, "shortlist": 3}
-    | {"shortlist_samples": 2},
+    "pmi_contrastive": {
+        "num_samples": 10,
+        "log_snr_min": -5.4,
+        "log_snr_max": -0.8,
+        "neighbours": 8,
+        "shortlist": 3,
+        "shortlist_samples": 2,
+    },
     "pmi_negatives": {"num_samples": 8, "log_snr_min": -5.4, "log_snr_max": -1.7, "max_negatives": 10, "shortlist": 3},
 }
 AIMS = {"pmi_negatives": 0.90, "pmi_contrastive": 0.85, "pmi": 0.80}

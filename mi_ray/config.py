@@ -166,12 +166,14 @@ class ScoreConfig(Section):
                 f"logistic_loc {self.logistic_loc} with its clip reaches nothing of the band {self.log_snr_min} to"
                 f" {self.log_snr_max}; move it or the band"
             )
-        if self.antithetic and self.num_samples % 2:
-            faults.append(f"num_samples is {self.num_samples}, and antithetic samples come in pairs; make it even")
-        if self.antithetic and self.shortlist and self.shortlist_samples % 2:
-            faults.append(
-                f"shortlist_samples is {self.shortlist_samples}, and antithetic samples come in pairs; make it even"
-            )
+        drawn = {"num_samples": self.num_samples} | (
+            {"shortlist_samples": self.shortlist_samples} if self.shortlist else {}
+        )
+        faults += [
+            f"{name} is {count}, and antithetic samples come in pairs; make it even"
+            for name, count in drawn.items()
+            if self.antithetic and count % 2
+        ]
         if faults:
             raise ValueError("\n".join(faults))
         return self

@@ -257,7 +257,6 @@ class Scorer:
             reference=1 if "pmi_orthogonal" in config.names else None,
         )
         work.score_evaluations += errors.numel()
-        work.timed("score", began)
         scores = {}
         if "pmi" in config.names:
             scores["pmi"] = pointwise.pmi(errors[:, 0], errors[:, 1], probes).value
@@ -272,6 +271,7 @@ class Scorer:
             negatives = [chosen(self.negatives(prompt), config.max_negatives) for prompt in prompts]
             others = encode_each(self.denoiser, [[n.prompt for n in of_prompt] for of_prompt in negatives])
             scores["pmi_negatives"] = self._against(others, _log_odds, index, latents, own, probes, work)
+        work.timed("score", began)
         return scores
 
     def _against(
@@ -290,7 +290,6 @@ class Scorer:
             branches: of each prompt, the embeddings (J, tokens, dim) of the others.
             own: (N, K) errors under the prompts themselves, at the probes that the others meet too.
         """
-        began = time.perf_counter()
         config = self.config
         others, spent = likeliest_errors(
             self.denoiser,
@@ -303,7 +302,6 @@ class Scorer:
             first=config.shortlist_samples if config.shortlist else config.num_samples,
         )
         work.score_evaluations += spent
-        work.timed("score", began)
         scored = [
             score(errors[None], against[None], probes) if len(against) else errors.new_full((1,), torch.nan)
             for errors, against in zip(own, others, strict=True)

@@ -313,7 +313,7 @@ def train_denoiser(settings: dict):
         return ids, scheduler.add_noise(latents, noise, timesteps), timesteps, noise
 
     objective = _DenoiserLoss(modules)
-    if config.use_gpu:  # so many small kernels take ten times as long to launch one by one as to run
+    if config.use_gpu:  # launched one by one, so many small kernels take nearly four times as long
         objective = torch.cuda.make_graphed_callables(objective, draw(0))
     objective = prepare_model(objective)
     running = None
