@@ -22,6 +22,7 @@ from mi_ray.diffusion.denoisers import UNetDenoiser, load_denoiser
 from mi_ray.prompts import read_prompts
 from mi_ray.report.statistics import paired_difference, prompt_mean
 from mi_ray.stages.candidates import Sampler, Work, derived_seed
+from mi_ray.stages.pipeline import final_adapter
 
 SMOKE_PROMPTS, SMOKE_IMAGES, SMOKE_SCALES = 6, 2, (2.0,)
 PROMPTS_AT_A_TIME = 16
@@ -76,9 +77,7 @@ def read_run(run_dir: str) -> tuple[RunConfig, dict[str, str | None]]:
         raise ValueError(f"--run-dir: {run_dir!r} holds no run.json; give the folder of a finished run")
     content = storage.read_json(storage.join(run_dir, "run.json"))["config"]
     config = RunConfig.model_validate(content | {"run_dir": run_dir})
-    last = f"round-{config.rounds - 1}"
-    folders = {"tuned": storage.join(run_dir, last, "adapter")}
-    folders |= {c: storage.join(run_dir, "controls", c, last, "adapter") for c in config.evaluation.controls}
+    folders = {arm: final_adapter(config, arm) for arm in ("tuned", *config.evaluation.controls)}
     if missing := [f for f in folders.values() if not storage.exists(storage.join(f, "summary.json"))]:
         raise ValueError("\n".join(f"--run-dir: {f} holds no finished adapter; finish the run first" for f in missing))
     return config, {"base": None} | {name: storage.local_folder(f) for name, f in folders.items()}

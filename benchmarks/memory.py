@@ -109,7 +109,7 @@ class MadeUpGenerator:
 def measure(count: int, per_shard: int) -> dict:
     """Peaks and times of one run."""
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # the machine may be busy
-    ray.init(logging_level="warning", num_cpus=2)
+    ray.init(logging_level="warning", num_cpus=2, include_dashboard=False)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.txt"
         with file.open("w") as lines:

@@ -1,8 +1,6 @@
 """How fast it is: python benchmarks/throughput.py [--out FILE.json] [--figure FILE.png] [--check] [--smoke]
 
 All ways do the same work: the same prompts, candidates, solver, steps and guidance, in alternation; medians count.
-Ours runs as the stages run it: on a CPU one process of one thread a core, which share the prompts. The rivals run as
-their users run them: in one process, which has all cores.
 """
 
 import gc
@@ -11,11 +9,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -31,14 +27,13 @@ from peft import LoraConfig
 from pydantic import Field, PositiveInt
 
 from mi_ray import storage
-from mi_ray.config import ModelConfig, RunConfig, SamplerConfig, ScoreConfig
+from mi_ray.config import RunConfig, SamplerConfig, ScoreConfig
 from mi_ray.diffusion.adapters import DenoisingLoss, attach_adapter
 from mi_ray.diffusion.denoisers import load_denoiser, resolve_model
 from mi_ray.prompts import Shard, prompt_id, read_prompts
-from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, specialise
+from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed
 from mi_ray.stages.finetune import TrainingSet, draw_microbatch, optimizer_step
 from mi_ray.stages.generate import CandidateGenerator
-from mi_ray.stages.shards import take_cpus
 
 PROMPTS = Path(__file__).parent.parent / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
@@ -50,7 +45,6 @@ class ThroughputBenchmark(Benchmark):
 
     model: str = Field("shapes", description="a shipped model or a diffusers folder")
     dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: float16 on a GPU, float32 without")
-    channels_last: bool = Field(True, description="memory layout of our UNet in generation")
     prompts: PositiveInt = Field(4, description="whose pools are generated")
     candidates: PositiveInt = Field(16, description="per prompt")
     sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=5.0)
@@ -70,11 +64,10 @@ class ThroughputBenchmark(Benchmark):
             world = World(self)
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
-        with ours(self) as actors:
-            generation = world.generation(actors)
-            stage = world.stage(actors)
-            sweep = world.batch_sizes(actors[0])
-            training = world.training(actors[0])
+        generation = world.generation()
+        stage = world.stage()
+        training = world.training()
+        sweep = world.batch_sizes()
         rows = [*generation.values(), stage, *world.parts(), *training.values(), *sweep]
         if self.figure:
             draw(list(generation.values()), sweep, self.figure)
@@ -140,67 +133,6 @@ def alternate(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
     return {name: median(values) for name, values in seconds.items()}
 
 
-@dataclass
-class Actor:
-    """A process of ours and its share of the work."""
-
-    process: ProcessPoolExecutor
-
-    def start(self, way: str, *arguments: object):
-        return self.process.submit(_do, way, *arguments)
-
-
-@contextmanager
-def ours(settings: ThroughputBenchmark) -> Iterator[list[Actor]]:
-    """One process of one thread for each core, or a single one for a GPU."""
-    count = 1 if torch.cuda.is_available() else min(torch.get_num_threads(), settings.prompts)
-    actors = []
-    try:
-        for number in range(count):
-            started = {"initializer": _begin, "initargs": (settings, number, count)}
-            actors.append(Actor(ProcessPoolExecutor(1, get_context("spawn"), **started)))
-        yield actors
-    finally:
-        for actor in actors:
-            actor.process.shutdown()
-
-
-def together(actors: list[Actor], way: str) -> list["Spent"]:
-    """All actors do their share at the same time."""
-    return [future.result() for future in [actor.start(way) for actor in actors]]
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What a process spent on its share: wall time, of it inside the denoiser; processor time of all its threads."""
-
-    seconds: float
-    denoiser_seconds: float
-    cpu_seconds: float
-    peak_memory_gib: float
-
-
-def measured(run: Callable[[], object], unet: torch.nn.Module) -> Spent:
-    with inside(unet) as spent:
-        began, cpu = time.perf_counter(), time.process_time()
-        run()
-        synchronise()
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    return Spent(seconds, spent.seconds, cpu, peak_memory_gib())
-
-
-def _begin(settings: ThroughputBenchmark, number: int, count: int):
-    """In a process of ours."""
-    global _world
-    take_cpus(1)
-    _world = World(settings, slice(number, None, count))
-    specialise(_world.denoiser, ModelConfig(channels_last=settings.channels_last), settings.batch_size)
-
-
-def _do(way: str, *arguments: object) -> Spent:
-    return measured(lambda: getattr(_world, way)(*arguments), _world.unet_of(way))
-
-
 def peak_memory_gib() -> float:
     """Of the GPU, or of this process on the CPU; since its start."""
     if torch.cuda.is_available():
@@ -210,14 +142,12 @@ def peak_memory_gib() -> float:
 
 # ---------------------------------------------------------------------------------------------- the ways
 class World:
-    """The model and the work that all ways share, or a process's part of it."""
+    """The model and the work that all ways share."""
 
-    def __init__(self, settings: ThroughputBenchmark, part: slice = slice(None)):
-        self.settings, self._tunings = settings, {}
+    def __init__(self, settings: ThroughputBenchmark):
+        self.settings = settings
         self.denoiser = load_denoiser(settings.model, settings.dtype)
-        self.prompts = read_prompts(str(PROMPTS), field="prompts", limit=settings.prompts)[0]["prompt"].to_pylist()[
-            part
-        ]
+        self.prompts = read_prompts(str(PROMPTS), field="prompts", limit=settings.prompts)[0]["prompt"].to_pylist()
         self.seeds = [[derived_seed(prompt, c) for c in range(settings.candidates)] for prompt in self.prompts]
         self.embeddings = self.denoiser.encode_prompts(self.prompts)
         self.sampler = Sampler(self.denoiser, settings.sampler, settings.batch_size)
@@ -253,9 +183,6 @@ class World:
     @cached_property
     def _scorer(self) -> Scorer:
         return Scorer(self.denoiser, ScoreConfig(names=("mitune",)), self.settings.batch_size, 0, [])
-
-    def unet_of(self, way: str) -> torch.nn.Module:
-        return self._actor.denoiser.unet if way == "shard" else self.denoiser.unet
 
     def unscored(self):
         with patch("mi_ray.diffusion.kernels._record"):
@@ -294,71 +221,67 @@ class World:
     @torch.no_grad()
     def bare(self, batch: int | None = None, count: int | None = None):
         """As many denoiser evaluations and nothing else, `batch` at a time."""
-        batch = batch or min(2 * self.settings.batch_size, 2 * self.pool)
-        count = count or self.evaluations
+        batch, count = batch or 2 * self.settings.batch_size, count or self.evaluations
+        batch = min(batch, 2 * self.pool)
         x_t = torch.randn(batch, *self.denoiser.latent_shape, device=self.denoiser.device)
         timesteps = torch.full((batch,), 500, device=self.denoiser.device)
         embeddings = self.embeddings[:1].expand(batch, -1, -1)
         for _ in range(-(-count // batch)):
             self.denoiser.predict(x_t, timesteps, embeddings)
 
-    def generation(self, actors: list[Actor]) -> dict[str, dict]:
+    def generation(self) -> dict[str, dict]:
         """One row a way: seconds, and the share of them inside the denoiser's forward calls."""
         ways = {
-            "scored": lambda: together(actors, "scored"),
-            "unscored": lambda: together(actors, "unscored"),
-            "stock diffusers": lambda: [measured(self.stock, self.pipeline.unet)],
-            "naive score": lambda: [measured(self.naive, self.pipeline.unet)],
-            "bare denoiser": lambda: together(actors, "bare"),
+            "scored": (self.scored, self.denoiser.unet),
+            "unscored": (self.unscored, self.denoiser.unet),
+            "stock diffusers": (self.stock, self.pipeline.unet),
+            "naive score": (self.naive, self.pipeline.unet),
+            "bare denoiser": (self.bare, self.denoiser.unet),
         }
-        return self._rows(ways)
+        seconds = alternate({name: run for name, (run, _) in ways.items()}, self.settings.repeats)
+        return {name: self._row("generation", name, seconds[name], *way) for name, way in ways.items()}
 
-    def _rows(self, ways: dict[str, Callable[[], list[Spent]]]) -> dict[str, dict]:
-        seconds = alternate(ways, self.settings.repeats)
-        return {name: self._row(name, seconds[name], run()) for name, run in ways.items()}
-
-    def _row(self, name: str, seconds: float, spent: list[Spent]) -> dict:
+    def _row(self, part: str, name: str, seconds: float, run: Callable, unet: torch.nn.Module) -> dict:
+        with inside(unet) as spent:
+            began = time.perf_counter()
+            run()
+            synchronise()
+            whole = time.perf_counter() - began
         return {
-            "part": "generation",
+            "part": part,
             "way": name,
             "seconds": seconds,
             "candidates_per_s": self.pool / seconds,
             "evaluations_per_s": self.evaluations / seconds,
-            "denoiser_share": sum(s.denoiser_seconds for s in spent) / sum(s.seconds for s in spent),
-            "processes": len(spent),
-            "cpu_seconds": sum(s.cpu_seconds for s in spent),
+            "denoiser_share": spent.seconds / whole,
             "dtype": str(self.denoiser.dtype).removeprefix("torch."),
-            "peak_memory_gib": sum(s.peak_memory_gib for s in spent),
+            "peak_memory_gib": peak_memory_gib(),
         }
 
-    def stage(self, actors: list[Actor]) -> dict:
-        """What the generating actors do with their shards, the Parquet files included."""
-        (row,) = self._rows({"stage, with decoding and Parquet": lambda: together(actors, "shard")}).values()
-        return row
+    def stage(self) -> dict:
+        """What a generating actor does with a shard, its Parquet file included."""
+        with tempfile.TemporaryDirectory() as folder:
+            config = RunConfig.model_validate(
+                {
+                    "run_dir": folder,
+                    "prompts": {"file": str(PROMPTS)},
+                    "model": {"path": self.settings.model, "dtype": self.settings.dtype},
+                    "sampler": self.settings.sampler.model_dump(),
+                    "generate": {"candidates_per_prompt": max(2, self.settings.candidates)},
+                    "resources": {"batch_size": self.settings.batch_size, "cpus_per_actor": torch.get_num_threads()},
+                }
+            )
+            actor = CandidateGenerator(config.model_dump(mode="json"), 0, folder, None, ["mitune"], [], self.prompts)
+            ids, nothing = [prompt_id(p) for p in self.prompts], [None] * len(self.prompts)
+            shard = Shard(0, "part-00000.parquet", ids, self.prompts, nothing, nothing)
 
-    @cached_property
-    def _actor(self) -> CandidateGenerator:
-        settings = self.settings
-        self._folder = tempfile.TemporaryDirectory()
-        config = RunConfig.model_validate(
-            {
-                "run_dir": self._folder.name,
-                "prompts": {"file": str(PROMPTS)},
-                "model": {"path": settings.model, "dtype": settings.dtype, "channels_last": settings.channels_last},
-                "sampler": settings.sampler.model_dump(),
-                "generate": {"candidates_per_prompt": max(2, settings.candidates)},
-                "resources": {"batch_size": settings.batch_size},
-            }
-        )
-        folder = self._folder.name
-        return CandidateGenerator(config.model_dump(mode="json"), 0, folder, None, ["mitune"], [], self.prompts)
+            def run():
+                rows = actor._rows(shard, list(range(len(self.prompts))), Work())
+                table = pa.Table.from_pylist(rows, schema=storage.candidates_schema(config.score.names))
+                storage.write_table(storage.join(folder, shard.name), table)
 
-    def shard(self):
-        actor, nothing = self._actor, [None] * len(self.prompts)
-        shard = Shard(0, "part-00000.parquet", [prompt_id(p) for p in self.prompts], self.prompts, nothing, nothing)
-        rows = actor._rows(shard, list(range(len(self.prompts))), Work())
-        table = pa.Table.from_pylist(rows, schema=storage.candidates_schema(actor.config.score.names))
-        storage.write_table(storage.join(self._folder.name, shard.name), table)
+            seconds = alternate({"stage": run}, self.settings.repeats)["stage"]
+            return self._row("generation", "stage, with decoding and Parquet", seconds, run, actor.denoiser.unet)
 
     def parts(self) -> list[dict]:
         """What else the stages spend time on: the decoder, the encoder, the texts."""
@@ -375,10 +298,10 @@ class World:
             {"part": "beside", "way": way, "seconds": seconds[way], "per_s": counts[way] / seconds[way]} for way in ways
         ]
 
-    def batch_sizes(self, actor: Actor) -> list[dict]:
-        """The bare denoiser at each batch size, in one process of ours."""
+    def batch_sizes(self) -> list[dict]:
+        """The bare denoiser at each batch size."""
         count = 2 * max(self.settings.sweep)
-        ways = {str(b): (lambda b=b: actor.start("bare", b, count).result()) for b in self.settings.sweep}
+        ways = {str(b): (lambda b=b: self.bare(b, count)) for b in self.settings.sweep if b <= 2 * self.pool}
         seconds = alternate(ways, self.settings.repeats)
         return [
             {
@@ -391,12 +314,12 @@ class World:
         ]
 
     # ------------------------------------------------------------------------------------------ fine-tuning
-    def training(self, actor: Actor) -> dict[str, dict]:
+    def training(self) -> dict[str, dict]:
         """Ours against diffusers' example loop (texts encoded at each step), and the same with cached texts."""
-        settings, threads = self.settings, torch.get_num_threads()
+        settings = self.settings
         ways = {
-            "fine-tuning": lambda: actor.start("train", False, threads).result(),
-            "fine-tuning, activation checkpointing": lambda: actor.start("train", True, threads).result(),
+            "fine-tuning": self._ours(),
+            "fine-tuning, activation checkpointing": self._ours(checkpointing=True),
             "plain loop": self._plain(cached=False),
             "plain loop, cached texts": self._plain(cached=True),
         }
@@ -423,14 +346,8 @@ class World:
     def _half(self) -> torch.dtype | None:
         return None if self.denoiser.dtype == torch.float32 else self.denoiser.dtype
 
-    def train(self, checkpointing: bool, threads: int):
-        """`training_steps` optimiser steps as the stage does them, with as many threads as the plain loop has."""
-        take_cpus(threads)
-        if checkpointing not in self._tunings:
-            self._tunings[checkpointing] = self._tuning(checkpointing)
-        self._tunings[checkpointing]()
-
-    def _tuning(self, checkpointing: bool) -> Callable[[], None]:
+    def _ours(self, checkpointing: bool = False) -> Callable[[], None]:
+        """`training_steps` optimiser steps as the stage does them."""
         settings, device = self.settings, self.denoiser.device
         denoiser = load_denoiser(settings.model, settings.dtype, str(device))
         model = attach_adapter(denoiser.unet, rank=16, alpha=16, target_modules=TARGETS)

@@ -238,13 +238,6 @@ class SelectConfig(Section):
         None, description="keep only what reaches this value of the score, in nats; none: the best, however bad"
     )
     balance: bool = Field(False, description="weigh every prompt alike, however many of its candidates are kept")
-    baseline: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="how much of the loss on a random selection is subtracted: learning from its own images changes a"
-        " model whatever is chosen, and this cancels that",
-    )
 
 
 class FinetuneConfig(Section):
@@ -264,6 +257,11 @@ class FinetuneConfig(Section):
         gt=0,
         lt=1,
         description="save a moving average of the weights, less swayed by the last batches; none: the last",
+    )
+    baseline: Share = Field(
+        0.0,
+        description="how much is taken off of what learning from a random selection of the same pool does: learning"
+        " from its own images changes a model whatever is chosen",
     )
     weight_decay: float = Field(1e-2, ge=0, description="of AdamW")
     steps: Positive = Field(300, description="optimiser steps")
@@ -378,6 +376,8 @@ class RunConfig(Section):
                 f" {self.generate.candidates_per_prompt} candidates: lower it or raise generate.candidates_per_prompt"
             )
         faults += self._speed_faults(by_oracle)
+        if self.finetune.baseline and self.finetune.adapter == "dora":
+            faults.append("finetune.baseline subtracts updates, and DoRA's do not add up: set finetune.adapter: lora")
         if self.finetune.gradient_accumulation < self.resources.train_workers[1]:
             faults.append(
                 f"finetune.gradient_accumulation is {self.finetune.gradient_accumulation}, which leaves some of"

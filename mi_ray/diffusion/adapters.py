@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mi_ray.diffusion.schedules import NoiseSchedule, prediction_from
@@ -84,13 +84,35 @@ def save_adapter(model: PeftModel, folder: Path, base_model: str):
     """
     config = LoraConfig(**model.peft_config["default"].to_dict())
     config.base_model_name_or_path, config.inference_mode = base_model, True
+    _save(config, adapter_state(model), folder)
+
+
+def _save(config: LoraConfig, state: dict[str, Tensor], folder: Path):
     config.target_modules = sorted(config.target_modules)  # a set's order would change from run to run
     config.save_pretrained(folder)
-    state = adapter_state(model)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     layers = convert_state_dict_to_diffusers({name.removeprefix(_PEFT_PREFIX): value for name, value in state.items()})
     metadata = {name: value for name, value in config.to_dict().items() if value is not None}
     StableDiffusionPipeline.save_lora_weights(folder, layers, unet_lora_adapter_metadata=metadata)
+
+
+def save_weighted_sum(terms: list[tuple[float, Path]], folder: Path):
+    """Write the LoRA adapter whose update is the weighted sum of others', exactly: its rank is the sum of theirs.
+
+    Sum_i w_i B_i A_i = [w_1 B_1, w_2 B_2, ...] [A_1; A_2; ...] (task arithmetic: Ilharco et al., ICLR 2023).
+
+    Args:
+        terms: weight and folder of each adapter; all of the same rank, alpha and targets.
+    """
+    config = LoraConfig.from_pretrained(str(terms[0][1]))
+    states = [(weight, load_file(source / "adapter_model.safetensors")) for weight, source in terms]
+    summed = {}
+    for name in states[0][1]:
+        down = ".lora_A." in name
+        parts = [state[name] if down else weight * state[name] for weight, state in states]
+        summed[name] = torch.cat(parts, dim=0 if down else 1).contiguous()
+    config.r, config.lora_alpha = config.r * len(terms), config.lora_alpha * len(terms)  # the same alpha / rank
+    _save(config, summed, folder)
 
 
 # ---------------------------------------------------------------------------------------------- the loss

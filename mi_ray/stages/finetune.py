@@ -32,12 +32,23 @@ from mi_ray.diffusion.adapters import (
     attach_adapter,
     load_adapter_state,
     save_adapter,
+    save_weighted_sum,
     target_faults,
 )
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser, resolve_model
 from mi_ray.stages.shards import take_cpus
 from mi_ray.stages.training_log import TrainingLog, check_loggers
-from mi_ray.storage import exists, filesystem, join, read_bytes, read_json, read_table, write_bytes, write_json
+from mi_ray.storage import (
+    exists,
+    filesystem,
+    join,
+    local_folder,
+    read_bytes,
+    read_json,
+    read_table,
+    write_bytes,
+    write_json,
+)
 
 SUMMARY = "summary.json"  # written last: it marks the adapter complete
 CHANGED = 1e-6  # relative; what floating-point noise alone may move an output by
@@ -427,3 +438,26 @@ def finetune(config: RunConfig, selected: str, destination: str, previous_adapte
     if system.get_file_info(storage_path).type != pafs.FileType.NotFound:
         system.delete_dir(storage_path)
     return read_json(summary)
+
+
+def take_off_baseline(config: RunConfig, adapter: str, baseline: str, start: str | None, destination: str):
+    """Write the adapter less `finetune.baseline` of what the baseline learnt: adapter - share (baseline - start).
+
+    Learning from one's own images moves a model whatever is chosen among them. An adapter that learnt from a random
+    selection of the same pool has made that move and no other, so what is left is due to the choice: the baseline of a
+    policy gradient (Williams 1992, section 4), as task arithmetic.
+
+    Args:
+        adapter, baseline: URIs of two adapters' folders that started from the same one.
+        start: URI of that one's folder; None: from none.
+        destination: URI of the folder to write, like an adapter's, without its log.
+    """
+    if exists(join(destination, SUMMARY)):
+        return
+    share = config.finetune.baseline
+    terms = [(1.0, adapter), (-share, baseline), *([(share, start)] if start else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        save_weighted_sum([(weight, Path(local_folder(uri))) for weight, uri in terms], Path(folder))
+        for file in sorted(Path(folder).iterdir()):
+            write_bytes(join(destination, file.name), file.read_bytes())
+    write_json(join(destination, SUMMARY), read_json(join(adapter, SUMMARY)) | {"baseline": share})

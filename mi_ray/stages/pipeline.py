@@ -20,7 +20,7 @@ from mi_ray.prompts import PromptReader, ShardPlan, holdout, write_prompts
 from mi_ray.report.page import alignment_table, write_report
 from mi_ray.stages.candidates import NEIGHBOUR_POOL
 from mi_ray.stages.evaluate import REFERENCE, evaluate
-from mi_ray.stages.finetune import check_targets, finetune
+from mi_ray.stages.finetune import check_targets, finetune, take_off_baseline
 from mi_ray.stages.generate import generate
 from mi_ray.stages.lease import confirm, held
 from mi_ray.stages.select import select
@@ -28,6 +28,7 @@ from mi_ray.stages.training_log import check_loggers
 from mi_ray.stages.trial import settle
 
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "numpy")
+LESS_BASELINE = "adapter-less-baseline"
 
 
 class Plan:
@@ -210,9 +211,8 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
         candidates = storage.join(run_dir if r == 0 else home, f"round-{r}", "candidates")
         selected, tuned = (storage.join(home, f"round-{r}", name) for name in ("selected.parquet", "adapter"))
         if r or arm == "tuned":
-            keep_by = [by] if r else [by, *config.evaluation.controls]
-            if config.select.baseline and "random" not in keep_by:
-                keep_by.append("random")
+            against = ["random"] if takes_baseline(config, r, by) else []
+            keep_by = list(dict.fromkeys([by, *against, *([] if r else config.evaluation.controls)]))
             with timed(config, f"generate{suffix}"):
                 generate(config, plan.shards, candidates, r, adapter, keep_by, previews, plan.pool)
         if until == "generate":
@@ -221,8 +221,37 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
             select(config, candidates, selected, by)
         with timed(config, f"finetune{suffix}"):
             finetune(config, selected, tuned, adapter, f"{arm}-{r}")
+            if takes_baseline(config, r, by):
+                tuned = _less_baseline(config, home, candidates, tuned, adapter, r)
         adapter = tuned
     return adapter
+
+
+def takes_baseline(config: RunConfig, r: int, by: str) -> bool:
+    """The last round's adapter alone: an earlier one is the start of the next and keeps its rank."""
+    return bool(config.finetune.baseline) and r == config.rounds - 1 and by != "random"
+
+
+def final_adapter(config: RunConfig, arm: str) -> str:
+    """The folder of the adapter with which a finished run evaluates an arm."""
+    home = config.run_dir if arm == "tuned" else storage.join(config.run_dir, "controls", arm)
+    last, by = config.rounds - 1, config.select.by if arm == "tuned" else arm
+    return storage.join(home, f"round-{last}", LESS_BASELINE if takes_baseline(config, last, by) else "adapter")
+
+
+def _less_baseline(config: RunConfig, home: str, candidates: str, tuned: str, start: str | None, r: int) -> str:
+    """The adapter of an arm without what a random selection of its pool teaches; returns its folder.
+
+    In the first round every arm has the same pool, and what learns there at random is the random control itself.
+    """
+    control = storage.join(config.run_dir, "controls", "random", "round-0")
+    folder = storage.join(home, f"round-{r}", "baseline") if r else control
+    selected, baseline = storage.join(folder, "selected.parquet"), storage.join(folder, "adapter")
+    select(config, candidates, selected, "random")
+    finetune(config, selected, baseline, start, f"{'baseline' if r else 'random'}-{r}")
+    destination = storage.join(home, f"round-{r}", LESS_BASELINE)
+    take_off_baseline(config, tuned, baseline, start, destination)
+    return destination
 
 
 def run_pipeline(config: RunConfig, until: str = "report") -> str | None:

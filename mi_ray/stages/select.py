@@ -1,7 +1,6 @@
 """Selection: the best candidates of each prompt by a score, or by a control (random, oracle)."""
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -64,54 +63,38 @@ _LOOKED_AT = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_sc
 _MEASURED = ["exact", "objects", "attributes", "relation"]
 
 
-@dataclass(frozen=True)
-class _Learnt:
-    """Of one part: the rows (k,) that the fine-tuning sees, and what each weighs for and against, before scaling."""
+def _kept_of_part(uri: str, config: RunConfig, by: str) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the kept rows of a part, and their prompts' ids, both (k,).
 
-    rows: np.ndarray
-    prompt_ids: np.ndarray
-    kept: np.ndarray
-    baseline: np.ndarray
-
-
-def _learnt_of_part(uri: str, config: RunConfig, by: str) -> _Learnt:
-    """A prompt's candidates all lie in one part, one after the other: a shard is written whole."""
+    A prompt's candidates all lie in one part, one after the other: a shard is written whole.
+    """
     columns = [*_LOOKED_AT, *_MEASURED, *(f"score_{name}" for name in config.score.names)]
     table = storage.read_table(uri, columns)
     rows = np.flatnonzero(pc.is_null(table["error"]).to_numpy())
     table = table.take(rows)
     ids = table["prompt_id"].to_numpy()
     starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]]) if len(ids) else np.empty(0, int)
-    kept, baseline = np.zeros((2, len(ids)))
+    kept = np.zeros(len(ids), bool)
     for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
         of_prompt = table.slice(start, stop - start).to_pydict()
-        for weights, selection in ((kept, by), (baseline, "random" if config.select.baseline else None)):
-            if selection is None:
-                continue
-            chosen = keeps(of_prompt, ranks(of_prompt, selection, config.seed), selection, config.select)
-            weights[start:stop] = chosen / max(1, chosen.sum()) if config.select.balance else chosen
-    seen = (kept > 0) | (baseline > 0)
-    return _Learnt(rows[seen], ids[seen], kept[seen], baseline[seen])
+        kept[start:stop] = keeps(of_prompt, ranks(of_prompt, by, config.seed), by, config.select)
+    return rows[kept], ids[kept]
 
 
 def _counts(selected: str) -> dict[str, int]:
     """Prompts, each one's rows one after the other, and rows of a table of what was kept."""
-    prompts, kept, last = 0, 0, None
-    for batch in storage.ParquetRows(selected).batches(["prompt_id", "weight"]):
-        of_kept = batch["prompt_id"].to_numpy(zero_copy_only=False)[batch["weight"].to_numpy() > 0]
-        ids = np.array([last, *of_kept], object)
-        prompts, kept, last = prompts + int((ids[1:] != ids[:-1]).sum()), kept + len(of_kept), ids[-1]
-    return {"prompts": prompts, "kept": kept}
+    table, prompts, last = storage.ParquetRows(selected), 0, None
+    for batch in table.batches(["prompt_id"]):
+        ids = np.array([last, *batch["prompt_id"].to_pylist()], object)
+        prompts += int((ids[1:] != ids[:-1]).sum())
+        last = ids[-1]
+    return {"prompts": prompts, "kept": len(table)}
 
 
 def select(config: RunConfig, candidates: str, destination: str, by: str) -> dict[str, int]:
     """Write what the selection `by` keeps of every prompt in the folder `candidates` to the table `destination`.
 
-    With `select.baseline`, a random selection of the same pool is in the table too, weighing against: learning from
-    one's own images changes a model whatever is chosen, and of that only what is due to the choice is wanted (the
-    baseline of a policy gradient: Williams 1992, section 4).
-
-    Part by part: in memory are one part's scores or latents, and 32 bytes a row of the table.
+    Part by part: in memory are one part's scores or kept latents, and 8 bytes a kept row.
 
     Returns:
         Counts: prompts, kept.
@@ -122,20 +105,24 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
     if storage.exists(destination):
         return _counts(destination)
     parts = [storage.join(candidates, name) for name in storage.list_names(candidates) if name.endswith(".parquet")]
-    learnt = {part: _learnt_of_part(part, config, by) for part in parts}
-    rows = sum(len(of.rows) for of in learnt.values())
-    kept, baseline = (sum(getattr(of, name).sum() for of in learnt.values()) for name in ("kept", "baseline"))
-    if not kept:
+    kept, prompts = [], 0
+    for part in parts:
+        rows, ids = _kept_of_part(part, config, by)
+        kept.append(rows)
+        prompts += len(np.unique(ids))
+    total = sum(map(len, kept))
+    if not total:
         raise ConfigError([f"select.min_score: no candidate reaches {config.select.min_score} by {by}; lower it"])
-    against = config.select.baseline / baseline if baseline else 0.0
     with storage.table_writer(destination, storage.SELECTED) as writer:
-        for part, of_part in learnt.items():
-            if not len(of_part.rows):
+        for part, rows in zip(parts, kept, strict=True):
+            if not len(rows):
                 continue
             columns = [name for name in storage.SELECTED.names if name != "weight"]
-            table = storage.read_table(part, columns).take(of_part.rows)
-            # What is kept weighs one on average over the table, and the baseline its share of that.
-            weights = rows * (of_part.kept / kept - against * of_part.baseline)
-            table = table.append_column("weight", pa.array(weights.astype(np.float32)))
+            table = storage.read_table(part, columns).take(rows)
+            weights = np.ones(len(rows), np.float32)
+            if config.select.balance:  # a prompt's rows share the same weight; one on average over the table
+                _, of, counts = np.unique(table["prompt_id"].to_numpy(), return_inverse=True, return_counts=True)
+                weights = (total / prompts / counts[of]).astype(np.float32)
+            table = table.append_column("weight", pa.array(weights))
             writer.write_table(table.select(storage.SELECTED.names).cast(storage.SELECTED))
-    return _counts(destination)
+    return {"prompts": prompts, "kept": total}

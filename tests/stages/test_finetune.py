@@ -28,6 +28,7 @@ from mi_ray.diffusion.adapters import (
     load_adapter_state,
     min_snr_weights,
     save_adapter,
+    save_weighted_sum,
 )
 from mi_ray.diffusion.schedules import NoiseSchedule, epsilon_from, prediction_from, x0_from_epsilon
 from mi_ray.stages import finetune as stage
@@ -51,10 +52,10 @@ def output(unet: torch.nn.Module) -> torch.Tensor:
     return unet(x_t, torch.tensor([10, 310, 610]), encoder_hidden_states=embeddings).sample
 
 
-def trained(unet: UNet2DConditionModel, adapter: str, rank: int = 4, alpha: int = 8) -> PeftModel:
+def trained(unet: UNet2DConditionModel, adapter: str, rank: int = 4, alpha: int = 8, seed: int = 2) -> PeftModel:
     """An adapter whose every weight is away from its start."""
     model = attach_adapter(unet, rank=rank, alpha=alpha, target_modules=TARGETS, use_dora=adapter == "dora")
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -91,6 +92,28 @@ def test_saved_adapter_makes_the_same_outputs_in_diffusers_and_peft(tmp_path, ti
     again = PeftModel.from_pretrained(load_unet(tiny_pipeline), tmp_path)
     torch.testing.assert_close(output(again), expected, atol=1e-5, rtol=1e-4)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
+
+
+def test_a_weighted_sum_of_adapters_adds_their_updates(tmp_path, tiny_pipeline):
+    """2 a - b as one adapter changes every layer by 2 delta(a) - delta(b), in PEFT and in diffusers."""
+    weights = {}
+    for name, seed in (("a", 2), ("b", 3)):
+        model = trained(load_unet(tiny_pipeline), "lora", seed=seed)
+        save_adapter(model, tmp_path / name, "some/model")
+        weights[name] = model.merge_and_unload().state_dict()
+    save_weighted_sum([(2.0, tmp_path / "a"), (-1.0, tmp_path / "b")], tmp_path / "sum")
+    base = load_unet(tiny_pipeline)
+    merged = PeftModel.from_pretrained(load_unet(tiny_pipeline), tmp_path / "sum").merge_and_unload().state_dict()
+    changed = 0
+    for name, value in base.state_dict().items():
+        expected = value + 2 * (weights["a"][name] - value) - (weights["b"][name] - value)
+        torch.testing.assert_close(merged[name], expected, atol=1e-5, rtol=1e-4)
+        changed += not torch.equal(merged[name], value)
+    assert changed > 8
+    base.load_state_dict(merged)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipeline.load_lora_weights(tmp_path / "sum")
+    torch.testing.assert_close(output(pipeline.unet), output(base), atol=1e-5, rtol=1e-4)
 
 
 def test_weights_of_another_adapter_are_refused(tiny_pipeline, unet):

@@ -24,6 +24,7 @@ from mi_ray.stages.status import run_status
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", "jobs/configs/shapes-smoke.yaml"]
+CONTROLLED = ["--evaluation.controls", "random", "--finetune.baseline", "0.5"]
 
 
 def job(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
@@ -35,7 +36,7 @@ def job(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
 def run_dir(tmp_path_factory):
     """A whole smoke run."""
     folder = tmp_path_factory.mktemp("run")
-    done = job("pipeline", "--run-dir", str(folder), "--evaluation.controls", "random")
+    done = job("pipeline", "--run-dir", str(folder), *CONTROLLED)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tuned − base" in done.stdout
     assert str(folder / "report" / "index.html") in done.stdout
@@ -62,7 +63,9 @@ class TestWholeRun:
     def test_stock_diffusers_makes_the_same_tuned_images(self, run_dir):
         row = pd.read_parquet(run_dir / "evaluation/tuned").iloc[0]
         pipe = StableDiffusionPipeline.from_pretrained(resolve_model("shapes"), safety_checker=None)
-        pipe.load_lora_weights(run_dir / "round-0/adapter", weight_name="pytorch_lora_weights.safetensors")
+        pipe.load_lora_weights(
+            run_dir / "round-0/adapter-less-baseline", weight_name="pytorch_lora_weights.safetensors"
+        )
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(int(row["seed"])))
@@ -74,7 +77,7 @@ class TestWholeRun:
 
     def test_the_same_command_again_repeats_nothing(self, run_dir):
         parts = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.parquet")}
-        again = job("pipeline", "--run-dir", str(run_dir), "--evaluation.controls", "random")
+        again = job("pipeline", "--run-dir", str(run_dir), *CONTROLLED)
         assert again.returncode == 0
         assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.parquet")} == parts
 

@@ -117,32 +117,3 @@ def test_a_prompt_with_few_kept_weighs_as_much_as_one_with_many(tmp_path):
     table = storage.read_table(destination).to_pandas()
     assert table.groupby("prompt_id")["weight"].sum().to_dict() == pytest.approx({"p": 1.5, "q": 1.5})
     assert table["weight"].mean() == pytest.approx(1)
-
-
-def test_the_baseline_is_a_random_selection_that_weighs_against(tmp_path):
-    """Of five candidates two are kept; the random two weigh -0.5 of them, and where both meet the weights add up."""
-    schema = storage.candidates_schema(("pmi",))
-    blank = dict.fromkeys(schema.names) | {"prompt": "a", "prompt_id": "p", "latents": [0.0], "latents_shape": [1]}
-    rows = [blank | {"candidate_index": i, "score_pmi": float(i)} for i in range(5)]
-    rows += [row | {"prompt_id": "q", "score_pmi": -1.0} for row in rows]  # nothing of q is good enough
-    storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist(rows, schema=schema))
-    chosen = {"by": "pmi", "top_k": 2, "min_score": 0, "balance": True, "baseline": 0.5}
-    given = {"run_dir": str(tmp_path), "prompts": {"file": "unused"}, "score": {"names": ["pmi"]}, "select": chosen}
-    config, weights = RunConfig.model_validate(given), {}
-    for by in ("pmi", "random"):
-        destination = str(tmp_path / f"{by}.parquet")
-        assert select(config, str(tmp_path / "candidates"), destination, by) == {
-            "prompts": 1 if by == "pmi" else 2,
-            "kept": 2 if by == "pmi" else 4,
-        }
-        assert select(config, str(tmp_path / "candidates"), destination, by)["kept"] == (2 if by == "pmi" else 4)
-        table = storage.read_table(destination).to_pandas()
-        weights[by] = table.set_index(["prompt_id", "candidate_index"])["weight"]
-        assert table["weight"].mean() == pytest.approx(0.5)
-    assert weights["random"].to_numpy() == pytest.approx([0.5] * 4)
-    drawn = weights["random"].index
-    rows = len(weights["pmi"])
-    for key, weight in weights["pmi"].items():
-        kept = rows / 2 if key in {("p", 3), ("p", 4)} else 0
-        assert weight == pytest.approx(kept - (0.5 * rows / 4 if key in drawn else 0))
-    assert {("p", 3), ("p", 4), *drawn} == set(weights["pmi"].index)
