@@ -9,13 +9,14 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 import yaml
 
 from mi_ray import storage
 from mi_ray.config import RunConfig
-from mi_ray.prompts import Shard, prompt_id
+from mi_ray.prompts import PROMPTS, ShardPlan, prompt_id, write_prompts
 from mi_ray.stages.generate import generate
 
 ROOT = Path(__file__).parents[2]
@@ -90,8 +91,11 @@ def test_worker_nodes_come_with_the_pools_demand_and_go_with_it(cluster, tiny_pi
         }
     )
     prompts = [f"{number} stars" for number in range(6)]
-    ids, nothing = [prompt_id(prompt) for prompt in prompts], [None]
-    shards = [Shard(i, f"part-{i:05d}.parquet", [ids[i]], [prompts[i]], nothing, nothing) for i in range(len(prompts))]
+    ids = [prompt_id(prompt) for prompt in prompts]
+    rows = [{"prompt_id": i, "prompt": prompt} for i, prompt in zip(ids, prompts, strict=True)]
+    table = str(tmp_path / "prompts.parquet")
+    write_prompts(table, iter([pa.RecordBatch.from_pylist(rows, schema=PROMPTS)]))
+    shards = ShardPlan(table, 1, "key")
     seen, over = [worker_nodes()], threading.Event()
 
     def watch():
