@@ -2,42 +2,55 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from gates import ROOT, Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveInt
+from safetensors.numpy import load
+from surroundings import Nodes, flaky_store, head, nodes, small_disk
 
 from mi_ray import storage
+from mi_ray.stages import lease
 
-SHARDS = 8
+SHARDS = 8  # of the generation
+STEPS, EVERY, BATCH, BATCHES = 12, 4, 3, 2  # of the training: optimiser steps, checkpoints, rows, and batches in a step
 RUN = [
     *("--smoke", "--prompts.limit", str(SHARDS), "--generate.prompts-per-shard", "1"),
-    *("--generate.preview-prompts", "0", "--resources.shard-timeout-s", "60"),
+    *("--generate.preview-prompts", "0", "--resources.shard-timeout-s", "60", "--finetune.log-to", "none"),
+    *("--finetune.steps", str(STEPS), "--finetune.checkpoint-every", str(EVERY)),
+    *("--finetune.batch-size", str(BATCH), "--finetune.gradient-accumulation", str(BATCHES)),
 ]
-WAIT_S = 600
-KINDS = ("driver", "actor", "worker", "nan", "oom", "hang", "s3")
+WAIT_S = 900
+KILLED = ("driver", "actor", "worker", "node")  # while it generates, from outside
+INSIDE = ("nan", "oom", "hang")  # of the generating actor
+TRAINING = ("trainer", "notice")  # while it fine-tunes
+KINDS = (*KILLED, *INSIDE, "s3", "disk", *TRAINING, "job")
+FAULTLESS = ("lost", "duplicated", "changed", "events_off", "adapters_off", "untold", "half_written")
 KEY = ["prompt_id", "candidate_index"]
 
 
 class FaultsBenchmark(Benchmark):
-    """What is lost, duplicated or changed of a generation run under each kind of fault, and how much work is repeated?
+    """What is lost, duplicated or changed of a run under each kind of fault, and how much work is repeated?
 
-    The same command is given again until it succeeds; the rows are compared with an undisturbed run's. A candidate in
-    which the model says NaN must be there once, as an error.
+    The same command is given again until it succeeds; rows and adapter are compared with an undisturbed run's. A
+    candidate in which the model says NaN must be there once, as an error.
     """
 
     kinds: list[str] = Field(
-        list(KINDS), description="which faults: driver, actor, worker (killed), nan, oom, hang, s3"
+        list(KINDS),
+        description="which faults: driver, actor, worker, node, trainer (killed), nan, oom, hang, s3 (errors, slow,"
+        " connections lost), disk (full), notice (of a node's end, to the training), job (jobs/pipeline.py by `ray job"
+        " submit`, its driver killed)",
     )
     driver_kills: PositiveInt = Field(20, description="runs whose driver is killed; the other kinds get half as many")
     seed: int = Field(0, description="of the moments")
@@ -47,20 +60,24 @@ class FaultsBenchmark(Benchmark):
             raise ValueError(f"kinds: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
         counts = {kind: self.driver_kills if kind == "driver" else -(-self.driver_kills // 2) for kind in self.kinds}
         if self.smoke:
-            counts = dict.fromkeys([kind for kind in ("driver", "actor", "oom") if kind in self.kinds], 1)
+            counts = dict.fromkeys([kind for kind in ("driver", "oom", "disk", "notice") if kind in self.kinds], 1)
         lots = random.Random(self.seed)
         rows = []
-        with tempfile.TemporaryDirectory() as folder:
-            undisturbed = Disturbed(Path(folder) / "undisturbed", "none", lots)
-            undisturbed.run()
-            truth = undisturbed.rows()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, nodes() as cluster:
+            truth = Disturbed(Path(folder) / "undisturbed", "none", lots)
+            truth.until = "finetune" if set(counts) & {*TRAINING, "job"} else "generate"
+            truth.run(cluster)
             for kind, count in counts.items():
-                runs = [Disturbed(Path(folder) / f"{kind}-{number}", kind, lots) for number in range(count)]
-                for run in runs:
-                    run.run()
-                    print(f"{kind}: happened {run.happened}, {run.commands} commands", file=sys.stderr, flush=True)
-                rows.append({"fault": kind, "runs": count, **summed([run.against(truth) for run in runs])})
-        totals = {name: sum(row[name] for row in rows) for name in ("lost", "duplicated", "changed", "events_off")}
+                results = []
+                for number in range(count):
+                    run = Disturbed(Path(folder) / f"{kind}-{number}", kind, lots)
+                    began = time.monotonic()
+                    run.run(cluster, truth.run_dir)
+                    results.append(run.against(truth))
+                    shown = ", ".join(f"{name} {value}" for name, value in results[-1].items())
+                    print(f"{kind} {number}: {time.monotonic() - began:.0f} s, {shown}", file=sys.stderr, flush=True)
+                rows.append({"fault": kind, "runs": count, **summed(results)})
+        totals = {name: sum(row[name] for row in rows) for name in FAULTLESS}
         gates = {name: Gate(total, maximum=0) for name, total in totals.items()}
         gates["happened"] = Gate(sum(r["happened"] for r in rows) / sum(r["runs"] for r in rows), minimum=0.8)
         return Findings(rows, gates)
@@ -76,26 +93,41 @@ class Disturbed:
     def __init__(self, folder: Path, kind: str, lots: random.Random):
         self.folder, self.kind = folder, kind
         self.after, self.pause = lots.randrange(SHARDS - 1), lots.uniform(0, 1.5)
-        self.seed = lots.randrange(2**31)
+        self.step, self.seed = lots.randrange(2, STEPS - 2), lots.randrange(2**31)
+        self.until = "finetune" if kind in (*TRAINING, "job") else "generate"
         self.run_dir = str(folder / "run")
-        self.commands, self.happened = 0, False
+        self.commands, self.happened, self.untold, self.half_written = 0, False, 0, 0
         folder.mkdir(parents=True)
 
     # -------------------------------------------------------------------------------------- the run
-    def run(self):
+    def run(self, cluster: Nodes, generated: str = ""):
         """Give the command until it succeeds; the fault comes while the first one runs.
+
+        Args:
+            generated: folder of a run, whose generation one that is disturbed in its training starts from.
 
         Raises:
             RuntimeError: it fails again and again.
         """
-        with flaky_store(self.seed) if self.kind == "s3" else nothing() as store:
-            self.environment = os.environ | {"FAULT_FOLDER": str(self.folder), "PYTHONPATH": str(ROOT)}
-            if self.kind in ("nan", "oom", "hang"):
-                self.environment["FAULT"] = self.kind
+        self.cluster, self.enlarge, self.head = cluster, None, None
+        mine = {"FAULT_FOLDER": str(self.folder), "FAULT_UNTIL": self.until, "FAULT_STEP": str(self.step)}
+        self.environment = os.environ | cluster.environment | mine
+        if self.kind in (*INSIDE, *TRAINING):
+            self.environment["FAULT"] = self.kind
+        with ExitStack() as stack:
+            if self.kind == "disk":
+                size = 60 + self.seed % 120  # KiB: room for some of the shards
+                self.enlarge = stack.enter_context(small_disk(Path(self.run_dir), size))
+            if self.kind == "job":
+                self.head, closed = stack.enter_context(head(self.folder))
+                self.environment |= closed
+            store = stack.enter_context(flaky_store(self.seed)) if self.kind == "s3" else None
             if store:
                 self.environment |= store.environment
                 self.run_dir = f"s3://runs/{self.folder.name}"
                 os.environ |= store.environment
+            if self.kind in TRAINING:
+                shutil.copytree(generated, self.run_dir, ignore=shutil.ignore_patterns("adapter"))
             for _ in range(4):
                 self.commands += 1
                 if self._command() == 0:
@@ -104,37 +136,90 @@ class Disturbed:
                 log = (self.folder / "log").read_text()[-3000:]
                 raise RuntimeError(f"{self.kind}: the command failed {self.commands} times\n{log}")
             self.happened |= (self.folder / "happened").exists() or bool(store and store.refused)
-            self.table = storage.read_tables(storage.join(self.run_dir, "round-0", "candidates")).to_pandas()
-            self.receipts = self._receipts()
-            self.events = storage.read_lines(storage.join(self.run_dir, "events.jsonl"))
+            self._read()
+        cluster.mend()
+
+    def _read(self):
+        self.table = storage.read_tables(storage.join(self.run_dir, "round-0", "candidates")).to_pandas()
+        self.receipts = self._receipts()
+        self.events = storage.read_lines(storage.join(self.run_dir, "events.jsonl"))
+        self.adapter, self.steps = {}, []
+        if self.until == "finetune":
+            adapter = storage.join(self.run_dir, "round-0", "adapter")
+            self.adapter = load(storage.read_bytes(storage.join(adapter, "adapter_model.safetensors")))
+            self.steps = storage.read_lines(storage.join(adapter, "training.jsonl"))
 
     def _command(self) -> int:
-        command = [sys.executable, str(ROOT / "benchmarks" / "faulty_run.py"), *RUN, "--run-dir", self.run_dir]
-        with (self.folder / "log").open("ab") as log:
+        script = ROOT / ("jobs/pipeline.py" if self.head else "benchmarks/faulty_run.py")
+        command = [*(self.head or ()), sys.executable, str(script), *RUN, "--run-dir", self.run_dir]
+        if self.kind == "node":
+            command += ["--resources.num-actors", "2,2"]  # one on each
+        if self.kind in TRAINING:
+            command += ["--resources.train-workers", "1,2"]
+        output = self.folder / f"log-{self.commands}"
+        with output.open("wb") as log:
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=self.environment)
             try:
-                if self.kind in ("driver", "actor", "worker") and not self.happened:
+                if self.kind in (*KILLED, "job") and not self.happened:
                     self._kill(process)
-                return process.wait(WAIT_S)
+                if self.kind == "notice" and not self.happened:
+                    self._take_node(process)
+                code = process.wait(WAIT_S)
             finally:
                 process.kill()
+        if self.enlarge and not self.happened:
+            self._look_at_full_disk(code, output.read_text(errors="replace"))
+        with (self.folder / "log").open("ab") as log:
+            log.write(output.read_bytes())
+        return code
 
+    # -------------------------------------------------------------------------------------- the faults
     def _kill(self, driver: subprocess.Popen):
-        """Kill the driver, the actor that wrote last or began, or any worker, once so many shards are committed."""
-        deadline = time.monotonic() + WAIT_S
-        while driver.poll() is None and time.monotonic() < deadline:
-            if len(self._receipts()) >= self.after and self._begun():
-                break
-            time.sleep(0.02)
+        """Kill the driver, a generating actor, any worker, or a node, once so many shards are committed."""
+        self._until(driver, lambda: len(self._receipts()) >= self.after and (self._begun() or self._receipts()))
         time.sleep(self.pause)
         if driver.poll() is not None:
             return
-        workers = [pid for pid, name in descendants(driver.pid) if name.startswith("ray::")]
-        actors = [pid for pid, name in descendants(driver.pid) if "FaultyGenerator" in name]
+        if self.kind == "job":  # the process that was started here waits for the driver
+            os.kill(lease.latest(self.run_dir)[1]["pid"], signal.SIGKILL)
+            self.happened = True
+            return
+        if self.kind == "node":
+            self.cluster.kill(self.cluster.other_than((self.folder / "driver").read_text()))
+            self.happened = True
+            return
+        workers = [pid for pid, name in descendants(os.getpid()) if name.startswith("ray::")]
+        actors = [pid for pid, name in descendants(os.getpid()) if "FaultyGenerator" in name]
         victims = {"driver": [driver.pid], "actor": actors, "worker": workers}[self.kind]
         if victims:
             os.kill(victims[self.seed % len(victims)], signal.SIGKILL)
             self.happened = True
+
+    def _take_node(self, driver: subprocess.Popen):
+        """Give notice to a training node, and end it once the training has gone on after its checkpoint."""
+        for moment, seconds in (("waiting", 300), ("saved", 0)):
+            self._until(driver, (self.folder / moment).exists)
+            if driver.poll() is not None:
+                return
+            node = self.cluster.other_than((self.folder / "driver").read_text())
+            self.cluster.give_notice(node, seconds)
+        self.cluster.kill(node)
+        self.happened = True
+
+    def _look_at_full_disk(self, code: int, output: str):
+        """After the first command: did it tell, once, and did it leave nothing that is not whole? Then make room."""
+        told = [line for line in output.splitlines() if line.startswith("error: ")]
+        self.happened = "is full" in output
+        self.untold = int(self.happened and (code != 2 or len(told) != 1))
+        parts = Path(self.run_dir).rglob("*")
+        self.half_written = sum(path.is_file() and path.name.startswith(".") for path in parts)
+        self.half_written += sum(not readable(path) for path in Path(self.run_dir).rglob("*.parquet"))
+        self.enlarge()
+
+    def _until(self, driver: subprocess.Popen, reached):
+        deadline = time.monotonic() + WAIT_S
+        while driver.poll() is None and time.monotonic() < deadline and not reached():
+            time.sleep(0.02)
 
     def _begun(self) -> list[str]:
         return [file.read_text() for file in (self.folder / "begun").glob("[!.]*")]
@@ -147,9 +232,10 @@ class Disturbed:
     def rows(self) -> pd.DataFrame:
         return self.table.sort_values(KEY).reset_index(drop=True)
 
-    def against(self, truth: pd.DataFrame) -> dict[str, int]:
-        """Rows lost, duplicated and changed against the undisturbed run's; shards begun again; events off."""
-        mine = self.rows()
+    def against(self, undisturbed: "Disturbed") -> dict[str, int]:
+        """What differs from the undisturbed run: rows lost, duplicated, changed, events and adapters off; and what was
+        begun again, in shards, optimiser steps and the denoiser evaluations of both (a training row counts as one)."""
+        mine, truth = self.rows(), undisturbed.rows()
         keys, wanted = ({tuple(key) for key in frame[KEY].itertuples(index=False)} for frame in (mine, truth))
         both = truth.merge(mine.drop_duplicates(KEY), on=KEY, suffixes=("", "_mine"))
         failed = both["error_mine"].notna()
@@ -159,6 +245,10 @@ class Disturbed:
         kept_off = (both["kept"] != both["kept_mine"]) & ~both["prompt_id"].isin(both["prompt_id"][failed])
         written = sum(event["event"] == "shard_written" for event in self.events)
         expected_errors = 1 if self.kind == "nan" and self.happened else 0
+        begun, steps_begun = self._begun(), list((self.folder / "begun-steps").glob("[!.]*"))
+        shards = len(begun) - len(self.receipts) if begun else 0
+        steps = len(steps_begun) - len(self.steps) if steps_begun else 0
+        of_shard = max(r["denoiser_evaluations"] + r["score_evaluations"] for r in self.receipts)
         return {
             "happened": int(self.happened),
             "commands": self.commands,
@@ -166,9 +256,31 @@ class Disturbed:
             "lost": len(wanted - keys),
             "duplicated": len(mine) - len(keys),
             "changed": int((~same | kept_off).sum()) + abs(int(failed.sum()) - expected_errors),
-            "shards_repeated": len(self._begun()) - len(self.receipts),
             "events_off": abs(written - len(self.receipts)),
+            "adapters_off": int(self.until == "finetune" and not self._learned_as(undisturbed)),
+            "untold": self.untold,
+            "half_written": self.half_written,
+            "shards_repeated": shards,
+            "steps_repeated": steps,
+            "evaluations_repeated": shards * of_shard + steps * BATCHES * BATCH,
         }
+
+    def _learned_as(self, other: "Disturbed") -> bool:
+        """The same losses step by step and the same weights, but for the order of additions."""
+        losses, theirs = ([line["loss"] for line in run.steps] for run in (self, other))
+        return (
+            len(losses) == len(theirs)
+            and np.allclose(losses, theirs, rtol=1e-3)
+            and self.adapter.keys() == other.adapter.keys()
+            and all(np.allclose(w, other.adapter[n], atol=1e-4, rtol=1e-2) for n, w in self.adapter.items())
+        )
+
+
+def readable(part: Path) -> bool:
+    try:
+        return len(storage.read_table(str(part))) > 0
+    except (OSError, ValueError):
+        return False
 
 
 def descendants(pid: int) -> Iterator[tuple[int, str]]:
@@ -187,63 +299,6 @@ def descendants(pid: int) -> Iterator[tuple[int, str]]:
             ancestor = parents.get(ancestor)
         if ancestor == pid:
             yield child, names.get(child, "")
-
-
-# ------------------------------------------------------------------------------------------ a store that fails
-@contextmanager
-def nothing() -> Iterator[None]:
-    yield None
-
-
-class FlakyStore:
-    """An S3 server that answers one request in seven with 500 or 503, is slow at another, and is honest at the rest."""
-
-    def __init__(self, application: Callable, seed: int):
-        self.application, self.lots, self.lock = application, random.Random(seed), threading.Lock()
-        self.refused, self.environment = 0, {}
-
-    def __call__(self, environ, start_response):
-        with self.lock:
-            lot = self.lots.random()
-        if lot < 1 / 7 and environ["PATH_INFO"] != "/runs":
-            self.refused += 1
-            status, code = (
-                ("503 Slow Down", "SlowDown") if lot < 1 / 14 else ("500 Internal Server Error", "InternalError")
-            )
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            start_response(status, [("Content-Type", "application/xml")])
-            return [f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()]
-        if lot > 6 / 7:
-            time.sleep(0.3)
-        return self.application(environ, start_response)
-
-
-@contextmanager
-def flaky_store(seed: int) -> Iterator[FlakyStore]:
-    """The server, with an empty bucket `runs`; needs the extra `test`."""
-    try:
-        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-        from werkzeug.serving import WSGIRequestHandler, make_server
-    except ImportError as error:
-        raise ValueError(f"kinds: s3 needs a server ({error}); pip install 'mi-ray[test]' or leave it out") from error
-    store = FlakyStore(DomainDispatcherApplication(create_backend_app), seed)
-    silent = type("Silent", (WSGIRequestHandler,), {"log": lambda self, *arguments: None})
-    server = make_server("127.0.0.1", 0, store, threaded=True, request_handler=silent)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    store.environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
-        **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "testing"),
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    try:
-        import boto3
-
-        given = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
-        boto3.client("s3", endpoint_url=store.environment["AWS_ENDPOINT_URL"], **given).create_bucket(Bucket="runs")
-        yield store
-    finally:
-        server.shutdown()
 
 
 if __name__ == "__main__":

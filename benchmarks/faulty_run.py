@@ -1,23 +1,32 @@
-"""The generation stage with a fault inside its actor, for benchmarks/faults.py: jobs/generate.py's command line.
+"""A run with a fault inside its actors, for benchmarks/faults.py: jobs/pipeline.py's command line, up to FAULT_UNTIL.
 
-The environment says which: FAULT is nan, oom, hang or nothing, FAULT_FOLDER is where it is noted that it has happened
-(it happens once) and which shards were begun.
+The environment says which: FAULT is nan, oom, hang, trainer, notice or nothing; FAULT_STEP is the optimiser step of the
+last two; FAULT_FOLDER is where it is noted that it has happened (it happens once) and what was begun.
 """
 
 import os
+import signal
 import time
 import uuid
 from pathlib import Path
 
+import ray
 import torch
 
 from mi_ray.config import run_command
+from mi_ray.stages import finetune as finetune_stage
 from mi_ray.stages import generate as stage
 from mi_ray.stages.preflight import run_or_describe
 from mi_ray.storage import create_bytes
 
 FOLDER, FAULT = Path(os.environ["FAULT_FOLDER"]), os.environ.get("FAULT")
+STEP, UNTIL = int(os.environ.get("FAULT_STEP", "0")), os.environ.get("FAULT_UNTIL", "generate")
 FAULTY_CALL = 3  # of the denoiser, counted from 1: in the middle of a batch
+
+
+def noted(name: str, text: str = "") -> bool:
+    """Note something in the folder; False if it is there already."""
+    return create_bytes(str(FOLDER / name), text.encode())
 
 
 class FaultyGenerator(stage.CandidateGenerator):
@@ -30,7 +39,7 @@ class FaultyGenerator(stage.CandidateGenerator):
 
     def after_denoiser(self, unet, inputs, output):
         self.calls += 1
-        if FAULT is None or self.calls != FAULTY_CALL or not create_bytes(str(FOLDER / "happened"), FAULT.encode()):
+        if FAULT not in ("nan", "oom", "hang") or self.calls != FAULTY_CALL or not noted("happened", FAULT):
             return None
         if FAULT == "oom":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -40,14 +49,46 @@ class FaultyGenerator(stage.CandidateGenerator):
         return output
 
     def __call__(self, batch):
-        create_bytes(str(FOLDER / "begun" / uuid.uuid4().hex), str(batch["name"][0]).encode())
+        noted(f"begun/{uuid.uuid4().hex}", str(batch["name"][0]))
         return super().__call__(batch)
 
 
+def faulty_train_loop(settings: dict) -> dict | None:
+    """Notes every optimiser step that is begun, and kills its process, or waits for a notice and its node's end."""
+    from mi_ray.stages import finetune as module
+
+    optimizer_step, calls = module.optimizer_step, []
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+
+    def step(*arguments):
+        calls.append(1)
+        if rank == 0:
+            noted(f"begun-steps/{uuid.uuid4().hex}")
+        if FAULT == "trainer" and rank == workers - 1 and len(calls) == STEP and noted("happened", FAULT):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if FAULT == "notice" and workers > 1:
+            if len(calls) == STEP:
+                noted("waiting")
+                while ray.train.get_preemption_info() is None:
+                    time.sleep(0.05)
+            if len(calls) == STEP + 2:  # past the step whose end wrote the checkpoint
+                ray.train.get_all_reported_checkpoints()
+                noted("saved")
+                time.sleep(3600)  # until the node is gone
+        return optimizer_step(*arguments)
+
+    module.optimizer_step = step
+    return module.train_loop(settings)
+
+
+def run(config, dry_run):
+    store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}  # the nodes lack them
+    ray.init(logging_level="warning", runtime_env={"env_vars": store} if store else None)
+    noted("driver", ray.get_runtime_context().get_node_id())
+    run_or_describe(config, dry_run, until=UNTIL)
+
+
 if __name__ == "__main__":
-    stage.CandidateGenerator = FaultyGenerator
-
-    def generate(config, dry_run):
-        run_or_describe(config, dry_run, until="generate")
-
-    run_command(generate, "The generation stage with a fault.", "jobs/configs/shapes-smoke.yaml")
+    stage.CandidateGenerator, finetune_stage.train_loop = FaultyGenerator, faulty_train_loop
+    run_command(run, "A run with a fault.", "jobs/configs/shapes-smoke.yaml")
