@@ -105,7 +105,9 @@ class ModelConfig(Section):
 class SamplerConfig(Section):
     """How candidates are sampled. Default: the paper's (DDPM, 100 steps, guidance 7.5)."""
 
-    solver: Literal["ddpm", "ddim", "dpm++2m"] = Field("ddpm", description="DDPM, DDIM or DPM-Solver++(2M)")
+    solver: Literal["ddpm", "ddim", "dpm++2m", "dpm++2m-sde"] = Field(
+        "ddpm", description="DDPM, DDIM, DPM-Solver++(2M) or its stochastic form: DDPM's in a fifth of the steps"
+    )
     num_inference_steps: Positive = Field(100, description="denoising steps")  # MI-TUNE's released code
     guidance_scale: float = Field(7.5, gt=1, description="above 1: the score needs both branches")  # released code
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(

@@ -131,7 +131,7 @@ def test_all_faults_are_told_at_once(config_file):
         *("sampler.guidence_scale", "sampler.solver", "seed", "select.top_k"),
     ]
     told = "\n".join(told)
-    assert "sampler.solver: 'euler' will not do; input should be 'ddpm', 'ddim' or 'dpm++2m'" in told
+    assert "sampler.solver: 'euler' will not do; input should be 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m-sde'" in told
     assert "prompts.file: missing; set it in the config file or with --prompts.file" in told
 
 

@@ -13,7 +13,8 @@ from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.kernels import Kernel, guided_step, statistics_parts
 from mi_ray.diffusion.schedules import PREDICTION_TYPES, TIMESTEP_SPACINGS, NoiseSchedule
 
-SOLVERS = ("ddpm", "ddim", "dpm++2m")
+SOLVERS = ("ddpm", "ddim", "dpm++2m", "dpm++2m-sde")
+_MULTISTEP = ("dpm++2m", "dpm++2m-sde")
 
 StepNoise = Callable[[int], Tensor]  # index of the step -> noise (n, *latent_shape) fp32
 
@@ -70,8 +71,9 @@ class SolverPlan:
 def solver_plan(
     schedule: NoiseSchedule, solver: str, num_inference_steps: int, timestep_spacing: str | None = None
 ) -> SolverPlan:
-    """The steps of "ddpm", "ddim" or "dpm++2m", equal to diffusers' DDPMScheduler, DDIMScheduler (eta 0) and
-    DPMSolverMultistepScheduler (its defaults: second-order midpoint, first-order last step to sigma 0).
+    """The steps of "ddpm", "ddim", "dpm++2m" or "dpm++2m-sde", equal to diffusers' DDPMScheduler, DDIMScheduler (eta 0)
+    and DPMSolverMultistepScheduler (its defaults: second-order midpoint, first-order last step to sigma 0; for the last
+    one with algorithm_type "sde-dpmsolver++").
 
     A step goes from abar_t to abar_s, with alpha = sqrt(abar), sigma = sqrt(1 - abar):
 
@@ -83,6 +85,8 @@ def solver_plan(
       m = (1 + 1/2r) x0 - 1/2r previous_x0, lambda = log(alpha / sigma), h = lambda_s - lambda_t and
       r = h_before / h. Since exp(-h) = A alpha_t / alpha_s, the factor of m is DDIM's B, hence
       B = B_ddim (1 + 1/2r), C = -B_ddim / 2r; the first step has no x0 before it and the last an infinite h: C = 0.
+    - SDE-DPM-Solver++(2M) (Lu et al. 2022, algorithm 4): the same m in place of x0, in DDPM's step, which is the first
+      order of the reverse SDE: B = B_ddpm (1 + 1/2r), C = -B_ddpm / 2r, and DDPM's A and D.
 
     Args:
         timestep_spacing: "leading", "linspace" or "trailing" (Lin et al. 2024, arXiv 2305.08891, table 2);
@@ -102,21 +106,20 @@ def solver_plan(
         target = torch.where(arrival >= 0, schedule.alphas_cumprod[arrival.clamp(min=0)], final)
 
     alpha_t, sigma_t, alpha_s, sigma_s = abar.sqrt(), (1 - abar).sqrt(), target.sqrt(), (1 - target).sqrt()
-    if solver == "ddpm":
+    if solver in ("ddpm", "dpm++2m-sde"):
         beta = 1 - abar / target
         keep = (1 - beta).sqrt() * (1 - target) / (1 - abar)
-        clean = alpha_s * beta / (1 - abar)
-        momentum = torch.zeros_like(abar)
+        first_order = alpha_s * beta / (1 - abar)
         spread = (beta * (1 - target) / (1 - abar)).sqrt()
     else:
         keep = sigma_s / sigma_t
         first_order = alpha_s - alpha_t * keep
-        ratio = torch.zeros_like(abar)  # 1 / 2r
-        if solver == "dpm++2m":
-            h = torch.diff(torch.logit(abar) / 2)  # lambda = log SNR / 2
-            ratio[1:-1] = h[1:] / (2 * h[:-1])
-        clean, momentum = first_order * (1 + ratio), -first_order * ratio
         spread = torch.zeros_like(abar)
+    ratio = torch.zeros_like(abar)  # 1 / 2r
+    if solver in _MULTISTEP:
+        h = torch.diff(torch.logit(abar) / 2)  # lambda = log SNR / 2
+        ratio[1:-1] = h[1:] / (2 * h[:-1])
+    clean, momentum = first_order * (1 + ratio), -first_order * ratio
     return SolverPlan(timesteps, torch.stack([keep, clean, momentum, spread, alpha_t, sigma_t], 1))
 
 
@@ -124,11 +127,11 @@ def _timesteps(schedule: NoiseSchedule, solver: str, num_inference_steps: int, s
     """As diffusers spreads them: (S,) long, decreasing."""
     count = schedule.num_train_timesteps
     # diffusers' DPM-Solver++ lays out one point more, whose last (the clean end) it does not evaluate
-    points = num_inference_steps + (solver == "dpm++2m")
+    points = num_inference_steps + (solver in _MULTISTEP)
     if not 1 <= points <= count:
         raise ValueError(
             f"num_inference_steps {num_inference_steps} will not do: the model has {count} timesteps;"
-            f" give 1 to {count - (solver == 'dpm++2m')}"
+            f" give 1 to {count - (solver in _MULTISTEP)}"
         )
     match spacing:
         case "leading":

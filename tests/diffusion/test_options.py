@@ -91,7 +91,7 @@ def test_each_candidate_may_have_its_own_guidance(denoiser):
         torch.testing.assert_close(ours.latents[i], alone.latents[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m"])
+@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m", "dpm++2m-sde"])
 def test_sampling_goes_on_where_it_was_left(denoiser, solver):
     whole = sample(*_arguments(denoiser, solver))
     denoiser, plan, embeddings, null, latents, scale, noise = _arguments(denoiser, solver)

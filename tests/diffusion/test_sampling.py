@@ -8,15 +8,21 @@ from mi_ray.diffusion.kernels import guided_step
 from mi_ray.diffusion.sampling import candidate_noise, sample, sampling_steps, solver_plan
 from mi_ray.diffusion.schedules import NoiseSchedule
 
-SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++2m": DPMSolverMultistepScheduler}
+SCHEDULERS = {
+    "ddpm": (DDPMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "dpm++2m": (DPMSolverMultistepScheduler, {}),
+    "dpm++2m-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+}
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (2, 4, 4, 4)
 
 
 def _scheduler(solver: str, **settings):
-    unused = {"ddpm": ("set_alpha_to_one",), "ddim": (), "dpm++2m": ("set_alpha_to_one", "clip_sample")}[solver]
+    unused = {"ddpm": ("set_alpha_to_one",), "ddim": ()}.get(solver, ("set_alpha_to_one", "clip_sample"))
     settings = {"clip_sample": False, **SCALED_LINEAR, **settings}
-    return SCHEDULERS[solver](**{key: value for key, value in settings.items() if key not in unused})
+    scheduler, options = SCHEDULERS[solver]
+    return scheduler(**options, **{key: value for key, value in settings.items() if key not in unused})
 
 
 def _prediction(x_t: torch.Tensor, t: int) -> torch.Tensor:
@@ -27,7 +33,7 @@ def _prediction(x_t: torch.Tensor, t: int) -> torch.Tensor:
 def _theirs(scheduler, steps: int, latents: torch.Tensor, seed: int) -> list[torch.Tensor]:
     """The latents after each of diffusers' steps."""
     scheduler.set_timesteps(steps)
-    generator = {"generator": torch.Generator().manual_seed(seed)} if isinstance(scheduler, DDPMScheduler) else {}
+    generator = {} if isinstance(scheduler, DDIMScheduler) else {"generator": torch.Generator().manual_seed(seed)}
     states, x_t = [], latents
     for t in scheduler.timesteps:
         x_t = scheduler.step(_prediction(x_t, t), t, x_t, **generator).prev_sample
@@ -97,11 +103,12 @@ def test_timesteps_equal_diffusers_for_every_count(solver, spacing):
         assert solver_plan(schedule, solver, steps, spacing).timesteps.tolist() == theirs
 
 
-def test_only_ddpm_needs_noise_and_not_at_its_last_step():
+def test_the_stochastic_solvers_need_noise_and_not_at_their_last_step():
     schedule = NoiseSchedule.from_config(SCALED_LINEAR)
     plans = {solver: solver_plan(schedule, solver, 10) for solver in SCHEDULERS}
-    assert [solver for solver, plan in plans.items() if plan.stochastic] == ["ddpm"]
-    assert (plans["ddpm"].coefficients[:, 3] != 0).tolist() == [True] * 9 + [False]
+    assert [solver for solver, plan in plans.items() if plan.stochastic] == ["ddpm", "dpm++2m-sde"]
+    for solver in ("ddpm", "dpm++2m-sde"):
+        assert (plans[solver].coefficients[:, 3] != 0).tolist() == [True] * 9 + [False]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +154,8 @@ def _sample(denoiser, solver: str, prompts: list[str], seeds: list[int], steps: 
 def test_sampling_equals_the_diffusers_pipeline(folder, denoiser, solver):
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = SCHEDULERS[solver].from_config(pipeline.scheduler.config)
+    scheduler, options = SCHEDULERS[solver]
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
     theirs = pipeline(
         PROMPTS,
         num_inference_steps=8,

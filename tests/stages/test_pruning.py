@@ -90,7 +90,7 @@ def test_what_pruning_cannot_serve_is_refused(tiny_pipeline):
 
 
 # ------------------------------------------------------------------------------------------ the sampling
-@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m"])
+@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m", "dpm++2m-sde"])
 def test_survivors_are_what_they_would_be_without_pruning(denoiser, tiny_pipeline, solver):
     config = config_for(tiny_pipeline, solver=solver)
     whole, _, _ = sampled(denoiser, config, PROMPTS, 64, cuts=False)
