@@ -262,7 +262,7 @@ def draw(rows: list[dict], path: Path):
         axes.axhline(100 * rows[0]["top1_exact"], color="grey", linewidth=0.8, label="the paper's setting")
         axes.set(xscale="log", title=f"{solver}, {steps} steps", xlabel="denoiser evaluations a prompt")
     panels[0].set_ylabel("best of the pool exact, %")
-    panels[-1].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -221,7 +221,8 @@ class Actor:
 
     def denoiser_share(self, way: str) -> tuple[float, float]:
         """Of the wall time of a way, what is spent in the denoiser; and the peak memory so far, GiB."""
-        return share_inside(self.ways[way], self.denoiser, "predict"), peak_memory_gib()
+        generator = self._pruned if way == PRUNED else self.generator
+        return share_inside(self.ways[way], generator.denoiser, "predict"), peak_memory_gib()
 
     def scored(self):
         sampled = self.sampler(self.embeddings, self.seeds, Work())

@@ -58,9 +58,8 @@ class WrongCaptionsBenchmark(Benchmark):
         for name, values in scores.items():
             for kind in ("all", *kinds):
                 of_kind = wrong if kind == "all" else np.array([pair.kind == kind for pair in pairs])
-                evaluations = self.num_samples * {"pmi": 2, "pmi_contrastive": 1 + self.neighbours}.get(
-                    name, 1 + self.max_negatives
-                )
+                branches = {"pmi": 2, "pmi_contrastive": 1 + self.neighbours, "margin": 2 + self.max_negatives}
+                evaluations = self.num_samples * branches.get(name, 1 + self.max_negatives)
                 row = {"score": name, "corruption": kind, "wrong": int(of_kind.sum()), "right": int((~wrong).sum())}
                 value, low, high = auc_with_interval(values, of_kind, ~wrong, rng)
                 rows.append(row | {"auc": value, "low": low, "high": high, "evaluations_a_pair": evaluations})

@@ -122,7 +122,7 @@ SCORED = pa.schema(
         _field("score_pmi_se", pa.float32(), "standard error of score_pmi over the noise draws, nats"),
         _field("score_pmi_negatives", pa.float32(), SCORES["pmi_negatives"]),
         _field("score_pmi_negatives_se", pa.float32(), "standard error of score_pmi_negatives, nats"),
-        _field("score_margin", pa.float32(), "log p(x|y) - max_j log p(x|y_j) over the same negatives and band, nats"),
+        _field("score_margin", pa.float32(), "log p(x|y) less the highest of its negatives' and log p(x), nats"),
         _field("score_margin_se", pa.float32(), "standard error of score_margin, nats"),
         _field("posterior", pa.float32(), "of the caption among itself and its negatives, all equally likely before"),
         _field(

@@ -28,7 +28,7 @@ def pmi_negatives(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Es
 
 
 def margin(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Estimate:
-    """log p(x|y) - max_j log p(x|y_j), the lead over the likeliest negative: (N, K), (N, J, K) -> (N,).
+    """log p(x|y) - max_j log p(x|y_j), the lead over the likeliest alternative: (N, K), (N, J, K) -> (N,).
 
     Unlike the log odds it does not fall with the number of negatives, so that prompts with few and with many compare.
     Below zero by several standard errors, the image contradicts what that negative changes.

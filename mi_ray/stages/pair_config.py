@@ -19,6 +19,12 @@ class PairScoreConfig(ScoreConfig):
     log_snr_max: float = Field(0.0, description="upper end of the band")
     num_samples: Positive = Field(24, description="noise draws a pair")
 
+    @model_validator(mode="after")
+    def _no_shortlist(self):
+        if self.shortlist:
+            raise ValueError("shortlist is for pools of candidates: a pair's negatives meet all noises; leave it out")
+        return self
+
 
 class ScorePairsConfig(Section):
     """Score pairs of image and caption that exist, and find the wrong ones: an input in a folder, or a single pair."""
@@ -47,7 +53,8 @@ class ScorePairsConfig(Section):
     )
     words: bool = Field(False, description="score every word too, by leaving it out: one branch each")
     rank_by: Literal["margin", "pmi_negatives", "pmi"] = Field(
-        "margin", description="the audit's order, worst to best; margin: the lead over the likeliest changed caption"
+        "margin",
+        description="the audit's order, worst first; margin: the lead over the likeliest change, or no caption",
     )
     shown: Positive = Field(24, description="best and worst pairs on the audit page, and kept as images by shard")
     pairs_per_shard: Positive = Field(256, description="pairs in one file; a tar or a row group is never cut")

@@ -113,7 +113,7 @@ class PairScorer:
         for i, (of_prompt, words) in enumerate(zip(negatives, left_out, strict=True)):
             against, without = others[i][: len(of_prompt)], others[i][len(of_prompt) :]
             row = {"score_pmi": values[i].item(), "score_pmi_se": finite(standard_errors[i].item())}
-            row |= _verdict(own[i], against, of_prompt, encoded.probes)
+            row |= _verdict(own[i], errors[i, 1], against, of_prompt, encoded.probes)
             rows.append(row | {"words": _words(own[i], without, [word for word, _ in words], encoded.probes)})
         return rows
 
@@ -140,22 +140,25 @@ class PairScorer:
         return chosen(self.negatives(prompt), self.config.max_negatives)
 
 
-def _verdict(own: Tensor, against: Tensor, negatives: list[Negative], probes: Probes) -> dict:
-    """The log odds (own (K,), against (J, K)), and what the image contradicts.
+def _verdict(own: Tensor, null: Tensor, against: Tensor, negatives: list[Negative], probes: Probes) -> dict:
+    """The lead over the likeliest alternative, one of the negatives or the empty prompt; the log odds against the
+    negatives; and what the image contradicts. Errors: own (K,), null (K,), against (J, K).
 
-    It contradicts what the likeliest negative changes, if that leads the prompt by more than `CLEAR` standard
-    errors of the difference.
+    The empty prompt is among the alternatives since a caption may be wrong in a way that no negative mends. The image
+    contradicts what the likeliest negative changes, if that leads the prompt by more than `CLEAR` standard errors of
+    the difference.
     """
-    names = ("score_pmi_negatives", "score_pmi_negatives_se", "score_margin", "score_margin_se", "posterior")
+    names = ("score_pmi_negatives", "score_pmi_negatives_se", "posterior")
     told = ("contradicted_attribute", "contradicted_kind", "contradicted", "instead", "instead_posterior")
     row = dict.fromkeys((*names, *told))
+    lead, uncertainty = margin(own[None], torch.cat([null[None], against])[None], probes)
+    row |= {"score_margin": lead.item(), "score_margin_se": finite(uncertainty.item())}
     if not negatives:
         return row
     value, standard_error = pmi_negatives(own[None], against[None], probes)
     posterior = posteriors(own[None], against[None], probes)[0]
+    row |= zip(names, (value.item(), finite(standard_error.item()), posterior[0].item()), strict=True)
     lead, uncertainty = margin(own[None], against[None], probes)
-    scores = (value.item(), finite(standard_error.item()), lead.item(), finite(uncertainty.item()))
-    row |= zip(names, (*scores, posterior[0].item()), strict=True)
     best = int(posterior[1:].argmax())
     if lead < 0 and not -lead <= CLEAR * uncertainty:  # of a single probe the uncertainty is nan
         negative = negatives[best]

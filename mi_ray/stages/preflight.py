@@ -4,7 +4,7 @@ from mi_ray.config import POINTWISE_SCORES, RunConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.stages.pipeline import Plan, run_pipeline
 from mi_ray.stages.shards import take_cpus
-from mi_ray.stages.trial import best, sweep, try_batch
+from mi_ray.stages.trial import Trial, best, sweep_dtypes, try_batch
 
 TRAINING_COST = 3  # a training pass in denoiser evaluations: forward, and backward at twice that
 
@@ -50,8 +50,9 @@ def describe(plan: Plan) -> str:
     """The plan as text: prompts, shards, candidates, denoiser evaluations, parameters, estimated memory, time, cost."""
     config, resources = plan.config, plan.config.resources
     take_cpus(resources.cpus_per_actor)
+    by_dtype = sweep_dtypes(config.model.path, config.model.dtype)
     denoiser = load_denoiser(config.model.path, config.model.dtype)
-    trials = sweep(denoiser)
+    trials = next(iter(by_dtype.values()))
     mine = best(trials) if resources.batch_size == "auto" else try_batch(denoiser, resources.batch_size)
     each = mine.seconds_per_evaluation
     prompts, held_out = len(plan.train), len(plan.held_out)
@@ -71,8 +72,8 @@ def describe(plan: Plan) -> str:
         f"candidates    {prompts * config.generate.candidates_per_prompt} a round, {config.rounds} round(s),"
         f" {config.select.top_k} kept per prompt by {arms}",
         f"actors        {actors}, batches of {mine.batch_size} candidates, about {mine.memory_gib:.1f} GiB each",
-        f"speed         {1e3 * each:.2f} ms a denoiser evaluation, measured on one batch here; by batch size: "
-        + ", ".join(f"{trial.batch_size}: {1e3 * trial.seconds_per_evaluation:.2f}" for trial in trials),
+        f"speed         {1e3 * each:.2f} ms a denoiser evaluation, measured here; by precision and batch size:",
+        *(f"  {dtype:<12}{_swept(of_dtype)}" for dtype, of_dtype in by_dtype.items()),
         "denoiser evaluations and minutes (estimated; start-up of actors and workers comes on top):",
         *(f"  {stage:<12}{count:>14,}{minutes[stage]:>10.1f} min" for stage, count in counts.items()),
         f"  {'total':<12}{sum(counts.values()):>14,}{sum(minutes.values()):>10.1f} min",
@@ -80,6 +81,14 @@ def describe(plan: Plan) -> str:
     if resources.price_per_gpu_hour is not None:
         lines.append(_cost(plan, minutes, actors))
     return "\n".join(lines)
+
+
+def _swept(trials: list[Trial]) -> str:
+    """Batch sizes with their speed, and the memory of the largest."""
+    if not trials:
+        return "not even the smallest batch fits"
+    speeds = ", ".join(f"{trial.batch_size}: {1e3 * trial.seconds_per_evaluation:.2f}" for trial in trials)
+    return f"{speeds} ms; up to {trials[-1].memory_gib:.1f} GiB"
 
 
 def _cost(plan: Plan, minutes: dict[str, float], actors: int) -> str:

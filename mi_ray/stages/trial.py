@@ -85,6 +85,21 @@ def best(trials: list[Trial]) -> Trial:
     return next(trial for trial in trials if trial.seconds_per_evaluation <= WORTH_IT * fastest)
 
 
+def sweep_dtypes(path: str, configured: str) -> dict[str, list[Trial]]:
+    """`sweep` in the configured precision of the denoiser (first) and in the others that have a use here."""
+    useful = ("float32", "float16", "bfloat16") if torch.cuda.is_available() else ("float32", "bfloat16")
+    trials = {}
+    for dtype in (configured, *useful):
+        denoiser = load_denoiser(path, dtype)
+        name = str(denoiser.dtype).removeprefix("torch.")  # auto is one of them
+        if name not in trials:
+            trials[name] = sweep(denoiser)
+        del denoiser  # before the next is loaded
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return trials
+
+
 # ------------------------------------------------------------------------------------------ on the cluster
 class Probe:
     """Ray actor that holds the model as a generating one does."""

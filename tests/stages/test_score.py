@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from mi_ray import storage
 from mi_ray.config import ConfigError, ScoreConfig, load_config
@@ -277,9 +278,22 @@ def test_scores_are_those_of_the_estimators(tiny):
         assert row["posterior"] == pytest.approx(1 / (1 + np.exp(-row["score_pmi_negatives"])), abs=1e-4)
         best = max(chosen(others, 3), key=lambda other: density[other.prompt])
         lead, error = pointwise.pmi(errors[texts.index(best.prompt)], errors[0], probes)
-        assert row["score_margin"] == pytest.approx(density[prompt] - density[best.prompt], abs=2e-3)
+        likeliest = max(density[best.prompt], density[""])
+        assert row["score_margin"] == pytest.approx(density[prompt] - likeliest, abs=2e-3)
         told = (best.said, best.instead, best.attribute) if lead > 2 * error else (None, None, None)
         assert tuple(row[name] for name in ("contradicted", "instead", "contradicted_attribute")) == told
+
+
+def test_a_caption_without_negatives_must_lead_no_caption(tiny):
+    config = ScorePairsConfig(image="-", prompt="-").score.model_copy(update={"num_samples": 3, "negatives": "shapes"})
+    row = PairScorer(tiny, config, 4, seed=0, words=False)(image_of(CAPTIONS[0])[None], ["a dog"], Work())[0]
+    assert row["score_pmi_negatives"] is None
+    assert row["score_margin"] == pytest.approx(row["score_pmi"], abs=1e-4)
+
+
+def test_a_shortlist_of_a_pair_is_refused():
+    with pytest.raises(ValidationError, match="shortlist is for pools"):
+        ScorePairsConfig.model_validate({"image": "-", "prompt": "-", "score": {"shortlist": 3}})
 
 
 def test_a_pair_does_not_depend_on_its_neighbours(tiny):

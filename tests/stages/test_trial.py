@@ -9,7 +9,7 @@ import torch
 from mi_ray.config import ModelConfig, ResourcesConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.stages import trial
-from mi_ray.stages.trial import Trial, best, settle, sweep, try_batch
+from mi_ray.stages.trial import Trial, best, settle, sweep, sweep_dtypes, try_batch
 
 
 def made(*milliseconds: float) -> list[Trial]:
@@ -37,6 +37,15 @@ def test_a_sweep_ends_where_memory_does(tiny_pipeline):
     sizes = [t.batch_size for t in sweep(denoiser)]
     assert sizes == [8, 16, 32][: len(sizes)]
     assert len(sizes) >= 3  # a batch of 32 candidates is 64 rows
+
+
+def test_each_useful_precision_is_tried_once_the_configured_one_first(tiny_pipeline):
+    useful = ["float32", "float16", "bfloat16"] if torch.cuda.is_available() else ["float32", "bfloat16"]
+    for configured in ("auto", "bfloat16"):
+        trials = sweep_dtypes(str(tiny_pipeline), configured)
+        first = configured if configured != "auto" else ("float16" if torch.cuda.is_available() else "float32")
+        assert list(trials) == [first, *[dtype for dtype in useful if dtype != first]]
+        assert all(trial.seconds_per_evaluation > 0 for of_dtype in trials.values() for trial in of_dtype)
 
 
 def test_a_trial_runs_as_long_as_it_is_told(tiny_pipeline):
