@@ -21,8 +21,9 @@ from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import UNetDenoiser, load_denoiser
 from mi_ray.prompts import read_prompts
 from mi_ray.report.statistics import paired_difference, prompt_mean
-from mi_ray.stages.candidates import Sampler, Work, derived_seed
+from mi_ray.stages.candidates import Sampler, derived_seed
 from mi_ray.stages.pipeline import final_adapter
+from mi_ray.stages.work import Work
 
 SMOKE_PROMPTS, SMOKE_IMAGES, SMOKE_SCALES = 6, 2, (2.0,)
 PROMPTS_AT_A_TIME = 16

@@ -22,8 +22,9 @@ from mi_ray.alignment.oracle import measure
 from mi_ray.config import PruneConfig, SamplerConfig, ScoreConfig, ScoreName, load_config
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.prompts import read_prompts
-from mi_ray.stages.candidates import Pool, Sampler, Scorer, Work, derived_seed
-from mi_ray.stages.memory import keep_memory
+from mi_ray.stages.candidates import Pool, Sampler, Scorer, derived_seed
+from mi_ray.stages.machine import keep_memory
+from mi_ray.stages.work import Work
 
 CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 PROMPTS = CONFIGS / "prompts" / "shapes-train.jsonl"

@@ -15,11 +15,9 @@ from ray.cluster_utils import Cluster
 
 from mi_ray import storage
 from mi_ray.config import RunConfig
-from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.prompts import PROMPTS as PROMPT_TABLE
 from mi_ray.prompts import Shard, ShardPlan, prompt_id, write_prompts
 from mi_ray.stages.shards import ShardWriter, run_stage
-from mi_ray.stages.trial import try_batch
 
 CANDIDATES, STEPS, PROMPTS = 8, 20, 4  # of a prompt, of a candidate, of a shard
 NODE = 8  # GPUs of a simulated machine
@@ -58,6 +56,9 @@ class ScalingBenchmark(Benchmark):
 
 
 def measured_here() -> float:
+    from mi_ray.diffusion.denoisers import load_denoiser  # here alone: the actors need neither, and memory limits them
+    from mi_ray.stages.trial import try_batch
+
     return try_batch(load_denoiser("shapes"), 16).seconds_per_evaluation
 
 

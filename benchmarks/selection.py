@@ -21,8 +21,9 @@ from mi_ray.config import POINTWISE_SCORES, SamplerConfig, ScoreConfig, ScoreNam
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.prompts import read_prompts
 from mi_ray.report.statistics import auc
-from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed
-from mi_ray.stages.memory import keep_memory
+from mi_ray.stages.candidates import Sampler, Scorer, derived_seed
+from mi_ray.stages.machine import keep_memory
+from mi_ray.stages.work import Work
 
 PROMPTS = Path(__file__).parent.parent / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
 PROMPTS_AT_A_TIME = 8

@@ -36,10 +36,11 @@ from mi_ray.config import ModelConfig, PruneConfig, RunConfig, SamplerConfig, lo
 from mi_ray.diffusion.adapters import DenoisingLoss, attach_adapter
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser, resolve_model
 from mi_ray.prompts import Shard, prompt_id, read_prompts
-from mi_ray.stages.candidates import Work, derived_seed
+from mi_ray.stages.candidates import derived_seed
 from mi_ray.stages.finetune import TrainingSet, draw_microbatch, optimizer_step
 from mi_ray.stages.generate import CandidateGenerator
-from mi_ray.stages.memory import keep_memory
+from mi_ray.stages.machine import keep_memory
+from mi_ray.stages.work import Work
 
 PROMPTS = Path(__file__).parent.parent / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
 DEMO, _ = load_config(["--config", str(PROMPTS.parents[1] / "shapes.yaml")])

@@ -15,8 +15,9 @@ from mi_ray.shapes.grammar import CATEGORIES, FORMS, SceneSpec, draw_scene, is_u
 from mi_ray.shapes.model import corrupt
 from mi_ray.shapes.oracle import score
 from mi_ray.shapes.scenes import render
-from mi_ray.stages.candidates import Scorer, Work
+from mi_ray.stages.candidates import Scorer
 from mi_ray.stages.pair_scorer import PairScorer
+from mi_ray.stages.work import Work
 
 SMOKE_PAIRS = 24
 RESAMPLES = 1000

@@ -16,8 +16,9 @@ from mi_ray.diffusion.denoisers import Denoiser, check_model, load_denoiser
 from mi_ray.information.calibration import Band, judge_bands
 from mi_ray.information.pointwise import denoising_errors, draw_probes
 from mi_ray.prompts import read_prompts
-from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, measured
-from mi_ray.stages.shards import take_cpus
+from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, measured
+from mi_ray.stages.machine import take_cpus
+from mi_ray.stages.work import Work
 
 PROMPTS_AT_A_TIME = 8
 

@@ -5,7 +5,7 @@ import io
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -24,7 +24,8 @@ from mi_ray.information import pointwise, trajectory
 from mi_ray.information.negatives import pmi_negatives
 from mi_ray.language.negatives import chosen, negatives_by
 from mi_ray.stages.branches import encode_each, likeliest_errors
-from mi_ray.stages.memory import fitting
+from mi_ray.stages.machine import fitting
+from mi_ray.stages.work import Work
 
 NEIGHBOUR_POOL = 2000  # prompts among which the nearest are sought; keeps memory flat however long the list is
 
@@ -39,18 +40,6 @@ def encode_png(image: np.ndarray) -> dict:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return {"bytes": buffer.getvalue(), "path": None}
-
-
-@dataclass
-class Work:
-    """What was spent: denoiser evaluations of sampling and of pointwise scores, seconds inside each."""
-
-    denoiser_evaluations: int = 0
-    score_evaluations: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def timed(self, name: str, began: float):
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
 def specialise(denoiser: Denoiser, config: ModelConfig, batch_size: int):

@@ -12,8 +12,10 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.prompts import Shard, ShardPlan
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
-from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured, specialise
-from mi_ray.stages.shards import ShardWriter, run_stage, take_cpus
+from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, measured, specialise
+from mi_ray.stages.machine import take_cpus
+from mi_ray.stages.shards import ShardWriter, run_stage
+from mi_ray.stages.work import Work
 
 REFERENCE = "reference"  # real renders instead of a model's images
 

@@ -36,7 +36,7 @@ from mi_ray.diffusion.adapters import (
     target_faults,
 )
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser, resolve_model
-from mi_ray.stages.shards import take_cpus
+from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.training_log import TrainingLog, check_loggers
 from mi_ray.storage import (
     exists,

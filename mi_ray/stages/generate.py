@@ -11,10 +11,12 @@ from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.prompts import Shard, ShardPlan
-from mi_ray.stages.candidates import Sampler, Scorer, Work, derived_seed, encode_png, measured, specialise
+from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, measured, specialise
+from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.pruning import Halving, cut_scorer
 from mi_ray.stages.select import keeps, ranks
-from mi_ray.stages.shards import ShardWriter, run_stage, take_cpus
+from mi_ray.stages.shards import ShardWriter, run_stage
+from mi_ray.stages.work import Work
 
 
 class CandidateGenerator:

@@ -17,7 +17,8 @@ from mi_ray.information.negatives import margin, pmi_negatives, posteriors
 from mi_ray.information.pointwise import Probes, denoising_errors, pmi
 from mi_ray.language.negatives import Negative, chosen, negatives_by
 from mi_ray.stages.branches import branch_errors, encode_each
-from mi_ray.stages.candidates import Work, draw_probes_of
+from mi_ray.stages.candidates import draw_probes_of
+from mi_ray.stages.work import Work
 
 Fit = Literal["exact", "crop"]
 CLEAR = 2.0  # standard errors by which an alternative must lead

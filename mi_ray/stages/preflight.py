@@ -2,8 +2,8 @@
 
 from mi_ray.config import POINTWISE_SCORES, RunConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.pipeline import Plan, run_pipeline
-from mi_ray.stages.shards import take_cpus
 from mi_ray.stages.trial import Trial, best, sweep_dtypes, try_batch
 
 TRAINING_COST = 3  # a training pass in denoiser evaluations: forward, and backward at twice that

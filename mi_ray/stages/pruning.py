@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from mi_ray.config import RunConfig
-from mi_ray.stages.candidates import Pool, Scorer, Work
+from mi_ray.stages.candidates import Pool, Scorer
+from mi_ray.stages.work import Work
 
 
 def cut_scorer(config: RunConfig, scorer: Scorer, pool: list[str]) -> Scorer:

@@ -23,11 +23,13 @@ from mi_ray.pairs import Pair, PairShard, plan_pairs, read_pairs
 from mi_ray.report.attributions import attribution_png
 from mi_ray.report.audit import decimal, write_audit
 from mi_ray.stages import lease
-from mi_ray.stages.candidates import Work, encode_png
+from mi_ray.stages.candidates import encode_png
+from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
-from mi_ray.stages.shards import deadline, stream, take_cpus
+from mi_ray.stages.shards import deadline, stream
 from mi_ray.stages.trial import settle
+from mi_ray.stages.work import Work
 
 SCORES_FOLDER = "scores"
 MAX_THUMBNAIL = 256  # pixels

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
@@ -19,9 +18,8 @@ from mi_ray import storage
 from mi_ray.config import ResourcesConfig, RunConfig
 from mi_ray.prompts import Shard, ShardPlan, read_shard
 from mi_ray.stages import lease
-from mi_ray.stages.candidates import Work
-from mi_ray.stages.memory import keep_memory
 from mi_ray.stages.metrics import StageMetrics
+from mi_ray.stages.work import Work
 
 MAX_BLOCKS = 4096  # of Ray Data, which keeps some kilobytes of each; with more shards a block holds several
 Rows = Callable[[Shard, list[int], Work], list[dict]]  # of the prompts at these positions of the shard
@@ -37,13 +35,6 @@ FACTS = {  # of a shard's receipt, which its event repeats
     "score_seconds": 0.0,
     "decode_seconds": 0.0,
 }
-
-
-def take_cpus(count: float):
-    """Use as many threads as CPUs were asked for, so that actors never fight for cores."""
-    torch.set_num_threads(max(1, int(count)))
-    if not torch.cuda.is_available():
-        keep_memory()
 
 
 # ------------------------------------------------------------------------------------------ in the actor

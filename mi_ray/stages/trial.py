@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from mi_ray.config import ModelConfig, ResourcesConfig
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.stages.candidates import specialise
-from mi_ray.stages.shards import take_cpus
+from mi_ray.stages.machine import take_cpus
 
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
 ACTORS_TO_A_GPU = (2, 4)

@@ -15,8 +15,9 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.prompts import PROMPTS as PROMPTS_SCHEMA
 from mi_ray.prompts import Shard, prompt_id, write_prompts
 from mi_ray.stages import candidates
-from mi_ray.stages.candidates import Sampler, Work
+from mi_ray.stages.candidates import Sampler
 from mi_ray.stages.generate import CandidateGenerator
+from mi_ray.stages.work import Work
 
 PROMPTS = ["a red circle", "a blue square and a green star", "two hearts"]
 EACH = 4

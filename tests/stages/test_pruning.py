@@ -9,11 +9,12 @@ from pydantic import ValidationError
 from mi_ray.config import PruneConfig, RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.prompts import Shard, prompt_id
-from mi_ray.stages.candidates import Sampler, Scorer, Work, even_batches
+from mi_ray.stages.candidates import Sampler, Scorer, even_batches
 from mi_ray.stages.generate import CandidateGenerator
 from mi_ray.stages.preflight import evaluations
 from mi_ray.stages.pruning import Halving, cut_scorer
 from mi_ray.stages.select import ranks
+from mi_ray.stages.work import Work
 
 PROMPTS = ["a red circle", "a blue square and a green star", "two hearts"]
 EACH = 6

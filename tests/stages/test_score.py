@@ -30,10 +30,11 @@ from mi_ray.pairs import Columns, plan_pairs, read_pairs
 from mi_ray.report.audit import write_audit
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
-from mi_ray.stages.candidates import Scorer, Work, draw_probes_of
+from mi_ray.stages.candidates import Scorer, draw_probes_of
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, read_image
 from mi_ray.stages.score import PairActor, ahead, score_one
+from mi_ray.stages.work import Work
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = ["a red circle left of a blue square", "two hearts", "a striped star", "a green cross", "a pink heart"]

@@ -11,8 +11,9 @@ import torch
 
 from mi_ray.config import SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.stages.candidates import Sampler, Scorer, Work
-from mi_ray.stages.memory import fitting
+from mi_ray.stages.candidates import Sampler, Scorer
+from mi_ray.stages.machine import fitting
+from mi_ray.stages.work import Work
 
 PROMPTS = ["a red circle", "two hearts"]
 SEEDS = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
@@ -78,7 +79,7 @@ def test_memory_of_a_freed_tensor_is_kept_for_the_next():
     """
     program = """
         import resource, torch
-        from mi_ray.stages.memory import keep_memory
+        from mi_ray.stages.machine import keep_memory
 
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

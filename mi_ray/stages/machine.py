@@ -1,5 +1,5 @@
-"""Batches that fit: one that runs out of memory is halved and done again, and the size that fits is remembered. And
-memory that is kept from one batch to the next.
+"""What a process takes of its machine: threads, memory that is kept from one batch to the next, and batches that fit:
+one that runs out of memory is halved and done again, and the size that fits is remembered.
 """
 
 import ctypes
@@ -18,6 +18,13 @@ class Batched(Protocol):
     """Works through its rows batch_size at a time."""
 
     batch_size: int
+
+
+def take_cpus(count: float):
+    """Use as many threads as CPUs were asked for, so that actors never fight for cores."""
+    torch.set_num_threads(max(1, int(count)))
+    if not torch.cuda.is_available():
+        keep_memory()
 
 
 def fitting(worker: Batched, run: Callable[[], Result]) -> Result:
