@@ -26,7 +26,7 @@ SHARDS = 8  # of the generation
 STEPS, EVERY, BATCH, BATCHES = 12, 4, 3, 2  # of the training: optimiser steps, checkpoints, rows, and batches in a step
 RUN = [
     *("--smoke", "--prompts.limit", str(SHARDS), "--generate.prompts-per-shard", "1"),
-    *("--generate.preview-prompts", "0", "--resources.shard-timeout-s", "60", "--finetune.log-to", "none"),
+    *("--generate.preview-prompts", "0", "--resources.shard-timeout-s", "30", "--finetune.log-to", "none"),
     *("--finetune.steps", str(STEPS), "--finetune.checkpoint-every", str(EVERY)),
     *("--finetune.batch-size", str(BATCH), "--finetune.gradient-accumulation", str(BATCHES)),
 ]

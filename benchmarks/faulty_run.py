@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 import torch
 
-from mi_ray.config import run_command
+from mi_ray.command_line import run_command
 from mi_ray.stages import finetune as finetune_stage
 from mi_ray.stages import generate as stage
 from mi_ray.stages.preflight import run_or_describe

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mi_ray.alignment.oracle import measure
-from mi_ray.config import PruneConfig, SamplerConfig, ScoreConfig, ScoreName, load_config
+from mi_ray.command_line import load_config
+from mi_ray.config import PruneConfig, SamplerConfig, ScoreConfig, ScoreName
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.prompts import read_prompts
 from mi_ray.stages.candidates import Pool, Sampler, Scorer, derived_seed

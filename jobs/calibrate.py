@@ -3,7 +3,8 @@
 No labels are needed; where prompts are of the shapes grammar, `--alignment oracle` shows how it does against them.
 """
 
-from mi_ray.config import CalibrationConfig, run_command
+from mi_ray.command_line import run_command
+from mi_ray.config import CalibrationConfig
 from mi_ray.stages.calibrate import calibrate
 
 if __name__ == "__main__":

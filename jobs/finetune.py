@@ -5,7 +5,7 @@ The same command line and folder as jobs/pipeline.py, which continues from here.
 
 from functools import partial
 
-from mi_ray.config import run_command
+from mi_ray.command_line import run_command
 from mi_ray.stages.preflight import run_or_describe
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A single pair: python jobs/score.py --model shapes --image x.png --prompt "a red circle left of a blue square"
 """
 
-from mi_ray.config import run_command
+from mi_ray.command_line import run_command
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.score import run_or_describe
 

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mi_ray.config import CalibrationConfig, ConfigError, RunConfig, flatten, load_config
+from mi_ray.command_line import load_config
+from mi_ray.config import CalibrationConfig, ConfigError, RunConfig, flatten
 
 ROOT = Path(__file__).parents[1]
 LEAST = ("--run-dir", "runs/test", "--prompts.file", "prompts.txt")
@@ -202,7 +203,7 @@ def test_config_files_that_will_not_do(config_file, tmp_path, content, expected)
 
 # ------------------------------------------------------------------------------------------ the command
 def pipeline(*arguments: str) -> subprocess.CompletedProcess:
-    code = "from mi_ray.config import run_command; run_command(lambda config, dry_run: print(config.run_dir))"
+    code = "from mi_ray.command_line import run_command; run_command(lambda config, dry_run: print(config.run_dir))"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
 
 

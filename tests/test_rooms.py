@@ -14,6 +14,7 @@ PACKAGE = ROOT / "mi_ray"
 # What each room may import of the package, besides itself. A room that is not here fails the test: give it its arrows.
 ARROWS = {
     "config": (),
+    "command_line": ("config",),
     "s3": (),
     "storage": ("config", "s3"),
     "prompts": ("config", "storage"),

@@ -16,7 +16,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from mi_ray import storage
-from mi_ray.config import load_config
+from mi_ray.command_line import load_config
 from mi_ray.diffusion.denoisers import resolve_model
 from mi_ray.report.summary import summarise
 from mi_ray.stages.pipeline import Plan, open_run

@@ -20,7 +20,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mi_ray import storage
-from mi_ray.config import ConfigError, ScoreConfig, load_config
+from mi_ray.command_line import load_config
+from mi_ray.config import ConfigError, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.information import pointwise
@@ -286,8 +287,10 @@ def test_scores_are_those_of_the_estimators(tiny):
 
 
 def test_a_caption_without_negatives_must_lead_no_caption(tiny):
-    config = ScorePairsConfig(image="-", prompt="-").score.model_copy(update={"num_samples": 3, "negatives": "shapes"})
-    row = PairScorer(tiny, config, 4, seed=0, words=False)(image_of(CAPTIONS[0])[None], ["a dog"], Work())[0]
+    config = ScorePairsConfig(image="-", prompt="-").score.model_copy(update={"num_samples": 3})
+    scorer = PairScorer(tiny, config, 4, seed=0, words=False)
+    scorer.negatives = lambda prompt: []
+    (row,) = scorer(image_of(CAPTIONS[0])[None], CAPTIONS[:1], Work())
     assert row["score_pmi_negatives"] is None
     assert row["score_margin"] == pytest.approx(row["score_pmi"], abs=1e-4)
 

@@ -1,0 +1,257 @@
+"""Our side of benchmarks/throughput.py: actors and training workers as the stages have them, each with its part of the
+work; on a CPU in processes of their own.
+"""
+
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+import pyarrow as pa
+import torch
+
+from mi_ray import storage
+from mi_ray.command_line import load_config
+from mi_ray.config import ModelConfig, PruneConfig, RunConfig
+from mi_ray.diffusion.adapters import DenoisingLoss, attach_adapter
+from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
+from mi_ray.prompts import Shard, prompt_id
+from mi_ray.stages.finetune import TrainingSet, draw_microbatch, optimizer_step
+from mi_ray.stages.generate import CandidateGenerator
+from mi_ray.stages.machine import keep_memory
+from mi_ray.stages.work import Work
+
+if TYPE_CHECKING:
+    from throughput import ThroughputBenchmark
+
+PROMPTS = Path(__file__).parent.parent / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
+DEMO, _ = load_config(["--config", str(PROMPTS.parents[1] / "shapes.yaml")])
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+OURS = ("scored", "unscored", "bare denoiser")
+STAGE = "stage, with decoding and Parquet"
+PRUNED, PAPER = "stage, pruned, 20 steps", "naive score at the paper's 100 steps of DDPM"
+CUT = PruneConfig(by="pmi_negatives", after=(0.2,), keep=(0.25,), num_samples=1)
+CUT_SCORE = DEMO.score.model_copy(update={"names": ("pmi_negatives",)})
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+@dataclass
+class Inside:
+    seconds: float = 0.0
+
+
+def synchronise():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def inside(holder: object, call: str) -> Iterator[Inside]:
+    """While this lasts, the time within a method of an object is taken."""
+    spent, method = Inside(), getattr(holder, call)
+
+    def timed(*arguments, **keywords):
+        synchronise()
+        began = time.perf_counter()
+        result = method(*arguments, **keywords)
+        synchronise()
+        spent.seconds += time.perf_counter() - began
+        return result
+
+    with patch.object(holder, call, timed):
+        yield spent
+
+
+def share_inside(run: Callable[[], object], holder: object, call: str) -> float:
+    """Of the wall time of one run, what is spent within a method of an object."""
+    with inside(holder, call) as spent:
+        began = time.perf_counter()
+        run()
+        synchronise()
+        return spent.seconds / (time.perf_counter() - began)
+
+
+def peak_memory_gib() -> float:
+    """Of the GPU, or of this process on the CPU; since its start."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---------------------------------------------------------------------------------------------- the workers
+class Actor:
+    """A generating actor of ours with its share of the prompts; every way is one call."""
+
+    def __init__(self, settings: "ThroughputBenchmark", prompts: list[str], seeds: list[list[int]]):
+        threads = max(1, os.cpu_count() // settings.actors)
+        torch.set_num_threads(threads)
+        keep_memory()
+        self._folder = tempfile.TemporaryDirectory()
+        model = ModelConfig(
+            path=settings.model, dtype=settings.dtype, channels_last=settings.channels_last, compile=settings.compile
+        )
+        self.config = RunConfig.model_validate(
+            {
+                "run_dir": self._folder.name,
+                "prompts": {"file": str(PROMPTS)},
+                "model": model.model_dump(),
+                "sampler": settings.sampler.model_dump(),
+                "score": {"names": ["mitune"]},
+                "generate": {"candidates_per_prompt": max(2, settings.candidates)},
+                "resources": {
+                    "batch_size": settings.batch_size,
+                    "cpus_per_actor": threads,
+                    "gpus_per_actor": float(torch.cuda.is_available()),
+                },
+            }
+        )
+        self.generator = self._generator(prompts)
+        self.denoiser, self.sampler = self.generator.denoiser, self.generator.sampler
+        self.prompts, self.seeds, self.pool = prompts, seeds, sum(map(len, seeds))
+        self.embeddings = self.denoiser.encode_prompts(prompts)
+        self.batch = min(2 * settings.batch_size, 2 * self.pool)
+        self.ways = {
+            "scored": self.scored,
+            "unscored": self.unscored,
+            "bare denoiser": self.bare,
+            STAGE: lambda: self.stage(self.generator),
+            PRUNED: lambda: self.stage(self._pruned),
+        }
+
+    def _generator(self, prompts: list[str], **changes) -> CandidateGenerator:
+        config = self.config.model_copy(update=changes).model_dump(mode="json")
+        return CandidateGenerator(config, 0, self._folder.name, None, [config["select"]["by"]], [], prompts)
+
+    @cached_property
+    def _pruned(self) -> CandidateGenerator:
+        """With what benchmarks/pruning.py found as good as the paper's steps at the least cost."""
+        sampler = self.config.sampler.model_copy(update={"solver": "dpm++2m-sde", "num_inference_steps": 20})
+        select = self.config.select.model_copy(update={"by": CUT.by})
+        return self._generator(self.prompts, sampler=sampler, prune=CUT, score=CUT_SCORE, select=select)
+
+    def run(self, way: str):
+        self.ways[way]()
+        synchronise()
+
+    def denoiser_share(self, way: str) -> tuple[float, float]:
+        """Of the wall time of a way, what is spent in the denoiser; and the peak memory so far, GiB."""
+        generator = self._pruned if way == PRUNED else self.generator
+        return share_inside(self.ways[way], generator.denoiser, "predict"), peak_memory_gib()
+
+    def scored(self):
+        sampled = self.sampler(self.embeddings, self.seeds, Work())
+        owner = torch.arange(len(self.prompts)).repeat_interleave(torch.tensor([len(s) for s in self.seeds]))
+        self.generator.scorer(self.prompts, self.embeddings, owner, sampled, Work())
+
+    def unscored(self):
+        """The step in PyTorch, which can leave the statistics out; the fused one cannot."""
+        with patch("mi_ray.diffusion.kernels._record"), patch.object(self.sampler, "kernel", "eager"):
+            self.sampler(self.embeddings, self.seeds, Work())
+
+    @torch.no_grad()
+    def bare(self):
+        """As many denoiser evaluations and nothing else."""
+        evaluations = 2 * self.pool * self.config.sampler.num_inference_steps
+        bare_calls(self.denoiser, self.embeddings, self.batch, -(-evaluations // self.batch))
+
+    def stage(self, generator: CandidateGenerator):
+        """What is done with a shard, its Parquet file included."""
+        ids, nothing = [prompt_id(p) for p in self.prompts], [None] * len(self.prompts)
+        shard = Shard(0, "part-00000.parquet", ids, self.prompts, nothing, nothing)
+        rows = generator._rows(shard, list(range(len(self.prompts))), Work())
+        table = pa.Table.from_pylist(rows, schema=storage.candidates_schema(generator.config.score.names))
+        storage.write_table(storage.join(self._folder.name, shard.name), table)
+
+
+@torch.no_grad()
+def bare_calls(denoiser: Denoiser, embeddings: torch.Tensor, batch: int, count: int):
+    x_t = torch.randn(batch, *denoiser.latent_shape, device=denoiser.device)
+    timesteps = torch.full((batch,), 500, device=denoiser.device)
+    embeddings = embeddings[:1].expand(batch, -1, -1)
+    for _ in range(count):
+        denoiser.predict(x_t, timesteps, embeddings)
+
+
+class Trainer:
+    """A training worker of ours: `training_steps` optimiser steps as the stage does them."""
+
+    def __init__(self, settings: "ThroughputBenchmark", data: TrainingSet, checkpointing: bool):
+        keep_memory()
+        self.steps, rows = settings.training_steps, settings.training_batch
+        denoiser = load_denoiser(settings.model, settings.dtype)
+        denoiser.specialise(channels_last=settings.channels_last, compiled=None, rows=())
+        model = attach_adapter(denoiser.unet, rank=16, alpha=16, target_modules=TARGETS)
+        if checkpointing:
+            denoiser.unet.enable_gradient_checkpointing()
+        self.objective = DenoisingLoss(model, denoiser.schedule, None, half_of(denoiser))
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+        self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=half_of(denoiser) == torch.float16)
+
+        def draw(step: int):
+            batch = draw_microbatch(data, 0, step, rows, range(len(self.objective.alpha)), 0.0)
+            return tuple(tensor.to(denoiser.device) for tensor in batch)
+
+        self.draw = draw
+
+    def run(self):
+        for step in range(self.steps):
+            microbatch = [lambda step=step: self.draw(step)]
+            loss, _ = optimizer_step(self.objective, microbatch, self.parameters, self.optimizer, self.scaler, 1.0)
+            loss.item()
+
+
+_worker: Actor | Trainer | None = None  # of a process that has one
+
+
+def _begin(kind: type, *arguments):
+    global _worker
+    _worker = kind(*arguments)
+
+
+def _call(method: str, *arguments):
+    return getattr(_worker, method)(*arguments)
+
+
+class Workers:
+    """On a CPU each in a process of its own, on a GPU all in this; a call goes to all and returns when all are done."""
+
+    def __init__(self, kind: type, shares: list[tuple]):
+        apart = not torch.cuda.is_available()
+        self._here = [] if apart else [kind(*share) for share in shares]
+        context = multiprocessing.get_context("spawn")
+        self._executors = [
+            ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(kind, *share))
+            for share in (shares if apart else ())
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for executor in self._executors:
+            executor.shutdown()
+
+    def __call__(self, method: str, *arguments) -> list:
+        futures = [executor.submit(_call, method, *arguments) for executor in self._executors]
+        return [getattr(worker, method)(*arguments) for worker in self._here] + [f.result() for f in futures]
+
+
+def told_by(actors: Workers, way: str) -> tuple[float, float]:
+    """The mean share of wall time in the denoiser, and the memory of all, GiB."""
+    shares, memory = zip(*actors("denoiser_share", way), strict=True)
+    return mean(shares), sum(memory)
+
+
+def half_of(denoiser: Denoiser) -> torch.dtype | None:
+    return None if denoiser.dtype == torch.float32 else denoiser.dtype
