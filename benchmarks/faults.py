@@ -33,7 +33,7 @@ RUN = [
 WAIT_S = 900
 KILLED = ("driver", "actor", "worker", "node")  # while it generates, from outside
 INSIDE = ("nan", "oom", "hang")  # of the generating actor
-TRAINING = ("trainer", "notice")  # while it fine-tunes
+TRAINING = ("trainer", "notice", "growth")  # while it fine-tunes
 KINDS = (*KILLED, *INSIDE, "s3", "disk", *TRAINING, "job")
 FAULTLESS = ("lost", "duplicated", "changed", "events_off", "adapters_off", "untold", "half_written")
 KEY = ["prompt_id", "candidate_index"]
@@ -49,8 +49,8 @@ class FaultsBenchmark(Benchmark):
     kinds: list[str] = Field(
         list(KINDS),
         description="which faults: driver, actor, worker, node, trainer (killed), nan, oom, hang, s3 (errors, slow,"
-        " connections lost), disk (full), notice (of a node's end, to the training), job (jobs/pipeline.py by `ray job"
-        " submit`, its driver killed)",
+        " connections lost), disk (full), notice (of a node's end, to the training), growth (a second node joins the"
+        " training), job (jobs/pipeline.py by `ray job submit`, its driver killed)",
     )
     driver_kills: PositiveInt = Field(20, description="runs whose driver is killed; the other kinds get half as many")
     seed: int = Field(0, description="of the moments")
@@ -126,6 +126,8 @@ class Disturbed:
                 self.environment |= store.environment
                 self.run_dir = f"s3://runs/{self.folder.name}"
                 os.environ |= store.environment
+            if self.kind == "growth":
+                cluster.kill(cluster.nodes[0])
             if self.kind in TRAINING:
                 shutil.copytree(generated, self.run_dir, ignore=shutil.ignore_patterns("adapter"))
             for _ in range(4):
@@ -164,6 +166,9 @@ class Disturbed:
                     self._kill(process)
                 if self.kind == "notice" and not self.happened:
                     self._take_node(process)
+                if self.kind == "growth" and not self.happened:
+                    self._until(process, (self.folder / "waiting").exists)
+                    self.cluster.mend()
                 code = process.wait(WAIT_S)
             finally:
                 process.kill()
@@ -188,7 +193,7 @@ class Disturbed:
             self.cluster.kill(self.cluster.other_than((self.folder / "driver").read_text()))
             self.happened = True
             return
-        workers = [pid for pid, name in descendants(os.getpid()) if name.startswith("ray::")]
+        workers = [pid for pid, name in descendants(os.getpid()) if name.startswith("ray::") and "Agent" not in name]
         actors = [pid for pid, name in descendants(os.getpid()) if "FaultyGenerator" in name]
         victims = {"driver": [driver.pid], "actor": actors, "worker": workers}[self.kind]
         if victims:
@@ -248,7 +253,7 @@ class Disturbed:
         begun, steps_begun = self._begun(), list((self.folder / "begun-steps").glob("[!.]*"))
         shards = len(begun) - len(self.receipts) if begun else 0
         steps = len(steps_begun) - len(self.steps) if steps_begun else 0
-        of_shard = max(r["denoiser_evaluations"] + r["score_evaluations"] for r in self.receipts)
+        of_shard = max(r["denoiser_evaluations"] + r["score_evaluations"] for r in undisturbed.receipts)
         return {
             "happened": int(self.happened),
             "commands": self.commands,

@@ -1,7 +1,7 @@
 """A run with a fault inside its actors, for benchmarks/faults.py: jobs/pipeline.py's command line, up to FAULT_UNTIL.
 
-The environment says which: FAULT is nan, oom, hang, trainer, notice or nothing; FAULT_STEP is the optimiser step of the
-last two; FAULT_FOLDER is where it is noted that it has happened (it happens once) and what was begun.
+The environment says which: FAULT is nan, oom, hang, trainer, notice, growth or nothing; FAULT_STEP is the step
+of the last three; FAULT_FOLDER is where it is noted that it has happened (it happens once) and what was begun.
 """
 
 import os
@@ -54,12 +54,15 @@ class FaultyGenerator(stage.CandidateGenerator):
 
 
 def faulty_train_loop(settings: dict) -> dict | None:
-    """Notes every optimiser step that is begun, and kills its process, or waits for a notice and its node's end."""
+    """Notes every optimiser step that is begun, and kills its process, or waits: for its node to be taken, or for
+    the second worker, with which all are started again."""
     from mi_ray.stages import finetune as module
 
     optimizer_step, calls = module.optimizer_step, []
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
+    if FAULT == "growth" and workers > 1:
+        noted("happened", FAULT)
 
     def step(*arguments):
         calls.append(1)
@@ -67,6 +70,9 @@ def faulty_train_loop(settings: dict) -> dict | None:
             noted(f"begun-steps/{uuid.uuid4().hex}")
         if FAULT == "trainer" and rank == workers - 1 and len(calls) == STEP and noted("happened", FAULT):
             os.kill(os.getpid(), signal.SIGKILL)
+        if FAULT == "growth" and workers == 1 and len(calls) == STEP:
+            noted("waiting")
+            time.sleep(3600)  # Ray Train looks for room once a minute
         if FAULT == "notice" and workers > 1:
             if len(calls) == STEP:
                 noted("waiting")

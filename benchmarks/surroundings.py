@@ -115,6 +115,7 @@ class Nodes:
 
     def mend(self):
         """Two nodes again."""
+        self.nodes = [node for node in self.nodes if not node.dead_processes()]
         while len(self.nodes) < 2:
             self.nodes.append(self.cluster.add_node(num_cpus=1))
 
