@@ -121,6 +121,7 @@ class Disturbed:
             if self.kind == "job":
                 self.head, closed = stack.enter_context(head(self.folder))
                 self.environment |= closed
+                del self.environment["RAY_ADDRESS"]  # it would win over --address
             store = stack.enter_context(flaky_store(self.seed)) if self.kind == "s3" else None
             if store:
                 self.environment |= store.environment

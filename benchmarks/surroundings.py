@@ -167,11 +167,9 @@ def head(folder: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
             address = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + 300
             while process.poll() is None and time.monotonic() < deadline:
-                known = subprocess.run(
-                    [ray_command, "job", "list", f"--address={address}"], capture_output=True, env=environment
-                )
-                if known.returncode == 0:
-                    break
+                nothing = [ray_command, "job", "submit", f"--address={address}", "--", "true"]
+                if subprocess.run(nothing, capture_output=True, env=environment).returncode == 0:
+                    break  # it lists jobs before it has an agent to run one
             else:
                 raise RuntimeError(f"ray start failed:\n{log.read_text()[-3000:]}")
             yield [ray_command, "job", "submit", f"--address={address}", "--"], closed
