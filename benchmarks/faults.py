@@ -249,7 +249,7 @@ class Disturbed:
             failed | np.isclose(both["score_mitune"], both["score_mitune_mine"], rtol=1e-3)
         )
         kept_off = (both["kept"] != both["kept_mine"]) & ~both["prompt_id"].isin(both["prompt_id"][failed])
-        written = sum(event["event"] == "shard_written" for event in self.events)
+        written = sum(e["event"] == "shard_written" and e["stage"] == "generate" for e in self.events)
         expected_errors = 1 if self.kind == "nan" and self.happened else 0
         begun, steps_begun = self._begun(), list((self.folder / "begun-steps").glob("[!.]*"))
         shards = len(begun) - len(self.receipts) if begun else 0

@@ -152,6 +152,9 @@ def head(folder: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
         port = probe.getsockname()[1]
         probe.close()
         command = [ray_command, "start", "--head", "--block", "--num-cpus=2", "--port=0", f"--temp-dir={sockets}"]
+        command += [
+            "--dashboard-agent-listen-port=0"
+        ]  # jobs go through it, and the other nodes here have the usual one
         closed = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | closed
         with log.open("wb") as output:
