@@ -67,6 +67,7 @@ def test_schedules_are_followed_on_recorded_scores(pruning):
     recorded = pruning.Recorded(
         exact=np.array([[0.0, 1, 0, 0], [1, 0, 0, 0]]),
         final=np.array([[9.0, 8, 7, 6], [1, 2, 3, 4]]),
+        paper=np.array([[0.0, 1, 0, 0], [0, 0, 1, 0]]),
         final_cost=5.0,
         cuts={
             ("asd", 1): np.array([[1.0, 2, 3, 4], [4, 3, 2, 1]]),
@@ -74,12 +75,12 @@ def test_schedules_are_followed_on_recorded_scores(pruning):
         },
         cut_costs={"asd": 0.5},
     )
-    everyone = np.ones((2, 4), bool)
-    assert recorded.best(everyone).tolist() == [0, 0]
+    assert recorded.best(recorded.final).tolist() == [0, 0]
+    assert recorded.best(recorded.paper).tolist() == [1, 0]
     assert recorded.survivors("asd", {1: 3}).tolist() == [[False, True, True, True], [True, True, True, False]]
     last = recorded.survivors("asd", {1: 3, 2: 1})
     assert last.tolist() == [[False, True, False, False], [False, False, True, False]]
-    assert recorded.best(last).tolist() == [1, 0]
+    assert recorded.best(np.where(last, recorded.final, -np.inf)).tolist() == [1, 0]
     assert recorded.survivors("random", {1: 2, 2: 1}).sum(1).tolist() == [1, 1]
 
 
@@ -88,10 +89,14 @@ def test_evaluations_are_counted_by_hand(pruning, monkeypatch):
     monkeypatch.setattr(pruning, "SCORES", ("asd",))
     draws = np.random.default_rng(0).random((4, 3, 4))
     cuts = {("asd", 1): draws[0], ("asd", 2): draws[1]}
-    recorded = pruning.Recorded(draws[2].round(), draws[3], 5.0, cuts, {"asd": 0.5})
-    reference = np.array([1.0, 1, 0])
-    whole, pruned, random = pruning.compared(recorded, "ddim", 4, 4, reference)
-    assert whole["points_lost"] == pytest.approx(100 * (2 / 3 - whole["top1_exact"]))
+    recorded = pruning.Recorded(draws[2].round(), draws[3], draws[0], 5.0, cuts, {"asd": 0.5})
+    rows = pruning.compared(recorded, "ddim", 4, 4, "pmi")
+    for row, best in rows:
+        assert row["top1_exact"] == best.mean()
+    lost, half = pruning.lost_of(np.array([1.0, 1, 0, 0]), np.array([1.0, 0, 0, 0]))
+    assert lost == pytest.approx(25)
+    assert half == pytest.approx(196 * 0.5 / 2)  # standard deviation 0.5 over four
+    whole, pruned, random = (row for row, _ in rows)
     assert whole["evaluations"] == 4 * (2 * 4 + 5)
     assert random["evaluations"] == 2 * (4 * 1 + 3 * 1 + 1 * 2) + 1 * 5
     assert pruned["evaluations"] == random["evaluations"] + (4 + 3) * 0.5
