@@ -1,11 +1,13 @@
 """Prompt files to prompt tables, and the plan of shards that a run generates. All of it as a stream: what is held in
-memory is a chunk of the file, and 16 bytes a prompt, by which repeated ones are known.
+memory is a chunk of the file, and 12 bytes a shard.
 
 A prompt table has the columns prompt_id, prompt, category and split (the last two may be null).
 """
 
 import hashlib
 import json
+import math
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -58,23 +60,23 @@ class _Places:
 
 
 class _Seen:
-    """The prompts that came before, and on which line each was first."""
+    """The prompts that came before, and on which line each was first: in a file, so memory does not grow with them."""
 
     def __init__(self):
-        self.ids, self.lines = np.empty(0, np.uint64), np.empty(0, np.int64)
+        self.table = sqlite3.connect("")  # a temporary file of its own
+        self.table.execute("PRAGMA journal_mode = OFF")
+        self.table.execute("CREATE TABLE seen (id INTEGER PRIMARY KEY, line INTEGER)")
 
     def first_lines(self, ids: np.ndarray, lines: np.ndarray) -> np.ndarray:
         """On which line each of the next prompts (n,) was first; a new one's is its own."""
-        distinct, first, which = np.unique(ids, return_index=True, return_inverse=True)
-        place = np.searchsorted(self.ids, distinct)
-        known = np.zeros(len(distinct), bool)
-        inside = place < len(self.ids)
-        known[inside] = self.ids[place[inside]] == distinct[inside]
-        where = lines[first]
-        where[known] = self.lines[place[known]]
-        self.ids = np.insert(self.ids, place[~known], distinct[~known])
-        self.lines = np.insert(self.lines, place[~known], where[~known])
-        return where[which]
+        before = self.table.total_changes
+        order = np.argsort(ids, kind="stable")  # neighbours on disk are written together
+        rows = zip(ids[order].tolist(), lines[order].tolist(), strict=True)
+        self.table.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?)", rows)
+        if self.table.total_changes - before == len(ids):
+            return lines
+        first = "SELECT line FROM seen WHERE id = ?"
+        return np.array([self.table.execute(first, (i,)).fetchone()[0] for i in ids.tolist()], np.int64)
 
 
 class PromptReader:
@@ -153,7 +155,7 @@ class PromptReader:
     # -------------------------------------------------------------------------------------- checks
     def _check_repeated(self, batch: pa.RecordBatch, lines: np.ndarray, seen: _Seen) -> np.ndarray:
         """Which rows to go on with, (n,) bool."""
-        ids = np.array([int(i, 16) for i in batch["prompt_id"].to_pylist()], np.uint64)
+        ids = np.array([int(i, 16) for i in batch["prompt_id"].to_pylist()], np.uint64).view(np.int64)
         firsts = seen.first_lines(ids, lines)
         for row in np.flatnonzero(firsts != lines):
             message = f"{self._where} {lines[row]} is {self._where} {firsts[row]} again"
@@ -430,7 +432,8 @@ class ShardPlan:
 
 
 def _same(one: storage.ParquetRows, other: storage.ParquetRows) -> bool:
-    return len(one) == len(other) and all(a.equals(b) for a, b in zip(one.batches(), other.batches(), strict=True))
+    pieces = ((start, start + _ROWS_AT_ONCE) for start in range(0, len(one), _ROWS_AT_ONCE))
+    return len(one) == len(other) and all(one.read(*piece).equals(other.read(*piece)) for piece in pieces)
 
 
 def write_prompts(uri: str, batches: Iterable[pa.RecordBatch]):
@@ -447,19 +450,31 @@ def read_shard(row: dict, table: storage.ParquetRows) -> Shard:
     return Shard(row["index"], row["name"], *(columns[name] for name in PROMPTS.names))
 
 
-def holdout(ids: Iterable[str], share: float, seed: int) -> np.ndarray:
-    """Which of the prompts with these ids are held out from training, (n,) bool: about `share`, at least one each way.
+class Holdout:
+    """Which of a table's prompts are held out from training: about `share`, at least one each way.
 
     A hash of (seed, prompt id) decides, so a prompt keeps its side when others come or go.
+
+    Args:
+        ids: of all prompts.
 
     Raises:
         ConfigError: there are fewer than two prompts.
     """
-    digests = (hashlib.sha256(f"{seed}:{i}".encode()).digest()[:8] for i in ids)
-    draws = np.fromiter((int.from_bytes(digest, "big") / 2**64 for digest in digests), np.float64)
-    if len(draws) < 2:
-        raise ConfigError(["evaluation.file: a single prompt cannot be split; give a file, or more prompts"])
-    count = np.clip((draws < share).sum(), 1, len(draws) - 1)
-    held_out = np.zeros(len(draws), bool)
-    held_out[np.argsort(draws, kind="stable")[:count]] = True
-    return held_out
+
+    def __init__(self, ids: Iterable[str], share: float, seed: int):
+        self.seed = seed
+        least, most, count = 1.0, 0.0, 0
+        for draw in map(self._draw, ids):
+            least, most, count = min(least, draw), max(most, draw), count + 1
+        if count < 2:
+            raise ConfigError(["evaluation.file: a single prompt cannot be split; give a file, or more prompts"])
+        self.below = min(max(share, math.nextafter(least, 1)), most)
+
+    def __call__(self, ids: Iterable[str]) -> np.ndarray:
+        """Of some of the prompts, (n,) bool."""
+        return np.array([self._draw(i) < self.below for i in ids], bool)
+
+    def _draw(self, prompt_id: str) -> float:
+        digest = hashlib.sha256(f"{self.seed}:{prompt_id}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -421,7 +421,10 @@ class ParquetRows:
 
     def batches(self, columns: list[str] | None = None, size: int = 1 << 14) -> Iterator[pa.RecordBatch]:
         """All rows in order, at most `size` at a time."""
-        return self._file.iter_batches(size, columns=columns)
+        # A reader holds on to what it has read, so each one reads some of the groups.
+        groups = range(len(self._ends))
+        for _, some in groupby(groups, lambda group: int(self._ends[group] - 1) // size):
+            yield from self._file.iter_batches(size, list(some), columns)
 
 
 def local_folder(uri: str) -> str:

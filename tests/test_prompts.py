@@ -11,10 +11,10 @@ from mi_ray import storage
 from mi_ray.config import ConfigError
 from mi_ray.prompts import (
     PROMPTS,
+    Holdout,
     PromptReader,
     Shard,
     ShardPlan,
-    holdout,
     prompt_id,
     read_prompts,
     read_shard,
@@ -321,8 +321,22 @@ def test_names_of_shards_depend_on_key_and_prompts_only(tmp_path):
 
 
 def split(table: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
-    held_out = holdout(table["prompt_id"].to_pylist(), share, seed)
+    ids = table["prompt_id"].to_pylist()
+    held_out = Holdout(ids, share, seed)(ids)
     return table.filter(pa.array(~held_out)), table.filter(pa.array(held_out))
+
+
+def test_a_stored_table_is_written_again_only_if_its_rows_differ(tmp_path):
+    table = table_of(*(f"prompt {i}" for i in range(40_000)))
+    source, stored = str(tmp_path / "source.parquet"), tmp_path / "stored.parquet"
+    write_prompts(source, table.to_batches())
+    write_prompts(str(stored), table.to_batches(max_chunksize=777))  # the same rows, in other groups
+    was = stored.stat().st_ino
+    ShardPlan(source, 1000, "key").store(str(stored))
+    assert stored.stat().st_ino == was
+    write_prompts(source, table.slice(1).to_batches())
+    ShardPlan(source, 1000, "key").store(str(stored))
+    assert storage.read_table(str(stored))["prompt"] == table["prompt"].slice(1)
 
 
 def test_holdout_takes_its_share_and_is_stable():
@@ -342,4 +356,4 @@ def test_holdout_leaves_a_prompt_on_either_side(share):
 
 def test_a_single_prompt_cannot_be_split():
     with pytest.raises(ConfigError, match="single prompt"):
-        holdout([prompt_id("a")], 0.5, seed=0)
+        Holdout([prompt_id("a")], 0.5, seed=0)

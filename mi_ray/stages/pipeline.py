@@ -1,14 +1,14 @@
 """The main job: rounds of generate, select and fine-tune, then evaluation and the report, in one resumable folder."""
 
+import math
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from itertools import islice
 
-import numpy as np
 import pyarrow as pa
 import ray
 
@@ -16,7 +16,7 @@ from mi_ray import __version__, storage
 from mi_ray.alignment.oracle import foreign_prompts
 from mi_ray.config import ConfigError, RunConfig
 from mi_ray.diffusion.denoisers import check_model, load_tokenizer
-from mi_ray.prompts import PromptReader, ShardPlan, holdout, write_prompts
+from mi_ray.prompts import Holdout, PromptReader, ShardPlan, write_prompts
 from mi_ray.report.page import alignment_table, write_report
 from mi_ray.stages.candidates import NEIGHBOUR_POOL
 from mi_ray.stages.evaluate import REFERENCE, evaluate
@@ -34,7 +34,7 @@ LESS_BASELINE = "adapter-less-baseline"
 class Plan:
     """What a run will do: its prompts and shards. Building it checks everything that can be checked beforehand.
 
-    The prompts lie in a temporary folder until `open_run` stores them in the run's; in memory are a few bytes of each.
+    The prompts lie in a temporary folder until `open_run` stores them in the run's; none are in memory.
 
     Raises:
         ConfigError: with every fault of the model, the prompt files and the run folder.
@@ -100,12 +100,10 @@ class Plan:
         """Without a file of its own, the evaluation takes a share of the prompts."""
         evaluation = self.config.evaluation
         ids = (i for batch in prompts.batches(["prompt_id"]) for i in batch["prompt_id"].to_pylist())
-        held_out = holdout(ids, evaluation.holdout_share, self.config.seed)
-        within_limit = held_out if evaluation.limit is None else held_out & (np.cumsum(held_out) <= evaluation.limit)
-        return tuple(
-            self._table(name, _filtered(prompts, mask))
-            for name, mask in (("training", ~held_out), ("evaluation", within_limit))
-        )
+        held_out = Holdout(ids, evaluation.holdout_share, self.config.seed)
+        kept = (batch.filter(pa.array(~held_out(batch["prompt_id"].to_pylist()))) for batch in prompts.batches())
+        taken = (batch.filter(pa.array(held_out(batch["prompt_id"].to_pylist()))) for batch in prompts.batches())
+        return self._table("training", kept), self._table("evaluation", _first(taken, evaluation.limit))
 
     def _table(self, name: str, batches: Iterator[pa.RecordBatch]) -> storage.ParquetRows:
         uri = storage.join(self._folder.name, f"{name}.parquet")
@@ -121,11 +119,14 @@ class Plan:
         return self.train.read(0, NEIGHBOUR_POOL)["prompt"].to_pylist()
 
 
-def _filtered(table: storage.ParquetRows, mask: np.ndarray) -> Iterator[pa.RecordBatch]:
-    start = 0
-    for batch in table.batches():
-        yield batch.filter(pa.array(mask[start : start + len(batch)]))
-        start += len(batch)
+def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:
+    """The first so many rows."""
+    left = math.inf if limit is None else limit
+    for batch in batches:
+        if left <= 0:
+            return
+        yield batch.slice(0, min(left, len(batch)))
+        left -= len(batch)
 
 
 @contextmanager

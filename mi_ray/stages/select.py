@@ -94,7 +94,7 @@ def _counts(selected: str) -> dict[str, int]:
 def select(config: RunConfig, candidates: str, destination: str, by: str) -> dict[str, int]:
     """Write what the selection `by` keeps of every prompt in the folder `candidates` to the table `destination`.
 
-    Part by part: in memory are one part's scores or kept latents, and 8 bytes a kept row.
+    Part by part: in memory are one part's scores or kept latents.
 
     Returns:
         Counts: prompts, kept.
@@ -105,24 +105,30 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
     if storage.exists(destination):
         return _counts(destination)
     parts = [storage.join(candidates, name) for name in storage.list_names(candidates) if name.endswith(".parquet")]
-    kept, prompts = [], 0
-    for part in parts:
-        rows, ids = _kept_of_part(part, config, by)
-        kept.append(rows)
-        prompts += len(np.unique(ids))
-    total = sum(map(len, kept))
-    if not total:
-        raise ConfigError([f"select.min_score: no candidate reaches {config.select.min_score} by {by}; lower it"])
+    each = _kept_per_prompt(parts, config, by) if config.select.balance else None
+    prompts = total = 0
     with storage.table_writer(destination, storage.SELECTED) as writer:
-        for part, rows in zip(parts, kept, strict=True):
+        for part in parts:
+            rows, ids = _kept_of_part(part, config, by)
             if not len(rows):
                 continue
+            _, of, counts = np.unique(ids, return_inverse=True, return_counts=True)
+            prompts, total = prompts + len(counts), total + len(rows)
+            # A prompt's rows share the same weight; one on average over the table.
+            weights = np.ones(len(rows)) if each is None else each / counts[of]
             columns = [name for name in storage.SELECTED.names if name != "weight"]
             table = storage.read_table(part, columns).take(rows)
-            weights = np.ones(len(rows), np.float32)
-            if config.select.balance:  # a prompt's rows share the same weight; one on average over the table
-                _, of, counts = np.unique(table["prompt_id"].to_numpy(), return_inverse=True, return_counts=True)
-                weights = (total / prompts / counts[of]).astype(np.float32)
-            table = table.append_column("weight", pa.array(weights))
+            table = table.append_column("weight", pa.array(weights.astype(np.float32)))
             writer.write_table(table.select(storage.SELECTED.names).cast(storage.SELECTED))
+        if not total:
+            raise ConfigError([f"select.min_score: no candidate reaches {config.select.min_score} by {by}; lower it"])
     return {"prompts": prompts, "kept": total}
+
+
+def _kept_per_prompt(parts: list[str], config: RunConfig, by: str) -> float:
+    """Rows kept of a prompt, on average over those of which any is."""
+    prompts = total = 0
+    for part in parts:
+        rows, ids = _kept_of_part(part, config, by)
+        prompts, total = prompts + len(np.unique(ids)), total + len(rows)
+    return total / max(1, prompts)
