@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt
 from safetensors.numpy import load
 from surroundings import Nodes, flaky_store, head, nodes, small_disk
 
-from mi_ray import storage
+from mi_ray import run_folder, storage
 from mi_ray.stages import lease
 
 SHARDS = 8  # of the generation
@@ -232,7 +232,7 @@ class Disturbed:
         return [file.read_text() for file in (self.folder / "begun").glob("[!.]*")]
 
     def _receipts(self) -> list[dict]:
-        folder = storage.join(self.run_dir, "round-0", "candidates", storage.COMMITS)
+        folder = storage.join(self.run_dir, "round-0", "candidates", run_folder.COMMITS)
         return [storage.read_json(storage.join(folder, name)) for name in storage.list_names(folder) if name[0] != "."]
 
     # -------------------------------------------------------------------------------------- what came of it

@@ -14,9 +14,9 @@ import ray
 from gates import ROOT, Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveInt
 
-from mi_ray import storage
+from mi_ray import schemas, storage
 from mi_ray.config import RunConfig
-from mi_ray.prompts import Shard
+from mi_ray.shard_plan import Shard
 from mi_ray.stages import generate as stage
 from mi_ray.stages.pipeline import Plan, open_run
 from mi_ray.stages.select import select
@@ -86,7 +86,7 @@ class MadeUpGenerator:
         token: int | None = None,
     ):
         config = RunConfig.model_validate(config)
-        schema = storage.candidates_schema(config.score.names)
+        schema = schemas.candidates_schema(config.score.names)
         self.empty = dict.fromkeys(schema.names)
         self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token)
 

@@ -13,10 +13,11 @@ from gates import Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveFloat, PositiveInt
 from ray.cluster_utils import Cluster
 
-from mi_ray import storage
+from mi_ray import run_folder, schemas, storage
 from mi_ray.config import RunConfig
 from mi_ray.prompts import PROMPTS as PROMPT_TABLE
-from mi_ray.prompts import Shard, ShardPlan, prompt_id, write_prompts
+from mi_ray.prompts import prompt_id
+from mi_ray.shard_plan import Shard, ShardPlan, write_prompts
 from mi_ray.stages.shards import ShardWriter, run_stage
 
 CANDIDATES, STEPS, PROMPTS = 8, 20, 4  # of a prompt, of a candidate, of a shard
@@ -68,7 +69,7 @@ class SleepingGenerator:
     def __init__(self, config: dict, folder: str, seconds: float, token: int | None = None):
         config = RunConfig.model_validate(config)
         self.seconds = seconds
-        self.schema = storage.candidates_schema(config.score.names)
+        self.schema = schemas.candidates_schema(config.score.names)
         self.write = ShardWriter("generate", "simulated", folder, self.schema, config, token)
 
     def __call__(self, batch):
@@ -132,14 +133,14 @@ def measure(gpus: int, count: int, seconds: float, kill: bool) -> dict:
 
 
 def kill_node(cluster: Cluster, node, folder: str, after: int):
-    while len(storage.list_names(storage.join(folder, storage.COMMITS))) < after:
+    while len(storage.list_names(storage.join(folder, run_folder.COMMITS))) < after:
         time.sleep(0.1)
     cluster.remove_node(node, allow_graceful=False)
 
 
 def findings(folder: str, gpus: int, count: int, seconds: float, began: float, wall: float) -> dict:
     """From the receipts: busy share in steady state (all actors at work, shards left for all) and of the whole run."""
-    commits = storage.join(folder, storage.COMMITS)
+    commits = storage.join(folder, run_folder.COMMITS)
     receipts = [storage.read_json(storage.join(commits, name)) for name in storage.list_names(commits)]
     by_actor = defaultdict(list)
     for receipt in sorted(receipts, key=lambda r: r["time"]):

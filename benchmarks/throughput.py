@@ -45,7 +45,7 @@ from mi_ray.config import SamplerConfig
 from mi_ray.diffusion.denoisers import load_denoiser, resolve_model
 from mi_ray.prompts import read_prompts
 from mi_ray.stages.candidates import derived_seed
-from mi_ray.stages.finetune import TrainingSet
+from mi_ray.stages.training_set import TrainingSet
 
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
 

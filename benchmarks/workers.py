@@ -20,15 +20,17 @@ from unittest.mock import patch
 import pyarrow as pa
 import torch
 
-from mi_ray import storage
+from mi_ray import schemas, storage
 from mi_ray.command_line import load_config
 from mi_ray.config import ModelConfig, PruneConfig, RunConfig
 from mi_ray.diffusion.adapters import DenoisingLoss, attach_adapter
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
-from mi_ray.prompts import Shard, prompt_id
-from mi_ray.stages.finetune import TrainingSet, draw_microbatch, optimizer_step
+from mi_ray.prompts import prompt_id
+from mi_ray.shard_plan import Shard
+from mi_ray.stages.finetune import optimizer_step
 from mi_ray.stages.generate import CandidateGenerator
 from mi_ray.stages.machine import keep_memory
+from mi_ray.stages.training_set import TrainingSet, draw_microbatch
 from mi_ray.stages.work import Work
 
 if TYPE_CHECKING:
@@ -169,7 +171,7 @@ class Actor:
         ids, nothing = [prompt_id(p) for p in self.prompts], [None] * len(self.prompts)
         shard = Shard(0, "part-00000.parquet", ids, self.prompts, nothing, nothing)
         rows = generator._rows(shard, list(range(len(self.prompts))), Work())
-        table = pa.Table.from_pylist(rows, schema=storage.candidates_schema(generator.config.score.names))
+        table = pa.Table.from_pylist(rows, schema=schemas.candidates_schema(generator.config.score.names))
         storage.write_table(storage.join(self._folder.name, shard.name), table)
 
 

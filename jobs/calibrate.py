@@ -4,8 +4,7 @@ No labels are needed; where prompts are of the shapes grammar, `--alignment orac
 """
 
 from mi_ray.command_line import run_command
-from mi_ray.config import CalibrationConfig
-from mi_ray.stages.calibrate import calibrate
+from mi_ray.stages.calibrate import CalibrationConfig, calibrate
 
 if __name__ == "__main__":
     run_command(

@@ -6,7 +6,7 @@ import sys
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliToggleFlag, SettingsConfigDict
 
-from mi_ray.config import ConfigError
+from mi_ray.section import ConfigError
 from mi_ray.stages.status import run_status, status_text
 
 

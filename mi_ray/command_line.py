@@ -18,7 +18,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from mi_ray.config import ConfigError, RunConfig, Section
+from mi_ray.config import RunConfig
+from mi_ray.section import ConfigError, Section
 
 Config = TypeVar("Config", bound=Section)
 

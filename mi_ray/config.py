@@ -1,14 +1,11 @@
-"""The configuration of a run and of a calibration: frozen pydantic models. Imports nothing local."""
+"""The configuration of a run."""
 
-import hashlib
-import json
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from mi_ray.section import Positive, Section, Share, check_band, config_hash
 
 TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "asd", "trajectory_banded")
 POINTWISE_SCORES = ("pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives")
@@ -16,44 +13,6 @@ ScoreName = Literal[
     "mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives"
 ]
 Control = Literal["random", "oracle"]
-
-
-class ConfigError(Exception):
-    """What is wrong with what the user gave: one message a fault."""
-
-    def __init__(self, faults: list[str]):
-        super().__init__("\n".join(faults))
-        self.faults = faults
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read(cls, values):
-        """`none` means no value, and an empty list where there is one, in YAML as on the command line."""
-        if not isinstance(values, dict):
-            return values
-        for name, value in values.items():  # they would end in logs and in the run's folder
-            if isinstance(value, str) and "@" in value.partition("://")[2].partition("/")[0]:
-                raise ValueError(f"{name} holds credentials; take them out: set the environment or an instance role")
-        lists = {name for name, field in cls.model_fields.items() if isinstance(field.default, tuple)}
-        nothing = {name for name, value in values.items() if isinstance(value, str) and value.lower() == "none"}
-        nothing |= {name for name in lists if name in values and values[name] in (None, [None])}
-        values = values | {name: () if name in lists else None for name in nothing}
-        # A section set in part keeps the rest of its own default, not of its class's.
-        defaults = {name: cls.model_fields[name].default for name in values if name in cls.model_fields}
-        return values | {
-            name: default.model_dump(exclude_unset=True) | values[name]
-            for name, default in defaults.items()
-            if isinstance(default, Section) and isinstance(values[name], dict)
-        }
-
-
-def check_band(log_snr_min: float, log_snr_max: float):
-    if log_snr_min >= log_snr_max:
-        raise ValueError(f"log_snr_min is {log_snr_min}, not below log_snr_max, {log_snr_max}; lower it")
 
 
 class PromptsConfig(Section):
@@ -423,42 +382,3 @@ class RunConfig(Section):
     def hash(self) -> str:
         """Hash of `results_config`, 12 hexadecimal digits."""
         return config_hash(self.results_config())
-
-
-class CalibrationConfig(Section):
-    """Find the band of log SNR in which a model's contrastive score ranks the candidates of a prompt best."""
-
-    prompts: PromptsConfig
-    model: ModelConfig = ModelConfig()
-    sampler: SamplerConfig = SamplerConfig()
-    out: str = Field("calibration.yaml", min_length=1, description="file to write; the pipeline takes it by --config")
-    candidates_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="pool size")
-    neighbours: Positive = Field(6, description="other prompts of the file that each candidate is held against")
-    levels: Annotated[int, Field(ge=2)] = Field(16, description="steps of the grid of log SNR; each is probed twice")
-    log_snr_min: float = Field(-5.4, description="lower end of the range searched")
-    log_snr_max: float = Field(2.0, description="upper end")
-    alignment: Literal["oracle"] | None = Field(None, description="label the candidates too: shapes prompts only")
-    use_labels: bool = Field(False, description="choose the band by the labels instead of without them")
-    batch_size: Positive = Field(64, description="candidates in one denoiser batch")
-    threads: Positive = Field(2, description="CPU threads")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of candidates and probes")
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        check_band(self.log_snr_min, self.log_snr_max)
-        if self.use_labels and not self.alignment:
-            raise ValueError("use_labels needs labels: set alignment, or leave it out")
-        return self
-
-
-def config_hash(results: dict) -> str:
-    """12 hexadecimal digits that tell what results depend on."""
-    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

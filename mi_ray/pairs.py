@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mi_ray import storage
-from mi_ray.config import ConfigError
+from mi_ray.section import ConfigError
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "file_name", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "prompt", "text", "txt")

@@ -1,14 +1,12 @@
-"""Prompt files to prompt tables, and the plan of shards that a run generates. All of it as a stream: what is held in
-memory is a chunk of the file, and 12 bytes a shard.
+"""Prompt files to prompt tables, as a stream: what is held in memory is a chunk of the file.
 
 A prompt table has the columns prompt_id, prompt, category and split (the last two may be null).
 """
 
 import hashlib
 import json
-import math
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
@@ -19,12 +17,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mi_ray import storage
-from mi_ray.config import ConfigError
+from mi_ray.section import ConfigError
 
 PROMPTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "category", "split")])
 
-_ROWS_AT_ONCE = 1 << 14
-_ROWS_IN_GROUP = 1024  # of a stored table: what is read at once for the sake of one shard
+ROWS_AT_ONCE = 1 << 14
 _LONGEST_LINE = 1 << 20  # bytes
 _LINES_SHOWN = 5  # in a message
 _EXAMPLES = 20  # kept of each kind of skipped prompts
@@ -119,14 +116,14 @@ class PromptReader:
             ConfigError: at once if the file will not do at all, else at the end with every fault of it.
         """
         seen, taken, kept = _Seen(), 0, 0
-        left = _ROWS_AT_ONCE if self.limit is None else self.limit
+        left = ROWS_AT_ONCE if self.limit is None else self.limit
         try:
             rows = self._rows()
-            while chunk := list(islice(rows, min(_ROWS_AT_ONCE, left))):
+            while chunk := list(islice(rows, min(ROWS_AT_ONCE, left))):
                 batch, lines = _batch(chunk)
                 good = self._check_repeated(batch, lines, seen)
                 taken += len(batch) if self.duplicates == "error" else int(good.sum())
-                left = _ROWS_AT_ONCE if self.limit is None else self.limit - taken
+                left = ROWS_AT_ONCE if self.limit is None else self.limit - taken
                 good &= self._check_length(batch, lines, good)
                 kept += int(good.sum())
                 yield batch.filter(pa.array(good))
@@ -373,108 +370,3 @@ def _named(where: str, places: _Places) -> str:
 
 def _shown(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
-
-
-# ------------------------------------------------------------------------------------------ plan
-@dataclass(frozen=True)
-class Shard:
-    """Prompts whose candidates are written together, as one file `name`."""
-
-    index: int
-    name: str
-    prompt_ids: list[str]
-    prompts: list[str]
-    categories: list[str | None]
-    splits: list[str | None]
-
-
-class ShardPlan:
-    """A prompt table cut into shards, in its order. A shard's name is fixed by its place, `key` and its prompt ids.
-
-    It holds 12 bytes a shard and no prompt: who makes a shard reads the shard's rows of the table.
-
-    Args:
-        source: URI of the prompt table, as `write_prompts` leaves it.
-    """
-
-    def __init__(self, source: str, prompts_per_shard: int, key: str):
-        self.source, self.prompts_per_shard = source, prompts_per_shard
-        table = storage.ParquetRows(source)
-        self.prompts = len(table)
-        ids = (i for batch in table.batches(["prompt_id"]) for i in batch["prompt_id"].to_pylist())
-        self._digests = np.empty(-(-self.prompts // prompts_per_shard), "S12")
-        for index in range(len(self)):
-            of_shard = islice(ids, prompts_per_shard)
-            self._digests[index] = hashlib.sha256("\n".join([key, *of_shard]).encode()).hexdigest()[:12].encode()
-
-    def __len__(self) -> int:
-        return len(self._digests)
-
-    def name(self, index: int) -> str:
-        return f"part-{index:05d}-{self._digests[index].decode()}.parquet"
-
-    def size(self, index: int) -> int:
-        """Prompts of a shard."""
-        return min(self.prompts_per_shard, self.prompts - index * self.prompts_per_shard)
-
-    def store(self, uri: str):
-        """Copy the table to where the actors can read it, unless an earlier session did."""
-        source = storage.ParquetRows(self.source)
-        if not (storage.exists(uri) and _same(storage.ParquetRows(uri), source)):
-            write_prompts(uri, source.batches())
-        self.source = uri
-
-    def row(self, index: int) -> dict:
-        """What who makes a shard must know of it: index, name, source and, of the source's rows, start and stop."""
-        start = index * self.prompts_per_shard
-        stop = start + self.size(index)
-        return {"index": index, "name": self.name(index), "source": self.source, "start": start, "stop": stop}
-
-
-def _same(one: storage.ParquetRows, other: storage.ParquetRows) -> bool:
-    pieces = ((start, start + _ROWS_AT_ONCE) for start in range(0, len(one), _ROWS_AT_ONCE))
-    return len(one) == len(other) and all(one.read(*piece).equals(other.read(*piece)) for piece in pieces)
-
-
-def write_prompts(uri: str, batches: Iterable[pa.RecordBatch]):
-    """Write a prompt table from its batches, as a file that shards are read from."""
-    with storage.table_writer(uri, PROMPTS) as writer:
-        for batch in batches:
-            if len(batch):
-                writer.write_batch(batch, row_group_size=_ROWS_IN_GROUP)
-
-
-def read_shard(row: dict, table: storage.ParquetRows) -> Shard:
-    """The shard of a `ShardPlan.row`, from its source."""
-    columns = table.read(row["start"], row["stop"]).to_pydict()
-    return Shard(row["index"], row["name"], *(columns[name] for name in PROMPTS.names))
-
-
-class Holdout:
-    """Which of a table's prompts are held out from training: about `share`, at least one each way.
-
-    A hash of (seed, prompt id) decides, so a prompt keeps its side when others come or go.
-
-    Args:
-        ids: of all prompts.
-
-    Raises:
-        ConfigError: there are fewer than two prompts.
-    """
-
-    def __init__(self, ids: Iterable[str], share: float, seed: int):
-        self.seed = seed
-        least, most, count = 1.0, 0.0, 0
-        for draw in map(self._draw, ids):
-            least, most, count = min(least, draw), max(most, draw), count + 1
-        if count < 2:
-            raise ConfigError(["evaluation.file: a single prompt cannot be split; give a file, or more prompts"])
-        self.below = min(max(share, math.nextafter(least, 1)), most)
-
-    def __call__(self, ids: Iterable[str]) -> np.ndarray:
-        """Of some of the prompts, (n,) bool."""
-        return np.array([self._draw(i) < self.below for i in ids], bool)
-
-    def _draw(self, prompt_id: str) -> float:
-        digest = hashlib.sha256(f"{self.seed}:{prompt_id}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64

@@ -8,7 +8,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mi_ray.command_line import load_config
-from mi_ray.config import CalibrationConfig, ConfigError, RunConfig, flatten
+from mi_ray.config import RunConfig
+from mi_ray.section import ConfigError, flatten
+from mi_ray.stages.calibrate import CalibrationConfig
 
 ROOT = Path(__file__).parents[1]
 LEAST = ("--run-dir", "runs/test", "--prompts.file", "prompts.txt")

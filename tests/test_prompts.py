@@ -8,18 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mi_ray import storage
-from mi_ray.config import ConfigError
-from mi_ray.prompts import (
-    PROMPTS,
-    Holdout,
-    PromptReader,
-    Shard,
-    ShardPlan,
-    prompt_id,
-    read_prompts,
-    read_shard,
-    write_prompts,
-)
+from mi_ray.prompts import PROMPTS, PromptReader, prompt_id, read_prompts
+from mi_ray.section import ConfigError
+from mi_ray.shard_plan import Holdout, Shard, ShardPlan, read_shard, write_prompts
 
 
 def words(prompt: str) -> int:

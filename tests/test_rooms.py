@@ -13,21 +13,25 @@ PACKAGE = ROOT / "mi_ray"
 
 # What each room may import of the package, besides itself. A room that is not here fails the test: give it its arrows.
 ARROWS = {
-    "config": (),
-    "command_line": ("config",),
+    "section": (),
+    "config": ("section",),
+    "command_line": ("config", "section"),
     "s3": (),
-    "storage": ("config", "s3"),
-    "prompts": ("config", "storage"),
-    "pairs": ("config", "storage"),
+    "schemas": (),
+    "storage": ("s3",),
+    "run_folder": ("section", "storage"),
+    "prompts": ("section", "storage"),
+    "shard_plan": ("section", "storage", "prompts"),
+    "pairs": ("section", "storage"),
     "diffusion": (),
     "information": ("diffusion.schedules",),
     "shapes": (),
     "language": ("shapes",),
     "alignment": ("shapes",),
-    "report": ("config", "storage"),
+    "report": ("config", "schemas", "section", "storage"),
     "stages": (
-        *("config", "storage", "prompts", "pairs", "diffusion", "information", "shapes", "language", "alignment"),
-        "report",
+        *("section", "config", "schemas", "storage", "run_folder", "prompts", "shard_plan", "pairs"),
+        *("diffusion", "information", "shapes", "language", "alignment", "report"),
     ),
 }
 WITH_RAY = ("stages",)

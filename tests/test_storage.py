@@ -5,15 +5,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import boto3
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 from moto.s3.responses import S3Response
 
-from mi_ray import storage
-from mi_ray.config import ConfigError, RunConfig
+from mi_ray import run_folder, storage
 from mi_ray.prompts import read_prompts
+from mi_ray.section import ConfigError
 
 TABLE = pa.table({"prompt": ["a", "b"], "score": pa.array([1.5, None], pa.float32())})
 
@@ -85,38 +83,38 @@ def test_of_many_who_create_a_file_one_wins(root):
 def test_two_drivers_at_a_shard_leave_one_part_and_one_receipt(root):
     folder = storage.join(root, "candidates")
     with ThreadPoolExecutor(4) as pool:
-        receipts = list(pool.map(lambda i: storage.commit(folder, "part-0.parquet", part(i), {"by": i}), range(4)))
+        receipts = list(pool.map(lambda i: run_folder.commit(folder, "part-0.parquet", part(i), {"by": i}), range(4)))
     assert all(receipt == receipts[0] for receipt in receipts)
-    assert storage.committed(folder, "part-0.parquet") == receipts[0]
+    assert run_folder.committed(folder, "part-0.parquet") == receipts[0]
     assert len(storage.read_tables(folder)) == 3
     before = storage.read_bytes(storage.join(folder, "part-0.parquet"))
-    storage.commit(folder, "part-0.parquet", part(9), {"by": 9})
+    run_folder.commit(folder, "part-0.parquet", part(9), {"by": 9})
     assert storage.read_bytes(storage.join(folder, "part-0.parquet")) == before
 
 
 def test_what_is_missing_is_what_has_no_receipt(root):
     folder = storage.join(root, "candidates")
     names = ["part-0.parquet", "part-1.parquet", "part-2.parquet"]
-    assert storage.missing_parts(folder, names) == names
-    storage.commit(folder, names[1], part(1.0), {"rows": 3})
-    assert storage.committed(folder, names[0]) is None
-    assert storage.missing_parts(folder, names) == [names[0], names[2]]
+    assert run_folder.missing_parts(folder, names) == names
+    run_folder.commit(folder, names[1], part(1.0), {"rows": 3})
+    assert run_folder.committed(folder, names[0]) is None
+    assert run_folder.missing_parts(folder, names) == [names[0], names[2]]
 
 
 def test_a_part_whose_receipt_a_kill_prevented_is_adopted(root):
     folder = storage.join(root, "candidates")
     names = ["part-0.parquet", "part-1.parquet"]
     storage.write_table(storage.join(folder, names[0]), part(1.0, errors=2))
-    assert storage.adopt_parts(folder, names) == [names[0]]
-    receipt = storage.committed(folder, names[0])
+    assert run_folder.adopt_parts(folder, names) == [names[0]]
+    receipt = run_folder.committed(folder, names[0])
     assert (receipt["rows"], receipt["errors"], receipt["adopted"]) == (3, 2, True)
-    assert storage.missing_parts(folder, names) == [names[1]]
+    assert run_folder.missing_parts(folder, names) == [names[1]]
 
 
 def test_a_receipt_speaks_of_the_part_that_is_there(root):
     folder = storage.join(root, "candidates")
     storage.write_table(storage.join(folder, "part-0.parquet"), part(1.0, errors=1))
-    assert storage.commit(folder, "part-0.parquet", part(2.0), {"rows": 3, "errors": 0})["errors"] == 1
+    assert run_folder.commit(folder, "part-0.parquet", part(2.0), {"rows": 3, "errors": 0})["errors"] == 1
 
 
 def test_a_put_that_the_store_carried_out_without_telling_is_ours(monkeypatch, root):
@@ -163,14 +161,14 @@ def test_a_store_that_lets_two_win_is_refused(monkeypatch, root):
 
     monkeypatch.setattr(storage, "create_bytes", heedless)
     with pytest.raises(OSError, match="If-None-Match"):
-        storage.check_writable(root)
+        run_folder.check_writable(root)
 
 
 def test_events_are_appended(root):
-    storage.check_writable(root)
+    run_folder.check_writable(root)
     storage.write_json(storage.join(root, "run.json"), {})
-    storage.log_event(root, "started", shards=3)
-    storage.log_event(root, "finished")
+    run_folder.log_event(root, "started", shards=3)
+    run_folder.log_event(root, "finished")
     lines = storage.read_bytes(storage.join(root, "events.jsonl")).decode().splitlines()
     events = [json.loads(line) for line in lines]
     assert [(e["event"], e.get("shards")) for e in events] == [("started", 3), ("finished", None)]
@@ -178,12 +176,12 @@ def test_events_are_appended(root):
 
 
 def test_shards_wait_for_the_next_event_on_an_object_store_and_none_is_lost(root):
-    storage.log_event(root, "started") if root.startswith("s3://") else storage.write_json(
+    run_folder.log_event(root, "started") if root.startswith("s3://") else storage.write_json(
         storage.join(root, "run.json"), {}
     )
     for index in range(3):
-        storage.log_event(root, "shard_written", index=index)
-    storage.log_event(root, "finished")
+        run_folder.log_event(root, "shard_written", index=index)
+    run_folder.log_event(root, "finished")
     events = storage.read_lines(storage.join(root, "events.jsonl"))
     assert [e.get("index") for e in events if e["event"] == "shard_written"] == [0, 1, 2]
     assert events[-1]["event"] == "finished"
@@ -219,7 +217,7 @@ def test_join(uri, joined):
 
 def test_a_line_that_a_kill_cut_short_costs_only_itself(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"event": "started"}\n{"event": "sha')
-    storage.log_event(str(tmp_path), "resumed")
+    run_folder.log_event(str(tmp_path), "resumed")
     events = storage.read_lines(str(tmp_path / "events.jsonl"))
     assert [e["event"] for e in events] == ["started", "resumed"]
 
@@ -260,7 +258,7 @@ def test_json_that_is_none_is_not_written(tmp_path):
 def test_unwritable_folders_are_told(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="file"):
-        storage.check_writable(str(tmp_path / "file" / "run"))
+        run_folder.check_writable(str(tmp_path / "file" / "run"))
 
 
 def test_an_equals_sign_in_a_folder_is_no_column(tmp_path):
@@ -269,65 +267,10 @@ def test_an_equals_sign_in_a_folder_is_no_column(tmp_path):
     assert storage.read_table(uri) == TABLE
 
 
-# ------------------------------------------------------------------------------------------ schemas
-SCHEMAS = {
-    "candidates": storage.candidates_schema(tuple(storage.SCORES)),
-    "selected": storage.SELECTED,
-    "evaluation": storage.evaluation_schema(),
-}
-
-
-@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS.keys())
-def test_every_column_says_what_it_is(schema):
-    for field in schema:
-        assert len(field.metadata[b"description"]) > 5, field.name
-        if field.name.startswith("score_"):
-            meaning = field.metadata[b"description"]
-            assert b"nats" in meaning or b"no weight" in meaning
-
-
-def test_descriptions_survive_the_file(tmp_path):
-    schema = SCHEMAS["candidates"]
-    uri = str(tmp_path / "part.parquet")
-    storage.write_table(uri, schema.empty_table())
-    assert [(f.name, f.metadata) for f in storage.read_table(uri).schema] == [(f.name, f.metadata) for f in schema]
-
-
-def test_every_configurable_score_has_a_column():
-    known = RunConfig.model_fields["score"].annotation.model_fields["names"].annotation
-    for name in known.__args__[0].__args__:
-        assert storage.score_columns((name,))[0].name == f"score_{name}"
-
-
-def test_candidates_open_in_pandas(tmp_path):
-    latents = np.arange(8, dtype=np.float16)
-    row = {
-        "prompt_id": "0123456789abcdef",
-        "prompt": "a cat",
-        "seed": 2**62,
-        "delta_sq": [0.5, 0.25],
-        "score_mitune": 1.5,
-        "kept": True,
-        "latents": latents,
-        "latents_shape": [2, 2, 2],
-        "image": {"bytes": b"\x89PNG", "path": None},
-    }
-    rows = [row, {"prompt": "a dog", "error": "out of memory"}]
-    storage.write_table(
-        str(tmp_path / "part.parquet"), pa.Table.from_pylist(rows, storage.candidates_schema(("mitune",)))
-    )
-    frame = pd.read_parquet(tmp_path / "part.parquet")
-    np.testing.assert_array_equal(frame["latents"][0].reshape(frame["latents_shape"][0]), latents.reshape(2, 2, 2))
-    assert frame["latents"][0].dtype == np.float16
-    assert frame["image"][0]["bytes"] == b"\x89PNG"
-    assert frame["score_mitune"][0] == 1.5
-    assert int(frame["seed"][0]) == 2**62
-    assert frame["error"].isna().tolist() == [True, False]
-
-
+# ------------------------------------------------------------------------------------------ full disk
 def write_on_a_full_disk(folder: str, wrapped: bool):
     try:
-        storage.commit(folder, "part.parquet", TABLE, {})
+        run_folder.commit(folder, "part.parquet", TABLE, {})
     except OSError as error:
         if wrapped:
             raise RuntimeError("an actor failed") from error
@@ -340,7 +283,7 @@ def test_a_full_disk_is_told_in_one_message(wrapped, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError) as told, storage.full_disk_told("runs/x"):
+    with pytest.raises(ConfigError) as told, run_folder.full_disk_told("runs/x"):
         write_on_a_full_disk(str(tmp_path), wrapped)
     (fault,) = told.value.faults
     assert fault.startswith("run_dir: the disk of 'runs/x' is full; make room")
@@ -348,5 +291,5 @@ def test_a_full_disk_is_told_in_one_message(wrapped, tmp_path, monkeypatch):
 
 
 def test_other_errors_are_not_taken_for_a_full_disk():
-    with pytest.raises(FileNotFoundError), storage.full_disk_told("runs/x"):
+    with pytest.raises(FileNotFoundError), run_folder.full_disk_told("runs/x"):
         storage.read_bytes("/nowhere/at/all")

@@ -1,26 +1,55 @@
 """Calibration of a model's scores: one small pool, probed over the whole range of noise, judged band by band."""
 
 from dataclasses import asdict
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 import yaml
+from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from mi_ray import storage
+from mi_ray import run_folder, storage
 from mi_ray.alignment.oracle import foreign_prompts
-from mi_ray.config import CalibrationConfig, ConfigError, ScoreConfig
+from mi_ray.config import ModelConfig, PromptsConfig, SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import Denoiser, check_model, load_denoiser
 from mi_ray.information.calibration import Band, judge_bands
 from mi_ray.information.pointwise import denoising_errors, draw_probes
 from mi_ray.prompts import read_prompts
+from mi_ray.section import ConfigError, Positive, Section, check_band
 from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, measured
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.work import Work
 
 PROMPTS_AT_A_TIME = 8
+
+
+class CalibrationConfig(Section):
+    """Find the band of log SNR in which a model's contrastive score ranks the candidates of a prompt best."""
+
+    prompts: PromptsConfig
+    model: ModelConfig = ModelConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    out: str = Field("calibration.yaml", min_length=1, description="file to write; the pipeline takes it by --config")
+    candidates_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="pool size")
+    neighbours: Positive = Field(6, description="other prompts of the file that each candidate is held against")
+    levels: Annotated[int, Field(ge=2)] = Field(16, description="steps of the grid of log SNR; each is probed twice")
+    log_snr_min: float = Field(-5.4, description="lower end of the range searched")
+    log_snr_max: float = Field(2.0, description="upper end")
+    alignment: Literal["oracle"] | None = Field(None, description="label the candidates too: shapes prompts only")
+    use_labels: bool = Field(False, description="choose the band by the labels instead of without them")
+    batch_size: Positive = Field(64, description="candidates in one denoiser batch")
+    threads: Positive = Field(2, description="CPU threads")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of candidates and probes")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        check_band(self.log_snr_min, self.log_snr_max)
+        if self.use_labels and not self.alignment:
+            raise ValueError("use_labels needs labels: set alignment, or leave it out")
+        return self
 
 
 def calibrate(config: CalibrationConfig, dry_run: bool = False):
@@ -37,7 +66,7 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     if dry_run:
         return
     try:
-        storage.check_writable(config.out.rpartition("/")[0] or ".")
+        run_folder.check_writable(config.out.rpartition("/")[0] or ".")
     except (OSError, ValueError) as error:
         raise ConfigError([f"out: {config.out!r} cannot be written ({error}); give another --out"]) from error
     errors, index, labels = _probed_pool(config, prompts["prompt"].to_pylist(), prompts["prompt_id"].to_pylist())

@@ -5,13 +5,13 @@ import time
 import numpy as np
 import torch
 
-from mi_ray import storage
+from mi_ray import schemas, storage
 from mi_ray.alignment.quality import latent_features
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.prompts import Shard, ShardPlan
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
+from mi_ray.shard_plan import Shard, ShardPlan
 from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, measured, specialise
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.shards import ShardWriter, run_stage
@@ -39,7 +39,7 @@ class Evaluator:
         self.sampler = Sampler(drawing, evaluation.sampler, batch_size, config.model.kernel)
         judged = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, judged, batch_size, config.seed, []) if evaluation.pmi else None
-        self.write = ShardWriter("evaluate", model, folder, storage.evaluation_schema(), config, token)
+        self.write = ShardWriter("evaluate", model, folder, schemas.evaluation_schema(), config, token)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         return self.write(batch, self._rows)

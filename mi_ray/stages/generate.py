@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mi_ray import storage
+from mi_ray import schemas, storage
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
-from mi_ray.prompts import Shard, ShardPlan
+from mi_ray.shard_plan import Shard, ShardPlan
 from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, measured, specialise
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.pruning import Halving, cut_scorer
@@ -46,7 +46,7 @@ class CandidateGenerator:
         each = config.generate.candidates_per_prompt
         self.cuts = config.prune.cuts(config.sampler.num_inference_steps, each)
         self.cut_scorer = cut_scorer(config, self.scorer, pool) if self.cuts else None
-        schema = storage.candidates_schema(config.score.names)
+        schema = schemas.candidates_schema(config.score.names)
         self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mi_ray import storage
-from mi_ray.config import ConfigError
+from mi_ray.section import ConfigError
 
 _held: dict[str, "Lease"] = {}  # by run folder: what this process holds
 BEATS = 4  # in the time of a lease

@@ -12,12 +12,14 @@ from itertools import islice
 import pyarrow as pa
 import ray
 
-from mi_ray import __version__, storage
+from mi_ray import __version__, run_folder, storage
 from mi_ray.alignment.oracle import foreign_prompts
-from mi_ray.config import ConfigError, RunConfig
+from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import check_model, load_tokenizer
-from mi_ray.prompts import Holdout, PromptReader, ShardPlan, write_prompts
+from mi_ray.prompts import PromptReader
 from mi_ray.report.page import alignment_table, write_report
+from mi_ray.section import ConfigError
+from mi_ray.shard_plan import Holdout, ShardPlan, write_prompts
 from mi_ray.stages.candidates import NEIGHBOUR_POOL
 from mi_ray.stages.evaluate import REFERENCE, evaluate
 from mi_ray.stages.finetune import check_targets, finetune, take_off_baseline
@@ -52,7 +54,7 @@ class Plan:
             with collecting(faults):
                 check_targets(config)
         with collecting(faults):
-            storage.check_run_dir(config.run_dir, config.results_config())
+            run_folder.check_run_dir(config.run_dir, config.results_config())
         token_count = tokenizer and (lambda prompt: len(tokenizer(prompt).input_ids))
         max_tokens = tokenizer and tokenizer.model_max_length
         self._folder = tempfile.TemporaryDirectory(prefix="mi_ray-")
@@ -176,7 +178,7 @@ def timed(config: RunConfig, stage: str):
     began = time.monotonic()
     yield
     confirm(config.run_dir)
-    storage.log_event(config.run_dir, "stage_finished", stage=stage, seconds=round(time.monotonic() - began, 3))
+    run_folder.log_event(config.run_dir, "stage_finished", stage=stage, seconds=round(time.monotonic() - began, 3))
 
 
 def open_run(plan: Plan):
@@ -187,13 +189,15 @@ def open_run(plan: Plan):
     content = {"config": config.results_config(), "config_hash": config.hash(), "versions": versions}
     content |= {"resources": config.resources.model_dump(mode="json")}
     storage.write_json(storage.join(config.run_dir, "run.json"), content)
-    storage.log_event(config.run_dir, "run_started", config_hash=config.hash())
+    run_folder.log_event(config.run_dir, "run_started", config_hash=config.hash())
     for stage, shards in (("train", plan.shards), ("evaluation", plan.evaluation_shards)):
         shards.store(storage.join(config.run_dir, "prompts", f"{stage}.parquet"))
         used, skipped = shards.prompts, plan.skipped_count(stage)
-        storage.log_event(config.run_dir, "prompts_read", stage=stage, read=used + skipped, used=used, skipped=skipped)
+        run_folder.log_event(
+            config.run_dir, "prompts_read", stage=stage, read=used + skipped, used=used, skipped=skipped
+        )
         for row in plan.skipped[stage]:
-            storage.log_event(config.run_dir, "prompt_skipped", **row)
+            run_folder.log_event(config.run_dir, "prompt_skipped", **row)
 
 
 def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
@@ -266,9 +270,9 @@ def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
             disk is full.
     """
     plan = Plan(config)
-    with storage.full_disk_told(config.run_dir), held(config.run_dir, config.resources.lease_s):
+    with run_folder.full_disk_told(config.run_dir), held(config.run_dir, config.resources.lease_s):
         # Again: who held the run until now may have begun another config.
-        storage.check_run_dir(config.run_dir, config.results_config())
+        run_folder.check_run_dir(config.run_dir, config.results_config())
         return _run(plan, until)
 
 
@@ -289,7 +293,7 @@ def _run(plan: Plan, until: str) -> str | None:
     for model, adapter in adapters.items():
         with timed(config, f"evaluate_{model}"):
             evaluate(config, plan.evaluation_shards, model, adapter)
-    storage.log_event(config.run_dir, "run_finished")
+    run_folder.log_event(config.run_dir, "run_finished")
     if until == "evaluate":
         return None
     report = write_report(config.run_dir, config)

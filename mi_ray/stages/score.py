@@ -14,14 +14,15 @@ import pyarrow as pa
 import ray
 from tqdm import tqdm
 
-from mi_ray import __version__, storage
-from mi_ray.config import ConfigError, ModelConfig
+from mi_ray import __version__, run_folder, schemas, storage
+from mi_ray.config import ModelConfig
 from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_tokenizer
 from mi_ray.information.maps import upsampled
 from mi_ray.language.negatives import negatives_by
 from mi_ray.pairs import Pair, PairShard, plan_pairs, read_pairs
 from mi_ray.report.attributions import attribution_png
 from mi_ray.report.audit import decimal, write_audit
+from mi_ray.section import ConfigError
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import encode_png
 from mi_ray.stages.machine import take_cpus
@@ -61,7 +62,7 @@ class PairActor:
             raise lease.Lost([f"{shard.name} is not committed: another driver took over {self.config.run_dir!r}"])
         facts = {"shard": shard.name, "rows": len(rows), "errors": sum(row["error"] is not None for row in rows)}
         facts |= {"score_evaluations": work.score_evaluations, "seconds": round(time.perf_counter() - began, 3)}
-        receipt = storage.commit(self.folder, shard.name, pa.Table.from_pylist(rows, schema=storage.SCORED), facts)
+        receipt = run_folder.commit(self.folder, shard.name, pa.Table.from_pylist(rows, schema=schemas.SCORED), facts)
         return {name: [receipt.get(name, value)] for name, value in facts.items()}
 
     def rows(self, shard: PairShard, work: Work) -> list[dict]:
@@ -81,7 +82,7 @@ class PairActor:
             yield [self._row(pair) for pair in chunk]
 
     def _row(self, pair: Pair) -> dict:
-        row = dict.fromkeys(storage.SCORED.names) | {"key": pair.key, "prompt": pair.prompt, "error": pair.error}
+        row = dict.fromkeys(schemas.SCORED.names) | {"key": pair.key, "prompt": pair.prompt, "error": pair.error}
         if row["error"] is None:
             try:
                 self._check_caption(pair.prompt)
@@ -170,7 +171,7 @@ def _checked(config: ScorePairsConfig):
 
 def _open_run(config: ScorePairsConfig):
     """Make the folder this run's, or see that it is."""
-    storage.check_run_dir(config.run_dir, config.results_config())
+    run_folder.check_run_dir(config.run_dir, config.results_config())
     uri = storage.join(config.run_dir, "run.json")
     versions = {"mi_ray": __version__, **{name: metadata.version(name) for name in PACKAGES}}
     storage.write_json(uri, {"config": config.results_config(), "config_hash": config.hash(), "versions": versions})
@@ -184,7 +185,7 @@ def score_pairs(config: ScorePairsConfig) -> str:
     """
     _checked(config)
     shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
-    with storage.full_disk_told(config.run_dir), lease.held(config.run_dir, config.resources.lease_s):
+    with run_folder.full_disk_told(config.run_dir), lease.held(config.run_dir, config.resources.lease_s):
         _open_run(config)
         return _score_missing(config, shards)
 
@@ -192,8 +193,8 @@ def score_pairs(config: ScorePairsConfig) -> str:
 def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
     folder = storage.join(config.run_dir, SCORES_FOLDER)
     names = [shard.name for shard in shards]
-    storage.adopt_parts(folder, names)
-    missing = set(storage.missing_parts(folder, names))
+    run_folder.adopt_parts(folder, names)
+    missing = set(run_folder.missing_parts(folder, names))
     todo = [shard for shard in shards if shard.name in missing]
     if todo:
         ray.init(logging_level="warning", ignore_reinit_error=True)
@@ -205,10 +206,10 @@ def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
         progress.update(len(shards) - len(todo))
         for done in stream(PairActor, actor, rows, config.resources) if todo else ():
             lease.confirm(config.run_dir)
-            storage.log_event(config.run_dir, "shard_written", stage="score", model=config.model, **done)
+            run_folder.log_event(config.run_dir, "shard_written", stage="score", model=config.model, **done)
             progress.update()
     lease.confirm(config.run_dir)
-    storage.write_json(storage.join(folder, storage.MANIFEST), {"parts": [{"name": name} for name in names]})
+    storage.write_json(storage.join(folder, run_folder.MANIFEST), {"parts": [{"name": name} for name in names]})
     page, summary = write_audit(config.run_dir, folder, names, config.results_config())
     print(
         f"{summary['scored']} pairs scored, {summary['errors']} not, {summary['contradicted']} contradict their caption"

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mi_ray import storage
-from mi_ray.config import ConfigError, RunConfig, SelectConfig
+from mi_ray import schemas, storage
+from mi_ray.config import RunConfig, SelectConfig
+from mi_ray.section import ConfigError
 
 
 def ranks(columns: dict[str, list], by: str, seed: int) -> list[int]:
@@ -107,7 +108,7 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
     parts = [storage.join(candidates, name) for name in storage.list_names(candidates) if name.endswith(".parquet")]
     each = _kept_per_prompt(parts, config, by) if config.select.balance else None
     prompts = total = 0
-    with storage.table_writer(destination, storage.SELECTED) as writer:
+    with storage.table_writer(destination, schemas.SELECTED) as writer:
         for part in parts:
             rows, ids = _kept_of_part(part, config, by)
             if not len(rows):
@@ -116,10 +117,10 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
             prompts, total = prompts + len(counts), total + len(rows)
             # A prompt's rows share the same weight; one on average over the table.
             weights = np.ones(len(rows)) if each is None else each / counts[of]
-            columns = [name for name in storage.SELECTED.names if name != "weight"]
+            columns = [name for name in schemas.SELECTED.names if name != "weight"]
             table = storage.read_table(part, columns).take(rows)
             table = table.append_column("weight", pa.array(weights.astype(np.float32)))
-            writer.write_table(table.select(storage.SELECTED.names).cast(storage.SELECTED))
+            writer.write_table(table.select(schemas.SELECTED.names).cast(schemas.SELECTED))
         if not total:
             raise ConfigError([f"select.min_score: no candidate reaches {config.select.min_score} by {by}; lower it"])
     return {"prompts": prompts, "kept": total}

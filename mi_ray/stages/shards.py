@@ -14,9 +14,9 @@ import ray
 from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
-from mi_ray import storage
+from mi_ray import run_folder, storage
 from mi_ray.config import ResourcesConfig, RunConfig
-from mi_ray.prompts import Shard, ShardPlan, read_shard
+from mi_ray.shard_plan import Shard, ShardPlan, read_shard
 from mi_ray.stages import lease
 from mi_ray.stages.metrics import StageMetrics
 from mi_ray.stages.work import Work
@@ -54,7 +54,7 @@ class ShardWriter:
     def __call__(self, batch: dict[str, np.ndarray], make_rows: Rows) -> dict[str, list]:
         """Take a Ray Data batch of one `ShardPlan.row`; the shard's receipt is the row that comes out."""
         (row,) = rows_of(batch)
-        receipt = storage.committed(self.folder, row["name"]) or self._make(self._shard(row), make_rows)
+        receipt = run_folder.committed(self.folder, row["name"]) or self._make(self._shard(row), make_rows)
         facts = FACTS | {"index": row["index"], "shard": row["name"]}
         return {name: [receipt.get(name, fact)] for name, fact in facts.items()}
 
@@ -85,7 +85,7 @@ class ShardWriter:
             **{f"{name}_seconds": work.seconds.get(name, 0.0) for name in ("sample", "score", "decode")},
         }
         where = {"host": platform.node(), "pid": os.getpid(), "token": self.token}
-        receipt = storage.commit(self.folder, shard.name, table, mine | where)
+        receipt = run_folder.commit(self.folder, shard.name, table, mine | where)
         self.metrics.committed(mine, rows)
         return receipt
 
@@ -170,23 +170,23 @@ def run_stage(
     stage: str, model: str, actor: type, constructor: dict, shards: ShardPlan, folder: str, config: RunConfig
 ) -> dict:
     """Write the missing parts of a folder, with progress and events, then its manifest. Returns the manifest."""
-    manifest_uri = storage.join(folder, storage.MANIFEST)
+    manifest_uri = storage.join(folder, run_folder.MANIFEST)
     if storage.exists(manifest_uri):
         return storage.read_json(manifest_uri)
     names = [shards.name(index) for index in range(len(shards))]
-    storage.adopt_parts(folder, names)
-    missing = set(storage.missing_parts(folder, names))
+    run_folder.adopt_parts(folder, names)
+    missing = set(run_folder.missing_parts(folder, names))
     todo = [index for index, name in enumerate(names) if name in missing]
     what = {"stage": stage, "model": model, "folder": storage.relative(folder, config.run_dir)}
     logged = {event["shard"] for event in _written_of(config.run_dir, what["folder"])}
     for index, name in enumerate(names):  # committed, but the event was lost with an earlier driver
         if name not in missing and name not in logged:
-            receipt = storage.committed(folder, name)
+            receipt = run_folder.committed(folder, name)
             facts = FACTS | {"index": index, "shard": name, "time": receipt["time"]}
             facts = {key: receipt.get(key, fact) for key, fact in facts.items()}
-            storage.log_event(config.run_dir, "shard_written", **what, **facts)
+            run_folder.log_event(config.run_dir, "shard_written", **what, **facts)
     plan = {"shards": len(shards), "missing": len(todo), "prompts": shards.prompts}
-    storage.log_event(config.run_dir, "shards_planned", **what, **plan)
+    run_folder.log_event(config.run_dir, "shards_planned", **what, **plan)
     del names, missing, logged
     constructor = constructor | {"token": lease.current_token(config.run_dir)}
     with tqdm(total=shards.prompts, desc=f"{stage} {model}", unit="prompt", mininterval=2, dynamic_ncols=True) as bar:
@@ -194,7 +194,7 @@ def run_stage(
         rows = [shards.row(index) for index in todo]
         for done in stream(actor, constructor, rows, config.resources) if rows else ():
             lease.confirm(config.run_dir)
-            storage.log_event(config.run_dir, "shard_written", **what, **done)
+            run_folder.log_event(config.run_dir, "shard_written", **what, **done)
             bar.update(shards.size(done["index"]))
     lease.confirm(config.run_dir)
     manifest = {"shards": len(shards), "prompts": shards.prompts}

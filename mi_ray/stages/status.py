@@ -6,8 +6,9 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
-from mi_ray import storage
-from mi_ray.config import ConfigError, RunConfig
+from mi_ray import run_folder, storage
+from mi_ray.config import RunConfig
+from mi_ray.section import ConfigError
 from mi_ray.stages.evaluate import REFERENCE
 from mi_ray.stages.finetune import SUMMARY
 from mi_ray.stages.lease import latest
@@ -79,10 +80,10 @@ def _pace(times: list[float]) -> float | None:
 
 
 def _shards(folder: str, stage: str, model: str, planned: int | None, events: _Events, run_dir: str):
-    names = storage.list_names(storage.join(folder, storage.COMMITS))
+    names = storage.list_names(storage.join(folder, run_folder.COMMITS))
     done = sum(name.endswith(".json") for name in names)
     here = storage.relative(folder, run_dir)
-    if storage.exists(storage.join(folder, storage.MANIFEST)):
+    if storage.exists(storage.join(folder, run_folder.MANIFEST)):
         planned = done
     left = None if planned is None else max(0, planned - done)
     pace = _pace(events.times[here])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pyarrow.fs import LocalFileSystem
 
-from mi_ray.config import ConfigError
+from mi_ray.section import ConfigError
 from mi_ray.storage import filesystem, join, write_bytes
 
 PROGRESS_SECONDS = 5

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,8 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 
-from mi_ray import storage
-from mi_ray.config import ConfigError, RunConfig
+from mi_ray import schemas, storage
+from mi_ray.config import RunConfig
 from mi_ray.diffusion.adapters import (
     DenoisingLoss,
     adapter_state,
@@ -31,6 +30,7 @@ from mi_ray.diffusion.adapters import (
     save_weighted_sum,
 )
 from mi_ray.diffusion.schedules import NoiseSchedule, epsilon_from, prediction_from, x0_from_epsilon
+from mi_ray.section import ConfigError
 from mi_ray.stages import finetune as stage
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -183,36 +183,6 @@ def test_clipping_clips_what_the_optimiser_sees_and_accumulation_is_a_mean():
     assert moved.item() == pytest.approx(0.5, rel=1e-3)  # SGD with rate 1 moves by the gradient
 
 
-# ---------------------------------------------------------------------------------------------- data
-@pytest.mark.parametrize(("count", "batch_size", "accumulation"), [(7, 2, 6), (12, 3, 2), (2, 5, 2)])
-def test_every_epoch_holds_each_sample_once(count, batch_size, accumulation):
-    microbatches = range(count * accumulation)  # a whole number of epochs
-    drawn = torch.cat([stage.sample_indices(5, m, batch_size, count) for m in microbatches]).view(-1, count)
-    assert all(Counter(epoch) == Counter(range(count)) for epoch in drawn.tolist())
-    assert count < 5 or not torch.equal(drawn[0], drawn[1])
-
-
-def test_prompt_dropout_takes_the_null_prompt_and_weights_follow_their_samples():
-    count = 20
-    data = stage.TrainingSet(
-        latents=torch.arange(count).float().view(-1, 1, 1, 1),
-        weights=torch.arange(count) / 10,
-        prompts=torch.arange(count),
-        embeddings=torch.arange(count + 1).float().view(-1, 1, 1),
-    )
-    batches = [stage.draw_microbatch(data, 0, m, 50, range(1000), 0.3) for m in range(40)]
-    latents, noise, timesteps, embeddings, weights = (
-        torch.cat(parts).flatten() for parts in zip(*batches, strict=True)
-    )
-    dropped = embeddings == count
-    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.05)  # 2000 draws: 5 standard errors
-    assert torch.equal(embeddings[~dropped], latents[~dropped])
-    assert torch.equal(weights, latents / 10)
-    assert noise.std().item() == pytest.approx(1, abs=0.1)
-    assert timesteps.min() < 20
-    assert timesteps.max() > 980
-
-
 # ---------------------------------------------------------------------------------------------- with Ray
 @pytest.fixture
 def selected(tmp_path):
@@ -227,7 +197,7 @@ def selected(tmp_path):
         "weight": [1.0, 1.0, 0.5, 2.0, 1.0],
     }
     path = str(tmp_path / "selected.parquet")
-    storage.write_table(path, pa.table(rows, schema=storage.SELECTED))
+    storage.write_table(path, pa.table(rows, schema=schemas.SELECTED))
     return path
 
 
@@ -254,14 +224,6 @@ def test_learning_rate_rises_and_falls():
     assert rates[2] == 1e-2
     assert rates[4] == pytest.approx(0.5e-2)
     assert rates[6] == pytest.approx(0)
-
-
-def test_only_timesteps_up_to_a_log_snr_are_trained():
-    log_snr = torch.tensor([3.0, 1.0, 0.0, -4.0])
-    assert stage.trained_timesteps(log_snr, None) == range(4)
-    assert stage.trained_timesteps(log_snr, 0.0) == range(2, 4)
-    with pytest.raises(ConfigError, match=r"finetune.log_snr_max: -5.0 is below"):
-        stage.trained_timesteps(log_snr, -5.0)
 
 
 def in_process(config: RunConfig, selected: str, destination, previous: str | None = None) -> dict:

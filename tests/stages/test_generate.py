@@ -13,7 +13,8 @@ from mi_ray import storage
 from mi_ray.config import TRAJECTORY_SCORES, RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.prompts import PROMPTS as PROMPTS_SCHEMA
-from mi_ray.prompts import Shard, prompt_id, write_prompts
+from mi_ray.prompts import prompt_id
+from mi_ray.shard_plan import Shard, write_prompts
 from mi_ray.stages import candidates
 from mi_ray.stages.candidates import Sampler
 from mi_ray.stages.generate import CandidateGenerator

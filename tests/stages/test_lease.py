@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mi_ray import storage
-from mi_ray.config import ConfigError
+from mi_ray.section import ConfigError
 from mi_ray.stages import lease
 
 

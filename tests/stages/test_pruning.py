@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from mi_ray.config import PruneConfig, RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.prompts import Shard, prompt_id
+from mi_ray.prompts import prompt_id
+from mi_ray.shard_plan import Shard
 from mi_ray.stages.candidates import Sampler, Scorer, even_batches
 from mi_ray.stages.generate import CandidateGenerator
 from mi_ray.stages.preflight import evaluations

@@ -10,7 +10,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from mi_ray import storage
+from mi_ray import run_folder, storage
 from mi_ray.stages.status import run_status
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def start(run_dir: str, log) -> subprocess.Popen:
 
 
 def receipts(run_dir: str) -> dict[str, bytes]:
-    folder = storage.join(run_dir, "round-0", "candidates", storage.COMMITS)
+    folder = storage.join(run_dir, "round-0", "candidates", run_folder.COMMITS)
     return {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_names(folder)}
 
 

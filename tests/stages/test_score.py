@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from mi_ray import storage
+from mi_ray import schemas, storage
 from mi_ray.command_line import load_config
-from mi_ray.config import ConfigError, ScoreConfig
+from mi_ray.config import ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.information import pointwise
@@ -29,6 +29,7 @@ from mi_ray.language.negatives import chosen
 from mi_ray.language.shapes import negatives
 from mi_ray.pairs import Columns, plan_pairs, read_pairs
 from mi_ray.report.audit import write_audit
+from mi_ray.section import ConfigError
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
 from mi_ray.stages.candidates import Scorer, draw_probes_of
@@ -389,11 +390,11 @@ def test_the_page_escapes_captions_and_holds_everything_itself(scored):
 
 
 def test_a_hostile_caption_is_shown_as_text(tiny_pipeline, tmp_path):
-    row = dict.fromkeys(storage.SCORED.names) | {"key": "<b>key</b>", "prompt": HOSTILE, "score_pmi": 1.0, "words": []}
+    row = dict.fromkeys(schemas.SCORED.names) | {"key": "<b>key</b>", "prompt": HOSTILE, "score_pmi": 1.0, "words": []}
     row |= {"contradicted": "<i>red</i>", "instead": "<u>blue</u>", "instead_posterior": 0.9, "posterior": 0.1}
     row |= {"score_pmi_negatives": -2.0, "score_margin": -1.5, "contradicted_attribute": "<em>"}
-    bad = dict.fromkeys(storage.SCORED.names) | {"key": "k", "error": "<img src=x>"}
-    storage.write_table(str(tmp_path / "scores" / "a.parquet"), pa.Table.from_pylist([row, bad], storage.SCORED))
+    bad = dict.fromkeys(schemas.SCORED.names) | {"key": "k", "error": "<img src=x>"}
+    storage.write_table(str(tmp_path / "scores" / "a.parquet"), pa.Table.from_pylist([row, bad], schemas.SCORED))
     config = config_of(tiny_pipeline, "-", tmp_path).results_config()
     uri, _ = write_audit(str(tmp_path), str(tmp_path / "scores"), ["a.parquet"], config)
     page = Path(uri).read_text()

@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mi_ray import storage
-from mi_ray.config import ConfigError, RunConfig, SelectConfig
+from mi_ray import schemas, storage
+from mi_ray.config import RunConfig, SelectConfig
+from mi_ray.section import ConfigError
 from mi_ray.stages.select import keeps, ranks, select
 
 COLUMNS = {
@@ -52,7 +53,7 @@ def test_a_lowest_score_holds_for_scores_and_not_for_controls(by, min_score, kep
 
 @pytest.mark.parametrize("by", ["pmi", "random"])
 def test_select_writes_the_kept_of_every_prompt_and_no_error_rows(tmp_path, by):
-    schema = storage.candidates_schema(("pmi",))
+    schema = schemas.candidates_schema(("pmi",))
     blank = dict.fromkeys(schema.names)
     rows = [
         blank
@@ -86,7 +87,7 @@ def test_select_writes_the_kept_of_every_prompt_and_no_error_rows(tmp_path, by):
 
 
 def test_nothing_good_enough_is_said(tmp_path):
-    schema = storage.candidates_schema(("pmi",))
+    schema = schemas.candidates_schema(("pmi",))
     row = dict.fromkeys(schema.names) | {"prompt_id": "p", "prompt": "a", "candidate_index": 0, "score_pmi": 0.5}
     storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist([row], schema=schema))
     config = RunConfig.model_validate(
@@ -102,7 +103,7 @@ def test_nothing_good_enough_is_said(tmp_path):
 
 
 def test_a_prompt_with_few_kept_weighs_as_much_as_one_with_many(tmp_path):
-    schema = storage.candidates_schema(("pmi",))
+    schema = schemas.candidates_schema(("pmi",))
     blank = dict.fromkeys(schema.names) | {"prompt": "a", "latents": [0.0], "latents_shape": [1]}
     rows = [
         blank | {"prompt_id": prompt, "candidate_index": i, "score_pmi": score}

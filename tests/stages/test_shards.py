@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mi_ray import storage
+from mi_ray import run_folder, schemas, storage
 from mi_ray.config import RunConfig
-from mi_ray.prompts import PROMPTS, ShardPlan, prompt_id, write_prompts
+from mi_ray.prompts import PROMPTS, prompt_id
+from mi_ray.shard_plan import ShardPlan, write_prompts
 from mi_ray.stages import shards
 from mi_ray.stages.shards import ShardWriter, rows_of, run_stage
 
@@ -21,7 +22,7 @@ class Writer:
     made: ClassVar[list[int]] = []
 
     def __init__(self, config: dict, folder: str, token: int | None = None):
-        schema = storage.candidates_schema(("mitune",))
+        schema = schemas.candidates_schema(("mitune",))
         self.empty = dict.fromkeys(schema.names)
         self.write = ShardWriter("generate", "round 0", folder, schema, RunConfig.model_validate(config), token)
 
@@ -74,9 +75,9 @@ def test_every_prompt_of_the_plan_is_written_once(stage, tmp_path):
 def test_what_is_missing_is_made_again_and_a_lost_event_comes_back(stage, tmp_path):
     stage()
     folder = tmp_path / "candidates"
-    (folder / storage.MANIFEST).unlink()
+    (folder / run_folder.MANIFEST).unlink()
     lost = sorted(folder.glob("part-*"))[1]
-    (folder / storage.COMMITS / f"{lost.name}.json").unlink()
+    (folder / run_folder.COMMITS / f"{lost.name}.json").unlink()
     lost.unlink()
     lines = (tmp_path / "events.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "events.jsonl").write_text("".join(line for line in lines if '"index": 2' not in line))

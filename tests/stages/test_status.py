@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mi_ray import storage
-from mi_ray.config import ConfigError, RunConfig
+from mi_ray import run_folder, storage
+from mi_ray.config import RunConfig
+from mi_ray.section import ConfigError
 from mi_ray.stages import lease
 from mi_ray.stages.status import _pace, run_status, status_text
 
@@ -32,16 +33,16 @@ def run_dir(tmp_path) -> str:
     storage.write_json(storage.join(uri, "run.json"), {"config": config.results_config(), "config_hash": config.hash()})
     candidates = storage.join(uri, "round-0", "candidates")
     for session in range(2):
-        storage.log_event(uri, "run_started", time=100.0 + 1000 * session)
-        storage.log_event(uri, "prompts_read", stage="train", used=9, skipped=1, read=10)
-        storage.log_event(uri, "prompts_read", stage="evaluation", used=3, skipped=1, read=4)
-        storage.log_event(uri, "prompt_skipped", prompt="too long", stage="prompts", message="99 tokens")
-        storage.log_event(uri, "prompt_skipped", prompt="", stage="prompts", message="7 more: not UTF-8", count=7)
+        run_folder.log_event(uri, "run_started", time=100.0 + 1000 * session)
+        run_folder.log_event(uri, "prompts_read", stage="train", used=9, skipped=1, read=10)
+        run_folder.log_event(uri, "prompts_read", stage="evaluation", used=3, skipped=1, read=4)
+        run_folder.log_event(uri, "prompt_skipped", prompt="too long", stage="prompts", message="99 tokens")
+        run_folder.log_event(uri, "prompt_skipped", prompt="", stage="prompts", message="7 more: not UTF-8", count=7)
     for index, moment in enumerate((110.0, 120.0, 1130.0)):
         name = f"part-{index}.parquet"
-        storage.create_bytes(storage.join(candidates, storage.COMMITS, f"{name}.json"), b"{}")
+        storage.create_bytes(storage.join(candidates, run_folder.COMMITS, f"{name}.json"), b"{}")
         facts = {"stage": "generate", "model": "round 0", "folder": "round-0/candidates", "shard": name, **FACTS}
-        storage.log_event(uri, "shard_written", time=moment, errors=int(index == 1), **facts)
+        run_folder.log_event(uri, "shard_written", time=moment, errors=int(index == 1), **facts)
     return uri
 
 
@@ -78,8 +79,10 @@ def test_stages_that_have_not_begun_are_estimated_by_their_evaluations(run_dir):
 def test_what_is_whole_is_done(run_dir):
     folder = storage.join(run_dir, "round-0")
     for index in range(3, 5):
-        storage.create_bytes(storage.join(folder, "candidates", storage.COMMITS, f"part-{index}.parquet.json"), b"{}")
-    storage.write_json(storage.join(folder, "candidates", storage.MANIFEST), {})
+        storage.create_bytes(
+            storage.join(folder, "candidates", run_folder.COMMITS, f"part-{index}.parquet.json"), b"{}"
+        )
+    storage.write_json(storage.join(folder, "candidates", run_folder.MANIFEST), {})
     storage.write_bytes(storage.join(folder, "selected.parquet"), b"")
     storage.write_json(storage.join(folder, "adapter", "summary.json"), {})
     stages = by_name(run_status(run_dir))
