@@ -170,7 +170,11 @@ class UNetDenoiser:
 
 # ---------------------------------------------------------------------------------------------- loading
 def load_denoiser(
-    path: str, dtype: str = "auto", device: str = "auto", adapter: str | Path | None = None
+    path: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    adapter: str | Path | None = None,
+    beside: UNetDenoiser | None = None,
 ) -> UNetDenoiser:
     """Load a model, and merge an adapter into it so that inference pays nothing for it.
 
@@ -179,6 +183,7 @@ def load_denoiser(
         dtype: of the denoiser: "float32", "float16", "bfloat16"; "auto": float16 on a GPU, float32 without.
         device: as torch names it; "auto": a GPU if there is one.
         adapter: local folder with adapter_config.json and adapter_model.safetensors of PEFT, for the UNet.
+        beside: the same model, loaded already: all but the UNet is shared with it.
 
     Raises:
         ValueError: with a line for each thing that is wrong with the model or the adapter.
@@ -191,11 +196,17 @@ def load_denoiser(
     if adapter is not None:
         check_adapter(adapter)
         unet = PeftModel.from_pretrained(unet.float(), str(adapter), torch_device="cpu").merge_and_unload()
+    if beside is not None:
+        text_encoder, tokenizer, vae = beside.text_encoder, beside.tokenizer, beside.vae
+    else:
+        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
     return UNetDenoiser(
         unet=unet,
-        text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True),
-        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-        vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        vae=vae,
         schedule=NoiseSchedule.from_config(_read_json(folder / "scheduler" / _CONFIGS["scheduler"])),
         dtype=getattr(torch, dtype),
         device=chosen,

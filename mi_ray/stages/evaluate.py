@@ -31,9 +31,10 @@ class Evaluator:
         take_cpus(config.resources.cpus_per_actor)
         self.config, self.model = config, model
         evaluation, batch_size = config.evaluation, config.resources.batch_size
-        self.base = load_denoiser(config.model.path, config.model.dtype)
-        adapter = adapter and storage.local_folder(adapter)
-        drawing = load_denoiser(config.model.path, config.model.dtype, adapter=adapter) if adapter else self.base
+        self.base = drawing = load_denoiser(config.model.path, config.model.dtype)
+        if adapter:
+            merged = storage.local_folder(adapter)
+            drawing = load_denoiser(config.model.path, config.model.dtype, adapter=merged, beside=self.base)
         for denoiser in {id(d): d for d in (self.base, drawing)}.values():
             specialise(denoiser, config.model, batch_size)
         self.sampler = Sampler(drawing, evaluation.sampler, batch_size, config.model.kernel)

@@ -332,10 +332,10 @@ def train_denoiser(settings: dict):
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             checkpoints.save(step + 1, {"loss": float(running)})
     if context.get_world_rank() == 0:
-        save_pipeline(folder, average.module, vae, tokenizer)
+        save_pipeline(folder, average.module, tokenizer)
 
 
-def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, vae: AutoencoderKL, tokenizer):
+def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, tokenizer):
     """Write `folder`/model, the ordinary diffusers folder; the two large parts in half precision on disk.
 
     The text encoder stays in single precision: transformers loads a model in the precision of its file, diffusers in

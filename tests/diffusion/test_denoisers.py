@@ -114,6 +114,17 @@ def test_a_merged_adapter_equals_the_unmerged_model(tiny_pipeline, tmp_path, den
     assert not any("lora" in name for name, _ in tuned.unet.named_modules())
 
 
+def test_a_second_one_beside_the_first_shares_all_but_the_unet(tiny_pipeline, denoiser):
+    second = load_denoiser(str(tiny_pipeline), device="cpu", beside=denoiser)
+    assert second.unet is not denoiser.unet
+    assert (second.text_encoder, second.tokenizer, second.vae) == (
+        denoiser.text_encoder,
+        denoiser.tokenizer,
+        denoiser.vae,
+    )
+    assert torch.equal(second.predict(*_inputs(second)), denoiser.predict(*_inputs(denoiser)))
+
+
 def test_a_folder_without_adapter_is_refused(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         load_denoiser(str(tiny_pipeline), device="cpu", adapter=tmp_path)
