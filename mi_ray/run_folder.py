@@ -20,9 +20,14 @@ from mi_ray.section import ConfigError, flatten
 def check_writable(uri: str):
     """Write and delete a small file, and see that the store keeps a second writer from it.
 
+    A folder on a disk that does not exist yet is not made: what would hold it is tried.
+
     Raises:
         OSError: the folder cannot be made or written to, or two drivers could both win there.
     """
+    if "://" not in uri:
+        folder = Path(uri).absolute()
+        uri = str(next(there for there in (folder, *folder.parents) if there.exists()))
     probe = storage.join(uri, f".probe-{uuid.uuid4().hex}")
     first, second = storage.create_bytes(probe, b"1"), storage.create_bytes(probe, b"2")
     storage.delete(probe)

@@ -261,6 +261,11 @@ def test_unwritable_folders_are_told(tmp_path):
         run_folder.check_writable(str(tmp_path / "file" / "run"))
 
 
+def test_a_folder_that_is_only_looked_at_is_not_made(tmp_path):
+    run_folder.check_writable(str(tmp_path / "runs" / "new"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_equals_sign_in_a_folder_is_no_column(tmp_path):
     uri = storage.join(str(tmp_path), "lr=1", "part.parquet")
     storage.write_table(uri, TABLE)
