@@ -11,7 +11,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -145,7 +145,7 @@ def _parquet_sources(uri: str, size: int, pairs_per_shard: int, columns: Columns
     place = {"kind": "parquet", "uri": uri, "size": size}
     try:
         with _parquet(uri) as file:
-            columns.find(file.schema_arrow.names)
+            storage.check_plain(file.schema_arrow, [*columns.find(file.schema_arrow.names)])
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     except (OSError, ValueError, pa.ArrowException) as error:
         yield place | {"error": _reason(error)}
@@ -189,9 +189,19 @@ def read_pairs(shard: PairShard, columns: Columns) -> Iterator[Pair]:
         return
     readers = {"parquet": _parquet_pairs, "jsonl": _line_pairs, "folder": _folder_pairs, "tar": _tar_pairs}
     try:
-        yield from readers[place["kind"]](place, columns)
+        yield from map(_storable, readers[place["kind"]](place, columns))
     except (OSError, EOFError, ValueError, tarfile.TarError, pa.ArrowException) as error:
         yield Pair(place["uri"], error=f"the rest cannot be read: {_reason(error)}")
+
+
+def _storable(pair: Pair) -> Pair:
+    """The pair in text that UTF-8 can say: file names need not be text, and JSON can say half a surrogate pair."""
+    key, prompt, error = (
+        text and text.encode(errors="backslashreplace").decode() for text in (pair.key, pair.prompt, pair.error)
+    )
+    if prompt != pair.prompt and error is None:
+        error = "the caption is no text: it holds half a surrogate pair"
+    return replace(pair, key=key, prompt=prompt, error=error)
 
 
 def _reason(error: Exception) -> str:
@@ -223,6 +233,7 @@ def _parquet_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
     uri, row = place["uri"], place["first"]
     with _parquet(uri) as file:
         image, caption = columns.find(file.schema_arrow.names)
+        storage.check_plain(file.schema_arrow, [image, caption])
         batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=place["row_groups"], columns=[image, caption])
         for batch in batches:
             for fields in batch.to_pylist():

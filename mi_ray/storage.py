@@ -173,7 +173,29 @@ def write_table(uri: str, table: pa.Table):
 
 def _read_parquet(system: pafs.FileSystem, path: str, columns: list[str] | None) -> pa.Table:
     # No partitioning: a folder named lr=1e-4 on the way to the file is no column.
-    return _patiently(lambda: pq.read_table(path, columns=columns, filesystem=system, partitioning=None))
+    table = _patiently(lambda: pq.read_table(path, columns=columns, filesystem=system, partitioning=None))
+    check_plain(table.schema, table.schema.names)
+    return table
+
+
+def check_plain(schema: pa.Schema, columns: list[str]):
+    """See that some columns are of Arrow's own types: an extension type's values are what some library makes of them,
+    and Ray's unpickles them, which lets a file run code.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in columns:
+        if _is_extended(schema.field(name).type):
+            kind = schema.field(name).type
+            raise ValueError(
+                f"column {name!r} is of the type {kind}, whose values may be code; write it as a plain one"
+            )
+
+
+def _is_extended(kind: pa.DataType) -> bool:
+    inner = [kind.value_type] if pa.types.is_dictionary(kind) else [kind.field(i).type for i in range(kind.num_fields)]
+    return isinstance(kind, pa.BaseExtensionType) or any(map(_is_extended, inner))
 
 
 def read_tables(folder: str, columns: list[str] | None = None) -> pa.Table:
@@ -227,6 +249,7 @@ class ParquetRows:
 
     def read(self, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
         """Rows start to stop, as many of them as there are."""
+        check_plain(self.schema, columns or self.schema.names)
         first, last = np.searchsorted(self._ends, [start, max(start, stop - 1)], side="right")
         groups = list(range(first, min(last + 1, len(self._ends))))
         begins = 0 if first == 0 else int(self._ends[first - 1])
@@ -237,6 +260,7 @@ class ParquetRows:
         """All rows in order, at most `size` at a time."""
         # A reader holds on to what it has read, so each one reads some of the groups.
         groups = range(len(self._ends))
+        check_plain(self.schema, columns or self.schema.names)
         for _, some in groupby(groups, lambda group: int(self._ends[group] - 1) // size):
             yield from self._file.iter_batches(size, list(some), columns)
 

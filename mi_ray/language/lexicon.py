@@ -95,3 +95,8 @@ when front top bottom wearing holding sitting standing riding
 """
 DETERMINERS = frozenset(_DETERMINERS.split())
 BOUNDARIES = frozenset(_BOUNDARIES.split())  # words that end a noun phrase
+
+# Verbs of which it does not matter who does it to whom.
+MUTUAL = frozenset(
+    ("facing", "meeting", "touching", "kissing", "hugging", "fighting", "adjoining", "resembling", "including")
+)

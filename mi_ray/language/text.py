@@ -3,18 +3,20 @@
 Noun phrases come from regular expressions, or from spaCy if it and one of its models are installed. Neither knows what
 the words mean: an alternative is a word of the same list (`lexicon`), and a prompt without any known word, number,
 relation or second noun phrase has no negatives. On the embedded world's prompts `shapes` is exact and comes first.
+Two noun phrases change places about a verb in -ing as about a relation, and one of two joined by `and` may be missing.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from mi_ray.language.lexicon import (
     ATTRIBUTES,
     BOUNDARIES,
     CONTRARIES,
     DETERMINERS,
+    MUTUAL,
     NUMBERS,
     RELATIONS,
     SYNONYMS,
@@ -23,6 +25,7 @@ from mi_ray.language.negatives import Negative, shuffled
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _RELATION = re.compile(r"\b(?:" + "|".join(RELATIONS).replace(" ", r"\s+") + r")\b", re.IGNORECASE)
+_AND = re.compile(r",?\s+and\s+(?:[a-z]+\s+)?", re.IGNORECASE)
 _MAX_MODIFIERS = 4
 
 
@@ -49,7 +52,7 @@ def plain_phrases(prompt: str) -> list[Phrase]:
     while index < len(words):
         opener = words[index].group().lower()
         index += 1
-        if opener not in DETERMINERS and opener not in NUMBERS and not opener.isdigit():
+        if not _is_opener(opener):
             continue
         end = index
         while end < len(words) and end - index <= _MAX_MODIFIERS:
@@ -112,7 +115,8 @@ def negatives(prompt: str, find_phrases: FindPhrases = plain_phrases) -> list[Ne
 def _meaning(prompt: str, phrases: list[Phrase]) -> tuple:
     """The same where two noun phrases have changed places that no relation tells apart."""
     text = " ".join(prompt.lower().split())
-    if _RELATION.search(text) or any(len(_WORD.findall(gap)) > 1 for gap in _gaps(prompt, phrases)[1:-1]):
+    gaps = _gaps(prompt, phrases)[1:-1]
+    if _RELATION.search(text) or any(len(_WORD.findall(gap)) > 1 or _is_deed(gap) for gap in gaps):
         return (text,)
     named = sorted(prompt[p.start : p.end].lower() for p in phrases)
     return (*named, *(" ".join(_without_articles(gap)) for gap in _gaps(prompt, phrases)))
@@ -161,23 +165,48 @@ def _changes(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
         said = " ".join(match.group().lower().split())
         yield "relation flip", "relation", said, RELATIONS[said], [(*match.span(), _cased(RELATIONS[said], said))]
     yield from _object_swaps(prompt, phrases, related)
+    yield from _omissions(prompt, phrases)
     yield from _replacements(prompt, attributes)
     for (start, end, word), (_, _, after) in zip(words, [*words[1:], (0, 0, "of")], strict=False):
         yield from _counts(start, end, word, after)
 
 
 def _object_swaps(prompt: str, phrases: list[Phrase], related: list[re.Match]) -> Iterator[_Change]:
-    """Heads change places under their attributes; without attributes, two phrases about a directed relation do."""
+    """Heads change places under their attributes; without attributes, two about a directed relation or a deed do."""
     for a, b in combinations(phrases, 2):
         heads = prompt[a.head : a.end], prompt[b.head : b.end]
         if heads[0].lower() == heads[1].lower() or heads[0].endswith("s") != heads[1].endswith("s"):
             continue  # a plural would meet the singular's article
         between = any(a.end <= match.start() and match.end() <= b.start for match in related)
+        between = between or _is_deed(prompt[a.end : b.start])
         part = {"of", "with"} & set(prompt[a.end : b.start].lower().split())  # a woman with golden hair
         if between or (a.head > a.start and b.head > b.start and not part):
             said = " … ".join(prompt[p.start : p.end] for p in (a, b))
             instead = " … ".join((prompt[a.start : a.head] + heads[1], prompt[b.start : b.head] + heads[0]))
             yield "object swap", "object", said, instead, [(a.head, a.end, heads[1]), (b.head, b.end, heads[0])]
+
+
+def _is_deed(gap: str) -> bool:
+    """What one noun phrase does to the next: an astronaut riding a horse."""
+    words = [word for word in _WORD.findall(gap.lower()) if word not in DETERMINERS]
+    return len(words) == 1 and words[0].endswith("ing") and words[0] not in MUTUAL
+
+
+def _omissions(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
+    """One of two that are joined by `and` is not there; nothing where a verb agrees with both."""
+    for a, b in pairwise(phrases):
+        if not _AND.fullmatch(prompt, a.end, b.start) or re.match(r"\s+(?:are|were|both)\b", prompt[b.end :]):
+            continue
+        opened = list(_WORD.finditer(prompt, 0, a.start))
+        first = opened[-1].start() if opened else a.start  # with its determiner or number
+        second = a.end + len(re.match(r",?\s+and\s+", prompt[a.end : b.start], re.IGNORECASE)[0])
+        yield "object omission", "object", prompt[b.start : b.end], "", [(a.end, b.end, "")]
+        if opened and _is_opener(opened[-1].group()):
+            yield "object omission", "object", prompt[a.start : a.end], "", [(first, second, "")]
+
+
+def _is_opener(word: str) -> bool:
+    return word.lower() in DETERMINERS or word.lower() in NUMBERS or word.isdigit()
 
 
 def _replacements(prompt: str, attributes: list[tuple[str, int, int, str]]) -> Iterator[_Change]:

@@ -258,7 +258,8 @@ class Scorer:
             scores["pmi_contrastive"] = self._against(others, contrast, index, latents, own, probes, work)
         if "pmi_negatives" in config.names:
             negatives = [chosen(self.negatives(prompt), config.max_negatives) for prompt in prompts]
-            others = encode_each(self.denoiser, [[n.prompt for n in of_prompt] for of_prompt in negatives])
+            # A prompt of which nothing can be changed is held against none at all.
+            others = encode_each(self.denoiser, [[n.prompt for n in of_prompt] or [""] for of_prompt in negatives])
             scores["pmi_negatives"] = self._against(others, _log_odds, index, latents, own, probes, work)
         work.timed("score", began)
         return scores
@@ -273,10 +274,10 @@ class Scorer:
         probes: pointwise.Probes,
         work: Work,
     ) -> Tensor:
-        """A score of each candidate's prompt against others, (N,); nan where it has none.
+        """A score of each candidate's prompt against others, (N,).
 
         Args:
-            branches: of each prompt, the embeddings (J, tokens, dim) of the others.
+            branches: of each prompt, the embeddings (J, tokens, dim) of the others, at least one.
             own: (N, K) errors under the prompts themselves, at the probes that the others meet too.
         """
         config = self.config
@@ -291,11 +292,7 @@ class Scorer:
             first=config.shortlist_samples if config.shortlist else config.num_samples,
         )
         work.score_evaluations += spent
-        scored = [
-            score(errors[None], against[None], probes) if len(against) else errors.new_full((1,), torch.nan)
-            for errors, against in zip(own, others, strict=True)
-        ]
-        return torch.cat(scored)
+        return torch.cat([score(e[None], against[None], probes) for e, against in zip(own, others, strict=True)])
 
 
 def _log_odds(errors: Tensor, negative_errors: Tensor, probes: pointwise.Probes) -> Tensor:

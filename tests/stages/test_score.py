@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 
 from mi_ray import schemas, storage
 from mi_ray.command_line import load_config
@@ -27,7 +28,7 @@ from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.information import pointwise
 from mi_ray.language.negatives import chosen
 from mi_ray.language.shapes import negatives
-from mi_ray.pairs import Columns, plan_pairs, read_pairs
+from mi_ray.pairs import Columns, PairShard, plan_pairs, read_pairs
 from mi_ray.report.audit import write_audit
 from mi_ray.section import ConfigError
 from mi_ray.shapes.grammar import draw_scene, parse
@@ -184,6 +185,43 @@ def test_what_cannot_be_read_is_a_pair_with_its_reason(tmp_path):
     assert "no 0.txt beside it" in read_all(tmp_path / "images")[0][0].error
 
 
+def test_names_and_captions_that_are_no_text(tmp_path):
+    """JSON can say half a surrogate pair, and a tar's names are bytes: UTF-8, and so Parquet, holds neither."""
+    (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": "a \\ud800 circle"}\n')
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    with tarfile.open(tmp_path / "b.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        add(tar, "\udcff.png", IMAGES[0])
+        add(tar, "\udcff.txt", CAPTIONS[0].encode())
+    (bad,), (good,) = (read_all(tmp_path / name)[0] for name in ("a.jsonl", "b.tar"))
+    assert "surrogate" in bad.error
+    assert (good.error, good.prompt) == (None, CAPTIONS[0])
+    rows = [{"key": pair.key, "prompt": pair.prompt, "error": pair.error} for pair in (bad, good)]
+    assert len(pa.Table.from_pylist(rows, schema=schemas.SCORED)) == 2
+
+
+class Hostile:
+    """Its pickle makes a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_table_with_pickles_in_it_is_refused_and_runs_nothing(tmp_path):
+    pickles = ArrowPythonObjectArray.from_objects([Hostile(tmp_path / "ran")])  # ray.data would unpickle them
+    pq.write_table(pa.table({"image": pickles, "caption": ["a circle"]}), tmp_path / "pairs.parquet")
+    with pytest.raises(ConfigError, match="whose values may be code"):
+        read_all(tmp_path / "pairs.parquet")
+    place = {"kind": "parquet", "uri": str(tmp_path / "pairs.parquet"), "row_groups": [0], "first": 0}
+    (pair,) = read_pairs(PairShard(0, "part", json.dumps(place)), Columns())
+    assert "whose values may be code" in pair.error
+    with pytest.raises(ValueError, match="whose values may be code"):
+        storage.read_table(str(tmp_path / "pairs.parquet"))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_files_cut_short_keep_what_comes_before(tmp_path):
     tar = write_tar(tmp_path)
     with tarfile.open(tar) as whole:
@@ -314,14 +352,13 @@ def test_candidates_are_scored_alike_without_the_unconditional_branch(tiny):
     images, work = np.stack([image_of(caption) for caption in CAPTIONS]), Work()
     latents, nothing = tiny.encode_images(images), torch.empty(len(CAPTIONS), 0)
     sampled = Trajectory(latents, torch.empty(0), nothing, nothing)
-    prompts = [*CAPTIONS[:4], "a dog"]
+    prompts = [*CAPTIONS[:4], "a dog"]  # of the last nothing can be changed, and no prompt at all stands for that
     index = torch.tensor([0, 1, 2, 3, 4])
     values = Scorer(tiny, config, 8, 7, [])(prompts, tiny.encode_prompts(prompts), index, sampled, work)
-    pairs = PairScorer(tiny, config, 8, 7, words=False)(images[:4], CAPTIONS[:4], Work())
-    expected = [row["score_pmi_negatives"] for row in pairs]
-    assert values["score_pmi_negatives"][:4] == pytest.approx(expected, abs=1e-3)
-    assert np.isnan(values["score_pmi_negatives"][4])  # no word whose contrary is known
-    assert work.score_evaluations == 3 * (5 + 4 * 4)
+    pairs = PairScorer(tiny, config, 8, 7, words=False)(images[:5], prompts, Work())
+    expected = [*(row["score_pmi_negatives"] for row in pairs[:4]), pairs[4]["score_pmi"]]
+    assert values["score_pmi_negatives"] == pytest.approx(expected, abs=1e-3)
+    assert work.score_evaluations == 3 * (5 + 4 * 4 + 1)
 
 
 def bad_pairs(folder: Path) -> Path:
