@@ -1,6 +1,7 @@
 """Negatives of free English: sentences whose contraries are plain, and input that has none."""
 
 import pytest
+import spacy
 
 from mi_ray.language.lexicon import ATTRIBUTES, CONTRARIES, NUMBERS, RELATIONS
 from mi_ray.language.text import chunks, negatives, plain_phrases, spacy_phrases
@@ -87,22 +88,20 @@ def test_plain_phrases():
     assert [prompt[p.head : p.end] for p in plain_phrases(prompt)] == ["cat", "chairs", "lamp", "window"]
 
 
-class TestSpacy:
-    spacy = pytest.importorskip("spacy")
+def test_noun_chunks_of_a_parsed_document():
+    """Parsed by hand, as one of spaCy's models does it: no model has to be installed."""
+    words = ["two", "red", "cars", "and", "the", "old", "stone", "wall"]
+    document = spacy.tokens.Doc(
+        spacy.blank("en").vocab,
+        words=words,
+        pos=["NUM", "ADJ", "NOUN", "CCONJ", "DET", "ADJ", "NOUN", "NOUN"],
+        heads=[2, 2, 2, 2, 7, 7, 7, 2],
+        deps=["nummod", "amod", "ROOT", "cc", "det", "amod", "compound", "conj"],
+    )
+    assert [document.text[p.start : p.end] for p in chunks(document)] == ["red cars", "old stone wall"]
+    assert [document.text[p.head : p.end] for p in chunks(document)] == ["cars", "wall"]
 
-    def test_noun_chunks_of_a_parsed_document(self):
-        """Parsed by hand, as one of spaCy's models does it: no model has to be installed."""
-        words = ["two", "red", "cars", "and", "the", "old", "stone", "wall"]
-        document = self.spacy.tokens.Doc(
-            self.spacy.blank("en").vocab,
-            words=words,
-            pos=["NUM", "ADJ", "NOUN", "CCONJ", "DET", "ADJ", "NOUN", "NOUN"],
-            heads=[2, 2, 2, 2, 7, 7, 7, 2],
-            deps=["nummod", "amod", "ROOT", "cc", "det", "amod", "compound", "conj"],
-        )
-        assert [document.text[p.start : p.end] for p in chunks(document)] == ["red cars", "old stone wall"]
-        assert [document.text[p.head : p.end] for p in chunks(document)] == ["cars", "wall"]
 
-    def test_a_model_that_is_not_installed_is_named_with_the_remedy(self):
-        with pytest.raises(ValueError, match="python -m spacy download en_core_web_none"):
-            spacy_phrases("en_core_web_none")
+def test_a_model_that_is_not_installed_is_named_with_the_remedy():
+    with pytest.raises(ValueError, match="python -m spacy download en_core_web_none"):
+        spacy_phrases("en_core_web_none")
