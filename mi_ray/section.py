@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,6 +19,15 @@ class ConfigError(Exception):
         self.faults = faults
 
 
+def holds_credentials(uri: str) -> bool:
+    """Whether a URI says user:secret@ (the secret may hold slashes) or, in its query, something like a key."""
+    place, _, query = uri.partition("://")[2].partition("?")
+    names = [name.lower() for name in re.findall(r"(?:^|&)([^=&]*)", query)]
+    return bool(re.match(r"[^/@]*@|[^@]*:[^@]*@", place)) or any(
+        word in name for name in names for word in ("key", "secret", "token", "password", "signature")
+    )
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -28,7 +38,7 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         for name, value in values.items():  # they would end in logs and in the run's folder
-            if isinstance(value, str) and "@" in value.partition("://")[2].partition("/")[0]:
+            if isinstance(value, str) and holds_credentials(value):
                 raise ValueError(f"{name} holds credentials; take them out: set the environment or an instance role")
         lists = {name for name, field in cls.model_fields.items() if isinstance(field.default, tuple)}
         nothing = {name for name, value in values.items() if isinstance(value, str) and value.lower() == "none"}

@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mi_ray import s3
+from mi_ray.section import holds_credentials
 
 Result = TypeVar("Result")
 
@@ -37,7 +38,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).absolute())
-    if "@" in uri.partition("://")[2].partition("/")[0]:
+    if holds_credentials(uri):
         raise ValueError(
             "the URI carries credentials; take them out: they come from the environment or an instance role"
         )

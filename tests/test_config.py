@@ -262,3 +262,12 @@ def test_a_config_is_frozen():
 
 def test_flatten():
     assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
+
+
+@pytest.mark.parametrize("uri", ["s3://id:word@bucket/x", "s3://id:wo/rd@bucket/x", "s3://bucket/x?session_token=word"])
+def test_credentials_are_refused_and_not_repeated(uri):
+    with pytest.raises(ConfigError) as told:
+        load_config(["--run-dir", uri, "--prompts.file", "prompts.txt"])
+    assert "credentials" in str(told.value)
+    assert "rd@" not in str(told.value)
+    assert "word" not in str(told.value)

@@ -18,7 +18,7 @@ ARROWS = {
     "command_line": ("config", "section"),
     "s3": (),
     "schemas": (),
-    "storage": ("s3",),
+    "storage": ("s3", "section"),
     "run_folder": ("section", "storage"),
     "prompts": ("section", "storage"),
     "shard_plan": ("section", "storage", "prompts"),

@@ -226,6 +226,8 @@ def test_a_line_that_a_kill_cut_short_costs_only_itself(tmp_path):
     ("uri", "told"),
     [
         ("s3://AKIAEXAMPLE:secret@bucket/run", "instance role"),
+        ("s3://AKIAEXAMPLE:a/secret/with/slashes@bucket/run", "instance role"),
+        ("s3://bucket/run?region=x&secret_key=secret", "instance role"),
         ("s3://bucket/run?colour=red", "colour"),
     ],
 )
@@ -233,6 +235,10 @@ def test_uris_that_will_not_do(uri, told):
     with pytest.raises(ValueError, match=told) as fault:
         storage.filesystem(uri)
     assert "secret" not in str(fault.value)
+
+
+def test_names_like_credentials_are_none():
+    assert storage.filesystem("s3://bucket/user@home/run?region=x")[1] == "bucket/user@home/run"
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
