@@ -280,7 +280,10 @@ class ResourcesConfig(Section):
         64, description="candidates in one denoiser batch (twice that with guidance); auto: found by a trial"
     )
     shard_timeout_s: float | None = Field(
-        None, gt=0, description="an actor that takes longer over a shard is ended, and the shard given to another"
+        None,
+        gt=0,
+        description="an actor that takes longer over a shard is ended, and the shard given to another; none: ten times"
+        " the longest of its shards so far, and ten minutes at least",
     )
     lease_s: float = Field(
         40, gt=0, description="a driver on another machine not heard of for so long is taken for dead; one here at once"

@@ -237,6 +237,20 @@ def takes_baseline(config: RunConfig, r: int, by: str) -> bool:
     return bool(config.finetune.baseline) and r == config.rounds - 1 and by != "random"
 
 
+def baselines(config: RunConfig) -> list[tuple[str, str]]:
+    """Of the baselines that are trained beside all arms: what each is called, and its folder within the run's.
+
+    In the first round every arm has the same pool, and what learns there at random is the random control itself.
+    """
+    last = config.rounds - 1
+    arms = ["tuned", *config.evaluation.controls]
+    takers = [arm for arm in arms if takes_baseline(config, last, config.select.by if arm == "tuned" else arm)]
+    if last:
+        homes = {arm: "" if arm == "tuned" else f"controls/{arm}/" for arm in takers}
+        return [(f"baseline of {arm}, round {last}", f"{home}round-{last}/baseline") for arm, home in homes.items()]
+    return [("baseline, round 0", "controls/random/round-0")] if takers and "random" not in arms else []
+
+
 def final_adapter(config: RunConfig, arm: str) -> str:
     """The folder of the adapter with which a finished run evaluates an arm."""
     home = config.run_dir if arm == "tuned" else storage.join(config.run_dir, "controls", arm)
@@ -245,10 +259,7 @@ def final_adapter(config: RunConfig, arm: str) -> str:
 
 
 def _less_baseline(config: RunConfig, home: str, candidates: str, tuned: str, start: str | None, r: int) -> str:
-    """The adapter of an arm without what a random selection of its pool teaches; returns its folder.
-
-    In the first round every arm has the same pool, and what learns there at random is the random control itself.
-    """
+    """The adapter of an arm without what a random selection of its pool teaches; returns its folder."""
     control = storage.join(config.run_dir, "controls", "random", "round-0")
     folder = storage.join(home, f"round-{r}", "baseline") if r else control
     selected, baseline = storage.join(folder, "selected.parquet"), storage.join(folder, "adapter")

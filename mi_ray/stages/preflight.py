@@ -3,7 +3,7 @@
 from mi_ray.config import POINTWISE_SCORES, RunConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.stages.machine import take_cpus
-from mi_ray.stages.pipeline import Plan, run_pipeline
+from mi_ray.stages.pipeline import Plan, baselines, run_pipeline
 from mi_ray.stages.trial import Trial, best, sweep_dtypes, try_batch
 
 TRAINING_COST = 3  # a training pass in denoiser evaluations: forward, and backward at twice that
@@ -28,7 +28,7 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     return {
         "generate": prompts * pools * 2 * config.prune.candidate_steps(steps, each),
         "score": prompts * pools * (at_cuts + at_the_end),
-        "finetune": samples * TRAINING_COST * config.rounds * arms,
+        "finetune": samples * TRAINING_COST * (config.rounds * arms + len(baselines(config))),
         "evaluate": images * per_image,
     }
 

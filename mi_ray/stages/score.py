@@ -28,7 +28,7 @@ from mi_ray.stages.candidates import encode_png
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
-from mi_ray.stages.shards import deadline, stream
+from mi_ray.stages.shards import Patience, stream
 from mi_ray.stages.trial import settle
 from mi_ray.stages.work import Work
 
@@ -52,11 +52,12 @@ class PairActor:
         self.scorer = PairScorer(self.denoiser, config.score, config.resources.batch_size, config.seed, config.words)
         self.size = model_image_size(self.denoiser)
         self.folder = storage.join(config.run_dir, SCORES_FOLDER)
+        self.patience = Patience(config.resources.shard_timeout_s)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         shard = PairShard(int(batch["index"][0]), str(batch["name"][0]), str(batch["source"][0]))
         began, work = time.perf_counter(), Work()
-        with deadline(self.config.resources.shard_timeout_s):
+        with self.patience():
             rows = self.rows(shard, work)
         if lease.superseded(self.config.run_dir, self.token):
             raise lease.Lost([f"{shard.name} is not committed: another driver took over {self.config.run_dir!r}"])
@@ -202,8 +203,8 @@ def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
         config = config.model_copy(update={"resources": resources})
     rows = [asdict(shard) for shard in todo]
     actor = {"config": config.model_dump(mode="json"), "token": lease.current_token(config.run_dir)}
-    with tqdm(total=len(shards), desc="score", unit="shard", mininterval=2, dynamic_ncols=True) as progress:
-        progress.update(len(shards) - len(todo))
+    shown = {"total": len(shards), "initial": len(shards) - len(todo), "desc": "score", "unit": "shard"}
+    with tqdm(**shown, mininterval=2, dynamic_ncols=True) as progress:
         for done in stream(PairActor, actor, rows, config.resources) if todo else ():
             lease.confirm(config.run_dir)
             run_folder.log_event(config.run_dir, "shard_written", stage="score", model=config.model, **done)

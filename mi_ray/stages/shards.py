@@ -21,6 +21,7 @@ from mi_ray.stages import lease
 from mi_ray.stages.metrics import StageMetrics
 from mi_ray.stages.work import Work
 
+PATIENCE, LEAST_PATIENCE_S = 10, 600.0
 MAX_BLOCKS = 4096  # of Ray Data, which keeps some kilobytes of each; with more shards a block holds several
 Rows = Callable[[Shard, list[int], Work], list[dict]]  # of the prompts at these positions of the shard
 FACTS = {  # of a shard's receipt, which its event repeats
@@ -49,6 +50,7 @@ class ShardWriter:
     def __init__(self, stage: str, model: str, folder: str, schema: pa.Schema, config: RunConfig, token: int | None):
         self.folder, self.schema, self.config, self.token = folder, schema, config, token
         self.metrics = StageMetrics(stage, model)
+        self.patience = Patience(config.resources.shard_timeout_s)
         self.table: storage.ParquetRows | None = None
 
     def __call__(self, batch: dict[str, np.ndarray], make_rows: Rows) -> dict[str, list]:
@@ -65,7 +67,7 @@ class ShardWriter:
 
     def _make(self, shard: Shard, make_rows: Rows) -> dict:
         began, work = time.perf_counter(), Work()
-        with deadline(self.config.resources.shard_timeout_s):
+        with self.patience():
             rows, failures = whole_or_one_by_one(make_rows, shard, work)
         rows += [error_row(self.schema, shard, position, message) for position, message in failures]
         place = {prompt_id: position for position, prompt_id in enumerate(shard.prompt_ids)}
@@ -90,17 +92,35 @@ class ShardWriter:
         return receipt
 
 
-@contextmanager
-def deadline(seconds: float | None):
-    """End this process if what is within hangs: Ray then starts another actor and gives it the shard again."""
-    timer = threading.Timer(seconds or 0, os._exit, [1])
-    timer.daemon = True
-    if seconds:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+class Patience:
+    """How long an actor may be at one shard before its process ends, so that Ray starts another and gives it the shard.
+
+    Args:
+        seconds: as configured; None: `PATIENCE` times as long as the longest of its shards so far, and no less than
+            `LEAST_PATIENCE_S`. Its first takes what it takes.
+    """
+
+    def __init__(self, seconds: float | None):
+        self.configured, self.longest = seconds, None
+
+    @property
+    def seconds(self) -> float | None:
+        if self.configured or self.longest is None:
+            return self.configured
+        return max(LEAST_PATIENCE_S, PATIENCE * self.longest)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        began, seconds = time.monotonic(), self.seconds
+        timer = threading.Timer(seconds or 0, os._exit, [1])
+        timer.daemon = True
+        if seconds:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        self.longest = max(self.longest or 0.0, time.monotonic() - began)
 
 
 def rows_of(batch: dict[str, np.ndarray]) -> list[dict]:
@@ -189,8 +209,9 @@ def run_stage(
     run_folder.log_event(config.run_dir, "shards_planned", **what, **plan)
     del names, missing, logged
     constructor = constructor | {"token": lease.current_token(config.run_dir)}
-    with tqdm(total=shards.prompts, desc=f"{stage} {model}", unit="prompt", mininterval=2, dynamic_ncols=True) as bar:
-        bar.update(shards.prompts - sum(shards.size(index) for index in todo))
+    here = shards.prompts - sum(shards.size(index) for index in todo)
+    shown = {"total": shards.prompts, "initial": here, "desc": f"{stage} {model}", "unit": "prompt"}
+    with tqdm(**shown, mininterval=2, dynamic_ncols=True) as bar:
         rows = [shards.row(index) for index in todo]
         for done in stream(actor, constructor, rows, config.resources) if rows else ():
             lease.confirm(config.run_dir)

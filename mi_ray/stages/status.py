@@ -6,12 +6,15 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
+from pydantic import ValidationError
+
 from mi_ray import run_folder, storage
 from mi_ray.config import RunConfig
 from mi_ray.section import ConfigError
 from mi_ray.stages.evaluate import REFERENCE
 from mi_ray.stages.finetune import SUMMARY
 from mi_ray.stages.lease import latest
+from mi_ray.stages.pipeline import baselines
 from mi_ray.stages.preflight import evaluations
 
 RECENT = 50  # shards whose pace counts
@@ -114,6 +117,10 @@ def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
             stages.append(StageStatus("select", model, "table", int(selected), int(not selected)))
             adapter = storage.join(home, f"round-{r}", "adapter")
             stages.append(_finetune(adapter, model, config.finetune.steps))
+    for model, folder in baselines(config):
+        selected = storage.exists(storage.join(run_dir, folder, "selected.parquet"))
+        stages.append(StageStatus("select", model, "table", int(selected), int(not selected)))
+        stages.append(_finetune(storage.join(run_dir, folder, "adapter"), model, config.finetune.steps))
     reference = [REFERENCE] if config.evaluation.alignment == "oracle" else []
     for model in (*reference, "base", "tuned", *config.evaluation.controls):
         folder = storage.join(run_dir, "evaluation", model)
@@ -156,7 +163,12 @@ def run_status(run_dir: str) -> dict:
         content = storage.read_json(storage.join(run_dir, "run.json"))
     except (OSError, ValueError) as error:
         raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
-    config = RunConfig.model_validate(content["config"] | {"run_dir": run_dir})
+    try:
+        config = RunConfig.model_validate(content["config"] | {"run_dir": run_dir})
+    except ValidationError as error:
+        raise ConfigError(
+            [f"run_dir: {run_dir!r} holds no run of jobs/pipeline.py; its own page tells of it"]
+        ) from error
     events = _Events(run_dir)
     stages = _with_estimates(_stages(config, events), config, events)
     lefts = [status.seconds_left for status in stages]

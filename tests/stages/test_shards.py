@@ -1,5 +1,7 @@
 """A stage over a plan of shards, with its actor called in this process instead of by Ray Data."""
 
+import subprocess
+import sys
 from typing import ClassVar
 
 import numpy as np
@@ -85,3 +87,21 @@ def test_what_is_missing_is_made_again_and_a_lost_event_comes_back(stage, tmp_pa
     assert Writer.made == [0, 1, 2, 1]
     assert storage.read_tables(str(folder))["prompt"].to_pylist() == TEXTS
     assert events(tmp_path) == [0, 1, 1, 2]
+
+
+def test_patience_is_what_is_configured_or_a_multiple_of_what_shards_took(monkeypatch):
+    assert shards.Patience(30.0).seconds == 30.0
+    patience, clock = shards.Patience(None), iter([0.0, 100.0, 200.0, 201.0])
+    monkeypatch.setattr(shards.time, "monotonic", lambda: next(clock))
+    assert patience.seconds is None  # the first shard: the model may still be compiled
+    with patience():
+        pass
+    assert patience.seconds == 1000.0
+    with patience():
+        pass
+    assert patience.seconds == 1000.0
+
+
+def test_a_hung_process_ends():
+    code = "import time; from mi_ray.stages.shards import Patience\nwith Patience(0.2)(): time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 1

@@ -11,6 +11,7 @@ from mi_ray import run_folder, storage
 from mi_ray.config import RunConfig
 from mi_ray.section import ConfigError
 from mi_ray.stages import lease
+from mi_ray.stages.preflight import evaluations
 from mi_ray.stages.status import _pace, run_status, status_text
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,36 @@ def test_the_driver_is_named_while_it_holds_the_run(run_dir):
 def test_a_folder_without_a_run_is_told(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
         run_status(str(tmp_path))
+
+
+def test_a_folder_of_another_job_is_told(tmp_path):
+    storage.write_json(str(tmp_path / "run.json"), {"config": {"input": "pairs.parquet"}, "config_hash": "0"})
+    with pytest.raises(ConfigError, match=r"no run of jobs/pipeline\.py"):
+        run_status(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "trained"),
+    [
+        ({}, ["tuned, round 0"]),
+        ({"finetune": {"baseline": 0.5}}, ["tuned, round 0", "baseline, round 0"]),
+        (
+            {"finetune": {"baseline": 0.5}, "evaluation": {"controls": ["random"]}},
+            ["tuned, round 0", "random, round 0"],
+        ),
+        (
+            {"finetune": {"baseline": 0.5}, "rounds": 2},
+            ["tuned, round 0", "tuned, round 1", "baseline of tuned, round 1"],
+        ),
+    ],
+)
+def test_the_baselines_training_is_in_the_plan_and_in_the_status(tmp_path, fields, trained):
+    config = RunConfig.model_validate({"run_dir": str(tmp_path), "prompts": {"file": "prompts.txt"}, **fields})
+    storage.write_json(str(tmp_path / "run.json"), {"config": config.results_config(), "config_hash": config.hash()})
+    stages = run_status(str(tmp_path))["stages"]
+    assert [s["model"] for s in stages if s["stage"] == "finetune"] == trained
+    each = 3 * config.finetune.steps * config.finetune.batch_size * config.finetune.gradient_accumulation
+    assert evaluations(config, 10, 2)["finetune"] == each * len(trained)
 
 
 @pytest.mark.slow
