@@ -120,8 +120,8 @@ class PruningBenchmark(Benchmark):
             recorder = Recorder(cut, chunk, embeddings, cut_steps(steps, each))
             sampled = sampler(embeddings, seeds, Work(), recorder)
             owner, work = torch.arange(len(chunk)).repeat_interleave(each), Work()
-            (scores,) = final(chunk, embeddings, owner, sampled, work).values()
-            (free,) = paper(chunk, embeddings, owner, sampled, Work()).values()
+            scores = final(chunk, embeddings, owner, sampled, work)[f"score_{self.select_by}"]
+            free = paper(chunk, embeddings, owner, sampled, Work())[f"score_{PAPER_SCORE}"]
             exact = measure(denoiser.decode(sampled.latents), [p for p in chunk for _ in range(each)])["exact"]
             cost = work.score_evaluations / len(scores)
             chunks.append({"exact": exact, "final": scores, "paper": free, "cost": cost, "recorder": recorder})
@@ -157,7 +157,8 @@ class Recorder:
         sampled = pool.so_far(rows, steps)
         for name, scorer in self._scorers.items():
             work = Work()
-            (self.scores[name, steps],) = scorer(self._prompts, self._embeddings, pool.owner, sampled, work).values()
+            columns = scorer(self._prompts, self._embeddings, pool.owner, sampled, work)
+            self.scores[name, steps] = columns[f"score_{scorer.config.names[0]}"]
             self.costs[name] = work.score_evaluations / len(rows)
         return rows
 

@@ -62,10 +62,9 @@ class SelectionBenchmark(Benchmark):
         count, each = (12, 6) if self.smoke else (self.prompts, self.candidates)
         table, _ = read_prompts(str(PROMPTS), field="prompts")
         candidates, costs, sampling = self._pool(table.slice(0, count), table["prompt"].to_pylist(), each)
-        names = [name.removeprefix("score_") for name in candidates.columns if name.startswith("score_")]
-        controls = {"oracle": "exact", "random": "random"}
-        rows = [findings(candidates, f"score_{name}", name, costs[name], costs[name] / sampling) for name in names] + [
-            findings(candidates, column, name, 0, 0.0) for name, column in controls.items()
+        rows = [findings(candidates, f"score_{n}", n, costs[n], costs[n] / sampling) for n in self.scores]
+        rows += [
+            findings(candidates, column, n, 0, 0.0) for n, column in {"oracle": "exact", "random": "random"}.items()
         ]
         if self.figure:
             draw(rows, self.figure)

@@ -23,7 +23,14 @@ SCORES = {
 
 
 def score_columns(names: tuple[str, ...]) -> list[pa.Field]:
-    return [_field(f"score_{name}", pa.float32(), SCORES[name]) for name in names]
+    """A score's column and, where it is estimated from noise draws, its standard error's."""
+    fields = []
+    for name in names:
+        fields.append(_field(f"score_{name}", pa.float32(), SCORES[name]))
+        if name.startswith("pmi"):
+            meaning = f"standard error of score_{name} over the noise draws, nats"
+            fields.append(_field(f"score_{name}_se", pa.float32(), meaning))
+    return fields
 
 
 _METRICS = [

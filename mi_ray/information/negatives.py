@@ -6,25 +6,14 @@ cancels), the score
     log p(x|y) - logsumexp_j log p(x|y_j)
 
 is the log odds that x shows y and not one of its J negatives, all 1 + J held equally likely before: above zero, y is
-more likely than all of them together. The negative with the highest posterior says which way the prompt is wrong.
+more likely than all of them together (`pointwise.log_odds`). The negative with the highest posterior says which way the
+prompt is wrong.
 """
 
 import torch
 from torch import Tensor
 
 from mi_ray.information.pointwise import Estimate, Probes, integrate, log_density
-
-
-def pmi_negatives(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Estimate:
-    """The log odds of the prompt against its negatives: (N, K), (N, J, K) -> (N,).
-
-    The standard error is that of the first-order expansion, the integral of the paired difference between the prompt's
-    error and those of the negatives weighted by their posteriors among themselves (the delta method).
-    """
-    densities = log_density(negative_errors, probes)
-    shares = densities.softmax(-1)[..., None]
-    _, standard_error = integrate(0.5 * ((shares * negative_errors).sum(-2) - errors), probes)
-    return Estimate(log_density(errors, probes) - densities.logsumexp(-1), standard_error)
 
 
 def margin(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Estimate:

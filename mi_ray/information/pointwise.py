@@ -364,7 +364,19 @@ def pmi_orthogonal(distances: Tensor, probes: Probes) -> Estimate:
     return integrate(0.5 * distances, probes)
 
 
-def pmi_contrastive(errors: Tensor, other_errors: Tensor, probes: Probes, total: int | None = None) -> Tensor:
+def log_odds(errors: Tensor, other_errors: Tensor, probes: Probes) -> Estimate:
+    """log p(x|y) - log sum_j p(x|y_j): (N, K), (N, J, K) -> (N,).
+
+    The standard error is that of the first-order expansion, the integral of the paired difference between the prompt's
+    error and those of the others weighted by their posteriors among themselves (the delta method).
+    """
+    densities = log_density(other_errors, probes)
+    shares = densities.softmax(-1)[..., None]
+    _, standard_error = integrate(0.5 * ((shares * other_errors).sum(-2) - errors), probes)
+    return Estimate(log_density(errors, probes) - densities.logsumexp(-1), standard_error)
+
+
+def pmi_contrastive(errors: Tensor, other_errors: Tensor, probes: Probes, total: int | None = None) -> Estimate:
     """log p(x|y) - log mean_j p(x|y_j), the PMI with the prompts y_j as marginal: (N, K), (N, J, K) -> (N,).
 
     The form of InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4) with the model's own likelihoods.
@@ -372,5 +384,5 @@ def pmi_contrastive(errors: Tensor, other_errors: Tensor, probes: Probes, total:
     Args:
         total: how many prompts the mean is over, where only the J likeliest are here; the others count as impossible.
     """
-    others = torch.logsumexp(log_density(other_errors, probes), -1) - math.log(total or other_errors.shape[1])
-    return log_density(errors, probes) - others
+    odds = log_odds(errors, other_errors, probes)
+    return Estimate(odds.value + math.log(total or other_errors.shape[1]), odds.standard_error)

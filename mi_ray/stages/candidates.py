@@ -21,7 +21,6 @@ from mi_ray.diffusion.kernels import choose_kernel
 from mi_ray.diffusion.sampling import CandidateNoise, State, Trajectory, sampling_steps, solver_plan
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise, trajectory
-from mi_ray.information.negatives import pmi_negatives
 from mi_ray.language.negatives import chosen, negatives_by
 from mi_ray.stages.branches import encode_each, likeliest_errors
 from mi_ray.stages.machine import fitting
@@ -220,13 +219,20 @@ class Scorer:
     def __call__(
         self, prompts: list[str], embeddings: Tensor, index: Tensor, sampled: Trajectory, work: Work
     ) -> dict[str, list[float]]:
-        """Score the N candidates of P prompts; index (N,) says whose each is. {score_<name>: N values in nats}."""
+        """Score the N candidates of P prompts; index (N,) says whose each is.
+
+        Returns:
+            {score_<name>: N values in nats}, and of the pointwise ones {score_<name>_se: their standard errors}.
+        """
         config = self.config
         scores = trajectory_scores(config, sampled.delta_sq, sampled.timesteps, self.denoiser.schedule)
+        columns = {f"score_{name}": values.cpu().tolist() for name, values in scores.items()}
         if any(name in POINTWISE_SCORES for name in config.names):
             args = (prompts, embeddings, index, sampled.latents, work)
-            scores |= fitting(self, partial(self._pointwise, *args))
-        return {f"score_{name}": scores[name].cpu().tolist() for name in config.names}
+            for name, (value, standard_error) in fitting(self, partial(self._pointwise, *args)).items():
+                columns[f"score_{name}"] = value.cpu().tolist()
+                columns[f"score_{name}_se"] = standard_error.cpu().tolist()
+        return columns
 
     def _pointwise(self, prompts: list[str], embeddings: Tensor, index: Tensor, latents: Tensor, work: Work):
         began = time.perf_counter()
@@ -248,9 +254,9 @@ class Scorer:
         work.score_evaluations += errors.numel()
         scores = {}
         if "pmi" in config.names:
-            scores["pmi"] = pointwise.pmi(errors[:, 0], errors[:, 1], probes).value
+            scores["pmi"] = pointwise.pmi(errors[:, 0], errors[:, 1], probes)
         if "pmi_orthogonal" in config.names:
-            scores["pmi_orthogonal"] = pointwise.pmi_orthogonal(distances[:, 0], probes).value
+            scores["pmi_orthogonal"] = pointwise.pmi_orthogonal(distances[:, 0], probes)
         own = errors[:, 0]
         if "pmi_contrastive" in config.names:
             others = list(self.neighbours(prompts, embeddings))
@@ -260,20 +266,20 @@ class Scorer:
             negatives = [chosen(self.negatives(prompt), config.max_negatives) for prompt in prompts]
             # A prompt of which nothing can be changed is held against none at all.
             others = encode_each(self.denoiser, [[n.prompt for n in of_prompt] or [""] for of_prompt in negatives])
-            scores["pmi_negatives"] = self._against(others, _log_odds, index, latents, own, probes, work)
+            scores["pmi_negatives"] = self._against(others, pointwise.log_odds, index, latents, own, probes, work)
         work.timed("score", began)
         return scores
 
     def _against(
         self,
         branches: list[Tensor],
-        score: Callable[[Tensor, Tensor, pointwise.Probes], Tensor],
+        score: Callable[[Tensor, Tensor, pointwise.Probes], pointwise.Estimate],
         index: Tensor,
         latents: Tensor,
         own: Tensor,
         probes: pointwise.Probes,
         work: Work,
-    ) -> Tensor:
+    ) -> pointwise.Estimate:
         """A score of each candidate's prompt against others, (N,).
 
         Args:
@@ -292,11 +298,8 @@ class Scorer:
             first=config.shortlist_samples if config.shortlist else config.num_samples,
         )
         work.score_evaluations += spent
-        return torch.cat([score(e[None], against[None], probes) for e, against in zip(own, others, strict=True)])
-
-
-def _log_odds(errors: Tensor, negative_errors: Tensor, probes: pointwise.Probes) -> Tensor:
-    return pmi_negatives(errors, negative_errors, probes).value
+        scored = [score(errors[None], against[None], probes) for errors, against in zip(own, others, strict=True)]
+        return pointwise.Estimate(*map(torch.cat, zip(*scored, strict=True)))
 
 
 def measured(images: np.ndarray, prompts: list[str], alignment: str | None) -> dict[str, list]:

@@ -55,7 +55,7 @@ class Evaluator:
         ]
         prompts = [shard.prompts[p] for p in owner]
         flat_seeds = [seed for of_prompt in seeds for seed in of_prompt]
-        pmi = [None] * len(owner)
+        scores = dict.fromkeys(("score_pmi", "score_pmi_se"), [None] * len(owner))
         if self.model == REFERENCE:
             images = np.stack([draw(p, seed) for p, seed in zip(prompts, flat_seeds, strict=True)])
         else:
@@ -64,7 +64,7 @@ class Evaluator:
             sampled = self.sampler(embeddings, seeds, work)
             index = torch.arange(len(positions)).repeat_interleave(each)
             if self.scorer:
-                pmi = self.scorer(distinct, embeddings, index, sampled, work)["score_pmi"]
+                scores = self.scorer(distinct, embeddings, index, sampled, work)
             began = time.perf_counter()
             images = self.base.decode(sampled.latents)
             work.timed("decode", began)
@@ -76,7 +76,7 @@ class Evaluator:
             "split": [shard.splits[p] for p in owner],
             "image_index": list(range(each)) * len(positions),
             "seed": flat_seeds,
-            "score_pmi": pmi,
+            **scores,
             **measured(images, prompts, evaluation.alignment),
             "features": list(features),
             "image": [encode_png(image) for image in images],

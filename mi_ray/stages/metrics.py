@@ -25,7 +25,7 @@ def score_statistics(rows: list[dict]) -> dict[str, tuple[float, float]]:
     by_score: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         for name, value in row.items():
-            if name.startswith("score_") and value is not None and np.isfinite(value):
+            if name.startswith("score_") and not name.endswith("_se") and value is not None and np.isfinite(value):
                 by_score[name.removeprefix("score_")][row["prompt_id"]].append(value)
     return {
         score: (

@@ -13,8 +13,8 @@ from torch import Tensor
 from mi_ray.config import ScoreConfig
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.information.maps import InformationMaps, information_maps, without_each_word
-from mi_ray.information.negatives import margin, pmi_negatives, posteriors
-from mi_ray.information.pointwise import Probes, denoising_errors, pmi
+from mi_ray.information.negatives import margin, posteriors
+from mi_ray.information.pointwise import Probes, denoising_errors, log_odds, pmi
 from mi_ray.language.negatives import Negative, chosen, negatives_by
 from mi_ray.stages.branches import branch_errors, encode_each
 from mi_ray.stages.candidates import draw_probes_of
@@ -156,7 +156,7 @@ def _verdict(own: Tensor, null: Tensor, against: Tensor, negatives: list[Negativ
     row |= {"score_margin": lead.item(), "score_margin_se": finite(uncertainty.item())}
     if not negatives:
         return row
-    value, standard_error = pmi_negatives(own[None], against[None], probes)
+    value, standard_error = log_odds(own[None], against[None], probes)
     posterior = posteriors(own[None], against[None], probes)[0]
     row |= zip(names, (value.item(), finite(standard_error.item()), posterior[0].item()), strict=True)
     lead, uncertainty = margin(own[None], against[None], probes)

@@ -45,9 +45,9 @@ class Halving:
         running = torch.from_numpy(self.pruned_after == 0)
         racing = rows[running[rows]]
         sampled = pool.so_far(racing, steps)
-        scores = self._scorer(self._prompts, self._embeddings, pool.owner[racing], sampled, self._work)
-        (values,) = scores.values()
-        self.scores[racing.numpy()] = values
+        columns = self._scorer(self._prompts, self._embeddings, pool.owner[racing], sampled, self._work)
+        (by,) = self._scorer.config.names
+        self.scores[racing.numpy()] = columns[f"score_{by}"]
         for prompt in range(len(self._prompts)):
             of_prompt = racing[pool.owner[racing] == prompt].numpy()
             worth = np.nan_to_num(self.scores[of_prompt], nan=-np.inf, posinf=-np.inf)

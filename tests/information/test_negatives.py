@@ -4,8 +4,8 @@ import pytest
 import torch
 from pixel_world import BAND, SCHEDULE, PixelGaussians, embedded
 
-from mi_ray.information.negatives import margin, pmi_negatives, posteriors
-from mi_ray.information.pointwise import denoising_errors, draw_probes
+from mi_ray.information.negatives import margin, posteriors
+from mi_ray.information.pointwise import denoising_errors, draw_probes, log_odds
 
 
 @pytest.fixture(scope="module")
@@ -20,21 +20,21 @@ def errors_of(world, x, labels, num_samples, seed=0):
     return errors[:, 0], errors[:, 1:], probes
 
 
-def log_odds(world, x, label, others):
+def truth(world, x, label, others):
     against = torch.stack([world.log_ratio(x, other, label).sum((1, 2)) for other in others], 1)
     return -against.logsumexp(1)
 
 
 def test_the_score_is_the_analytic_log_odds(world):
     x = torch.cat([world.draw(0, 3), world.draw(2, 3, seed=1)])
-    draws = torch.stack([pmi_negatives(*errors_of(world, x, (0, 1, 2, 3), 400, seed))[0] for seed in range(24)])
-    deviation = (draws.mean(0) - log_odds(world, x, 0, (1, 2, 3))).abs()
+    draws = torch.stack([log_odds(*errors_of(world, x, (0, 1, 2, 3), 400, seed))[0] for seed in range(24)])
+    deviation = (draws.mean(0) - truth(world, x, 0, (1, 2, 3))).abs()
     assert (deviation < 3.5 * draws.std(0) / 24**0.5 + 0.05).all()
 
 
 def test_the_standard_error_covers_the_spread_over_draws(world):
     x = world.draw(0, 3)
-    draws = [pmi_negatives(*errors_of(world, x, (0, 1, 2), 100, seed)) for seed in range(40)]
+    draws = [log_odds(*errors_of(world, x, (0, 1, 2), 100, seed)) for seed in range(40)]
     spread = torch.stack([value for value, _ in draws]).std(0)
     claimed = torch.stack([error for _, error in draws]).mean(0)
     assert (spread < 1.35 * claimed).all()
@@ -51,7 +51,7 @@ def test_the_highest_posterior_is_what_the_image_shows(world):
 
 def test_posterior_and_log_odds_say_the_same(world):
     errors = errors_of(world, world.draw(0, 5), (0, 1, 2, 3), 50)
-    value, _ = pmi_negatives(*errors)
+    value, _ = log_odds(*errors)
     torch.testing.assert_close(value.sigmoid(), posteriors(*errors)[:, 0])
 
 
@@ -63,6 +63,6 @@ def test_the_margin_is_the_lead_over_the_likeliest_negative(world):
 
 
 def test_one_probe_has_no_standard_error(world):
-    value, error = pmi_negatives(*errors_of(world, world.draw(0, 2), (0, 1), 1))
+    value, error = log_odds(*errors_of(world, world.draw(0, 2), (0, 1), 1))
     assert value.isfinite().all()
     assert error.isnan().all()

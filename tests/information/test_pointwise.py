@@ -122,7 +122,7 @@ def test_contrastive_equals_the_analytic_value():
         errors = pointwise.denoising_errors(
             world.predict_epsilon, SCHEDULE, x, torch.zeros(4).long(), world.embed(2, 0, 1, 3)[None], probes, 4096
         )
-        draws.append(pointwise.pmi_contrastive(errors[:, 0], errors[:, 1:], probes))
+        draws.append(pointwise.pmi_contrastive(errors[:, 0], errors[:, 1:], probes).value)
     draws = torch.stack(draws)
     logits = world.log_likelihood(x)
     truth = logits[:, 2] - logits[:, [0, 1, 3]].logsumexp(1) + math.log(3)
