@@ -34,6 +34,8 @@ WAIT_S = 900
 KILLED = ("driver", "actor", "worker", "node")  # while it generates, from outside
 INSIDE = ("nan", "oom", "hang")  # of the generating actor
 TRAINING = ("trainer", "notice", "growth")  # while it fine-tunes
+WHOLE = (*TRAINING, "driver", "s3", "job")  # up to the adapter; the others up to the candidates
+CALLS = 30  # of the denoiser in one actor, among which the faulty one is drawn
 KINDS = (*KILLED, *INSIDE, "s3", "disk", *TRAINING, "job")
 FAULTLESS = ("lost", "duplicated", "changed", "events_off", "adapters_off", "untold", "half_written")
 KEY = ["prompt_id", "candidate_index"]
@@ -66,7 +68,7 @@ class FaultsBenchmark(Benchmark):
         rows = []
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, nodes() as cluster:
             truth = Disturbed(Path(folder) / "undisturbed", "none", lots)
-            truth.until = "finetune" if set(counts) & {*TRAINING, "job"} else "generate"
+            truth.until = "finetune" if set(counts) & set(WHOLE) else "generate"
             truth.run(cluster)
             for kind, count in counts.items():
                 results = []
@@ -95,7 +97,8 @@ class Disturbed:
         self.folder, self.kind = folder, kind
         self.after, self.pause = lots.randrange(SHARDS - 1), lots.uniform(0, 1.5)
         self.step, self.seed = lots.randrange(2, STEPS - 2), lots.randrange(2**31)
-        self.until = "finetune" if kind in (*TRAINING, "job") else "generate"
+        self.call, self.late = lots.randrange(1, CALLS), lots.random() < 0.5  # late: while it fine-tunes
+        self.until = "finetune" if kind in WHOLE else "generate"
         self.run_dir = str(folder / "run")
         self.commands, self.happened, self.untold, self.half_written = 0, False, 0, 0
         folder.mkdir(parents=True)
@@ -111,7 +114,8 @@ class Disturbed:
             RuntimeError: it fails again and again.
         """
         self.cluster, self.enlarge, self.head = cluster, None, None
-        mine = {"FAULT_FOLDER": str(self.folder), "FAULT_UNTIL": self.until, "FAULT_STEP": str(self.step)}
+        mine = {"FAULT_FOLDER": str(self.folder), "FAULT_UNTIL": self.until}
+        mine |= {"FAULT_STEP": str(self.step), "FAULT_CALL": str(self.call)}
         self.environment = os.environ | cluster.environment | mine
         if self.kind in (*INSIDE, *TRAINING):
             self.environment["FAULT"] = self.kind
@@ -182,8 +186,12 @@ class Disturbed:
 
     # -------------------------------------------------------------------------------------- the faults
     def _kill(self, driver: subprocess.Popen):
-        """Kill the driver, a generating actor, any worker, or a node, once so many shards are committed."""
-        self._until(driver, lambda: len(self._receipts()) >= self.after and (self._begun() or self._receipts()))
+        """Kill the driver, a generating actor, any worker, or a node, once so many shards are committed; every other
+        driver once so many optimiser steps are begun."""
+        if self.kind == "driver" and self.late:
+            self._until(driver, lambda: len(self._begun_steps()) >= self.step)
+        else:
+            self._until(driver, lambda: len(self._receipts()) >= self.after and (self._begun() or self._receipts()))
         time.sleep(self.pause)
         if driver.poll() is not None:
             return
@@ -231,6 +239,9 @@ class Disturbed:
     def _begun(self) -> list[str]:
         return [file.read_text() for file in (self.folder / "begun").glob("[!.]*")]
 
+    def _begun_steps(self) -> list[Path]:
+        return list((self.folder / "begun-steps").glob("[!.]*"))
+
     def _receipts(self) -> list[dict]:
         folder = storage.join(self.run_dir, "round-0", "candidates", run_folder.COMMITS)
         return [storage.read_json(storage.join(folder, name)) for name in storage.list_names(folder) if name[0] != "."]
@@ -252,7 +263,7 @@ class Disturbed:
         kept_off = (both["kept"] != both["kept_mine"]) & ~both["prompt_id"].isin(both["prompt_id"][failed])
         written = sum(e["event"] == "shard_written" and e["stage"] == "generate" for e in self.events)
         expected_errors = 1 if self.kind == "nan" and self.happened else 0
-        begun, steps_begun = self._begun(), list((self.folder / "begun-steps").glob("[!.]*"))
+        begun, steps_begun = self._begun(), self._begun_steps()
         shards = len(begun) - len(self.receipts) if begun else 0
         steps = len(steps_begun) - len(self.steps) if steps_begun else 0
         of_shard = max(r["denoiser_evaluations"] + r["score_evaluations"] for r in undisturbed.receipts)

@@ -1,7 +1,8 @@
 """A run with a fault inside its actors, for benchmarks/faults.py: jobs/pipeline.py's command line, up to FAULT_UNTIL.
 
-The environment says which: FAULT is nan, oom, hang, trainer, notice, growth or nothing; FAULT_STEP is the step
-of the last three; FAULT_FOLDER is where it is noted that it has happened (it happens once) and what was begun.
+The environment says which: FAULT is nan, oom, hang, trainer, notice, growth or nothing; FAULT_CALL is an actor's call of
+the denoiser (from 1) that has one of the first three, FAULT_STEP the step of the last three; FAULT_FOLDER is where it is
+noted that it has happened (it happens once) and what was begun.
 """
 
 import os
@@ -21,7 +22,7 @@ from mi_ray.storage import create_bytes
 
 FOLDER, FAULT = Path(os.environ["FAULT_FOLDER"]), os.environ.get("FAULT")
 STEP, UNTIL = int(os.environ.get("FAULT_STEP", "0")), os.environ.get("FAULT_UNTIL", "generate")
-FAULTY_CALL = 3  # of the denoiser, counted from 1: in the middle of a batch
+CALL = int(os.environ.get("FAULT_CALL", "1"))
 
 
 def noted(name: str, text: str = "") -> bool:
@@ -39,7 +40,7 @@ class FaultyGenerator(stage.CandidateGenerator):
 
     def after_denoiser(self, unet, inputs, output):
         self.calls += 1
-        if FAULT not in ("nan", "oom", "hang") or self.calls != FAULTY_CALL or not noted("happened", FAULT):
+        if FAULT not in ("nan", "oom", "hang") or self.calls != CALL or not noted("happened", FAULT):
             return None
         if FAULT == "oom":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
