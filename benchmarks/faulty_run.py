@@ -1,8 +1,8 @@
 """A run with a fault inside its actors, for benchmarks/faults.py: jobs/pipeline.py's command line, up to FAULT_UNTIL.
 
-The environment says which: FAULT is nan, oom, hang, trainer, notice, growth or nothing; FAULT_CALL is an actor's call of
-the denoiser (from 1) that has one of the first three, FAULT_STEP the step of the last three; FAULT_FOLDER is where it is
-noted that it has happened (it happens once) and what was begun.
+The environment says which: FAULT is nan, oom, hang, trainer, notice, growth or nothing; FAULT_CALL is an actor's call
+of the denoiser (from 1) that has one of the first three, FAULT_STEP the step of the last three; FAULT_FOLDER is where
+it is noted that it has happened (it happens once) and what was begun.
 """
 
 import os

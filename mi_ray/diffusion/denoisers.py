@@ -213,6 +213,21 @@ def load_denoiser(
     )
 
 
+def load_schedule(path: str) -> NoiseSchedule:
+    """The noise schedule alone, cheap to load.
+
+    Raises:
+        ValueError: if the model has none that is supported, or the hub cannot be asked.
+    """
+    folder = _local_folder(path)
+    if folder is None:
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=["scheduler/*"]))
+        except OSError as error:
+            raise _not_had(path, error) from error
+    return NoiseSchedule.from_config(_read_json(folder / "scheduler" / _CONFIGS["scheduler"]))
+
+
 def load_tokenizer(path: str) -> CLIPTokenizer:
     """The tokenizer alone, cheap to load: for counting a prompt's tokens before the model is there.
 

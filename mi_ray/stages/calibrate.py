@@ -70,6 +70,11 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     except (OSError, ValueError) as error:
         raise ConfigError([f"out: {config.out!r} cannot be written ({error}); give another --out"]) from error
     errors, index, labels = _probed_pool(config, prompts["prompt"].to_pylist(), prompts["prompt_id"].to_pylist())
+    if labels is not None and not _mixed(index, labels):
+        if config.use_labels:
+            raise ConfigError(["use_labels: no prompt has right and wrong candidates; give more, or leave it out"])
+        print("no prompt has right and wrong candidates: the labels say nothing and are left out")
+        labels = None
     edges = torch.linspace(config.log_snr_min, config.log_snr_max, config.levels + 1)
     bands = judge_bands(errors, edges, index, labels)
     chosen = {"label_free": max(bands, key=lambda band: band.label_free)}
@@ -77,6 +82,9 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
         chosen["labelled"] = max(bands, key=lambda band: band.auc)
     for name, band in chosen.items():
         print(f"{name.replace('_', '-'):<11} {_said(band)}")
+    if labels is not None:
+        share = chosen["label_free"].auc / chosen["labelled"].auc
+        print(f"without labels {100 * share:.0f} % of the AUC that labels find")
     band = chosen["labelled" if config.use_labels else "label_free"]
     storage.write_bytes(config.out, _as_yaml(config, band, len(prompts)).encode())
     storage.write_json(config.out + ".bands.json", [asdict(band) for band in bands])
@@ -140,6 +148,12 @@ def _halves(config: CalibrationConfig, denoiser: Denoiser, latents: Tensor, bran
             ).cpu()
         )
     return torch.stack(halves, -1)
+
+
+def _mixed(index: Tensor, labels: Tensor) -> bool:
+    """Whether any prompt's candidates have both labels."""
+    shares = [labels[index == prompt].double().mean() for prompt in index.unique()]
+    return any(0 < share < 1 for share in shares)
 
 
 def _said(band: Band) -> str:

@@ -177,21 +177,38 @@ def trajectory_scores(
     return scores
 
 
+def probed_band(config: ScoreConfig, schedule: NoiseSchedule) -> tuple[float, float]:
+    """The log SNRs over which the pmi scores integrate: what is configured, as far as the model knows such noise.
+
+    Raises:
+        ValueError: it knows none of them.
+    """
+    (low, high), (noisiest, clearest) = config.probed_band, schedule.log_snr[[-1, 0]].tolist()
+    if high <= noisiest or clearest <= low:
+        raise ValueError(
+            f"log_snr_min {low:g} to log_snr_max {high:g} is not among the model's noise levels, {noisiest:.2f} to"
+            f" {clearest:.2f}; move the band"
+        )
+    return max(low, noisiest), min(high, clearest)
+
+
 def probe_design(config: ScoreConfig) -> pointwise.Design:
     """How the configured probes are spread over their band."""
     loc = config.logistic_loc if config.sampling == "logistic" else None
     return pointwise.Design(loc, config.logistic_scale, config.levels, config.antithetic)
 
 
-def draw_probes_of(
-    prompts: list[str], config: ScoreConfig, seed: int, latent_shape: tuple[int, ...]
-) -> pointwise.Probes:
-    """The probes that all candidates and branches of each prompt meet; a prompt's depend on it and the seed alone."""
+def draw_probes_of(prompts: list[str], config: ScoreConfig, seed: int, denoiser: Denoiser) -> pointwise.Probes:
+    """The probes that all candidates and branches of each prompt meet; a prompt's depend on it and the seed alone.
+
+    Raises:
+        ValueError: the configured band reaches none of the model's noise levels.
+    """
     return pointwise.draw_probes(
         [derived_seed(seed, "probes", prompt) for prompt in prompts],
         config.num_samples,
-        *config.probed_band,
-        latent_shape,
+        *probed_band(config, denoiser.schedule),
+        denoiser.latent_shape,
         probe_design(config),
         level_seed=derived_seed(seed, "levels"),
     )
@@ -240,7 +257,7 @@ class Scorer:
         branches = [embeddings[:, None]]
         if "pmi" in config.names or "pmi_orthogonal" in config.names:
             branches.append(self.null.expand(len(prompts), -1, -1)[:, None])
-        probes = draw_probes_of(prompts, config, self.seed, self.denoiser.latent_shape)
+        probes = draw_probes_of(prompts, config, self.seed, self.denoiser)
         errors, distances = pointwise.denoising_statistics(
             self.denoiser.predict_epsilon,
             self.denoiser.schedule,

@@ -133,7 +133,7 @@ class PairScorer:
         )
 
     def _encode(self, images: np.ndarray, prompts: list[str]) -> _Encoded:
-        probes = draw_probes_of(prompts, self.config, self.seed, self.denoiser.latent_shape)
+        probes = draw_probes_of(prompts, self.config, self.seed, self.denoiser)
         latents, embeddings = self.denoiser.encode_images(images), self.denoiser.encode_prompts(prompts)
         return _Encoded(latents, embeddings, torch.arange(len(prompts)), probes)
 

@@ -15,12 +15,12 @@ import ray
 from mi_ray import __version__, run_folder, storage
 from mi_ray.alignment.oracle import foreign_prompts
 from mi_ray.config import RunConfig
-from mi_ray.diffusion.denoisers import check_model, load_tokenizer
+from mi_ray.diffusion.denoisers import check_model, load_schedule, load_tokenizer
 from mi_ray.prompts import PromptReader
 from mi_ray.report.page import alignment_table, write_report
 from mi_ray.section import ConfigError
 from mi_ray.shard_plan import Holdout, ShardPlan, write_prompts
-from mi_ray.stages.candidates import NEIGHBOUR_POOL
+from mi_ray.stages.candidates import NEIGHBOUR_POOL, probed_band
 from mi_ray.stages.evaluate import REFERENCE, evaluate
 from mi_ray.stages.finetune import check_targets, finetune, take_off_baseline
 from mi_ray.stages.generate import generate
@@ -53,6 +53,8 @@ class Plan:
         if tokenizer:
             with collecting(faults):
                 check_targets(config)
+            with collecting(faults):
+                _check_band(config)
         with collecting(faults):
             run_folder.check_run_dir(config.run_dir, config.results_config())
         token_count = tokenizer and (lambda prompt: len(tokenizer(prompt).input_ids))
@@ -146,6 +148,13 @@ def _checked_tokenizer(config: RunConfig):
         return load_tokenizer(config.model.path)
     except ValueError as error:
         raise ConfigError([f"model.path: {fault}" for fault in str(error).split("\n")]) from error
+
+
+def _check_band(config: RunConfig):
+    try:
+        probed_band(config.score, load_schedule(config.model.path))
+    except ValueError as error:
+        raise ConfigError([f"score: {error}"]) from error
 
 
 def _check_alignment(config: RunConfig, *tables: storage.ParquetRows | None):

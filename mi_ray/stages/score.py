@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from itertools import islice
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from mi_ray import __version__, run_folder, schemas, storage
 from mi_ray.config import ModelConfig
-from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_tokenizer
+from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_schedule, load_tokenizer
 from mi_ray.information.maps import upsampled
 from mi_ray.language.negatives import negatives_by
 from mi_ray.pairs import Pair, PairShard, plan_pairs, read_pairs
@@ -24,7 +25,7 @@ from mi_ray.report.attributions import attribution_png
 from mi_ray.report.audit import decimal, write_audit
 from mi_ray.section import ConfigError
 from mi_ray.stages import lease
-from mi_ray.stages.candidates import encode_png
+from mi_ray.stages.candidates import encode_png, probed_band
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
@@ -151,21 +152,29 @@ def _thumbnail(image: np.ndarray) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------- the job
+@contextmanager
+def _under(field: str, faults: list[str]) -> Iterator[None]:
+    """Collect what is wrong under the name of its field."""
+    try:
+        yield
+    except ValueError as error:
+        faults += [f"{field}: {fault}" for fault in str(error).split("\n")]
+
+
 def _checked(config: ScorePairsConfig):
     """Check the model and what makes the negatives.
 
     Raises:
         ConfigError: with every fault.
     """
-    faults = []
-    for field, check in (
-        ("model", lambda: check_model(config.model) or load_tokenizer(config.model)),
-        ("score.negatives", lambda: negatives_by(config.score.negatives)),
-    ):
-        try:
-            check()
-        except ValueError as error:
-            faults += [f"{field}: {fault}" for fault in str(error).split("\n")]
+    faults: list[str] = []
+    with _under("model", faults):
+        check_model(config.model)
+        load_tokenizer(config.model)
+        with _under("score", faults):
+            probed_band(config.score, load_schedule(config.model))
+    with _under("score.negatives", faults):
+        negatives_by(config.score.negatives)
     if faults:
         raise ConfigError(faults)
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from mi_ray.config import ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information.pointwise import Design, denoising_errors, draw_probes, log_density, pmi_contrastive
 from mi_ray.stages.branches import branch_errors, encode_each, likeliest_errors
+from mi_ray.stages.candidates import probed_band
 
 TEXTS = [["a red circle", "a blue circle", "two hearts", "a star"], [], ["a cross", "a heart"]]
 INDEX = torch.tensor([0, 0, 1, 2, 2])
@@ -76,3 +79,12 @@ def test_the_marginal_is_over_all_prompts_though_few_are_left(world):
     far = torch.full((2, 5, 8), 1e4)  # impossible
     whole = pmi_contrastive(own, torch.cat([others, far], 1), drawn)
     torch.testing.assert_close(pmi_contrastive(own, others, drawn, total=8), whole)
+
+
+def test_a_band_is_cut_to_the_models_noise_levels():
+    schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "clip_sample": False})
+    noisiest, clearest = schedule.log_snr[[-1, 0]].tolist()
+    assert probed_band(ScoreConfig(log_snr_min=-99, log_snr_max=0), schedule) == (noisiest, 0)
+    assert probed_band(ScoreConfig(log_snr_min=1, log_snr_max=99), schedule) == (1, clearest)
+    with pytest.raises(ValueError, match="is not among the model's noise levels"):
+        probed_band(ScoreConfig(log_snr_min=-99, log_snr_max=-98), schedule)

@@ -306,7 +306,7 @@ def test_scores_are_those_of_the_estimators(tiny):
     for image, prompt, row in zip(images, CAPTIONS, rows, strict=True):
         others = negatives(prompt)
         texts = [prompt, "", *(other.prompt for other in others), " ".join(prompt.split()[:-1])]
-        probes = draw_probes_of([prompt], config, 5, tiny.latent_shape)
+        probes = draw_probes_of([prompt], config, 5, tiny)
         branches = tiny.encode_prompts(texts)[None]
         latents = tiny.encode_images(image[None])
         errors = pointwise.denoising_errors(

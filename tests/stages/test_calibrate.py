@@ -1,0 +1,44 @@
+"""The job that finds a band: run on the embedded model, and judged by what the pipeline makes of its file."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mi_ray.command_line import load_config
+from mi_ray.config import RunConfig
+from mi_ray.section import ConfigError
+from mi_ray.stages import calibrate as stage
+from mi_ray.stages.calibrate import CalibrationConfig, calibrate
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> CalibrationConfig:
+    monkeypatch.chdir(ROOT)
+    smoke = ["--config", "jobs/configs/calibrate-smoke.yaml", "--out", str(tmp_path / "band.yaml")]
+    return load_config(smoke, model=CalibrationConfig)[0]
+
+
+def test_the_pipeline_takes_the_band_that_is_found(config, tmp_path, capsys):
+    calibrate(config)
+    said = capsys.readouterr().out
+    found = yaml.safe_load((tmp_path / "band.yaml").read_text())
+    arguments = ["--config", "jobs/configs/shapes-smoke.yaml", "--config", config.out, "--run-dir", "runs/x"]
+    taken = load_config(arguments, model=RunConfig)[0].score
+    assert (taken.log_snr_min, taken.log_snr_max) == (found["score"]["log_snr_min"], found["score"]["log_snr_max"])
+    assert config.log_snr_min <= taken.log_snr_min < taken.log_snr_max <= config.log_snr_max
+    assert re.search(r"without labels \d+ % of the AUC that labels find", said)
+    assert (tmp_path / "band.yaml.bands.json").exists()
+
+
+def test_labels_that_say_nothing_are_left_out_or_told(config, monkeypatch, capsys):
+    pool = torch.rand(4, 3, config.levels, 2), torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, False, False])
+    monkeypatch.setattr(stage, "_probed_pool", lambda *arguments: pool)
+    calibrate(config)
+    assert "labels say nothing" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="use_labels: no prompt"):
+        calibrate(config.model_copy(update={"use_labels": True}))
