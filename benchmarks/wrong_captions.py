@@ -93,10 +93,11 @@ def corruption(spec: SceneSpec, said: SceneSpec) -> str:
 def draw_pairs(count: int, wrong_share: float, seed: int) -> list[LabelledPair]:
     """Fresh renders of scenes as in training, no unseen combination; the oracle confirms which captions are wrong."""
     rng = np.random.default_rng(seed)
+    wrongs = rng.permutation(count) < round(count * wrong_share)
     pairs = []
     while len(pairs) < count:
+        wrong = wrongs[len(pairs)]
         spec = sample_spec(CATEGORIES[len(pairs) % len(CATEGORIES)], rng)
-        wrong = rng.random() < wrong_share
         said = corrupt(spec, rng) if wrong else spec
         if any(is_unseen_combination(o) for s in (spec, said) for o in s.objects):
             continue

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from mi_ray import storage
 from mi_ray.config import TRAJECTORY_SCORES, RunConfig
@@ -18,6 +19,7 @@ from mi_ray.shard_plan import Shard, write_prompts
 from mi_ray.stages import candidates
 from mi_ray.stages.candidates import Sampler
 from mi_ray.stages.generate import CandidateGenerator
+from mi_ray.stages.rescore import RescoreConfig, rescore
 from mi_ray.stages.work import Work
 
 PROMPTS = ["a red circle", "a blue square and a green star", "two hearts"]
@@ -115,6 +117,27 @@ def test_stored_curves_can_be_scored_anew(pool):
     assert set(again) == set(TRAJECTORY_SCORES)
     for name, values in again.items():
         np.testing.assert_allclose(rows[f"score_{name}"], values, rtol=1e-5)
+
+
+def test_a_run_is_scored_anew_from_its_folder(tiny_pipeline, tmp_path, capsys):
+    config = config_for(tiny_pipeline)
+    storage.write_json(str(tmp_path / "run.json"), {"config": config.results_config()})
+    rows, *_ = generate(tiny_pipeline, tmp_path / "round-0" / "candidates", [PROMPTS[:2], PROMPTS[2:]])
+    asked = {"names": ["asd", "mitune"], "log_snr_min": -5.0}
+    shown = rescore(RescoreConfig.model_validate({"run_dir": str(tmp_path), "score": asked}))
+    again = storage.read_tables(str(tmp_path / "rescored" / "round-0")).to_pandas()
+    both = rows.merge(again, on=["prompt_id", "candidate_index"], suffixes=("", "_again"))
+    assert len(both) == len(rows) == len(again)
+    for name in asked["names"]:
+        np.testing.assert_allclose(both[f"score_{name}"], both[f"score_{name}_again"], rtol=1e-5)
+    assert shown["score"].tolist() == asked["names"]
+    assert shown["same first choice"].between(0, 1).all()
+    assert "same first choice" in capsys.readouterr().out
+
+
+def test_scores_that_curves_do_not_give_are_refused():
+    with pytest.raises(ValidationError, match="pmi cannot be had from stored curves"):
+        RescoreConfig.model_validate({"run_dir": "x", "score": {"names": ["asd", "pmi"]}})
 
 
 def test_batches_and_shards_change_no_candidate(pool, tiny_pipeline, tmp_path):
