@@ -100,6 +100,23 @@ def test_averages_agree_with_the_analytic_information(dim, correlation):
     assert (distances[:, 1] == 0).all()
 
 
+@pytest.mark.parametrize(("labels", "dim", "distance"), [(3, 4, 0.7), (4, 16, 0.4)])
+def test_averages_over_a_mixture_agree_with_the_analytic_information(labels, dim, distance):
+    """All labels equally likely, and all other things as above: the analytic point-wise values are the control."""
+    world, each = LabelledMixture(labels, dim, distance), 1200
+    x = torch.cat([world.draw(label, each) for label in range(labels)])
+    prompts = torch.cat([world.embed(label).expand(each, 1, 1) for label in range(labels)])
+    truth = torch.cat([world.pmi(x[label * each :][:each], label) for label in range(labels)])
+    probes = draw_probes(list(range(len(x))), 16, *BAND, (dim,), Design(loc=1.0, scale=2.0, antithetic=True))
+    errors, distances = statistics(world, x, prompts, probes)
+    direct, _ = pointwise.pmi(*errors.unbind(1), probes)
+    orthogonal, _ = pointwise.pmi_orthogonal(distances[:, 0], probes)
+    many = torch.cat([world.pmi(world.draw(label, 200_000), label) for label in range(labels)])
+    information = many.mean().item()
+    assert (direct.mean() - truth.mean()).item() == pytest.approx(0, abs=0.02 * information)
+    assert orthogonal.mean().item() == pytest.approx(information, rel=0.02)
+
+
 @pytest.mark.parametrize("world", [JointGaussian(8, 0.0), LabelledMixture(1, 8, 1.0)], ids=["gaussian", "mixture"])
 @pytest.mark.parametrize("design", DESIGNS)
 def test_both_are_zero_where_the_prompt_says_nothing(world, design):
