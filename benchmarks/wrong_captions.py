@@ -16,6 +16,7 @@ from mi_ray.shapes.model import corrupt
 from mi_ray.shapes.oracle import score
 from mi_ray.shapes.scenes import render
 from mi_ray.stages.candidates import Scorer
+from mi_ray.stages.pair_config import PairScoreConfig
 from mi_ray.stages.pair_scorer import PairScorer
 from mi_ray.stages.work import Work
 
@@ -30,11 +31,7 @@ class WrongCaptionsBenchmark(Benchmark):
     model: str = Field("shapes", description="a shipped model or a diffusers folder that reads the embedded world")
     pairs: PositiveInt = Field(200, description="fresh renders with a caption each, the categories in turn")
     wrong_share: float = Field(0.3, gt=0, lt=1, description="share of the captions that are corrupted")
-    num_samples: PositiveInt = Field(12, description="noises a pair")
-    log_snr_min: float = Field(-4.0, description="lower end of the band")
-    log_snr_max: float = Field(0.0, description="upper end of the band")
-    neighbours: PositiveInt = Field(8, description="of pmi_contrastive: nearest other captions of the same list")
-    max_negatives: PositiveInt = Field(8, description="of pmi_negatives and margin")
+    score: PairScoreConfig = Field(PairScoreConfig(), description="as jobs/score.py takes it")
     seed: int = Field(30_000, description="of the pairs, far from the training's")
 
     def answer(self) -> Findings:
@@ -43,15 +40,7 @@ class WrongCaptionsBenchmark(Benchmark):
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
         pairs = draw_pairs(SMOKE_PAIRS if self.smoke else self.pairs, self.wrong_share, self.seed)
-        config = ScoreConfig(
-            names=("pmi_contrastive",),
-            num_samples=self.num_samples,
-            log_snr_min=self.log_snr_min,
-            log_snr_max=self.log_snr_max,
-            neighbours=self.neighbours,
-            max_negatives=self.max_negatives,
-        )
-        scores, told = score_all(denoiser, config, pairs)
+        scores, told, costs = score_all(denoiser, self.score, pairs)
         rng = np.random.default_rng(0)
         wrong = np.array([pair.kind is not None for pair in pairs])
         kinds = sorted({pair.kind for pair in pairs if pair.kind})
@@ -59,11 +48,9 @@ class WrongCaptionsBenchmark(Benchmark):
         for name, values in scores.items():
             for kind in ("all", *kinds):
                 of_kind = wrong if kind == "all" else np.array([pair.kind == kind for pair in pairs])
-                branches = {"pmi": 2, "pmi_contrastive": 1 + self.neighbours, "margin": 2 + self.max_negatives}
-                evaluations = self.num_samples * branches.get(name, 1 + self.max_negatives)
                 row = {"score": name, "corruption": kind, "wrong": int(of_kind.sum()), "right": int((~wrong).sum())}
                 value, low, high = auc_with_interval(values, of_kind, ~wrong, rng)
-                rows.append(row | {"auc": value, "low": low, "high": high, "evaluations_a_pair": evaluations})
+                rows.append(row | {"auc": value, "low": low, "high": high, "evaluations_a_pair": costs[name]})
         rows += [verdict_row(pairs, told, kind) for kind in ("all", *kinds)]
         best = max(row["auc"] for row in rows if row.get("corruption") == "all" and "auc" in row)
         return Findings(rows, {"auc_of_the_best_score": Gate(best, minimum=0.95)})
@@ -110,26 +97,31 @@ def draw_pairs(count: int, wrong_share: float, seed: int) -> list[LabelledPair]:
 
 
 def score_all(
-    denoiser: Denoiser, config: ScoreConfig, pairs: list[LabelledPair]
-) -> tuple[dict[str, np.ndarray], list[dict]]:
-    """{score: (n,) nats, higher is better}, and what each pair's image is said to contradict."""
+    denoiser: Denoiser, config: PairScoreConfig, pairs: list[LabelledPair]
+) -> tuple[dict[str, np.ndarray], list[dict], dict[str, int]]:
+    """{score: (n,) nats, higher is better}, what each pair's image is said to contradict, and evaluations a pair."""
     judge = PairScorer(denoiser, config, AT_ONCE, seed=0, words=False)
-    contrast = Scorer(denoiser, config, AT_ONCE, seed=0, pool=[pair.caption for pair in pairs])
-    told, contrastive = [], []
+    against = ScoreConfig.model_validate(config.model_dump() | {"names": ["pmi_contrastive"]})
+    contrast = Scorer(denoiser, against, AT_ONCE, seed=0, pool=[pair.caption for pair in pairs])
+    told, contrastive, judged, contrasted = [], [], Work(), Work()
     for start in range(0, len(pairs), AT_ONCE):
         chunk = pairs[start : start + AT_ONCE]
         images, captions = np.stack([pair.image for pair in chunk]), [pair.caption for pair in chunk]
-        told += judge(images, captions, Work())
+        told += judge(images, captions, judged)
         latents = denoiser.encode_images(images)
         nowhere = Trajectory(latents, torch.empty(0), *2 * [torch.empty(len(chunk), 0)])  # no sampling, no curves
         embeddings, index = denoiser.encode_prompts(captions), torch.arange(len(chunk))
-        contrastive += contrast(captions, embeddings, index, nowhere, Work())["score_pmi_contrastive"]
-    return {
+        contrastive += contrast(captions, embeddings, index, nowhere, contrasted)["score_pmi_contrastive"]
+    whole = round(judged.score_evaluations / len(pairs))
+    costs = {"pmi": 2 * config.num_samples, "pmi_negatives": whole - config.num_samples, "margin": whole}
+    costs["pmi_contrastive"] = round(contrasted.score_evaluations / len(pairs))
+    scores = {
         "pmi": np.array([row["score_pmi"] for row in told]),
         "pmi_contrastive": np.array(contrastive),
         "pmi_negatives": np.array([row["score_pmi_negatives"] for row in told]),
         "margin": np.array([row["score_margin"] for row in told]),
-    }, told
+    }
+    return scores, told, costs
 
 
 def auc_with_interval(

@@ -2,6 +2,8 @@
 without a word. Where only the likeliest count, the others are dropped after a few probes.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,14 @@ def branch_errors(
     return errors
 
 
+class Likeliest(NamedTuple):
+    """What is left of each of N candidates' branches."""
+
+    errors: list[Tensor]  # (at most count, K) of each, the columns in the probes' order
+    kept: list[Tensor]  # (at most count,) of each: which of its prompt's branches the rows are
+    evaluations: int  # spent on them and on those that dropped out
+
+
 def likeliest_errors(
     denoiser: Denoiser,
     latents: Tensor,
@@ -60,20 +70,17 @@ def likeliest_errors(
     *,
     count: int,
     first: int,
-) -> tuple[list[Tensor], int]:
+) -> Likeliest:
     """`branch_errors` of each candidate's `count` likeliest branches alone: all meet `first` of the probes, which are
     spread over the band, and those to which these give the highest likelihood meet the others too.
 
     A sum of likelihoods is that of its few largest terms, and a few probes tell which they are: so more noise levels
     are had for the same evaluations, and more branches.
-
-    Returns:
-        For each candidate (at most `count`, K), the columns in the probes' order; and the evaluations spent.
     """
     early, late = probes.spread(first)
     if not len(late):
         errors = branch_errors(denoiser, latents, index, branches, probes, batch_size)
-        return errors, sum(e.numel() for e in errors)
+        return Likeliest(errors, [torch.arange(len(e)) for e in errors], sum(e.numel() for e in errors))
     seen = branch_errors(denoiser, latents, index, branches, probes.at(early), batch_size)
     likely = [log_density(e, probes.at(early)).topk(min(count, len(e))).indices for e in seen]
     go_on = [branches[p][kept] for p, kept in zip(index.tolist(), likely, strict=True)]
@@ -81,4 +88,4 @@ def likeliest_errors(
     rest = branch_errors(denoiser, latents, each, go_on, probes.of(index.cpu()).at(late), batch_size)
     order = torch.cat([early, late]).argsort()
     errors = [torch.cat([a[kept], b], 1)[:, order] for a, b, kept in zip(seen, rest, likely, strict=True)]
-    return errors, sum(e.numel() for e in seen) + sum(e.numel() for e in rest)
+    return Likeliest(errors, [kept.cpu() for kept in likely], sum(e.numel() for e in (*seen, *rest)))

@@ -304,7 +304,7 @@ class Scorer:
             own: (N, K) errors under the prompts themselves, at the probes that the others meet too.
         """
         config = self.config
-        others, spent = likeliest_errors(
+        others = likeliest_errors(
             self.denoiser,
             latents,
             index,
@@ -314,8 +314,8 @@ class Scorer:
             count=config.shortlist or max(map(len, branches)),
             first=config.shortlist_samples if config.shortlist else config.num_samples,
         )
-        work.score_evaluations += spent
-        scored = [score(errors[None], against[None], probes) for errors, against in zip(own, others, strict=True)]
+        work.score_evaluations += others.evaluations
+        scored = [score(e[None], against[None], probes) for e, against in zip(own, others.errors, strict=True)]
         return pointwise.Estimate(*map(torch.cat, zip(*scored, strict=True)))
 
 

@@ -16,7 +16,7 @@ from mi_ray.information.maps import InformationMaps, information_maps, without_e
 from mi_ray.information.negatives import margin, posteriors
 from mi_ray.information.pointwise import Probes, denoising_errors, log_odds, pmi
 from mi_ray.language.negatives import Negative, chosen, negatives_by
-from mi_ray.stages.branches import branch_errors, encode_each
+from mi_ray.stages.branches import branch_errors, encode_each, likeliest_errors
 from mi_ray.stages.candidates import draw_probes_of
 from mi_ray.stages.work import Work
 
@@ -100,22 +100,32 @@ class PairScorer:
         values, standard_errors = pmi(own, errors[:, 1], encoded.probes)
         negatives = [self._negatives(prompt) for prompt in prompts]
         left_out = [without_each_word(prompt) if self.words else [] for prompt in prompts]
-        texts = [
-            [n.prompt for n in of_prompt] + [text for _, text in words]
-            for of_prompt, words in zip(negatives, left_out, strict=True)
-        ]
-        branches = encode_each(self.denoiser, texts)
-        others = branch_errors(
-            self.denoiser, encoded.latents, encoded.index, branches, encoded.probes, 2 * self.batch_size
+        others = likeliest_errors(
+            self.denoiser,
+            encoded.latents,
+            encoded.index,
+            encode_each(self.denoiser, [[n.prompt for n in of_prompt] for of_prompt in negatives]),
+            encoded.probes,
+            2 * self.batch_size,
+            count=self.config.shortlist or self.config.max_negatives,
+            first=self.config.shortlist_samples if self.config.shortlist else self.config.num_samples,
         )
-        work.score_evaluations += errors.numel() + sum(other.numel() for other in others)
+        without = branch_errors(
+            self.denoiser,
+            encoded.latents,
+            encoded.index,
+            encode_each(self.denoiser, [[text for _, text in words] for words in left_out]),
+            encoded.probes,
+            2 * self.batch_size,
+        )
+        work.score_evaluations += errors.numel() + others.evaluations + sum(w.numel() for w in without)
         work.timed("score", began)
         rows = []
         for i, (of_prompt, words) in enumerate(zip(negatives, left_out, strict=True)):
-            against, without = others[i][: len(of_prompt)], others[i][len(of_prompt) :]
             row = {"score_pmi": values[i].item(), "score_pmi_se": finite(standard_errors[i].item())}
-            row |= _verdict(own[i], errors[i, 1], against, of_prompt, encoded.probes)
-            rows.append(row | {"words": _words(own[i], without, [word for word, _ in words], encoded.probes)})
+            likely = [of_prompt[kept] for kept in others.kept[i].tolist()]
+            row |= _verdict(own[i], errors[i, 1], others.errors[i], likely, encoded.probes)
+            rows.append(row | {"words": _words(own[i], without[i], [word for word, _ in words], encoded.probes)})
         return rows
 
     def maps(self, images: np.ndarray, prompts: list[str]) -> InformationMaps:

@@ -282,7 +282,10 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
         score_one(config)
     elif dry_run:
         shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
-        evaluations = (2 + config.score.max_negatives) * config.score.num_samples
+        score = config.score
+        kept = min(score.shortlist or score.max_negatives, score.max_negatives)
+        first = min(score.shortlist_samples, score.num_samples) if score.shortlist else score.num_samples
+        evaluations = first * (2 + score.max_negatives) + (score.num_samples - first) * (2 + kept)
         print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations a pair, words not counted")
     else:
         score_pairs(config)

@@ -48,12 +48,13 @@ def test_the_likeliest_are_those_of_the_first_probes_and_meet_all(world, antithe
     denoiser, latents, branches = world
     drawn = probes(denoiser, antithetic=antithetic)
     whole = branch_errors(denoiser, latents, INDEX, branches, drawn, 5)
-    kept, spent = likeliest_errors(denoiser, latents, INDEX, branches, drawn, 5, count=2, first=4)
+    errors, kept, spent = likeliest_errors(denoiser, latents, INDEX, branches, drawn, 5, count=2, first=4)
     early, late = drawn.spread(4)
     assert spent == sum(4 * len(TEXTS[p]) + 4 * min(2, len(TEXTS[p])) for p in INDEX.tolist())
-    for all_of_them, likeliest in zip(whole, kept, strict=True):
+    for all_of_them, likeliest, which in zip(whole, errors, kept, strict=True):
         best = log_density(all_of_them[:, early], drawn.at(early)).topk(min(2, len(all_of_them))).indices
         torch.testing.assert_close(likeliest, all_of_them[best], rtol=1e-4, atol=1e-3)
+        assert torch.equal(which, best)
     assert sorted([*early.tolist(), *late.tolist()]) == list(range(8))
 
 
@@ -61,9 +62,10 @@ def test_with_no_probe_left_over_nothing_is_dropped(world):
     denoiser, latents, branches = world
     drawn = probes(denoiser, 3)
     whole = branch_errors(denoiser, latents, INDEX, branches, drawn, 5)
-    kept, spent = likeliest_errors(denoiser, latents, INDEX, branches, drawn, 5, count=1, first=3)
+    left, kept, spent = likeliest_errors(denoiser, latents, INDEX, branches, drawn, 5, count=1, first=3)
     assert spent == sum(errors.numel() for errors in whole)
-    assert all(torch.equal(a, b) for a, b in zip(whole, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole, left, strict=True))
+    assert [len(which) for which in kept] == [len(errors) for errors in whole]
 
 
 def test_the_first_probes_are_spread_over_the_band_in_whole_pairs(world):

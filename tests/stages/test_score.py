@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 
 from mi_ray import schemas, storage
@@ -334,9 +333,19 @@ def test_a_caption_without_negatives_must_lead_no_caption(tiny):
     assert row["score_margin"] == pytest.approx(row["score_pmi"], abs=1e-4)
 
 
-def test_a_shortlist_of_a_pair_is_refused():
-    with pytest.raises(ValidationError, match="shortlist is for pools"):
-        ScorePairsConfig.model_validate({"image": "-", "prompt": "-", "score": {"shortlist": 3}})
+def test_a_shortlist_keeps_the_likeliest_negatives_and_their_names(tiny):
+    score = ScorePairsConfig(image="-", prompt="-").score
+    some = score.model_copy(update={"num_samples": 5, "max_negatives": 6, "shortlist": 2, "shortlist_samples": 2})
+    work, images = Work(), np.stack([image_of(caption) for caption in CAPTIONS])
+    rows = PairScorer(tiny, some, 8, seed=5, words=False)(images, CAPTIONS, work)
+    whole = PairScorer(tiny, some.model_copy(update={"shortlist": None}), 8, 5, words=False)(images, CAPTIONS, Work())
+    count = [min(6, len(negatives(prompt))) for prompt in CAPTIONS]
+    assert work.score_evaluations == sum(2 * (2 + n) + 3 * (2 + min(2, n)) for n in count)
+    for few, all_ in zip(rows, whole, strict=True):
+        assert few["score_pmi"] == pytest.approx(all_["score_pmi"], abs=1e-3)
+        assert few["score_pmi_negatives"] >= all_["score_pmi_negatives"] - 1e-3  # fewer to lose to
+        if few["score_margin"] == pytest.approx(all_["score_margin"], abs=1e-3):
+            assert few["contradicted"] == all_["contradicted"]
 
 
 def test_a_pair_does_not_depend_on_its_neighbours(tiny):
