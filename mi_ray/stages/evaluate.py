@@ -13,7 +13,7 @@ from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
 from mi_ray.shard_plan import Shard, ShardPlan
 from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, measured, specialise
-from mi_ray.stages.machine import take_cpus
+from mi_ray.stages.machine import take_share
 from mi_ray.stages.shards import ShardWriter, run_stage
 from mi_ray.stages.work import Work
 
@@ -28,7 +28,7 @@ class Evaluator:
 
     def __init__(self, config: dict, model: str, folder: str, adapter: str | None, token: int | None = None):
         config = RunConfig.model_validate(config)
-        take_cpus(config.resources.cpus_per_actor)
+        take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.config, self.model = config, model
         evaluation, batch_size = config.evaluation, config.resources.batch_size
         self.base = drawing = load_denoiser(config.model.path, config.model.dtype)

@@ -12,7 +12,7 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.shard_plan import Shard, ShardPlan
 from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, measured, specialise
-from mi_ray.stages.machine import take_cpus
+from mi_ray.stages.machine import take_share
 from mi_ray.stages.pruning import Halving, cut_scorer
 from mi_ray.stages.select import keeps, ranks
 from mi_ray.stages.shards import ShardWriter, run_stage
@@ -34,7 +34,7 @@ class CandidateGenerator:
         token: int | None = None,
     ):
         config = RunConfig.model_validate(config)
-        take_cpus(config.resources.cpus_per_actor)
+        take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.config, self.round, self.keep_by = config, round_index, keep_by
         self.previews = frozenset(previews)
         adapter = adapter and storage.local_folder(adapter)

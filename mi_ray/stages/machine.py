@@ -27,6 +27,20 @@ def take_cpus(count: float):
         keep_memory()
 
 
+def take_share(cpus: float, gpus: float):
+    """What an actor takes of its node: its threads, and its GPU, which must be there if one was asked for.
+
+    Raises:
+        RuntimeError: torch was built for CUDA and sees no GPU; the CPU would do the work, and the GPU cost money.
+    """
+    take_cpus(cpus)
+    if gpus and torch.version.cuda and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"resources.gpus_per_actor is {gpus:g}, but torch sees no GPU: it is built for CUDA {torch.version.cuda};"
+            " see with nvidia-smi whether the node's driver is new enough for that"
+        )
+
+
 def fitting(worker: Batched, run: Callable[[], Result]) -> Result:
     """Run what takes batches of `worker.batch_size`; where memory does not suffice, halve that for good and run again.
 

@@ -26,7 +26,7 @@ from mi_ray.report.audit import decimal, write_audit
 from mi_ray.section import ConfigError
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import encode_png, probed_band
-from mi_ray.stages.machine import take_cpus
+from mi_ray.stages.machine import take_share
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
 from mi_ray.stages.shards import Patience, stream
@@ -48,7 +48,7 @@ class PairActor:
     def __init__(self, config: dict, token: int | None = None):
         self.config = config = ScorePairsConfig.model_validate(config)
         self.token = token
-        take_cpus(config.resources.cpus_per_actor)
+        take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.denoiser = load_denoiser(config.model, config.dtype)
         self.scorer = PairScorer(self.denoiser, config.score, config.resources.batch_size, config.seed, config.words)
         self.size = model_image_size(self.denoiser)

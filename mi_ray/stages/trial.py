@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from mi_ray.config import ModelConfig, ResourcesConfig
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.stages.candidates import specialise
-from mi_ray.stages.machine import take_cpus
+from mi_ray.stages.machine import take_share
 
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
 ACTORS_TO_A_GPU = (2, 4)
@@ -104,8 +104,8 @@ def sweep_dtypes(path: str, configured: str) -> dict[str, list[Trial]]:
 class Probe:
     """Ray actor that holds the model as a generating one does."""
 
-    def __init__(self, model: dict, cpus: float):
-        take_cpus(cpus)
+    def __init__(self, model: dict, cpus: float, gpus: float):
+        take_share(cpus, gpus)
         self.model = ModelConfig.model_validate(model)
         self.denoiser = load_denoiser(self.model.path, self.model.dtype)
 
@@ -125,7 +125,7 @@ def _probes(model: ModelConfig, cpus: float, gpus: float, count: int) -> Iterato
     ray.get(group.ready())
     here = PlacementGroupSchedulingStrategy(group)
     actor = ray.remote(Probe).options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=here)
-    probes = [actor.remote(model.model_dump(mode="json"), cpus) for _ in range(count)]
+    probes = [actor.remote(model.model_dump(mode="json"), cpus, gpus) for _ in range(count)]
     try:
         yield probes
     finally:

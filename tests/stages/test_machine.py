@@ -12,7 +12,7 @@ import torch
 from mi_ray.config import SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.stages.candidates import Sampler, Scorer
-from mi_ray.stages.machine import fitting
+from mi_ray.stages.machine import fitting, take_share
 from mi_ray.stages.work import Work
 
 PROMPTS = ["a red circle", "two hearts"]
@@ -94,3 +94,13 @@ def test_memory_of_a_freed_tensor_is_kept_for_the_next():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
     given_back, kept = map(int, done.stdout.split())
     assert kept < given_back / 4
+
+
+def test_a_gpu_that_torch_does_not_see_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    take_share(1, 0)
+    with pytest.raises(RuntimeError, match=r"built for CUDA 13\.0; see with nvidia-smi"):
+        take_share(1, 0.5)
+    monkeypatch.setattr(torch.version, "cuda", None)  # who installs torch for the CPU wants it
+    take_share(1, 0.5)
