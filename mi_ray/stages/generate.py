@@ -98,7 +98,7 @@ class CandidateGenerator:
             **scores,
             "pruned_after": [None] * len(owner),
             "prune_score": [None] * len(owner),
-            "error": [None if ok else "the model's output is not finite" for ok in finite],
+            "error": _errors(finite, {name: scores[f"score_{name}"] for name in config.score.names}),
         }
         finished = np.ones(len(owner), bool)
         if halving is not None:
@@ -144,6 +144,16 @@ class CandidateGenerator:
         found = measured(shown and np.stack(shown), [prompts[i] for i in wanted], alignment)
         columns |= {metric: _spread(values, wanted, len(prompts)) for metric, values in found.items()}
         return images
+
+
+def _errors(finite: np.ndarray, scores: dict[str, list]) -> list[str | None]:
+    """Why a candidate has no result: the model has said NaN or infinity, while sampling it or in a score of it."""
+    errors = [None if ok else "the model's output is not finite" for ok in finite]
+    for name, values in scores.items():
+        for row, value in enumerate(values):
+            if errors[row] is None and value is not None and not np.isfinite(value):
+                errors[row] = f"the model's output is not finite in {name}"
+    return errors
 
 
 def _spread(values: list, rows: list[int], count: int) -> list:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from mi_ray import storage
 from mi_ray.config import TRAJECTORY_SCORES, RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.information import pointwise
 from mi_ray.prompts import PROMPTS as PROMPTS_SCHEMA
 from mi_ray.prompts import prompt_id
 from mi_ray.shard_plan import Shard, write_prompts
@@ -190,3 +191,20 @@ def test_what_is_not_finite_is_marked_and_never_kept(tiny_pipeline, tmp_path, mo
     assert rows["error"].notna().tolist() == [True] + [False] * (len(rows) - 1)
     assert not rows["kept"].iloc[0]
     assert rows.groupby("prompt_id")["kept"].sum().tolist() == [1, 1, 1]
+
+
+def test_a_score_that_is_not_finite_is_an_error_and_nothing_is_kept_of_it(tiny_pipeline, tmp_path, monkeypatch):
+    statistics = pointwise.denoising_statistics
+
+    def spoiled(*arguments, **keywords):
+        errors, distances = statistics(*arguments, **keywords)
+        errors[0, 0] = torch.nan
+        return errors, distances
+
+    monkeypatch.setattr(pointwise, "denoising_statistics", spoiled)
+    rows, *_ = generate(tiny_pipeline, tmp_path, [PROMPTS])
+    assert rows["error"].notna().sum() == 1
+    (bad,) = rows[rows["error"].notna()].to_dict("records")
+    assert bad["error"] == "the model's output is not finite in pmi"
+    assert not bad["kept"]
+    assert rows.groupby("prompt_id")["kept"].sum().eq(1).all()
