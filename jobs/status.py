@@ -15,7 +15,7 @@ class Command(BaseSettings):
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
 
-    run_dir: CliPositionalArg[str] = Field(description="folder of the run, local or s3://")
+    run_dir: CliPositionalArg[str] = Field(description="folder of the run, local, s3:// or gs://")
     json_: CliToggleFlag[bool] = Field(False, alias="json", description="as JSON, for programs")
 
     def cli_cmd(self):

@@ -19,7 +19,7 @@ class PromptsConfig(Section):
     """The prompts to align the model with."""
 
     file: str = Field(
-        description="prompts: .txt (one a line), .jsonl or .parquet (columns prompt, category); local or s3://"
+        description="prompts: .txt (one a line), .jsonl or .parquet (columns prompt, category); local, s3:// or gs://"
     )
     limit: Positive | None = Field(None, description="take the first so many")
     duplicates: Literal["error", "drop"] = Field("error", description="what to do with a repeated prompt")
@@ -308,7 +308,7 @@ class ResourcesConfig(Section):
 class RunConfig(Section):
     """Align a text-to-image model with its prompts: generate, score, select, fine-tune, evaluate, report."""
 
-    run_dir: str = Field(min_length=1, description="folder of the run, local or s3://; the same command continues it")
+    run_dir: str = Field(min_length=1, description="folder of the run: local, s3:// or gs://; given again, it goes on")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the whole run")
     rounds: Positive = Field(1, description="each generates with the adapter so far")
     prompts: PromptsConfig

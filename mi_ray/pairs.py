@@ -1,4 +1,4 @@
-"""Pairs of image and caption where they lie, local or s3://: Parquet, JSON lines, folders, WebDataset tars.
+"""Pairs of image and caption where they lie, local, s3:// or gs://: Parquet, JSON lines, folders, WebDataset tars.
 
 Planning looks at names, footers and line ends only. A shard says where its pairs are; they are read one after the other
 when an actor asks, so that memory depends neither on the input's size nor on the shard's. What cannot be read becomes
@@ -88,7 +88,7 @@ def plan_pairs(source: str, pairs_per_shard: int, key: str, columns: Columns) ->
     try:
         sources = list(_sources(source, pairs_per_shard, columns))
     except (OSError, ValueError) as error:
-        raise ConfigError([f"input: {source!r} cannot be read ({error}); give a local path or an s3:// URI"]) from error
+        raise ConfigError([f"input: {source!r} cannot be read ({error}); give a local path or a URI"]) from error
     if not sources:
         raise ConfigError([f"input: {source!r} holds no pairs; give Parquet, .jsonl, .tar or a folder of images"])
     if all("error" in s for s in sources):

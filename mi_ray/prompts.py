@@ -128,7 +128,7 @@ class PromptReader:
                 kept += int(good.sum())
                 yield batch.filter(pa.array(good))
         except OSError as error:
-            fault = f"cannot be read ({error}); give a local path or an s3:// URI"
+            fault = f"cannot be read ({error}); give a local path or an s3:// or gs:// URI"
             raise ConfigError([f"{self.field}: {self.file!r} {fault}"]) from error
         except ValueError as error:
             raise ConfigError([f"{self.field}: {self.file!r} {error}"]) from error

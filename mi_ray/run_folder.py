@@ -32,7 +32,7 @@ def check_writable(uri: str):
     first, second = storage.create_bytes(probe, b"1"), storage.create_bytes(probe, b"2")
     storage.delete(probe)
     if not first or second:
-        raise OSError("its store does not honour If-None-Match, which keeps two drivers apart")
+        raise OSError("its store does not honour conditional writes, which keep two drivers apart")
 
 
 @contextmanager

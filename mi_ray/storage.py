@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mi_ray import s3
+from mi_ray import gcs, s3
 from mi_ray.section import holds_credentials
 
 Result = TypeVar("Result")
@@ -42,9 +43,13 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         raise ValueError(
             "the URI carries credentials; take them out: they come from the environment or an instance role"
         )
-    if not uri.startswith("s3://"):
-        return pafs.FileSystem.from_uri(uri)
-    return s3.filesystem(uri)
+    store = _store(uri)
+    return store.filesystem(uri) if store else pafs.FileSystem.from_uri(uri)
+
+
+def _store(uri: str) -> ModuleType | None:
+    """What speaks to the object store of a URI; None: a store without conditional writes."""
+    return {"s3": s3, "gs": gcs}.get(uri.partition("://")[0])
 
 
 def relative(uri: str, folder: str) -> str:
@@ -76,8 +81,10 @@ def exists(uri: str) -> bool:
 def list_names(uri: str) -> list[str]:
     """Names of the files and folders in a folder, sorted; none if it does not exist."""
     system, path = filesystem(uri)
-    found = _patiently(lambda: system.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
-    return sorted(info.base_name for info in found)
+    deep = isinstance(system, pafs.GcsFileSystem)  # which knows no folders but those that were made
+    selector = pafs.FileSelector(path, allow_not_found=True, recursive=deep)
+    found = _patiently(lambda: system.get_file_info(selector))
+    return sorted({info.path.removeprefix(path).strip("/").partition("/")[0] for info in found})
 
 
 def read_bytes(uri: str) -> bytes:
@@ -127,7 +134,7 @@ def _partial(target: Path, content: bytes) -> Iterator[Path]:
 def create_bytes(uri: str, content: bytes) -> bool:
     """Write a file whole, unless there is one of that name: of several writers at once, one alone wins.
 
-    A hard link does it on a local disk, a put with `If-None-Match: *` on S3.
+    A hard link does it on a local disk, a put with `If-None-Match: *` on S3, with `ifGenerationMatch=0` on Google's.
 
     Returns:
         Whether the file holds this content now by this call.
@@ -143,10 +150,12 @@ def create_bytes(uri: str, content: bytes) -> bool:
             except FileExistsError:
                 return False
         return True
-    if not uri.startswith("s3://"):
-        raise ValueError(f"{uri} is on no store with conditional writes; give a local folder or an s3:// URI")
+    store = _store(uri)
+    if store is None:
+        message = f"{uri} is on no store with conditional writes; give a local folder or an s3:// or gs:// URI"
+        raise ValueError(message)
     # After a refusal: it may be our own, if the answer to an earlier attempt was lost.
-    return s3.create(uri, content) or read_bytes(uri) == content
+    return store.create(uri, content) or read_bytes(uri) == content
 
 
 def delete(uri: str):

@@ -1,6 +1,8 @@
 """Tiny models that every test may use: the real classes and files, random weights, milliseconds a step."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,15 @@ def s3_server():
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         yield "{}:{}".format(*server.get_host_and_port())
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def gcs_server():
+    """The address of a Google Cloud Storage server with the bucket `runs`."""
+    command = [sys.executable, str(Path(__file__).with_name("gcs_server.py"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        yield server.stdout.readline().strip()
+        server.kill()
 
 
 def _save_pipeline(folder: Path, prediction_type: str) -> Path:

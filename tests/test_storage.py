@@ -31,11 +31,17 @@ def endpoint(s3_server):
         yield s3_server
 
 
-@pytest.fixture(params=["local", "s3_by_environment", "s3_by_query"])
+@pytest.fixture(params=["local", "s3_by_environment", "s3_by_query", "gs_by_environment", "gs_by_query"])
 def root(request, tmp_path, monkeypatch) -> str:
     """An empty folder's URI."""
     if request.param == "local":
         return str(tmp_path)
+    if request.param.startswith("gs"):
+        address = request.getfixturevalue("gcs_server")
+        if request.param == "gs_by_query":
+            return f"gs://runs/{tmp_path.name}?endpoint_override={address}&scheme=http"
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{address}")
+        return f"gs://runs/{tmp_path.name}"
     address = request.getfixturevalue("endpoint")
     if request.param == "s3_by_query":
         return f"s3://runs/{tmp_path.name}?endpoint_override={address}&scheme=http"
@@ -160,7 +166,7 @@ def test_a_store_that_lets_two_win_is_refused(monkeypatch, root):
         return True
 
     monkeypatch.setattr(storage, "create_bytes", heedless)
-    with pytest.raises(OSError, match="If-None-Match"):
+    with pytest.raises(OSError, match="conditional writes"):
         run_folder.check_writable(root)
 
 

@@ -32,10 +32,10 @@ class ScorePairsConfig(Section):
     input: str | None = Field(
         None,
         description="pairs: .parquet, .jsonl, a WebDataset .tar, a folder of these, or one of images with .txt beside"
-        " them or a metadata.jsonl; local or s3://",
+        " them or a metadata.jsonl; local, s3:// or gs://",
     )
     run_dir: str | None = Field(
-        None, min_length=1, description="folder of the results, local or s3://; the same command continues it"
+        None, min_length=1, description="folder of the results, local, s3:// or gs://; the same command continues it"
     )
     image: str | None = Field(None, description="a single image, instead of input; with prompt")
     prompt: str | None = Field(None, description="the single image's prompt")

@@ -37,7 +37,7 @@ class TrajectoryScoreConfig(ScoreConfig):
 class RescoreConfig(Section):
     """Score a run's stored candidates anew, by on-trajectory scores, and compare them with what the run selected by."""
 
-    run_dir: str = Field(min_length=1, description="folder of a run, local or s3://; the tables go to its rescored/")
+    run_dir: str = Field(min_length=1, description="folder of a run, local or remote; the tables go to its rescored/")
     score: TrajectoryScoreConfig = TrajectoryScoreConfig()
 
 
