@@ -35,13 +35,15 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a URI or local path, and the path on it.
 
     Raises:
-        ValueError: an unknown scheme, or a URI that carries credentials, which would end in logs and in run.json.
+        ValueError: an unknown scheme, one whose package is not installed, or a URI that carries credentials, which
+            would end in logs and in run.json.
     """
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).absolute())
     if holds_credentials(uri):
         raise ValueError(
-            "the URI carries credentials; take them out: they come from the environment or an instance role"
+            "the URI carries credentials; take them out: they come from the environment, "
+            "an instance role or a service account"
         )
     store = _store(uri)
     return store.filesystem(uri) if store else pafs.FileSystem.from_uri(uri)
@@ -80,11 +82,11 @@ def exists(uri: str) -> bool:
 
 def list_names(uri: str) -> list[str]:
     """Names of the files and folders in a folder, sorted; none if it does not exist."""
+    if _store(uri) is gcs:
+        return gcs.list_names(uri)
     system, path = filesystem(uri)
-    deep = isinstance(system, pafs.GcsFileSystem)  # which knows no folders but those that were made
-    selector = pafs.FileSelector(path, allow_not_found=True, recursive=deep)
-    found = _patiently(lambda: system.get_file_info(selector))
-    return sorted({info.path.removeprefix(path).strip("/").partition("/")[0] for info in found})
+    found = _patiently(lambda: system.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+    return sorted(info.base_name for info in found)
 
 
 def read_bytes(uri: str) -> bytes:

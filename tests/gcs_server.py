@@ -1,59 +1,92 @@
-"""A Google Cloud Storage server for tests, with the bucket `runs`: a script that prints its address.
+"""A server that speaks like Google Cloud Storage, with the bucket `runs`; prints its address and runs until killed.
 
-A process of its own, since Arrow holds the interpreter while it opens a file there. The emulator knows no conditions,
-so `ifGenerationMatch=0` is added here: of several writers at once, one wins.
+It is an emulator of the API, to which this adds what the tests are about: `ifGenerationMatch=0` is honoured, and what
+is asked of objects whose names begin with `flaky` or `lost` fails at first. It is a process of its own, since Arrow
+keeps Python's lock while it opens a file.
 """
 
+import io
+import logging
+import re
 import threading
+from collections import Counter
 from functools import partial
-from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 
 from gcp_storage_emulator.exceptions import NotFound
-from gcp_storage_emulator.handlers import objects
+from gcp_storage_emulator.handlers.buckets import create_bucket
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
-LOCK = threading.RLock()
-insert = objects._multipart_upload
+FAILURES = 2  # of the requests of a kind to an object
+one_at_a_time = threading.Lock()
+met = Counter()
 
 
-def insert_unless_there(request, response, storage):
-    with LOCK:
-        if request.query.get("ifGenerationMatch") == ["0"]:
+class Refused(Exception):
+    """412: there is such an object."""
+
+
+class OnceStorage(Storage):
+    """What is asked for on the condition that there is none of that name is looked at where it is made, in one step."""
+
+    conditional = False  # the request that is being answered
+
+    def create_file(self, bucket_name, file_name, *arguments, **keywords):
+        if self.conditional:
             try:
-                storage.get_file_obj(request.params["bucket_name"], request.data["meta"]["name"])
+                self.get_file_obj(bucket_name, file_name)
             except NotFound:
                 pass
             else:
-                response.status = HTTPStatus.PRECONDITION_FAILED
-                return None
-        return insert(request, response, storage)
+                raise Refused
+        return super().create_file(bucket_name, file_name, *arguments, **keywords)
 
 
-class OneAtATime(RequestHandler):
-    """The storage in memory is no friend of threads; connections that idle must not block others."""
+class Handler(RequestHandler):
+    def handle_one(self, answer):
+        """Reading the request and sending the answer may take long: a test may have stopped the other side."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = re.search(rb"[\w-]+(?:/|%2F)(flaky|lost)", self.path.encode() + body[:1000])
+        failing = False
+        self.rfile, socket, self.wfile = io.BytesIO(body), self.wfile, io.BytesIO()
+        with one_at_a_time:
+            if fault and self.command != "PUT":  # the emulator does not know how to go on with an upload in pieces
+                met[self.command, fault[0]] += 1
+                failing = met[self.command, fault[0]] <= FAILURES
+            if failing and fault[1] == b"flaky":
+                self.send_error(503)
+            else:
+                self.storage.conditional = "ifGenerationMatch=0" in self.path
+                try:
+                    answer()
+                except Refused:
+                    self.wfile = io.BytesIO()
+                    self.send_error(412)
+        if not (failing and fault[1] == b"lost"):
+            socket.write(self.wfile.getvalue())
+        self.wfile = socket
 
-    def log_message(self, *arguments):
+    def do_GET(self):
+        self.handle_one(super().do_GET)
+
+    def do_POST(self):
+        self.handle_one(super().do_POST)
+
+    def do_PUT(self):
+        self.handle_one(super().do_PUT)
+
+    def do_DELETE(self):
+        self.handle_one(super().do_DELETE)
+
+    def log_message(self, format, *arguments):
         pass
 
 
-def locked(method):
-    def handle(self):
-        with LOCK:
-            method(self)
-
-    return handle
-
-
-for name in ("do_GET", "do_POST", "do_PUT", "do_DELETE", "do_PATCH"):
-    setattr(OneAtATime, name, locked(getattr(RequestHandler, name)))
-
 if __name__ == "__main__":
-    objects._multipart_upload = insert_unless_there
-    storage = Storage(use_memory_fs=True)
-    storage.create_bucket("runs", {"id": "runs", "name": "runs"})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(OneAtATime, storage))
-    server.daemon_threads = True
-    print(f"127.0.0.1:{server.server_port}", flush=True)
+    logging.disable()
+    storage = OnceStorage(use_memory_fs=True)
+    create_bucket("runs", storage)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, storage))
+    print("{}:{}".format(*server.server_address), flush=True)
     server.serve_forever()

@@ -1,15 +1,19 @@
 import errno
 import json
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import boto3
 import pyarrow as pa
 import pytest
 from moto.s3.responses import S3Response
 
-from mi_ray import run_folder, storage
+from mi_ray import gcs, run_folder, storage
 from mi_ray.prompts import read_prompts
 from mi_ray.section import ConfigError
 
@@ -36,17 +40,12 @@ def root(request, tmp_path, monkeypatch) -> str:
     """An empty folder's URI."""
     if request.param == "local":
         return str(tmp_path)
-    if request.param.startswith("gs"):
-        address = request.getfixturevalue("gcs_server")
-        if request.param == "gs_by_query":
-            return f"gs://runs/{tmp_path.name}?endpoint_override={address}&scheme=http"
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{address}")
-        return f"gs://runs/{tmp_path.name}"
-    address = request.getfixturevalue("endpoint")
-    if request.param == "s3_by_query":
-        return f"s3://runs/{tmp_path.name}?endpoint_override={address}&scheme=http"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
-    return f"s3://runs/{tmp_path.name}"
+    scheme, _, by = request.param.partition("_by_")
+    address = request.getfixturevalue("endpoint" if scheme == "s3" else "gcs_server")
+    if by == "query":
+        return f"{scheme}://runs/{tmp_path.name}?endpoint_override={address}&scheme=http"
+    monkeypatch.setenv("AWS_ENDPOINT_URL" if scheme == "s3" else "STORAGE_EMULATOR_HOST", f"http://{address}")
+    return f"{scheme}://runs/{tmp_path.name}"
 
 
 # ------------------------------------------------------------------------------------------ everywhere
@@ -126,7 +125,7 @@ def test_a_receipt_speaks_of_the_part_that_is_there(root):
 def test_a_put_that_the_store_carried_out_without_telling_is_ours(monkeypatch, root):
     """The answer to the first attempt is lost; the second is refused, since the object is there."""
     if not root.startswith("s3://"):
-        pytest.skip("of object stores")
+        pytest.skip("of S3")
     put = storage.s3.create
     monkeypatch.setattr(storage.s3, "create", lambda uri, content: put(uri, content) and put(uri, content))
     assert storage.create_bytes(storage.join(root, "token"), b"mine")
@@ -135,7 +134,7 @@ def test_a_put_that_the_store_carried_out_without_telling_is_ours(monkeypatch, r
 
 def test_a_store_that_fails_for_a_while_is_asked_again(monkeypatch, root):
     if not root.startswith("s3://"):
-        pytest.skip("of object stores")
+        pytest.skip("of S3")
     uri = storage.join(root, "small.json")
     storage.write_bytes(uri, b"{}")
     get, calls = S3Response.get_object, []
@@ -149,6 +148,52 @@ def test_a_store_that_fails_for_a_while_is_asked_again(monkeypatch, root):
     monkeypatch.setattr(S3Response, "get_object", failing)
     assert storage.read_json(uri) == {}
     assert len(calls) >= 3
+
+
+@pytest.mark.parametrize("name", ["flaky", "lost"])
+def test_google_cloud_storage_is_asked_again_too(name, gcs_server, tmp_path):
+    """What is asked of such an object fails twice: by 503, or it is done but the connection closed."""
+    uri = f"gs://runs/{tmp_path.name}/{name}?endpoint_override={gcs_server}&scheme=http"
+    with pytest.raises((HTTPException, HTTPError)):
+        urlopen(f"http://{gcs_server}/storage/v1/b/runs/o/{tmp_path.name}%2F{name}")
+    assert not storage.exists(uri)
+    assert storage.create_bytes(uri, b"{}")
+    assert not storage.create_bytes(uri, b"{1}")
+    storage.write_bytes(uri, b"{2}")
+    assert storage.read_bytes(uri) == b"{2}"
+
+
+def test_large_files_are_created_once_too(root):
+    """Google's client sends those in pieces, and the condition counts where they are put together."""
+    if not root.startswith("gs://"):
+        pytest.skip("of Google Cloud Storage")
+    uri = storage.join(root, "large")
+    with ThreadPoolExecutor(2) as pool:
+        won = list(pool.map(lambda i: storage.create_bytes(uri, b"%d" % i * (9 << 20)), range(2)))
+    assert sorted(won) == [False, True]
+    assert storage.read_bytes(uri)[:1] == b"%d" % won.index(True)
+
+
+def test_google_cloud_storage_without_credentials_or_package_is_told_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    with pytest.raises(OSError, match="no credentials"):
+        storage.exists("gs://bucket/run")
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(ValueError, match=r"pip install 'mi-ray\[gcp\]'"):
+        storage.exists("gs://bucket/run")
+
+
+def test_only_to_plain_http_no_credentials_are_sent(monkeypatch):
+    """A private endpoint of Google's asks for them as its public one does."""
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    places = [gcs._parts(f"gs://b/a{query}")[2] for query in ("", "?endpoint_override=x.p.googleapis.com")]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "localhost:1")
+    places += [gcs._parts(f"gs://b/a{query}")[2] for query in ("", "?endpoint_override=localhost:2&scheme=http")]
+    assert places == [None, "https://x.p.googleapis.com", "http://localhost:1", "http://localhost:2"]
+    assert [gcs._is_emulator(place) for place in places] == [False, False, True, True]
 
 
 def test_what_does_not_pass_is_told_at_once(monkeypatch):
@@ -182,9 +227,7 @@ def test_events_are_appended(root):
 
 
 def test_shards_wait_for_the_next_event_on_an_object_store_and_none_is_lost(root):
-    run_folder.log_event(root, "started") if root.startswith("s3://") else storage.write_json(
-        storage.join(root, "run.json"), {}
-    )
+    run_folder.log_event(root, "started") if "://" in root else storage.write_json(storage.join(root, "run.json"), {})
     for index in range(3):
         run_folder.log_event(root, "shard_written", index=index)
     run_folder.log_event(root, "finished")
@@ -235,6 +278,8 @@ def test_a_line_that_a_kill_cut_short_costs_only_itself(tmp_path):
         ("s3://AKIAEXAMPLE:a/secret/with/slashes@bucket/run", "instance role"),
         ("s3://bucket/run?region=x&secret_key=secret", "instance role"),
         ("s3://bucket/run?colour=red", "colour"),
+        ("gs://user:secret@bucket/run", "service account"),
+        ("gs://bucket/run?colour=red", "colour"),
     ],
 )
 def test_uris_that_will_not_do(uri, told):
