@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -351,7 +351,8 @@ def finetune(config: RunConfig, selected: str, destination: str, previous_adapte
         ).fit()
         write_json(summary, result.return_value)
     if system.get_file_info(storage_path).type != pafs.FileType.NotFound:
-        system.delete_dir(storage_path)
+        with suppress(FileNotFoundError):  # of GCS, at the end, for a folder that is only in the names of its files
+            system.delete_dir(storage_path)
     return read_json(summary)
 
 

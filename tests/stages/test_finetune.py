@@ -266,6 +266,48 @@ def test_a_later_round_starts_from_the_adapter_before_it(tiny_pipeline, selected
         torch.testing.assert_close(second[name], weight, atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_fine_tuning_on_google_cloud_storage_goes_on_from_its_checkpoint_there(
+    tiny_pipeline, selected, tmp_path, gcs_server, monkeypatch
+):
+    """It dies in step 4, past the checkpoint of step 2, and is called again."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{gcs_server}")
+    destination, begun = "gs://runs/adapter", tmp_path / "begun"
+
+    def mortal_loop(settings: dict) -> dict | None:
+        from mi_ray.stages import finetune as module
+
+        optimizer_step = module.optimizer_step
+
+        def step(*arguments):
+            with begun.open("a") as file:
+                file.write(".")
+            if begun.stat().st_size == 4:
+                raise RuntimeError("as if the node had gone")
+            return optimizer_step(*arguments)
+
+        module.optimizer_step = step
+        return module.train_loop(settings)
+
+    config = run_config(tiny_pipeline, workers=1, gradient_accumulation=1, max_failures=0)
+    ray.init(num_cpus=2, logging_level="error")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "train_loop", mortal_loop)
+            with pytest.raises(ray.train.TrainingFailedError):
+                stage.finetune(config, selected, destination, None, "test")
+            assert storage.list_names(storage.join(destination, "checkpoints")) != []
+            summary = stage.finetune(config, selected, destination, None, "test")
+    finally:
+        ray.shutdown()
+    assert begun.stat().st_size == 4 + 4
+    assert summary["steps"] == 6
+    assert [line["step"] for line in storage.read_lines(f"{destination}/training.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert not storage.exists(f"{destination}/checkpoints")
+    assert {"adapter_model.safetensors", "summary.json", "tensorboard"} <= set(storage.list_names(destination))
+
+
 @pytest.fixture
 def nodes(monkeypatch):
     """A cluster of two nodes with a CPU each, beside the head; (cluster, a node that the driver can spare)."""
