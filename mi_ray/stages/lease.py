@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+import pyarrow as pa
+
 from mi_ray import storage
 from mi_ray.section import ConfigError
 
@@ -108,7 +110,7 @@ class Lease:
                     self.lost = True
                     return
                 storage.write_bytes(_uri(self.run_dir, self.token), self.content())
-            except OSError as error:
+            except (OSError, pa.ArrowException) as error:  # the latter for answers that Arrow has no OSError for
                 print(f"warning: the lease of {self.run_dir} cannot be renewed now: {error}", file=sys.stderr)
 
     def confirm(self):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import pyarrow as pa
 import pytest
 
 from mi_ray import storage
@@ -41,6 +42,25 @@ def test_what_went_wrong_is_told_even_where_the_lease_cannot_be_released(run_dir
     monkeypatch.setattr(storage, "write_bytes", fail)  # not needed to take the lease
     with pytest.raises(ValueError, match="the reason"), lease.held(run_dir, 40):
         raise ValueError("the reason")
+
+
+@pytest.mark.parametrize("error", [OSError, pa.ArrowException])
+def test_a_beat_that_fails_is_made_up_for_by_the_next(run_dir, error, monkeypatch, capsys):
+    write, failed = storage.write_bytes, []
+
+    def fail_once(uri, content):
+        if not failed:
+            failed.append(uri)
+            raise error("Unknown error")
+        write(uri, content)
+
+    monkeypatch.setattr(storage, "write_bytes", fail_once)
+    deadline = time.monotonic() + 20
+    with lease.held(run_dir, 0.2):
+        while lease.latest(run_dir)[1]["beat"] < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert lease.latest(run_dir)[1]["beat"] >= 2
+    assert "cannot be renewed now: Unknown error" in capsys.readouterr().err
 
 
 def test_a_released_run_is_free_and_its_token_grows(run_dir):
