@@ -18,13 +18,15 @@ SMALL = ["--smoke", "--prompts.limit", "6", "--generate.prompts-per-shard", "1",
 WAIT_S = 400
 
 
-@pytest.fixture(scope="module")
-def run_dir(s3_server):
-    """The URI of a run on an S3 server of this process, which the job's processes reach by the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{s3_server}")
+@pytest.fixture(params=["s3", "gs"])
+def run_dir(request, monkeypatch):
+    """The URI of a run on a server of this machine, which the job's processes reach by the environment."""
+    if request.param == "s3":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{request.getfixturevalue('s3_server')}")
         boto3.client("s3").create_bucket(Bucket="runs")
-        yield "s3://runs/smoke"
+    else:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{request.getfixturevalue('gcs_server')}")
+    return f"{request.param}://runs/smoke"
 
 
 def start(run_dir: str, log) -> subprocess.Popen:
@@ -39,7 +41,7 @@ def receipts(run_dir: str) -> dict[str, bytes]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_on_s3_survives_a_kill_and_has_one_driver(run_dir, tmp_path):
+def test_a_run_there_survives_a_kill_and_has_one_driver(run_dir, tmp_path):
     with (tmp_path / "killed.log").open("wb") as log:
         first = start(run_dir, log)
         deadline = time.monotonic() + WAIT_S

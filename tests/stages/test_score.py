@@ -63,10 +63,11 @@ def server(s3_server):
     return s3_server
 
 
-@pytest.fixture
-def bucket(server, tmp_path) -> str:
-    """An empty folder of it."""
-    return f"s3://pairs/{tmp_path.name}?endpoint_override={server}&scheme=http"
+@pytest.fixture(params=["s3://pairs", "gs://runs"])
+def bucket(request, tmp_path) -> str:
+    """An empty folder of an object store."""
+    address = request.getfixturevalue("server" if request.param.startswith("s3") else "gcs_server")
+    return f"{request.param}/{tmp_path.name}?endpoint_override={address}&scheme=http"
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -265,7 +266,7 @@ def test_object_stores_are_read_alike(tmp_path, bucket, write):
         storage.write_bytes(storage.join(bucket, *file.relative_to(tmp_path).parts), file.read_bytes())
     pairs, _ = read_all(storage.join(bucket, source.name))
     assert [(pair.image, pair.prompt) for pair in pairs] == list(zip(IMAGES, CAPTIONS, strict=True))
-    assert all(pair.key.startswith("s3://pairs/") for pair in pairs)
+    assert all(pair.key.startswith(bucket.partition("?")[0]) for pair in pairs)
 
 
 # ---------------------------------------------------------------------------------------------- images
