@@ -103,10 +103,7 @@ SCORED = pa.schema(
     [
         _field("key", pa.string(), "where the pair lies: a file, a file's row or line, a tar's member"),
         _field("prompt", pa.string(), "the caption"),
-        _field("score_pmi", pa.float32(), SCORES["pmi"]),
-        _field("score_pmi_se", pa.float32(), "standard error of score_pmi over the noise draws, nats"),
-        _field("score_pmi_negatives", pa.float32(), SCORES["pmi_negatives"]),
-        _field("score_pmi_negatives_se", pa.float32(), "standard error of score_pmi_negatives, nats"),
+        *score_columns(("pmi", "pmi_negatives")),
         _field("score_margin", pa.float32(), "log p(x|y) less the highest of its negatives' and log p(x), nats"),
         _field("score_margin_se", pa.float32(), "standard error of score_margin, nats"),
         _field("posterior", pa.float32(), "of the caption among itself and its negatives, all equally likely before"),

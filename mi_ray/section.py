@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +19,20 @@ class ConfigError(Exception):
     def __init__(self, faults: list[str]):
         super().__init__("\n".join(faults))
         self.faults = faults
+
+
+@contextmanager
+def collecting(faults: list[str], field: str = "") -> Iterator[None]:
+    """Collect what is wrong instead of raising it, so that all is told at once: the faults of a ConfigError and, where
+    a field is named, each line of a ValueError as a fault of it."""
+    try:
+        yield
+    except ConfigError as error:
+        faults += error.faults
+    except ValueError as error:
+        if not field:
+            raise
+        faults += [f"{field}: {fault}" for fault in str(error).split("\n")]
 
 
 def holds_credentials(uri: str) -> bool:

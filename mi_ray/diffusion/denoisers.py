@@ -219,12 +219,7 @@ def load_schedule(path: str) -> NoiseSchedule:
     Raises:
         ValueError: if the model has none that is supported, or the hub cannot be asked.
     """
-    folder = _local_folder(path)
-    if folder is None:
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=["scheduler/*"]))
-        except OSError as error:
-            raise _not_had(path, error) from error
+    folder = _folder_with(path, "scheduler")
     return NoiseSchedule.from_config(_read_json(folder / "scheduler" / _CONFIGS["scheduler"]))
 
 
@@ -234,12 +229,7 @@ def load_tokenizer(path: str) -> CLIPTokenizer:
     Raises:
         ValueError: if the model has none, or the hub cannot be asked.
     """
-    folder = _local_folder(path)
-    if folder is None:
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=["tokenizer/*"]))
-        except OSError as error:
-            raise _not_had(path, error) from error
+    folder = _folder_with(path, "tokenizer")
     _refuse(path, _vocabulary_faults(folder))
     return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
 
@@ -286,6 +276,17 @@ def _local_folder(path: str) -> Path | None:
     """The folder of a shipped or local model; None of a hub id."""
     folder = Path(resolve_model(path))
     return folder if path in SHIPPED or folder.is_dir() else None
+
+
+def _folder_with(path: str, part: str) -> Path:
+    """A folder that holds one part of the model; of a hub id, nothing else is fetched."""
+    folder = _local_folder(path)
+    if folder is not None:
+        return folder
+    try:
+        return Path(snapshot_download(path, allow_patterns=[f"{part}/*"]))
+    except OSError as error:
+        raise _not_had(path, error) from error
 
 
 def _fetch(path: str) -> Path:

@@ -25,7 +25,7 @@ from mi_ray.language.negatives import Negative, shuffled
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _RELATION = re.compile(r"\b(?:" + "|".join(RELATIONS).replace(" ", r"\s+") + r")\b", re.IGNORECASE)
-_AND = re.compile(r",?\s+and\s+(?:[a-z]+\s+)?", re.IGNORECASE)
+_AND = re.compile(r"(,?\s+and\s+)(?:[a-z]+\s+)?", re.IGNORECASE)
 _MAX_MODIFIERS = 4
 
 
@@ -195,14 +195,14 @@ def _is_deed(gap: str) -> bool:
 def _omissions(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
     """One of two that are joined by `and` is not there; nothing where a verb agrees with both."""
     for a, b in pairwise(phrases):
-        if not _AND.fullmatch(prompt, a.end, b.start) or re.match(r"\s+(?:are|were|both)\b", prompt[b.end :]):
+        joined = _AND.fullmatch(prompt, a.end, b.start)
+        if not joined or re.match(r"\s+(?:are|were|both)\b", prompt[b.end :]):
             continue
         opened = list(_WORD.finditer(prompt, 0, a.start))
         first = opened[-1].start() if opened else a.start  # with its determiner or number
-        second = a.end + len(re.match(r",?\s+and\s+", prompt[a.end : b.start], re.IGNORECASE)[0])
         yield "object omission", "object", prompt[b.start : b.end], "", [(a.end, b.end, "")]
         if opened and _is_opener(opened[-1].group()):
-            yield "object omission", "object", prompt[a.start : a.end], "", [(first, second, "")]
+            yield "object omission", "object", prompt[a.start : a.end], "", [(first, joined.end(1), "")]
 
 
 def _is_opener(word: str) -> bool:

@@ -18,7 +18,7 @@ from mi_ray.diffusion.denoisers import Denoiser, check_model, load_denoiser
 from mi_ray.information.calibration import Band, judge_bands
 from mi_ray.information.pointwise import denoising_errors, draw_probes
 from mi_ray.prompts import read_prompts
-from mi_ray.section import ConfigError, Positive, Section, check_band
+from mi_ray.section import ConfigError, Positive, Section, check_band, collecting
 from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, measured
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.work import Work
@@ -70,13 +70,15 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     except (OSError, ValueError) as error:
         raise ConfigError([f"out: {config.out!r} cannot be written ({error}); give another --out"]) from error
     errors, index, labels = _probed_pool(config, prompts["prompt"].to_pylist(), prompts["prompt_id"].to_pylist())
-    if labels is not None and not _mixed(index, labels):
-        if config.use_labels:
-            raise ConfigError(["use_labels: no prompt has right and wrong candidates; give more, or leave it out"])
-        print("no prompt has right and wrong candidates: the labels say nothing and are left out")
-        labels = None
     edges = torch.linspace(config.log_snr_min, config.log_snr_max, config.levels + 1)
-    bands = judge_bands(errors, edges, index, labels)
+    try:
+        bands = judge_bands(errors, edges, index, labels)
+    except ValueError as error:  # no prompt has both labels
+        if config.use_labels:
+            message = "use_labels: no prompt has right and wrong candidates; give more, or leave it out"
+            raise ConfigError([message]) from error
+        print("no prompt has right and wrong candidates: the labels say nothing and are left out")
+        labels, bands = None, judge_bands(errors, edges, index)
     chosen = {"label_free": max(bands, key=lambda band: band.label_free)}
     if labels is not None:
         chosen["labelled"] = max(bands, key=lambda band: band.auc)
@@ -102,10 +104,8 @@ def _checked_prompts(config: CalibrationConfig) -> pa.Table:
         faults.append(
             f"alignment: the oracle reads only prompts of the shapes grammar, not {foreign[0]!r}; leave it out"
         )
-    try:
+    with collecting(faults, "model.path"):
         check_model(config.model.path)
-    except ValueError as error:
-        faults += [f"model.path: {fault}" for fault in str(error).split("\n")]
     if faults:
         raise ConfigError(faults)
     return prompts
@@ -148,12 +148,6 @@ def _halves(config: CalibrationConfig, denoiser: Denoiser, latents: Tensor, bran
             ).cpu()
         )
     return torch.stack(halves, -1)
-
-
-def _mixed(index: Tensor, labels: Tensor) -> bool:
-    """Whether any prompt's candidates have both labels."""
-    shares = [labels[index == prompt].double().mean() for prompt in index.unique()]
-    return any(0 < share < 1 for share in shares)
 
 
 def _said(band: Band) -> str:

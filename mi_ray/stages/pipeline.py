@@ -11,6 +11,7 @@ from itertools import islice
 
 import pyarrow as pa
 import ray
+from pydantic import ValidationError
 
 from mi_ray import __version__, run_folder, storage
 from mi_ray.alignment.oracle import foreign_prompts
@@ -18,7 +19,7 @@ from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import check_model, load_schedule, load_tokenizer
 from mi_ray.prompts import PromptReader
 from mi_ray.report.page import alignment_table, write_report
-from mi_ray.section import ConfigError
+from mi_ray.section import ConfigError, collecting
 from mi_ray.shard_plan import Holdout, ShardPlan, write_prompts
 from mi_ray.stages.candidates import NEIGHBOUR_POOL, probed_band
 from mi_ray.stages.evaluate import REFERENCE, evaluate
@@ -46,15 +47,16 @@ class Plan:
         self.config = config
         faults: list[str] = []
         tokenizer = None
-        with collecting(faults):
-            tokenizer = _checked_tokenizer(config)
+        with collecting(faults, "model.path"):
+            check_model(config.model.path)
+            tokenizer = load_tokenizer(config.model.path)
         with collecting(faults):
             check_loggers(config.finetune.log_to)
         if tokenizer:
             with collecting(faults):
                 check_targets(config)
-            with collecting(faults):
-                _check_band(config)
+            with collecting(faults, "score"):
+                probed_band(config.score, load_schedule(config.model.path))
         with collecting(faults):
             run_folder.check_run_dir(config.run_dir, config.results_config())
         token_count = tokenizer and (lambda prompt: len(tokenizer(prompt).input_ids))
@@ -133,30 +135,6 @@ def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.
         left -= len(batch)
 
 
-@contextmanager
-def collecting(faults: list[str]):
-    """Collect the faults of a ConfigError instead of raising it, so that all are told at once."""
-    try:
-        yield
-    except ConfigError as error:
-        faults += error.faults
-
-
-def _checked_tokenizer(config: RunConfig):
-    try:
-        check_model(config.model.path)
-        return load_tokenizer(config.model.path)
-    except ValueError as error:
-        raise ConfigError([f"model.path: {fault}" for fault in str(error).split("\n")]) from error
-
-
-def _check_band(config: RunConfig):
-    try:
-        probed_band(config.score, load_schedule(config.model.path))
-    except ValueError as error:
-        raise ConfigError([f"score: {error}"]) from error
-
-
 def _check_alignment(config: RunConfig, *tables: storage.ParquetRows | None):
     faults = []
     for field, wanted, table in zip(
@@ -209,6 +187,23 @@ def open_run(plan: Plan):
             run_folder.log_event(config.run_dir, "prompt_skipped", **row)
 
 
+def read_run(run_dir: str) -> tuple[RunConfig, dict]:
+    """The config of the run in a folder, and all that its run.json says.
+
+    Raises:
+        ConfigError: there is no run in the folder, or one of another job.
+    """
+    try:
+        content = storage.read_json(storage.join(run_dir, "run.json"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
+    try:
+        return RunConfig.model_validate(content["config"] | {"run_dir": run_dir}), content
+    except ValidationError as error:
+        message = f"run_dir: {run_dir!r} holds no run of jobs/pipeline.py; its own page tells of it"
+        raise ConfigError([message]) from error
+
+
 def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
     """All rounds of one arm; returns the last adapter's folder.
 
@@ -216,8 +211,7 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
     and from then on generates with its own adapters, so that arms differ in nothing but the selection.
     """
     config, run_dir = plan.config, plan.config.run_dir
-    home = run_dir if arm == "tuned" else storage.join(run_dir, "controls", arm)
-    by = config.select.by if arm == "tuned" else arm
+    home, by = home_of(run_dir, arm), selects_by(config, arm)
     suffix = "" if arm == "tuned" else f"_{arm}"
     previews = plan.train.read(0, config.generate.preview_prompts)["prompt_id"].to_pylist()
     adapter = None
@@ -236,9 +230,18 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
         with timed(config, f"finetune{suffix}"):
             finetune(config, selected, tuned, adapter, f"{arm}-{r}")
             if takes_baseline(config, r, by):
-                tuned = _less_baseline(config, home, candidates, tuned, adapter, r)
+                tuned = _less_baseline(config, arm, candidates, tuned, adapter, r)
         adapter = tuned
     return adapter
+
+
+def home_of(run_dir: str, arm: str) -> str:
+    """The folder of an arm's rounds."""
+    return run_dir if arm == "tuned" else storage.join(run_dir, "controls", arm)
+
+
+def selects_by(config: RunConfig, arm: str) -> str:
+    return config.select.by if arm == "tuned" else arm
 
 
 def takes_baseline(config: RunConfig, r: int, by: str) -> bool:
@@ -247,34 +250,35 @@ def takes_baseline(config: RunConfig, r: int, by: str) -> bool:
 
 
 def baselines(config: RunConfig) -> list[tuple[str, str]]:
-    """Of the baselines that are trained beside all arms: what each is called, and its folder within the run's.
-
-    In the first round every arm has the same pool, and what learns there at random is the random control itself.
-    """
-    last = config.rounds - 1
-    arms = ["tuned", *config.evaluation.controls]
-    takers = [arm for arm in arms if takes_baseline(config, last, config.select.by if arm == "tuned" else arm)]
+    """Of the baselines that are trained beside all arms: what each is called, and its folder."""
+    last, arms = config.rounds - 1, ["tuned", *config.evaluation.controls]
+    takers = [arm for arm in arms if takes_baseline(config, last, selects_by(config, arm))]
     if last:
-        homes = {arm: "" if arm == "tuned" else f"controls/{arm}/" for arm in takers}
-        return [(f"baseline of {arm}, round {last}", f"{home}round-{last}/baseline") for arm, home in homes.items()]
-    return [("baseline, round 0", "controls/random/round-0")] if takers and "random" not in arms else []
+        return [(f"baseline of {arm}, round {last}", _baseline_folder(config.run_dir, arm, last)) for arm in takers]
+    shared = _baseline_folder(config.run_dir, "tuned", 0)
+    return [("baseline, round 0", shared)] if takers and "random" not in arms else []
+
+
+def _baseline_folder(run_dir: str, arm: str, r: int) -> str:
+    """Where an arm's baseline lies. In the first round every arm has the same pool, and what learns there at random is
+    the random control itself."""
+    return storage.join(home_of(run_dir, arm if r else "random"), f"round-{r}", *(["baseline"] if r else []))
 
 
 def final_adapter(config: RunConfig, arm: str) -> str:
     """The folder of the adapter with which a finished run evaluates an arm."""
-    home = config.run_dir if arm == "tuned" else storage.join(config.run_dir, "controls", arm)
-    last, by = config.rounds - 1, config.select.by if arm == "tuned" else arm
-    return storage.join(home, f"round-{last}", LESS_BASELINE if takes_baseline(config, last, by) else "adapter")
+    last = config.rounds - 1
+    name = LESS_BASELINE if takes_baseline(config, last, selects_by(config, arm)) else "adapter"
+    return storage.join(home_of(config.run_dir, arm), f"round-{last}", name)
 
 
-def _less_baseline(config: RunConfig, home: str, candidates: str, tuned: str, start: str | None, r: int) -> str:
+def _less_baseline(config: RunConfig, arm: str, candidates: str, tuned: str, start: str | None, r: int) -> str:
     """The adapter of an arm without what a random selection of its pool teaches; returns its folder."""
-    control = storage.join(config.run_dir, "controls", "random", "round-0")
-    folder = storage.join(home, f"round-{r}", "baseline") if r else control
+    folder = _baseline_folder(config.run_dir, arm, r)
     selected, baseline = storage.join(folder, "selected.parquet"), storage.join(folder, "adapter")
     select(config, candidates, selected, "random")
     finetune(config, selected, baseline, start, f"{'baseline' if r else 'random'}-{r}")
-    destination = storage.join(home, f"round-{r}", LESS_BASELINE)
+    destination = storage.join(home_of(config.run_dir, arm), f"round-{r}", LESS_BASELINE)
     take_off_baseline(config, tuned, baseline, start, destination)
     return destination
 

@@ -19,8 +19,8 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     each, steps = config.generate.candidates_per_prompt, config.sampler.num_inference_steps
     cuts = config.prune.cuts(steps, each)
     left = [each, *cuts.values()]
-    at_cuts = sum(left[:-1]) * _scoring(config.score, {config.prune.by}, config.prune.num_samples)
-    at_the_end = left[-1] * _scoring(config.score, set(config.score.names), config.score.num_samples)
+    at_cuts = sum(left[:-1]) * score_evaluations(config.score, {config.prune.by}, config.prune.num_samples)
+    at_the_end = left[-1] * score_evaluations(config.score, set(config.score.names), config.score.num_samples)
     finetune = config.finetune
     samples = finetune.steps * finetune.batch_size * finetune.gradient_accumulation
     images = held_out * config.evaluation.images_per_prompt * (1 + arms)
@@ -33,7 +33,7 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     }
 
 
-def _scoring(score: ScoreConfig, names: set[str], samples: int) -> int:
+def score_evaluations(score: ScoreConfig, names: set[str], samples: int) -> int:
     """Evaluations of a candidate for these scores."""
     if not names & set(POINTWISE_SCORES):
         return 0

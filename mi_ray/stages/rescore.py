@@ -4,17 +4,18 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from mi_ray import schemas, storage
-from mi_ray.config import TRAJECTORY_SCORES, RunConfig, ScoreConfig, ScoreName
+from mi_ray.config import TRAJECTORY_SCORES, ScoreConfig, ScoreName
 from mi_ray.diffusion.denoisers import load_schedule
 from mi_ray.diffusion.sampling import solver_plan
 from mi_ray.report.statistics import within_prompt_auc
 from mi_ray.report.summary import round_numbers
 from mi_ray.section import ConfigError, Section
 from mi_ray.stages.candidates import trajectory_scores
+from mi_ray.stages.pipeline import read_run
 
 FOLDER = "rescored"
 
@@ -47,7 +48,7 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
     Raises:
         ConfigError: there is no run in the folder, or it has no candidates yet.
     """
-    run = _run_of(config.run_dir)
+    run, _ = read_run(config.run_dir)
     schedule, sampler = load_schedule(run.model.path), run.sampler
     spacing = sampler.timestep_spacing
     plan = solver_plan(schedule, sampler.solver, sampler.num_inference_steps, timestep_spacing=spacing)
@@ -86,14 +87,6 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="-"))
     print(f"tables: {storage.join(config.run_dir, FOLDER)}")
     return shown
-
-
-def _run_of(run_dir: str) -> RunConfig:
-    try:
-        recorded = storage.read_json(storage.join(run_dir, "run.json"))["config"]
-        return RunConfig.model_validate(recorded | {"run_dir": run_dir})
-    except (OSError, ValueError, KeyError, ValidationError) as error:
-        raise ConfigError([f"run_dir: {run_dir!r} holds no run of jobs/pipeline.py ({error})"]) from error
 
 
 def _compared(candidates: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from itertools import islice
@@ -23,12 +22,13 @@ from mi_ray.language.negatives import negatives_by
 from mi_ray.pairs import Pair, PairShard, plan_pairs, read_pairs
 from mi_ray.report.attributions import attribution_png
 from mi_ray.report.audit import decimal, write_audit
-from mi_ray.section import ConfigError
+from mi_ray.section import ConfigError, collecting
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import encode_png, probed_band
 from mi_ray.stages.machine import take_share
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
+from mi_ray.stages.preflight import score_evaluations
 from mi_ray.stages.shards import Patience, stream
 from mi_ray.stages.trial import settle
 from mi_ray.stages.work import Work
@@ -152,15 +152,6 @@ def _thumbnail(image: np.ndarray) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------- the job
-@contextmanager
-def _under(field: str, faults: list[str]) -> Iterator[None]:
-    """Collect what is wrong under the name of its field."""
-    try:
-        yield
-    except ValueError as error:
-        faults += [f"{field}: {fault}" for fault in str(error).split("\n")]
-
-
 def _checked(config: ScorePairsConfig):
     """Check the model and what makes the negatives.
 
@@ -168,12 +159,12 @@ def _checked(config: ScorePairsConfig):
         ConfigError: with every fault.
     """
     faults: list[str] = []
-    with _under("model", faults):
+    with collecting(faults, "model"):
         check_model(config.model)
         load_tokenizer(config.model)
-        with _under("score", faults):
+        with collecting(faults, "score"):
             probed_band(config.score, load_schedule(config.model))
-    with _under("score.negatives", faults):
+    with collecting(faults, "score.negatives"):
         negatives_by(config.score.negatives)
     if faults:
         raise ConfigError(faults)
@@ -282,10 +273,7 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
         score_one(config)
     elif dry_run:
         shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
-        score = config.score
-        kept = min(score.shortlist or score.max_negatives, score.max_negatives)
-        first = min(score.shortlist_samples, score.num_samples) if score.shortlist else score.num_samples
-        evaluations = first * (2 + score.max_negatives) + (score.num_samples - first) * (2 + kept)
+        evaluations = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
         print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations a pair, words not counted")
     else:
         score_pairs(config)

@@ -6,15 +6,12 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
-from pydantic import ValidationError
-
 from mi_ray import run_folder, storage
 from mi_ray.config import RunConfig
-from mi_ray.section import ConfigError
 from mi_ray.stages.evaluate import REFERENCE
 from mi_ray.stages.finetune import SUMMARY
 from mi_ray.stages.lease import latest
-from mi_ray.stages.pipeline import baselines
+from mi_ray.stages.pipeline import baselines, home_of, read_run
 from mi_ray.stages.preflight import evaluations
 
 RECENT = 50  # shards whose pace counts
@@ -107,7 +104,7 @@ def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
     planned = {stage: -(-count // per_shard) for stage, count in events.prompts.items()}
     stages = []
     for arm in ("tuned", *config.evaluation.controls):
-        home = run_dir if arm == "tuned" else storage.join(run_dir, "controls", arm)
+        home = home_of(run_dir, arm)
         for r in range(config.rounds):
             model = f"{arm}, round {r}"
             if r or arm == "tuned":
@@ -118,9 +115,9 @@ def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
             adapter = storage.join(home, f"round-{r}", "adapter")
             stages.append(_finetune(adapter, model, config.finetune.steps))
     for model, folder in baselines(config):
-        selected = storage.exists(storage.join(run_dir, folder, "selected.parquet"))
+        selected = storage.exists(storage.join(folder, "selected.parquet"))
         stages.append(StageStatus("select", model, "table", int(selected), int(not selected)))
-        stages.append(_finetune(storage.join(run_dir, folder, "adapter"), model, config.finetune.steps))
+        stages.append(_finetune(storage.join(folder, "adapter"), model, config.finetune.steps))
     reference = [REFERENCE] if config.evaluation.alignment == "oracle" else []
     for model in (*reference, "base", "tuned", *config.evaluation.controls):
         folder = storage.join(run_dir, "evaluation", model)
@@ -159,16 +156,7 @@ def run_status(run_dir: str) -> dict:
     Raises:
         ConfigError: there is no run in the folder.
     """
-    try:
-        content = storage.read_json(storage.join(run_dir, "run.json"))
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
-    try:
-        config = RunConfig.model_validate(content["config"] | {"run_dir": run_dir})
-    except ValidationError as error:
-        raise ConfigError(
-            [f"run_dir: {run_dir!r} holds no run of jobs/pipeline.py; its own page tells of it"]
-        ) from error
+    config, content = read_run(run_dir)
     events = _Events(run_dir)
     stages = _with_estimates(_stages(config, events), config, events)
     lefts = [status.seconds_left for status in stages]
