@@ -1,23 +1,20 @@
-"""Scoring of existing pairs: what is read from where, what becomes an error row, resume, the page, the single pair."""
+"""Scoring of existing pairs: the scores, what becomes an error row, resume, the page, the single pair."""
 
 import io
-import json
 import os
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pair_inputs import CAPTIONS, IMAGES, encoded, image_of, write_parquet
 from PIL import Image
-from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 
 from mi_ray import schemas, storage
 from mi_ray.command_line import load_config
@@ -27,11 +24,9 @@ from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.information import pointwise
 from mi_ray.language.negatives import chosen
 from mi_ray.language.shapes import negatives
-from mi_ray.pairs import Columns, PairShard, plan_pairs, read_pairs
+from mi_ray.pairs import Columns, plan_pairs
 from mi_ray.report.audit import write_audit
 from mi_ray.section import ConfigError
-from mi_ray.shapes.grammar import draw_scene, parse
-from mi_ray.shapes.scenes import render
 from mi_ray.stages.candidates import Scorer, draw_probes_of
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, read_image
@@ -39,234 +34,7 @@ from mi_ray.stages.score import PairActor, ahead, score_one
 from mi_ray.stages.work import Work
 
 ROOT = Path(__file__).parents[2]
-CAPTIONS = ["a red circle left of a blue square", "two hearts", "a striped star", "a green cross", "a pink heart"]
 HOSTILE = '<script>alert("x")</script> & a dog'
-
-
-def image_of(prompt: str) -> np.ndarray:
-    return render(draw_scene(parse(prompt), np.random.default_rng(0), unseen=True))
-
-
-def encoded(image: np.ndarray | Image.Image, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-IMAGES = [encoded(image_of(caption)) for caption in CAPTIONS]
-
-
-@pytest.fixture(scope="module")
-def server(s3_server):
-    """The address of an S3 server with the bucket `pairs`."""
-    boto3.client("s3", endpoint_url=f"http://{s3_server}").create_bucket(Bucket="pairs")
-    return s3_server
-
-
-@pytest.fixture(params=["s3://pairs", "gs://runs"])
-def bucket(request, tmp_path) -> str:
-    """An empty folder of an object store."""
-    address = request.getfixturevalue("server" if request.param.startswith("s3") else "gcs_server")
-    return f"{request.param}/{tmp_path.name}?endpoint_override={address}&scheme=http"
-
-
-# ---------------------------------------------------------------------------------------------- reading
-def write_parquet(folder: Path) -> Path:
-    images = [{"bytes": image, "path": None} for image in IMAGES]
-    pq.write_table(pa.table({"image": images, "caption": CAPTIONS}), folder / "pairs.parquet", row_group_size=2)
-    return folder / "pairs.parquet"
-
-
-def write_lines(folder: Path) -> Path:
-    write_folder(folder)
-    lines = [json.dumps({"image": f"images/{i}.png", "text": c, "more": i}) for i, c in enumerate(CAPTIONS)]
-    (folder / "pairs.jsonl").write_text("\n".join(lines))
-    return folder / "pairs.jsonl"
-
-
-def write_folder(folder: Path) -> Path:
-    (folder / "images").mkdir()
-    for i, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True)):
-        (folder / "images" / f"{i}.png").write_bytes(image)
-        (folder / "images" / f"{i}.txt").write_text(f"{caption}\n")
-    return folder / "images"
-
-
-def write_metadata(folder: Path) -> Path:
-    images = write_folder(folder)
-    lines = [json.dumps({"file_name": f"{i}.png", "caption": caption}) for i, caption in enumerate(CAPTIONS)]
-    (images / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return images
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-def write_tar(folder: Path, mode: str = "w", name: str = "pairs.tar") -> Path:
-    with tarfile.open(folder / name, mode) as tar:
-        for i, (image, caption) in enumerate(zip(IMAGES, CAPTIONS, strict=True)):
-            add(tar, f"data/{i:04d}.png", image)
-            if i % 2:
-                add(tar, f"data/{i:04d}.txt", caption.encode())
-            else:
-                add(tar, f"data/{i:04d}.json", json.dumps({"caption": caption}).encode())
-    return folder / name
-
-
-def write_gzipped_tar(folder: Path) -> Path:
-    return write_tar(folder, "w:gz", "pairs.tar.gz")
-
-
-def read_all(
-    source: Path | str,
-    per_shard: int = 2,
-):
-    shards = plan_pairs(str(source), per_shard, "key", Columns())
-    return [pair for shard in shards for pair in read_pairs(shard, Columns())], shards
-
-
-@pytest.mark.parametrize(
-    ("write", "shards"),
-    [
-        (write_parquet, 3),
-        (write_lines, 3),
-        (write_folder, 3),
-        (write_metadata, 3),
-        (write_tar, 1),
-        (write_gzipped_tar, 1),
-    ],
-)
-def test_every_kind_of_input_gives_the_same_pairs(tmp_path, write, shards):
-    pairs, planned = read_all(write(tmp_path))
-    assert [(pair.image, pair.prompt, pair.error) for pair in pairs] == [
-        (image, caption, None) for image, caption in zip(IMAGES, CAPTIONS, strict=True)
-    ]
-    assert len(planned) == shards
-    assert len({shard.name for shard in planned}) == shards
-    assert len({pair.key for pair in pairs}) == len(pairs)
-
-
-def test_a_changed_input_or_config_has_other_parts(tmp_path):
-    source = write_lines(tmp_path)
-    names = [shard.name for shard in plan_pairs(str(source), 2, "key", Columns())]
-    assert names == [shard.name for shard in plan_pairs(str(source), 2, "key", Columns())]
-    assert not set(names) & {shard.name for shard in plan_pairs(str(source), 2, "other", Columns())}
-
-
-def test_what_cannot_be_read_is_a_pair_with_its_reason(tmp_path):
-    write_folder(tmp_path)
-    (tmp_path / "images" / "0.txt").unlink()
-    lines = [
-        '{"image": "images/none.png", "caption": "a circle"}',
-        '{"image": "images/1.png"}',
-        "not json",
-        "[1]",
-        '{"image": "ftp://host/1.png", "caption": "a circle"}',
-        '{"image": null, "caption": "a circle"}',
-        '{"image": "images/1.png", "caption": 3}',
-    ]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    pairs, _ = read_all(tmp_path / "pairs.jsonl")
-    assert len(pairs) == len(lines)
-    expected = [
-        "cannot be read",
-        "no column caption, prompt",
-        "Expecting value",
-        "no object",
-        "cannot be read",
-        "no image",
-    ]
-    for pair, reason in zip(pairs, expected, strict=False):
-        assert reason in pair.error
-    assert (pairs[6].error, pairs[6].prompt) == (None, None)
-    assert "no 0.txt beside it" in read_all(tmp_path / "images")[0][0].error
-
-
-def test_names_and_captions_that_are_no_text(tmp_path):
-    """JSON can say half a surrogate pair, and a tar's names are bytes: UTF-8, and so Parquet, holds neither."""
-    (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": "a \\ud800 circle"}\n')
-    (tmp_path / "a.png").write_bytes(IMAGES[0])
-    with tarfile.open(tmp_path / "b.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
-        add(tar, "\udcff.png", IMAGES[0])
-        add(tar, "\udcff.txt", CAPTIONS[0].encode())
-    (bad,), (good,) = (read_all(tmp_path / name)[0] for name in ("a.jsonl", "b.tar"))
-    assert "surrogate" in bad.error
-    assert (good.error, good.prompt) == (None, CAPTIONS[0])
-    rows = [{"key": pair.key, "prompt": pair.prompt, "error": pair.error} for pair in (bad, good)]
-    assert len(pa.Table.from_pylist(rows, schema=schemas.SCORED)) == 2
-
-
-class Hostile:
-    """Its pickle makes a file."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (self.file,)
-
-
-def test_a_table_with_pickles_in_it_is_refused_and_runs_nothing(tmp_path):
-    pickles = ArrowPythonObjectArray.from_objects([Hostile(tmp_path / "ran")])  # ray.data would unpickle them
-    pq.write_table(pa.table({"image": pickles, "caption": ["a circle"]}), tmp_path / "pairs.parquet")
-    with pytest.raises(ConfigError, match="whose values may be code"):
-        read_all(tmp_path / "pairs.parquet")
-    place = {"kind": "parquet", "uri": str(tmp_path / "pairs.parquet"), "row_groups": [0], "first": 0}
-    (pair,) = read_pairs(PairShard(0, "part", json.dumps(place)), Columns())
-    assert "whose values may be code" in pair.error
-    with pytest.raises(ValueError, match="whose values may be code"):
-        storage.read_table(str(tmp_path / "pairs.parquet"))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_files_cut_short_keep_what_comes_before(tmp_path):
-    tar = write_tar(tmp_path)
-    with tarfile.open(tar) as whole:
-        cut = whole.getmembers()[4].offset_data + 50  # in the third image
-    tar.write_bytes(tar.read_bytes()[:cut])
-    pairs, _ = read_all(tar)
-    assert [pair.prompt for pair in pairs[:2]] == CAPTIONS[:2]
-    assert pairs[-1].error.startswith("the rest cannot be read")
-    folder = tmp_path / "tables"
-    folder.mkdir()
-    write_parquet(folder)
-    (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
-    pq.write_table(pa.table({"picture": IMAGES}), folder / "other.parquet")
-    pairs, _ = read_all(folder)
-    assert sum(pair.error is None for pair in pairs) == len(CAPTIONS)
-    assert {Path(pair.key).name for pair in pairs if pair.error} == {"broken.parquet", "other.parquet"}
-
-
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        (lambda folder: folder / "none", "does not exist"),
-        (lambda folder: folder, "holds no pairs"),
-        (lambda folder: folder / "a.csv", "no known kind"),
-        (lambda folder: folder / "other.parquet", "no column image, jpg"),
-    ],
-)
-def test_an_input_without_pairs_is_a_mistake(tmp_path, make, told):
-    source = make(tmp_path)
-    if source.suffix == ".csv":
-        source.write_text("a,b")
-    if source.suffix == ".parquet":
-        pq.write_table(pa.table({"picture": IMAGES}), source)
-    with pytest.raises(ConfigError, match=told):
-        plan_pairs(str(source), 2, "key", Columns())
-
-
-@pytest.mark.parametrize("write", [write_parquet, write_lines, write_folder, write_tar])
-def test_object_stores_are_read_alike(tmp_path, bucket, write):
-    source = write(tmp_path)
-    for file in [path for path in tmp_path.rglob("*") if path.is_file()]:
-        storage.write_bytes(storage.join(bucket, *file.relative_to(tmp_path).parts), file.read_bytes())
-    pairs, _ = read_all(storage.join(bucket, source.name))
-    assert [(pair.image, pair.prompt) for pair in pairs] == list(zip(IMAGES, CAPTIONS, strict=True))
-    assert all(pair.key.startswith(bucket.partition("?")[0]) for pair in pairs)
 
 
 # ---------------------------------------------------------------------------------------------- images
