@@ -33,6 +33,8 @@ CLUSTER = {
         "disable_node_updaters": True,
         "disable_launch_config_check": True,
         "launch_multiple": True,
+        # A launcher in the background is not counted while it launches the second of two nodes: a third would follow.
+        "foreground_node_launch": True,
     },
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
