@@ -124,7 +124,8 @@ class Sampler:
             began = time.perf_counter()
             left = rows
             while len(left):
-                done = fitting(self, partial(self._advance, pool, left, range(start, stop), embeddings, noise))
+                advance = partial(self._advance, pool, left, range(start, stop), embeddings, noise)
+                done = fitting(self, advance, work)
                 left = left[done:]
             work.denoiser_evaluations += len(rows) * sum(1 + guided for guided in self.guided[start:stop])
             work.timed("sample", began)
@@ -246,7 +247,7 @@ class Scorer:
         columns = {f"score_{name}": values.cpu().tolist() for name, values in scores.items()}
         if any(name in POINTWISE_SCORES for name in config.names):
             args = (prompts, embeddings, index, sampled.latents, work)
-            for name, (value, standard_error) in fitting(self, partial(self._pointwise, *args)).items():
+            for name, (value, standard_error) in fitting(self, partial(self._pointwise, *args), work).items():
                 columns[f"score_{name}"] = value.cpu().tolist()
                 columns[f"score_{name}_se"] = standard_error.cpu().tolist()
         return columns

@@ -10,6 +10,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from mi_ray.stages.work import Work
+
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def take_share(cpus: float, gpus: float):
         )
 
 
-def fitting(worker: Batched, run: Callable[[], Result]) -> Result:
+def fitting(worker: Batched, run: Callable[[], Result], work: Work) -> Result:
     """Run what takes batches of `worker.batch_size`; where memory does not suffice, halve that for good and run again.
 
     `run` is done from its start again, so it must leave nothing behind when it fails.
@@ -57,6 +59,7 @@ def fitting(worker: Batched, run: Callable[[], Result]) -> Result:
                 raise
             reason = str(error).partition(".")[0]
         worker.batch_size //= 2  # outside of the handler, whose traceback holds the tensors
+        work.batch_halvings += 1
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning("%s: going on with batches of %d", reason, worker.batch_size)

@@ -11,6 +11,8 @@ COUNTERS = {
     "mi_ray_error_rows": "rows that say why there is no result",
     "mi_ray_denoiser_evaluations": "denoiser evaluations of sampling",
     "mi_ray_score_evaluations": "denoiser evaluations of pointwise scores",
+    "mi_ray_batch_halvings": "batches that did not fit into memory and were halved",
+    "mi_ray_actor_restarts": "actors that have come back after their process was lost",
     "mi_ray_busy_seconds": "seconds an actor spent on shards; the rate per actor is its busy share",
 }
 GAUGES = {
@@ -55,6 +57,8 @@ class StageMetrics:
             "mi_ray_error_rows": receipt["errors"],
             "mi_ray_denoiser_evaluations": receipt["denoiser_evaluations"],
             "mi_ray_score_evaluations": receipt["score_evaluations"],
+            "mi_ray_batch_halvings": receipt["batch_halvings"],
+            "mi_ray_actor_restarts": receipt["actor_restarts"],
             "mi_ray_busy_seconds": receipt["seconds"],
         }
         for name, amount in amounts.items():

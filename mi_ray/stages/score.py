@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -25,11 +26,11 @@ from mi_ray.report.audit import decimal, write_audit
 from mi_ray.section import ConfigError, collecting
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import encode_png, probed_band
-from mi_ray.stages.machine import take_share
+from mi_ray.stages.machine import fitting, take_share
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
 from mi_ray.stages.preflight import score_evaluations
-from mi_ray.stages.shards import Patience, stream
+from mi_ray.stages.shards import Patience, is_restarted, stream
 from mi_ray.stages.trial import settle
 from mi_ray.stages.work import Work
 
@@ -54,6 +55,7 @@ class PairActor:
         self.size = model_image_size(self.denoiser)
         self.folder = storage.join(config.run_dir, SCORES_FOLDER)
         self.patience = Patience(config.resources.shard_timeout_s)
+        self.restarts = int(is_restarted())
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         shard = PairShard(int(batch["index"][0]), str(batch["name"][0]), str(batch["source"][0]))
@@ -63,8 +65,10 @@ class PairActor:
         if lease.superseded(self.config.run_dir, self.token):
             raise lease.Lost([f"{shard.name} is not committed: another driver took over {self.config.run_dir!r}"])
         facts = {"shard": shard.name, "rows": len(rows), "errors": sum(row["error"] is not None for row in rows)}
-        facts |= {"score_evaluations": work.score_evaluations, "seconds": round(time.perf_counter() - began, 3)}
+        facts |= {"score_evaluations": work.score_evaluations, "batch_halvings": work.batch_halvings}
+        facts |= {"actor_restarts": self.restarts, "seconds": round(time.perf_counter() - began, 3)}
         receipt = run_folder.commit(self.folder, shard.name, pa.Table.from_pylist(rows, schema=schemas.SCORED), facts)
+        self.restarts = 0
         return {name: [receipt.get(name, value)] for name, value in facts.items()}
 
     def rows(self, shard: PairShard, work: Work) -> list[dict]:
@@ -116,7 +120,8 @@ class PairActor:
     def _score(self, rows: list[dict], work: Work):
         if not rows:
             return
-        scored = self.scorer(np.stack([row["image"] for row in rows]), [row["prompt"] for row in rows], work)
+        images, prompts = np.stack([row["image"] for row in rows]), [row["prompt"] for row in rows]
+        scored = fitting(self.scorer, partial(self.scorer, images, prompts, work), work)
         for row, scores in zip(rows, scored, strict=True):
             row |= scores
             if finite(row["score_pmi"]) is None:

@@ -5,6 +5,7 @@ import os
 import platform
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,9 @@ FACTS = {  # of a shard's receipt, which its event repeats
     "errors": 0,
     "denoiser_evaluations": 0,
     "score_evaluations": 0,
+    "batch_halvings": 0,
+    "actor_restarts": 0,
+    "host": "",
     "seconds": 0.0,
     "sample_seconds": 0.0,
     "score_seconds": 0.0,
@@ -51,6 +55,7 @@ class ShardWriter:
         self.folder, self.schema, self.config, self.token = folder, schema, config, token
         self.metrics = StageMetrics(stage, model)
         self.patience = Patience(config.resources.shard_timeout_s)
+        self.restarts = int(is_restarted())  # told with the first shard
         self.table: storage.ParquetRows | None = None
 
     def __call__(self, batch: dict[str, np.ndarray], make_rows: Rows) -> dict[str, list]:
@@ -83,12 +88,16 @@ class ShardWriter:
             "errors": len(table) - table["error"].null_count,
             "denoiser_evaluations": work.denoiser_evaluations,
             "score_evaluations": work.score_evaluations,
+            "batch_halvings": work.batch_halvings,
+            "actor_restarts": self.restarts,
+            "host": platform.node(),
             "seconds": time.perf_counter() - began,
             **{f"{name}_seconds": work.seconds.get(name, 0.0) for name in ("sample", "score", "decode")},
         }
-        where = {"host": platform.node(), "pid": os.getpid(), "token": self.token}
-        receipt = run_folder.commit(self.folder, shard.name, table, mine | where)
+        process = {"pid": os.getpid(), "token": self.token}
+        receipt = run_folder.commit(self.folder, shard.name, table, mine | process)
         self.metrics.committed(mine, rows)
+        self.restarts = 0
         return receipt
 
 
@@ -121,6 +130,16 @@ class Patience:
         finally:
             timer.cancel()
         self.longest = max(self.longest or 0.0, time.monotonic() - began)
+
+
+def is_restarted() -> bool:
+    """Whether this process stands for an actor of Ray's whose process before it was lost."""
+    if not ray.is_initialized():
+        return False
+    context = ray.get_runtime_context()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray's own, of a property that it uses inside
+        return context.get_actor_id() is not None and context.was_current_actor_reconstructed
 
 
 def rows_of(batch: dict[str, np.ndarray]) -> list[dict]:

@@ -45,6 +45,7 @@ class _Events:
         self.errors: dict[str, dict[str, int]] = defaultdict(dict)  # by folder: of the shards that have any
         self.spent, self.shard_seconds, self.stage_seconds, self.sessions = 0, 0.0, 0.0, 0
         self.skipped: dict[tuple[str, str], int] = {}
+        self.restarts, self.halvings = 0, 0
         self.last: dict | None = None
         for event in storage.iter_lines(storage.join(run_dir, "events.jsonl")):
             self.last, kind = event, event["event"]
@@ -61,6 +62,8 @@ class _Events:
     def _shard_written(self, event: dict):
         self.spent += event["denoiser_evaluations"] + event["score_evaluations"]
         self.shard_seconds += event["seconds"]
+        self.restarts += event.get("actor_restarts", 0)
+        self.halvings += event.get("batch_halvings", 0)
         times, errors = self.times[event.get("folder")], self.errors[event.get("folder")]
         insort(times, event["time"])
         del times[:-RECENT]
@@ -168,6 +171,8 @@ def run_status(run_dir: str) -> dict:
         "error_rows": sum(status.errors for status in stages),
         "prompts_skipped": sum(events.skipped.values()),
         "sessions": events.sessions,
+        "actor_restarts": events.restarts,
+        "batch_halvings": events.halvings,
         "last_event": events.last,
         "driver": _driver(run_dir),
     }
@@ -208,6 +213,10 @@ def status_text(status: dict) -> str:
     else:
         lines.append("driver: none; the same command continues the run")
     lines.append(f"error rows: {status['error_rows']}, prompts skipped: {status['prompts_skipped']}")
+    lines.append(
+        f"drivers so far: {status['sessions']}, actors restarted: {status['actor_restarts']},"
+        f" batches halved for want of memory: {status['batch_halvings']}"
+    )
     if any(s["state"] != "done" for s in status["stages"]):
         lines.append(f"time left: {_duration(status['seconds_left'])}, if it runs on as it did")
     return "\n".join(lines)

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Work:
-    """What was spent: denoiser evaluations of sampling and of pointwise scores, seconds inside each."""
+    """What was spent: denoiser evaluations of sampling and of pointwise scores, seconds inside each; and how often a
+    batch did not fit into memory and was halved.
+    """
 
     denoiser_evaluations: int = 0
     score_evaluations: int = 0
+    batch_halvings: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def timed(self, name: str, began: float):

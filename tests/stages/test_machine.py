@@ -39,7 +39,8 @@ def test_a_batch_that_does_not_fit_is_halved_for_good_and_changes_no_candidate(t
     denoiser, sizes = small_memory
     sampler = Sampler(denoiser, DDPM, 10)
     embeddings = denoiser.encode_prompts(PROMPTS)
-    sampled = sampler(embeddings, SEEDS, Work())
+    sampled = sampler(embeddings, SEEDS, work := Work())
+    assert work.batch_halvings >= 1
     whole = Sampler(load_denoiser(str(tiny_pipeline)), DDPM, 10)(embeddings, SEEDS, Work())
     torch.testing.assert_close(sampled.latents, whole.latents, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(sampled.delta_sq, whole.delta_sq, rtol=1e-3, atol=1e-3)
@@ -68,8 +69,8 @@ def test_a_single_row_that_does_not_fit_is_an_error():
 
     worker = SimpleNamespace(batch_size=8)
     with pytest.raises(torch.OutOfMemoryError):
-        fitting(worker, never)
-    assert worker.batch_size == 1
+        fitting(worker, never, work := Work())
+    assert (worker.batch_size, work.batch_halvings) == (1, 3)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from mi_ray.stages.status import run_status
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", "jobs/configs/shapes-smoke.yaml"]
+TOTAL, HOURS, COST = r"total .* ([\d.]+) min", r"cost +([\d.]+) GPU-hours", r"at 4 each: ([\d.]+)"  # of the plan
 CONTROLLED = ["--evaluation.controls", "random", "--finetune.baseline", "0.5"]
 
 
@@ -197,8 +199,12 @@ def test_crlf_prompts_are_read_and_the_dry_run_prints_the_plan(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"a red circle\r\na blue star")
     run_dir = tmp_path / "run"
-    done = job("pipeline", "--dry-run", "--run-dir", str(run_dir), "--prompts.file", str(file))
+    gpus = ["--resources.gpus-per-actor", "1", "--resources.train-gpus", "1", "--resources.price-per-gpu-hour", "4"]
+    done = job("pipeline", "--dry-run", "--run-dir", str(run_dir), "--prompts.file", str(file), *gpus)
     assert done.returncode == 0, done.stderr
     assert "2 to train on" in done.stdout
     assert "denoiser evaluations" in done.stdout
+    total, hours, cost = (float(re.search(found, done.stdout)[1]) for found in (TOTAL, HOURS, COST))
+    assert hours == pytest.approx(total / 60, abs=0.01)  # one GPU all the time
+    assert cost == pytest.approx(4 * hours, abs=0.03)
     assert not list(run_dir.rglob("*"))

@@ -233,6 +233,23 @@ def test_one_that_fails_in_the_model_costs_only_itself(tiny_pipeline, tmp_path, 
     assert errors == [None, "RuntimeError: no hearts", None, None, None]
 
 
+def test_pairs_are_scored_in_smaller_batches_where_memory_does_not_suffice(tiny_pipeline, tmp_path):
+    actor = PairActor(config_of(tiny_pipeline, write_parquet(tmp_path), tmp_path).model_dump(mode="json"))
+    (shard, *_) = plan_pairs(str(tmp_path / "pairs.parquet"), 5, "key", Columns())
+    whole = [row["score_pmi"] for row in actor.rows(shard, Work())]
+
+    def limited(unet, arguments):
+        if len(arguments[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    assert 2 * actor.scorer.batch_size > 2
+    actor.denoiser.unet.register_forward_pre_hook(limited)
+    rows = actor.rows(shard, work := Work())
+    assert [row["error"] for row in rows] == [None] * 5
+    assert [row["score_pmi"] for row in rows] == pytest.approx(whole, rel=1e-3, abs=1e-3)
+    assert work.batch_halvings >= 1
+
+
 def test_reading_ahead_keeps_order_and_errors():
     assert list(ahead(iter(range(5)))) == list(range(5))
 

@@ -1,5 +1,7 @@
 """A stage over a plan of shards, with its actor called in this process instead of by Ray Data."""
 
+import os
+import platform
 import subprocess
 import sys
 from typing import ClassVar
@@ -7,13 +9,14 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
 from mi_ray import run_folder, schemas, storage
 from mi_ray.config import RunConfig
 from mi_ray.prompts import PROMPTS, prompt_id
 from mi_ray.shard_plan import ShardPlan, write_prompts
 from mi_ray.stages import shards
-from mi_ray.stages.shards import ShardWriter, rows_of, run_stage
+from mi_ray.stages.shards import ShardWriter, is_restarted, rows_of, run_stage
 
 TEXTS = [f"prompt {number}" for number in range(11)]
 
@@ -33,6 +36,7 @@ class Writer:
 
     def rows(self, shard, positions, work):
         Writer.made.append(shard.index)
+        work.batch_halvings = shard.index
         known = [{"prompt_id": shard.prompt_ids[p], "prompt": shard.prompts[p]} for p in positions]
         return [self.empty | row | {"candidate_index": 0} for row in known]
 
@@ -72,6 +76,36 @@ def test_every_prompt_of_the_plan_is_written_once(stage, tmp_path):
     assert events(tmp_path) == [0, 1, 2]
     stage()
     assert Writer.made == [0, 1, 2]
+
+
+def test_events_tell_of_lost_processes_and_halved_batches(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "is_restarted", lambda: True)
+    stage()
+    written = [event for event in storage.read_lines(str(tmp_path / "events.jsonl")) if "shard" in event]
+    told = [(event["actor_restarts"], event["batch_halvings"], event["host"]) for event in written]
+    assert told == [(int(index == 0), index, platform.node()) for index in range(3)]
+
+
+@pytest.mark.ray
+def test_an_actor_knows_that_its_process_before_was_lost():
+    @ray.remote(num_cpus=0, max_restarts=1, max_task_retries=1)
+    class Lost:
+        def __init__(self):
+            self.restarted = is_restarted()
+
+        def ask(self, die: bool) -> bool:
+            if die and not self.restarted:
+                os._exit(1)
+            return self.restarted
+
+    assert not is_restarted()
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+    try:
+        assert not is_restarted()
+        actor = Lost.remote()
+        assert ray.get([actor.ask.remote(False), actor.ask.remote(True)]) == [False, True]
+    finally:
+        ray.shutdown()
 
 
 def test_what_is_missing_is_made_again_and_a_lost_event_comes_back(stage, tmp_path):

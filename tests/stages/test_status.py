@@ -43,6 +43,7 @@ def run_dir(tmp_path) -> str:
         name = f"part-{index}.parquet"
         storage.create_bytes(storage.join(candidates, run_folder.COMMITS, f"{name}.json"), b"{}")
         facts = {"stage": "generate", "model": "round 0", "folder": "round-0/candidates", "shard": name, **FACTS}
+        facts |= {"actor_restarts": int(index == 2), "batch_halvings": index}
         run_folder.log_event(uri, "shard_written", time=moment, errors=int(index == 1), **facts)
     return uri
 
@@ -63,6 +64,7 @@ def test_done_left_and_failed_are_counted(run_dir):
     assert stages["evaluate", "tuned"]["left"] == 2
     assert ("generate", "random, round 0") not in stages  # the first round's pool serves all arms
     assert (status["error_rows"], status["prompts_skipped"], status["sessions"]) == (1, 8, 2)
+    assert (status["actor_restarts"], status["batch_halvings"]) == (1, 3)
 
 
 def test_the_pace_leaves_out_the_pause_between_two_drivers(run_dir):
