@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt
 
 from mi_ray import schemas, storage
 from mi_ray.config import RunConfig
+from mi_ray.report.page import write_report
 from mi_ray.shard_plan import Shard
 from mi_ray.stages import generate as stage
 from mi_ray.stages.pipeline import Plan, open_run
@@ -31,10 +32,10 @@ WORDS = ("red", "blue", "green", "small", "large", "cat", "dog", "owl", "house",
 class MemoryBenchmark(Benchmark):
     """How much memory of the driver and of the object store does a run take that has 10^4, 10^5 or 10^6 prompts?
 
-    Each run is a process of its own: it plans a prompt file, generates, selects and asks for the status, all by the
-    code of a real run, but for the actor, which writes made-up candidates. Memory is counted from the idle driver, Ray
-    and libraries loaded; the gates compare the two longest runs, since a short one does not fill the buffers. Prompts'
-    tokens are not counted (`prompts.overlong: truncate`): that takes time, not memory.
+    Each run is a process of its own: it plans a prompt file, generates, selects, asks for the status and writes the
+    report, all by the code of a real run, but for the actor, which writes made-up candidates. Memory is counted from
+    the idle driver, Ray and libraries loaded; the gates compare the two longest runs, since a short one does not fill
+    the buffers. Prompts' tokens are not counted (`prompts.overlong: truncate`): that takes time, not memory.
     """
 
     prompts: list[int] = Field([10_000, 100_000, 1_000_000], description="numbers of prompts, rising")
@@ -99,6 +100,7 @@ class MadeUpGenerator:
             known = {"prompt_id": shard.prompt_ids[position], "prompt": shard.prompts[position]}
             for candidate in range(CANDIDATES):
                 kept = {"kept": candidate == 1, "rank": 1 - candidate, "score_mitune": float(candidate)}
+                kept |= {"exact": float(position % 2 == candidate)}
                 latents = {"latents": [0.0] * 16 if kept["kept"] else None, "latents_shape": [16]}
                 rows.append(self.empty | known | kept | latents | {"candidate_index": candidate})
         return rows
@@ -134,6 +136,8 @@ def measure(count: int, per_shard: int) -> dict:
             peaks.mark("generate")
             counts, select_s = timed(lambda: select(config, candidates, selected, "mitune"))
             run_status(config.run_dir)
+            peaks.mark("select")
+            _, report_s = timed(lambda: write_report(config.run_dir, config))
             peaks.mark("end")
         shards = len(plan.shards)
     ray.shutdown()
@@ -144,11 +148,13 @@ def measure(count: int, per_shard: int) -> dict:
         "driver_peak_mb": peaks.driver["end"],
         "driver_after_plan_mb": peaks.driver["plan"],
         "driver_after_generate_mb": peaks.driver["generate"],
+        "driver_after_select_mb": peaks.driver["select"],
         "object_store_peak_mb": peaks.store,
         "plan_s": plan_s,
         "generate_s": generate_s,
         "shards_per_s": shards / generate_s,
         "select_s": select_s,
+        "report_s": report_s,
         "selected": counts["kept"],
     }
 

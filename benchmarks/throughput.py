@@ -285,7 +285,7 @@ class World:
         latents = torch.randn(rows, *self.denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
         prompts = torch.arange(rows) % len(self.prompts)
         embeddings = self.denoiser.encode_prompts([*self.prompts, ""]).cpu()
-        return TrainingSet(latents, torch.ones(rows), prompts, embeddings)
+        return TrainingSet(torch.arange(rows), rows, latents, torch.ones(rows), prompts, embeddings)
 
     def _plain(self, cached: bool) -> Callable[[], None]:
         """diffusers' text-to-image LoRA example on latents: its scheduler, its optimiser, its order."""

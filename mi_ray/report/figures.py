@@ -97,37 +97,27 @@ def auc_plot(aucs: dict[str, dict]) -> str:
         return data_uri(figure)
 
 
-def score_plot(candidates: pd.DataFrame, score_names: tuple[str, ...]) -> str:
-    """Distribution of each score minus its prompt's mean, split by `exact` where that is known.
-
-    Prompts differ in level, and only the order within a prompt selects: so each prompt is centred.
-    """
-    columns = min(3, len(score_names))
-    rows = -(-len(score_names) // columns)
+def score_plot(distributions: dict[str, dict]) -> str:
+    """Distribution of each score minus its prompt's mean, split by `exact` where that is known."""
+    columns = min(3, len(distributions))
+    rows = -(-len(distributions) // columns)
+    colors = {"exact": EXACT, "not exact": NOT_EXACT, "all": COLORS["tuned"]}
     with styled_figure(11, 2.3 * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, name in zip(panels, score_names, strict=False):
-            column = f"score_{name}"
-            centred = candidates[column] - candidates.groupby(["round", "prompt_id"])[column].transform("mean")
-            low, high = np.nanpercentile(centred, [0.5, 99.5])
-            edges = int(np.clip(np.sqrt(len(centred)), 12, 40)) + 1
-            bins = np.linspace(low, high if high > low else low + 1, edges)
-            exact = candidates["exact"]
-            parts = [("exact", exact == 1, EXACT), ("not exact", exact.notna() & (exact != 1), NOT_EXACT)]
-            if exact.isna().all():
-                parts = [("all", exact.isna(), COLORS["tuned"])]
-            for label, chosen, color in parts:
-                values = centred[chosen].dropna().clip(bins[0], bins[-1])
-                if len(values):
-                    axes.hist(values, bins, density=True, histtype="stepfilled", color=color, alpha=0.28)
-                    axes.hist(values, bins, density=True, histtype="step", color=color, lw=1.2, label=label)
+        for axes, (name, distribution) in zip(panels, distributions.items(), strict=False):
+            edges = distribution["edges"]
+            for group, color in colors.items():
+                if any(distribution.get(group, ())):
+                    counted = {"x": edges[:-1], "bins": edges, "weights": distribution[group], "density": True}
+                    axes.hist(**counted, histtype="stepfilled", color=color, alpha=0.28)
+                    axes.hist(**counted, histtype="step", color=color, lw=1.2, label=group)
             axes.set_title(name, loc="left")
             axes.set_xlabel("nats above the prompt's mean")
             axes.set_yticks([])
             axes.spines["left"].set_visible(False)
-        for axes in panels[len(score_names) :]:
+        for axes in panels[len(distributions) :]:
             axes.set_visible(False)
-        if not candidates["exact"].isna().all():
+        if "all" not in next(iter(distributions.values())):
             panels[0].legend(loc="upper right")
         return data_uri(figure)
 

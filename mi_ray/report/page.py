@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from mi_ray.config import RunConfig
 from mi_ray.report import figures
-from mi_ray.report.summary import METRICS, PAIRS, read_candidates, round_numbers, summarise
+from mi_ray.report.pools import round_numbers
+from mi_ray.report.summary import METRICS, PAIRS, summarise
 from mi_ray.storage import join, list_names, read_table, write_bytes, write_json
 
 SIDE_BY_SIDE_PROMPTS, SIDE_BY_SIDE_SEEDS = 12, 4
@@ -259,7 +259,7 @@ def _strips(pool: list[dict], score: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------ the page
-def _plots(report: dict, candidates: pd.DataFrame, config: RunConfig) -> dict:
+def _plots(report: dict) -> dict:
     """Data URIs of the figures that this run has the numbers for."""
     plots = {}
     comparison = report["comparison"].get("tuned-base", {})
@@ -271,10 +271,8 @@ def _plots(report: dict, candidates: pd.DataFrame, config: RunConfig) -> dict:
         plots["differences"] = figures.difference_plot(groups)
     if report["selection"]["auc"]:
         plots["auc"] = figures.auc_plot(report["selection"]["auc"])
-    sound = candidates[candidates["error"].isna()]
-    scored = tuple(name for name in config.score.names if sound[f"score_{name}"].notna().any())
-    if scored:
-        plots["scores"] = figures.score_plot(sound, scored)
+    if report["selection"]["distributions"]:
+        plots["scores"] = figures.score_plot(report["selection"]["distributions"])
     curves = {model: result for model, result in report["training"].items() if result["loss"]}
     if curves:
         plots["training"] = figures.training_plot(curves)
@@ -307,7 +305,7 @@ def render(report: dict, config: RunConfig) -> str:
         verdict=verdict,
         metrics=[m for m in METRICS if any(m in result for result in report["alignment"].values())],
         pairs=[f"{model}-{baseline}" for model, baseline in PAIRS if f"{model}-{baseline}" in report["comparison"]],
-        plots=_plots(report, read_candidates(run_dir, config.score.names), config),
+        plots=_plots(report),
         side_by_side=side_by_side(run_dir),
         previews=previews(run_dir, config),
         shown_score=shown_score(config),

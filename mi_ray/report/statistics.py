@@ -23,26 +23,43 @@ MAX_KERNEL_RATIO = 2.0
 KERNEL_MARGIN = 0.1  # shifting every feature by a fifth of its standard deviation gives 3 * 0.2**2 = 0.12
 
 
-def t_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
-    """Mean of `values` (shape (n,), n >= 1) and the ends of its 95 % t-interval; None of a single value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, None, None
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
+class PromptAverage:
+    """Mean over prompts of each prompt's mean, of rows that come bit by bit, a prompt's all at once."""
+
+    def __init__(self):
+        self.prompts, self.images, self.mean, self.squares = 0, 0, 0.0, 0.0
+
+    def add(self, rows: pd.DataFrame, column: str):
+        """Rows with the columns prompt_id and `column`; those without a value are left out."""
+        measured = rows[rows[column].notna()]
+        if measured.empty:
+            return
+        means = measured.groupby("prompt_id")[column].mean().to_numpy(float)
+        # Chan, Golub and LeVeque (1983), eq. 2.1
+        together, apart = self.prompts + len(means), means.mean() - self.mean
+        self.squares += ((means - means.mean()) ** 2).sum() + apart**2 * self.prompts * len(means) / together
+        self.mean += apart * len(means) / together
+        self.prompts, self.images = together, self.images + len(measured)
+
+    def result(self) -> dict | None:
+        """{value, low, high, n_prompts, n_images} with the ends of the 95 % t-interval, None of a single prompt; None
+        if nothing is measured."""
+        if not self.prompts:
+            return None
+        low = high = None
+        if self.prompts > 1:
+            error = np.sqrt(self.squares / (self.prompts - 1) / self.prompts)
+            half = stats.t.ppf((1 + CONFIDENCE) / 2, self.prompts - 1) * error
+            low, high = float(self.mean - half), float(self.mean + half)
+        counts = {"n_prompts": self.prompts, "n_images": self.images}
+        return {"value": float(self.mean), "low": low, "high": high, **counts}
 
 
 def prompt_mean(rows: pd.DataFrame, column: str) -> dict | None:
-    """Mean over prompts of each prompt's mean: {value, low, high, n_prompts, n_images}; None if nothing is measured.
-
-    Rows without a value are left out; `rows` has the columns prompt_id and `column`.
-    """
-    measured = rows[rows[column].notna()]
-    if measured.empty:
-        return None
-    means = measured.groupby("prompt_id")[column].mean()
-    value, low, high = t_interval(means.to_numpy(float))
-    return {"value": value, "low": low, "high": high, "n_prompts": len(means), "n_images": len(measured)}
+    """The `PromptAverage` of rows that are all there."""
+    average = PromptAverage()
+    average.add(rows, column)
+    return average.result()
 
 
 def paired_difference(rows: pd.DataFrame, baseline: pd.DataFrame, column: str) -> dict | None:
@@ -65,19 +82,25 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * (~positive).sum()))
 
 
-def within_prompt_auc(candidates: pd.DataFrame, column: str) -> dict | None:
-    """AUC of a score for exact == 1 among the candidates of one prompt, averaged over prompts with both kinds.
+def prompt_aucs(candidates: pd.DataFrame, column: str) -> pd.DataFrame:
+    """AUC of a score for exact == 1 among the candidates of one prompt and round: columns prompt_id, auc.
 
-    `candidates` has the columns round, prompt_id, exact and `column`; a prompt's rounds are averaged first.
-    Returns {value, low, high, n_prompts}, or None if no prompt has both kinds.
+    `candidates` has the columns round, prompt_id, exact and `column`. Pools without both kinds have no row.
     """
     measured = candidates[candidates[column].notna() & candidates["exact"].notna()]
-    pools = []
-    for (_, prompt_id), pool in measured.groupby(["round", "prompt_id"]):
-        exact = pool["exact"].to_numpy() == 1
-        if exact.any() and not exact.all():
-            pools.append({"prompt_id": prompt_id, "auc": auc(pool[column].to_numpy(), exact)})
-    result = prompt_mean(pd.DataFrame(pools), "auc") if pools else None
+    exact, pools = measured["exact"] == 1, [measured["round"], measured["prompt_id"]]
+    ranks = measured[column].groupby(pools).rank()
+    found = pd.DataFrame({"rank_sum": ranks.where(exact, 0.0), "exact": exact, "all": 1}).groupby(pools).sum()
+    found = found[found["exact"].between(1, found["all"] - 1)].reset_index()
+    pairs = found["exact"] * (found["all"] - found["exact"])
+    found["auc"] = (found["rank_sum"] - found["exact"] * (found["exact"] + 1) / 2) / pairs  # as in `auc`
+    return found[["prompt_id", "auc"]]
+
+
+def within_prompt_auc(aucs: PromptAverage) -> dict | None:
+    """{value, low, high, n_prompts} of `prompt_aucs`, a prompt's rounds averaged first; None if no prompt has both
+    kinds."""
+    result = aucs.result()
     return result and {key: result[key] for key in ("value", "low", "high", "n_prompts")}
 
 

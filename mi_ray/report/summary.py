@@ -8,54 +8,84 @@ import numpy as np
 import pandas as pd
 
 from mi_ray.config import RunConfig
+from mi_ray.report.pools import count_error, numeric, present, read_pools, round_numbers
 from mi_ray.report.statistics import (
     diversity,
     is_collapsed,
     kernel_distance,
     paired_difference,
     prompt_mean,
-    within_prompt_auc,
 )
-from mi_ray.storage import exists, join, list_names, read_json, read_lines, read_tables
+from mi_ray.storage import exists, iter_lines, join, list_names, read_json, read_lines, read_table, read_tables
 
 MODELS = ("base", "tuned", "random", "oracle")
 PAIRS = (("tuned", "base"), ("tuned", "random"), ("random", "base"), ("oracle", "base"), ("tuned", "oracle"))
 REFERENCE = "reference"  # real renders, evaluated like a model
 METRICS = ("exact", "objects", "attributes", "count", "relation")
+STAGES = ("generate", "evaluate")  # that write shards
+AMOUNTS = ("rows", "denoiser_evaluations", "score_evaluations")  # of a shard
+QUALITY_IMAGES = 20_000  # of a model, enough for quality: what is measured by them needs no more
 CLOCK_SLACK_S = 1.0  # between a stage's own stopwatch and the times in events.jsonl
 
 
 # ------------------------------------------------------------------------------------------ reading
-def _read_frame(folder: str, columns: list[str]) -> pd.DataFrame | None:
-    if not any(name.endswith(".parquet") for name in list_names(folder)):
-        return None
-    frame = read_tables(folder, columns).to_pandas()
-    numbers = [c for c in columns if c in METRICS or c.startswith("score_")]
-    frame[numbers] = frame[numbers].astype(np.float64).replace([np.inf, -np.inf], np.nan)
-    return frame
+def _events(run_dir: str) -> tuple[list[dict], dict[str, Counter]]:
+    """All events but those of shards, which are many: of these, by stage, the sums of their numbers.
+
+    Returns:
+        The events, and of each stage: rows, denoiser_evaluations, score_evaluations; and the same as timed_<name>, of
+        the shards that were written in sessions that finished the stage. A killed session leaves shards but no time; to
+        count them would overstate the throughput. The reference, which no model draws, counts for nothing.
+    """
+    uri = join(run_dir, "events.jsonl")
+    events = [event for event in iter_lines(uri) if event["event"] != "shard_written"]
+    windows = {
+        stage: [(e["time"] - e["seconds"] - CLOCK_SLACK_S, e["time"]) for e in _finished(events, stage)]
+        for stage in STAGES
+    }
+    work = {stage: Counter() for stage in STAGES}
+    for event in iter_lines(uri):
+        if event["event"] == "shard_written" and event["stage"] in work and event["model"] != REFERENCE:
+            amounts = {name: event[name] for name in AMOUNTS}
+            work[event["stage"]].update(amounts)
+            if any(start <= event["time"] <= end for start, end in windows[event["stage"]]):
+                work[event["stage"]].update({f"timed_{name}": amount for name, amount in amounts.items()})
+    return events, work
 
 
-def round_numbers(run_dir: str) -> list[int]:
-    numbers = [name.removeprefix("round-") for name in list_names(run_dir) if name.startswith("round-")]
-    return sorted(int(number) for number in numbers if number.isdecimal())
+def _finished(events: list[dict], stage: str) -> list[dict]:
+    """The sessions that finished a stage, which stands for all its arms too (evaluate: evaluate_base, ...)."""
+    finished = [e for e in events if e["event"] == "stage_finished" and e["stage"].partition("_")[0] == stage]
+    return [e for e in finished if not e["stage"].endswith(REFERENCE)]
 
 
-def read_candidates(run_dir: str, score_names: tuple[str, ...]) -> pd.DataFrame:
-    """All rounds' candidates without curves, latents and images; `round` is an additional column."""
-    columns = ["prompt_id", "prompt", *(f"score_{name}" for name in score_names), "exact", "kept", "error"]
-    frames = [pd.DataFrame(columns=["round", *columns])]
-    for number in round_numbers(run_dir):
-        frame = _read_frame(join(run_dir, f"round-{number}", "candidates"), columns)
-        if frame is not None:
-            frames.append(frame.assign(round=number))
-    return pd.concat(frames[1:] or frames, ignore_index=True)
+def _part_names(folder: str) -> list[str]:
+    return [name for name in list_names(folder) if name.endswith(".parquet")]
 
 
 def read_evaluation(run_dir: str, model: str) -> pd.DataFrame | None:
-    """The evaluated images of a model (or of `REFERENCE`) without the images; None if there are none."""
-    columns = ["prompt_id", "prompt", "category", "split", "seed", "score_pmi", *METRICS, "features", "error"]
-    frame = _read_frame(join(run_dir, "evaluation", model), columns)
-    return frame if frame is None else frame.rename(columns={"score_pmi": "pmi"})
+    """The evaluated images of a model (or of `REFERENCE`) without images and features; None if there are none."""
+    folder = join(run_dir, "evaluation", model)
+    columns = ["prompt_id", "prompt", "category", "split", "seed", "score_pmi", *METRICS, "error"]
+    if not _part_names(folder):
+        return None
+    return numeric(read_tables(folder, columns).to_pandas(), ["score_pmi", *METRICS]).rename(
+        columns={"score_pmi": "pmi"}
+    )
+
+
+def read_features(run_dir: str, model: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Features (n, d) and prompt ids (n,) of a model's images, of the first parts that hold `QUALITY_IMAGES`."""
+    folder = join(run_dir, "evaluation", model)
+    features, ids = [], []
+    for name in _part_names(folder):
+        frame = read_table(join(folder, name), ["prompt_id", "features", "error"]).to_pandas()
+        frame = frame[frame["error"].isna() & frame["features"].notna()]
+        features += list(frame["features"])
+        ids += list(frame["prompt_id"])
+        if len(ids) >= QUALITY_IMAGES:
+            break
+    return (np.stack(features).astype(np.float64), np.array(ids)) if ids else None
 
 
 # ------------------------------------------------------------------------------------------ sections
@@ -82,60 +112,38 @@ def _timing(events: list[dict]) -> dict:
     return {**seconds, "total_s": sum(seconds.values())}
 
 
-def _shards(events: list[dict], stage: str) -> list[dict]:
-    """The shards that a stage wrote, without those of the reference, which no model draws."""
-    written = [e for e in events if e["event"] == "shard_written" and e["stage"] == stage]
-    return [e for e in written if e["model"] != REFERENCE]
-
-
-def _finished_work(events: list[dict], stage: str) -> tuple[list[dict], float]:
-    """The shards that were written in sessions that finished the stage, and those sessions' seconds.
-
-    `stage` stands for all its arms too (evaluate: evaluate_base, evaluate_tuned). A killed session leaves shards but
-    no time; to count them would overstate the throughput.
-    """
-    finished = [e for e in events if e["event"] == "stage_finished" and e["stage"].partition("_")[0] == stage]
-    sessions = [e for e in finished if not e["stage"].endswith(REFERENCE)]
-    windows = [(e["time"] - e["seconds"] - CLOCK_SLACK_S, e["time"]) for e in sessions]
-    shards = _shards(events, stage)
-    timed = [s for s in shards if any(start <= s["time"] <= end for start, end in windows)]
-    return timed, sum(e["seconds"] for e in sessions)
-
-
-def _throughput(events: list[dict]) -> dict:
+def _throughput(events: list[dict], work: dict[str, Counter]) -> dict:
     """Per second of wall time: candidates of generate, images of evaluate, and the denoiser evaluations of both."""
-    generated, generate_s = _finished_work(events, "generate")
-    evaluated, evaluate_s = _finished_work(events, "evaluate")
-    evaluations = sum(s["denoiser_evaluations"] + s["score_evaluations"] for s in generated + evaluated)
+    seconds = {stage: sum(e["seconds"] for e in _finished(events, stage)) for stage in STAGES}
+    evaluations = sum(of["timed_denoiser_evaluations"] + of["timed_score_evaluations"] for of in work.values())
 
-    def rate(amount, seconds):
+    def rate(amount: float, seconds: float) -> float | None:
         return amount / seconds if seconds else None
 
     return {
-        "candidates_per_s": rate(sum(s["rows"] for s in generated), generate_s),
-        "denoiser_evaluations_per_s": rate(evaluations, generate_s + evaluate_s),
-        "images_per_s": rate(sum(s["rows"] for s in evaluated), evaluate_s),
+        "candidates_per_s": rate(work["generate"]["timed_rows"], seconds["generate"]),
+        "denoiser_evaluations_per_s": rate(evaluations, sum(seconds.values())),
+        "images_per_s": rate(work["evaluate"]["timed_rows"], seconds["evaluate"]),
     }
 
 
-def _denoiser_evaluations(events: list[dict]) -> dict:
+def _denoiser_evaluations(work: dict[str, Counter]) -> dict:
     """generate: sampling the candidates; score: their pointwise scores; evaluate: sampling and scoring its images."""
-    generated, evaluated = _shards(events, "generate"), _shards(events, "evaluate")
+    generated, evaluated = work["generate"], work["evaluate"]
     return {
-        "generate": sum(e["denoiser_evaluations"] for e in generated),
-        "score": sum(e["score_evaluations"] for e in generated),
-        "evaluate": sum(e["denoiser_evaluations"] + e["score_evaluations"] for e in evaluated),
+        "generate": generated["denoiser_evaluations"],
+        "score": generated["score_evaluations"],
+        "evaluate": evaluated["denoiser_evaluations"] + evaluated["score_evaluations"],
     }
 
 
-def _prompts(events: list[dict], candidates: pd.DataFrame, evaluation: dict[str, pd.DataFrame]) -> dict:
+def _prompts(events: list[dict], generated: int, evaluation: dict[str, pd.DataFrame]) -> dict:
     """Counts of the last session: a resumed one reads the same files again."""
     read = {"training": {}, "evaluation": {}}
     for event in events:
         if event["event"] == "prompts_read":
             read["evaluation" if event["stage"].startswith("eval") else "training"] = event
     training = read["training"]
-    generated = candidates["prompt_id"].nunique()
     evaluated = max((frame["prompt_id"].nunique() for frame in evaluation.values()), default=0)
     used, skipped = training.get("used", generated), training.get("skipped", 0)
     return {
@@ -146,22 +154,18 @@ def _prompts(events: list[dict], candidates: pd.DataFrame, evaluation: dict[str,
     }
 
 
-def _present(results: dict) -> dict:
-    return {name: result for name, result in results.items() if result is not None}
-
-
 def _grouped(frame: pd.DataFrame, column: str, statistic) -> dict:
     """exact and pmi of each group; groups in order of appearance."""
     groups = {}
     for name in frame[column].dropna().unique():
-        groups[name] = _present({m: statistic(frame[frame[column] == name], m) for m in ("exact", "pmi")})
+        groups[name] = present({m: statistic(frame[frame[column] == name], m) for m in ("exact", "pmi")})
     return groups
 
 
 def _alignment(evaluation: dict[str, pd.DataFrame]) -> dict:
     return {
         model: {
-            **_present({metric: prompt_mean(frame, metric) for metric in (*METRICS, "pmi")}),
+            **present({metric: prompt_mean(frame, metric) for metric in (*METRICS, "pmi")}),
             "by_category": _grouped(frame, "category", prompt_mean),
             "by_split": _grouped(frame, "split", prompt_mean),
         }
@@ -179,49 +183,32 @@ def _comparison(evaluation: dict[str, pd.DataFrame]) -> dict:
                 return paired_difference(rows, other, metric)
 
             comparison[f"{model}-{baseline}"] = {
-                **_present({metric: difference(frame, metric) for metric in ("exact", "pmi")}),
+                **present({metric: difference(frame, metric) for metric in ("exact", "pmi")}),
                 "by_category": _grouped(frame, "category", difference),
                 "by_split": _grouped(frame, "split", difference),
             }
     return comparison
 
 
-def _quality(evaluation: dict[str, pd.DataFrame], renders: pd.DataFrame | None) -> dict:
+def _quality(run_dir: str) -> dict:
     """Distance to the reference images (real renders, else the base model's own) and diversity within a prompt."""
-    frames = {model: frame[frame["features"].notna()] for model, frame in evaluation.items()}
-    frames = {model: frame for model, frame in frames.items() if len(frame)}
-    if "base" not in frames:
+    found = present({model: read_features(run_dir, model) for model in MODELS})
+    if "base" not in found:
         return {}
-    real = renders is not None and renders["features"].notna().any()
-    reference = np.stack((renders if real else frames["base"])["features"].dropna()).astype(np.float64)
+    real = read_features(run_dir, REFERENCE)
+    reference, _ = real or found["base"]
     quality = {}
-    for model, frame in frames.items():
-        features = np.stack(frame["features"]).astype(np.float64)
+    for model, (features, ids) in found.items():
         itself = model == "base" and not real
         quality[model] = {
             "kernel_distance": 0.0 if itself else kernel_distance(features, reference),
-            "diversity": diversity(features, frame["prompt_id"].to_numpy(), reference),
+            "diversity": diversity(features, ids, reference),
             "reference": "real" if real else "base",
-            "n_images": len(frame),
+            "n_images": len(features),
         }
     for result in quality.values():
         result["collapsed"] = is_collapsed(result, quality["base"])
     return quality
-
-
-def _selection_of(candidates: pd.DataFrame, score_names: tuple[str, ...]) -> dict:
-    aucs = {name: within_prompt_auc(candidates, f"score_{name}") for name in score_names}
-    kept = candidates[candidates["kept"].eq(True)]
-    exact = {"pool_exact": prompt_mean(candidates, "exact"), "kept_exact": prompt_mean(kept, "exact")}
-    return {"auc": _present(aucs), **_present(exact)}
-
-
-def _selection(candidates: pd.DataFrame, score_names: tuple[str, ...]) -> dict:
-    rounds = sorted(candidates["round"].unique())
-    selection = {**_selection_of(candidates, score_names), "rounds": len(rounds)}
-    if len(rounds) > 1:
-        selection["by_round"] = [_selection_of(candidates[candidates["round"] == r], score_names) for r in rounds]
-    return selection
 
 
 def _training_of(folders: list[str]) -> dict | None:
@@ -249,7 +236,7 @@ def _training_of(folders: list[str]) -> dict | None:
 
 def _training(run_dir: str) -> dict:
     homes = {"tuned": run_dir} | {control: join(run_dir, "controls", control) for control in ("random", "oracle")}
-    return _present(
+    return present(
         {
             model: _training_of([join(home, f"round-{number}", "adapter") for number in round_numbers(home)])
             for model, home in homes.items()
@@ -257,14 +244,16 @@ def _training(run_dir: str) -> dict:
     )
 
 
-def _errors(events: list[dict], candidates: pd.DataFrame, evaluation: dict[str, pd.DataFrame]) -> list[dict]:
+def _errors(events: list[dict], generated: Counter, evaluation: dict[str, pd.DataFrame]) -> list[dict]:
     """Skipped prompts and error rows; rows that say the same are one entry with a `count`, and of many skipped prompts
     those beyond the first are one entry without a prompt."""
     skipped = [e for e in events if e["event"] == "prompt_skipped"]  # a resumed session says it again
     counts = Counter({(e["prompt"], e["stage"], e["message"]): e.get("count", 1) for e in skipped})
-    for stage, frame in [("generate", candidates), *(("evaluate", frame) for frame in evaluation.values())]:
-        failed = frame[frame["error"].notna()]
-        counts.update((row.prompt, stage, row.error) for row in failed.itertuples())
+    for (prompt, stage, message), count in generated.items():
+        count_error(counts, prompt, stage, message, count)
+    for frame in evaluation.values():
+        for row in frame[frame["error"].notna()].itertuples():
+            count_error(counts, row.prompt, "evaluate", row.error)
     return [
         {"prompt": prompt, "stage": stage, "message": message, "count": count}
         for (prompt, stage, message), count in counts.items()
@@ -298,22 +287,22 @@ def summarise(run_dir: str, config: RunConfig) -> dict:
 
     Intervals are 95 % t-intervals over prompts; shares lie in [0, 1], scores are in nats, times in seconds.
     """
-    events = read_lines(join(run_dir, "events.jsonl"))
-    candidates = read_candidates(run_dir, config.score.names)
-    evaluation = _present({model: read_evaluation(run_dir, model) for model in MODELS})
+    events, work = _events(run_dir)
+    pools = read_pools(run_dir, config.score.names)
+    evaluation = present({model: read_evaluation(run_dir, model) for model in MODELS})
     sound = {model: frame[frame["error"].isna()] for model, frame in evaluation.items()}
     report = {
         "run": _run(run_dir, config, events),
         "timing": _timing(events),
-        "throughput": _throughput(events),
-        "denoiser_evaluations": _denoiser_evaluations(events),
-        "prompts": _prompts(events, candidates, evaluation),
+        "throughput": _throughput(events, work),
+        "denoiser_evaluations": _denoiser_evaluations(work),
+        "prompts": _prompts(events, pools.prompts, evaluation),
         "alignment": _alignment(sound),
         "comparison": _comparison(sound),
-        "quality": _quality(sound, read_evaluation(run_dir, REFERENCE)),
-        "selection": _selection(candidates[candidates["error"].isna()], config.score.names),
+        "quality": _quality(run_dir),
+        "selection": {**pools.selection, "distributions": pools.distributions},
         "training": _training(run_dir),
-        "errors": _errors(events, candidates, evaluation),
+        "errors": _errors(events, pools.errors, evaluation),
         "benchmarks": _benchmarks(run_dir),
     }
     return _strict(report)

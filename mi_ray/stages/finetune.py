@@ -112,7 +112,8 @@ def _prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[D
     # Half precision is for GPUs, under autocast; on a CPU it would be slow and coarse.
     denoiser = load_denoiser(settings["model"], config.model.dtype if device.type == "cuda" else "float32", str(device))
     denoiser.specialise(channels_last=config.model.channels_last, compiled=None, rows=())
-    data = read_training_set(settings["selected"], denoiser)
+    drawn = tuning.steps * tuning.gradient_accumulation * tuning.batch_size
+    data = read_training_set(settings["selected"], denoiser, config.seed, drawn)
     torch.manual_seed(config.seed)  # of the adapter's random A: the same on every worker and after a restart
     model = attach_adapter(
         denoiser.unet,

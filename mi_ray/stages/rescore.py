@@ -1,5 +1,7 @@
 """Other on-trajectory scores of a run's candidates, from the curves that it stored: nothing is generated again."""
 
+from itertools import groupby
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -11,8 +13,8 @@ from mi_ray import schemas, storage
 from mi_ray.config import TRAJECTORY_SCORES, ScoreConfig, ScoreName
 from mi_ray.diffusion.denoisers import load_schedule
 from mi_ray.diffusion.sampling import solver_plan
-from mi_ray.report.statistics import within_prompt_auc
-from mi_ray.report.summary import round_numbers
+from mi_ray.report.pools import round_numbers
+from mi_ray.report.statistics import PromptAverage, prompt_aucs
 from mi_ray.section import ConfigError, Section
 from mi_ray.stages.candidates import trajectory_scores
 from mi_ray.stages.pipeline import read_run
@@ -52,15 +54,17 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
     schedule, sampler = load_schedule(run.model.path), run.sampler
     spacing = sampler.timestep_spacing
     plan = solver_plan(schedule, sampler.solver, sampler.num_inference_steps, timestep_spacing=spacing)
-    parts = [
-        (number, name)
+    folders = {
+        number: storage.join(config.run_dir, f"round-{number}", "candidates")
         for number in round_numbers(config.run_dir)
-        for name in storage.list_names(storage.join(config.run_dir, f"round-{number}", "candidates"))
-        if name.endswith(".parquet")
-    ]
+    }
+    parts = [(name, number) for number, folder in folders.items() for name in storage.list_names(folder)]
+    parts = sorted(part for part in parts if part[0].endswith(".parquet"))
     if not parts:
         raise ConfigError([f"run_dir: {config.run_dir!r} holds no candidates yet"])
     print(f"{len(parts)} tables of candidates, {', '.join(config.score.names)}")
+    if dry_run:
+        return pd.DataFrame()
     columns = ["prompt_id", "candidate_index", "delta_sq", "exact", "rank", "error"]
     schema = pa.schema(
         [
@@ -68,37 +72,54 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
             *schemas.score_columns(config.score.names),
         ]
     )
-    seen = []
-    for number, name in () if dry_run else tqdm(parts, unit="table"):
-        table = storage.read_table(storage.join(config.run_dir, f"round-{number}", "candidates", name), columns)
-        rows = table.to_pandas()
-        rows = rows[rows["error"].isna()]
-        curves = np.full((len(rows), len(plan.timesteps)), np.nan, np.float32)
-        for curve, stored in zip(curves, rows.pop("delta_sq"), strict=True):
-            curve[: len(stored)] = stored  # a pruned candidate's ends early, and has no score
-        scores = trajectory_scores(config.score, torch.from_numpy(curves), plan.timesteps, schedule)
-        rows = rows.assign(**{f"score_{score}": values.numpy() for score, values in scores.items()})
-        destination = storage.join(config.run_dir, FOLDER, f"round-{number}", name)
-        storage.write_table(destination, pa.Table.from_pandas(rows[schema.names], schema, preserve_index=False))
-        seen.append(rows.drop(columns="error").assign(round=number))
-    if not seen:
-        return pd.DataFrame()
-    shown = _compared(pd.concat(seen, ignore_index=True), config.score.names)
+    comparison = _Comparison(config.score.names)
+    with tqdm(total=len(parts), unit="table") as progress:
+        for name, rounds in groupby(parts, lambda part: part[0]):
+            seen = []
+            for _, number in rounds:
+                rows = storage.read_table(storage.join(folders[number], name), columns).to_pandas()
+                rows = rows[rows["error"].isna()]
+                curves = np.full((len(rows), len(plan.timesteps)), np.nan, np.float32)
+                for curve, stored in zip(curves, rows.pop("delta_sq"), strict=True):
+                    curve[: len(stored)] = stored  # a pruned candidate's ends early, and has no score
+                scores = trajectory_scores(config.score, torch.from_numpy(curves), plan.timesteps, schedule)
+                rows = rows.assign(**{f"score_{score}": values.numpy() for score, values in scores.items()})
+                destination = storage.join(config.run_dir, FOLDER, f"round-{number}", name)
+                table = pa.Table.from_pandas(rows[schema.names], schema, preserve_index=False)
+                storage.write_table(destination, table)
+                seen.append(rows.drop(columns="error").assign(round=number))
+                progress.update()
+            comparison.add(pd.concat(seen, ignore_index=True))
+    shown = comparison.table()
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="-"))
     print(f"tables: {storage.join(config.run_dir, FOLDER)}")
     return shown
 
 
-def _compared(candidates: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+class _Comparison:
     """Of every score: how often its first choice is the run's, and the AUC within prompts where candidates are
     measured."""
-    pools = candidates.groupby(["round", "prompt_id"])
-    chosen = candidates.loc[pools["rank"].idxmin(), "candidate_index"].to_numpy()
-    rows = []
-    for name in names:
-        values = candidates[f"score_{name}"].replace([np.inf, -np.inf], np.nan).fillna(-np.inf)
-        first = candidates.assign(value=values).loc[lambda c: c.groupby(["round", "prompt_id"])["value"].idxmax()]
-        row = {"score": name, "prompts": len(pools), "same first choice": (first["candidate_index"] == chosen).mean()}
-        found = within_prompt_auc(candidates, f"score_{name}")
-        rows.append(row | {"AUC within prompts": found["value"] if found else None})
-    return pd.DataFrame(rows)
+
+    def __init__(self, names: tuple[str, ...]):
+        self.pools, self.same = 0, dict.fromkeys(names, 0)
+        self.aucs = {name: PromptAverage() for name in names}
+
+    def add(self, candidates: pd.DataFrame):
+        """Whole pools of prompts that have not come before, in all rounds."""
+        pools = candidates.groupby(["round", "prompt_id"])
+        chosen = candidates.loc[pools["rank"].idxmin(), "candidate_index"].to_numpy()
+        self.pools += len(pools)
+        for name, aucs in self.aucs.items():
+            column = f"score_{name}"
+            values = candidates[column].replace([np.inf, -np.inf], np.nan).fillna(-np.inf)
+            first = candidates.assign(value=values).loc[lambda c: c.groupby(["round", "prompt_id"])["value"].idxmax()]
+            self.same[name] += int((first["candidate_index"] == chosen).sum())
+            aucs.add(prompt_aucs(candidates, column), "auc")
+
+    def table(self) -> pd.DataFrame:
+        rows = []
+        for name, aucs in self.aucs.items():
+            found = aucs.result()
+            row = {"score": name, "prompts": self.pools, "same first choice": self.same[name] / self.pools}
+            rows.append(row | {"AUC within prompts": found["value"] if found else None})
+        return pd.DataFrame(rows)

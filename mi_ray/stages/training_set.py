@@ -4,48 +4,69 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.section import ConfigError
-from mi_ray.storage import read_table
+from mi_ray.storage import ParquetRows
+
+ENCODED_AT_ONCE = 1024  # prompts, whose embeddings are then moved to the CPU
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The kept candidates, encoded once and held in memory.
+    """The kept candidates that a training draws, encoded once and held in memory.
 
-    latents (n, *latent_shape) fp32, weights (n,), prompts (n,): rows of embeddings (prompts + 1, tokens, dim), whose
-    last row is the null prompt's.
+    rows (n,): their numbers in the table of `count` rows, rising; latents (n, *latent_shape) fp32, weights (n,),
+    prompts (n,): rows of embeddings (prompts + 1, tokens, dim), whose last row is the null prompt's.
     """
 
+    rows: Tensor
+    count: int
     latents: Tensor
     weights: Tensor
     prompts: Tensor
     embeddings: Tensor
 
 
-def read_training_set(uri: str, denoiser: Denoiser) -> TrainingSet:
-    """Read a table of schema `schemas.SELECTED` and encode its distinct prompts.
+def read_training_set(uri: str, denoiser: Denoiser, seed: int, drawn: int) -> TrainingSet:
+    """Read of a table of schema `schemas.SELECTED` what a training draws, and encode the distinct prompts.
+
+    Args:
+        drawn: samples in all; where they are fewer than the rows, memory depends on them and not on the table's length.
 
     Raises:
         ValueError: no rows, or latents that are not the model's.
     """
-    table = read_table(uri, ["prompt", "latents", "latents_shape", "weight"])
-    shapes = {tuple(shape) for shape in table["latents_shape"].to_pylist()}
+    source = ParquetRows(uri)
+    count = len(source)
+    rows = torch.arange(count) if drawn >= count else _permutation(seed, 0, count)[:drawn].sort().values
+    columns, parts, start = ["prompt", "latents", "latents_shape", "weight"], [], 0
+    for batch in source.batches(columns, size=1024):
+        first, last = torch.searchsorted(rows, torch.tensor([start, start + len(batch)])).tolist()
+        if last > first:
+            parts.append(pa.Table.from_batches([batch]).take(rows[first:last].numpy() - start))
+        start += len(batch)
+    shapes = {tuple(shape) for part in parts for shape in part["latents_shape"].to_pylist()}
     if shapes != {tuple(denoiser.latent_shape)}:
         found = ", ".join(map(str, sorted(shapes))) or "no rows"
         raise ValueError(f"{uri} holds {found}; the model has latents {tuple(denoiser.latent_shape)}")
+    table = pa.concat_tables(parts)
     flat = table["latents"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     texts = table["prompt"].to_pylist()
     distinct = list(dict.fromkeys(texts))
-    rows = {text: row for row, text in enumerate(distinct)}
+    numbers = {text: number for number, text in enumerate(distinct)}
+    distinct.append("")
+    chunks = [distinct[i : i + ENCODED_AT_ONCE] for i in range(0, len(distinct), ENCODED_AT_ONCE)]
     return TrainingSet(
+        rows=rows,
+        count=count,
         latents=torch.from_numpy(flat.copy()).float().view(len(table), *denoiser.latent_shape),
         weights=torch.tensor(table["weight"].to_pylist()),
-        prompts=torch.tensor([rows[text] for text in texts]),
-        embeddings=denoiser.encode_prompts([*distinct, ""]).cpu(),
+        prompts=torch.tensor([numbers[text] for text in texts]),
+        embeddings=torch.cat([denoiser.encode_prompts(chunk).cpu() for chunk in chunks]),
     )
 
 
@@ -74,7 +95,7 @@ def draw_microbatch(
     data: TrainingSet, seed: int, microbatch: int, batch_size: int, timesteps: range, prompt_dropout: float
 ) -> tuple[Tensor, ...]:
     """(x0, noise, timesteps, embeddings, weights) of a microbatch: a pure function of (seed, microbatch)."""
-    chosen = sample_indices(seed, microbatch, batch_size, len(data.latents))
+    chosen = torch.searchsorted(data.rows, sample_indices(seed, microbatch, batch_size, data.count))
     generator = _generator("noise", seed, microbatch)
     latents = data.latents[chosen]
     noise = torch.randn(latents.shape, generator=generator)

@@ -4,13 +4,14 @@ import pytest
 from scipy import stats
 
 from mi_ray.report.statistics import (
+    PromptAverage,
     auc,
     diversity,
     is_collapsed,
     kernel_distance,
     paired_difference,
+    prompt_aucs,
     prompt_mean,
-    within_prompt_auc,
 )
 
 
@@ -66,6 +67,18 @@ def test_paired_difference_is_scipys_paired_interval():
     assert [result[k] for k in ("difference", "low", "high")] == pytest.approx(expected)
 
 
+def test_an_average_does_not_depend_on_how_its_rows_come():
+    rng = np.random.default_rng(6)
+    rows = pd.DataFrame({"prompt_id": np.repeat(np.arange(200), 3), "exact": rng.normal(1e4, 1, 600)})
+    average = PromptAverage()
+    assert average.result() is None
+    for part in np.split(np.arange(200), [1, 2, 50, 50, 199]):
+        average.add(rows[rows.prompt_id.isin(part)], "exact")
+    assert average.result() == pytest.approx(prompt_mean(rows, "exact"), rel=1e-12)
+    low, high = stats.ttest_1samp(rows.groupby("prompt_id")["exact"].mean(), 0).confidence_interval(0.95)
+    assert (average.result()["low"], average.result()["high"]) == pytest.approx((low, high), rel=1e-12)
+
+
 def test_paired_difference_leaves_out_what_one_side_lacks():
     base = pd.DataFrame({"prompt_id": ["a", "a", "b"], "seed": [0, 1, 0], "exact": [0.0, 1.0, 0.0]})
     tuned = pd.DataFrame({"prompt_id": ["a", "a", "c"], "seed": [0, 1, 0], "exact": [1.0, np.nan, 1.0]})
@@ -88,16 +101,16 @@ def test_within_prompt_auc_ignores_differences_between_prompts():
     pool["exact"] = (rng.random(1000) < rates).astype(float)
     pool["level"] = rates + 1e-3 * rng.normal(size=1000)  # tells easy prompts from hard ones, and nothing else
     pool["truth"] = pool["exact"] - 100 * pool["prompt_id"]
-    result = within_prompt_auc(pool, "level")
+    result = prompt_mean(prompt_aucs(pool, "level"), "auc")
     assert result["low"] < 0.5 < result["high"]
-    assert within_prompt_auc(pool, "truth")["value"] == 1
+    assert prompt_mean(prompt_aucs(pool, "truth"), "auc")["value"] == 1
     assert auc(pool["level"].to_numpy(), pool["exact"].to_numpy() == 1) > 0.6  # what a pooled AUC would have said
 
 
 def test_within_prompt_auc_needs_both_kinds():
     pool = pd.DataFrame({"round": 0, "prompt_id": [0, 0, 1, 1], "exact": [1.0, 1.0, 1.0, 0.0], "s": [1.0, 2, 3, 4]})
-    assert within_prompt_auc(pool, "s") == {"value": 0, "low": None, "high": None, "n_prompts": 1}
-    assert within_prompt_auc(pool[pool.prompt_id == 0], "s") is None
+    assert prompt_aucs(pool, "s").to_dict("records") == [{"prompt_id": 1, "auc": 0}]
+    assert prompt_aucs(pool[pool.prompt_id == 0], "s").empty
 
 
 def unbiased_mmd(x, y):

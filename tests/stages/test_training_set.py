@@ -1,10 +1,21 @@
 from collections import Counter
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mi_ray import schemas
+from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.section import ConfigError
-from mi_ray.stages.training_set import TrainingSet, draw_microbatch, sample_indices, trained_timesteps
+from mi_ray.stages.training_set import (
+    TrainingSet,
+    draw_microbatch,
+    read_training_set,
+    sample_indices,
+    trained_timesteps,
+)
 
 
 @pytest.mark.parametrize(("count", "batch_size", "accumulation"), [(7, 2, 6), (12, 3, 2), (2, 5, 2)])
@@ -18,6 +29,8 @@ def test_every_epoch_holds_each_sample_once(count, batch_size, accumulation):
 def test_prompt_dropout_takes_the_null_prompt_and_weights_follow_their_samples():
     count = 20
     data = TrainingSet(
+        rows=torch.arange(count),
+        count=count,
         latents=torch.arange(count).float().view(-1, 1, 1, 1),
         weights=torch.arange(count) / 10,
         prompts=torch.arange(count),
@@ -34,6 +47,29 @@ def test_prompt_dropout_takes_the_null_prompt_and_weights_follow_their_samples()
     assert noise.std().item() == pytest.approx(1, abs=0.1)
     assert timesteps.min() < 20
     assert timesteps.max() > 980
+
+
+def test_only_what_is_drawn_is_read(tiny_pipeline, tmp_path):
+    denoiser, count = load_denoiser(str(tiny_pipeline)), 60
+    shape = list(denoiser.latent_shape)
+    rows = {
+        "prompt_id": [str(row) for row in range(count)],
+        "prompt": [f"{row % 50} stars" for row in range(count)],
+        "latents": [np.full(np.prod(shape), row, np.float16) for row in range(count)],
+        "latents_shape": [shape] * count,
+        "weight": [float(row) for row in range(count)],
+    }
+    columns = {name: rows.get(name, [None] * count) for name in schemas.SELECTED.names}
+    uri = str(tmp_path / "selected.parquet")
+    pq.write_table(pa.table(columns, schema=schemas.SELECTED), uri, row_group_size=7)
+    microbatches, batch_size = 4, 3
+    some, whole = (read_training_set(uri, denoiser, 5, drawn) for drawn in (microbatches * batch_size, 10**6))
+    assert (len(some.latents), len(whole.latents), some.count) == (12, count, count)
+    assert len(some.embeddings) <= 13
+    for microbatch in range(microbatches):
+        batches = [draw_microbatch(data, 5, microbatch, batch_size, range(1000), 0.3) for data in (some, whole)]
+        for found, expected in zip(*batches, strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 def test_only_timesteps_up_to_a_log_snr_are_trained():

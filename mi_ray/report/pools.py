@@ -1,0 +1,134 @@
+"""What the report tells of the candidates, read part by part: memory does not grow with their number."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from mi_ray.report.statistics import PromptAverage, prompt_aucs, within_prompt_auc
+from mi_ray.storage import join, list_names, read_table
+
+DRAWN = 20_000  # candidates at least, if there are so many, whose scores' distribution is shown
+MAX_TOLD = 1000  # different errors; what comes after is told by stage alone
+UNTOLD = "further error rows: see the column `error` of the tables"
+
+
+def numeric(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """The frame with these columns as floats, infinities as NaN."""
+    frame[columns] = frame[columns].astype(np.float64).replace([np.inf, -np.inf], np.nan)
+    return frame
+
+
+def round_numbers(run_dir: str) -> list[int]:
+    numbers = [name.removeprefix("round-") for name in list_names(run_dir) if name.startswith("round-")]
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def present(results: dict) -> dict:
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def count_error(errors: Counter, prompt: str, stage: str, message: str, count: int = 1):
+    """Add to the counts of (prompt, stage, message)."""
+    known = (prompt, stage, message)
+    errors[known if known in errors or len(errors) < MAX_TOLD else ("", stage, UNTOLD)] += count
+
+
+class Selection:
+    """AUC of each score, and how many candidates of the pool and of the kept are exact."""
+
+    def __init__(self, score_names: tuple[str, ...]):
+        self.aucs = {name: PromptAverage() for name in score_names}
+        self.shares = {"pool_exact": PromptAverage(), "kept_exact": PromptAverage()}
+
+    def add(self, candidates: pd.DataFrame):
+        """Whole pools of prompts that have not come before, in all rounds that count."""
+        for name, average in self.aucs.items():
+            average.add(prompt_aucs(candidates, f"score_{name}"), "auc")
+        self.shares["pool_exact"].add(candidates, "exact")
+        self.shares["kept_exact"].add(candidates[candidates["kept"].eq(True)], "exact")
+
+    def result(self) -> dict:
+        aucs = {name: within_prompt_auc(average) for name, average in self.aucs.items()}
+        shares = {name: average.result() for name, average in self.shares.items()}
+        return {"auc": present(aucs), **present(shares)}
+
+
+class Thinned:
+    """Every stride-th row of frames that come bit by bit; the stride doubles as they grow, so that at most twice
+    `DRAWN` are held."""
+
+    def __init__(self):
+        self.stride, self.seen, self.rows = 1, 0, pd.DataFrame()
+
+    def add(self, frame: pd.DataFrame):
+        frame = frame.set_axis(range(self.seen, self.seen + len(frame)))
+        self.seen += len(frame)
+        frame = frame[frame.index % self.stride == 0]
+        self.rows = pd.concat([self.rows, frame]) if len(self.rows) else frame
+        while len(self.rows) > 2 * DRAWN:
+            self.stride *= 2
+            self.rows = self.rows[self.rows.index % self.stride == 0]
+
+
+@dataclass
+class Pools:
+    """Of all rounds together, and of each."""
+
+    prompts: int = 0
+    selection: dict = field(default_factory=dict)
+    distributions: dict = field(default_factory=dict)
+    errors: Counter = field(default_factory=Counter)
+
+
+def read_pools(run_dir: str, score_names: tuple[str, ...]) -> Pools:
+    """What is told of a run's candidates.
+
+    A prompt's candidates of one round lie in one part, and in the part of the same name in every round: so a part is
+    read in all rounds at once, since a prompt's rounds are averaged before anything else.
+    """
+    scores = [f"score_{name}" for name in score_names]
+    columns = ["prompt_id", "prompt", *scores, "exact", "kept", "error"]
+    folders = {number: join(run_dir, f"round-{number}", "candidates") for number in round_numbers(run_dir)}
+    names = {number: set(list_names(folder)) for number, folder in folders.items()}
+    pools, whole, thinned = Pools(), Selection(score_names), Thinned()
+    by_round: dict[int, Selection] = {}
+    for part in sorted(name for name in set().union(*names.values()) if name.endswith(".parquet")):
+        frames = [
+            numeric(read_table(join(folder, part), columns).to_pandas(), [*scores, "exact"]).assign(round=number)
+            for number, folder in folders.items()
+            if part in names[number]
+        ]
+        candidates = pd.concat(frames, ignore_index=True)
+        pools.prompts += candidates["prompt_id"].nunique()
+        for row in candidates[candidates["error"].notna()].itertuples():
+            count_error(pools.errors, row.prompt, "generate", row.error)
+        sound = candidates[candidates["error"].isna()]
+        whole.add(sound)
+        for number, of_round in sound.groupby("round"):
+            by_round.setdefault(number, Selection(score_names)).add(of_round)
+        level = sound.groupby(["round", "prompt_id"])[scores].transform("mean")
+        thinned.add((sound[scores] - level).assign(exact=sound["exact"]))
+    pools.selection = {**whole.result(), "rounds": len(by_round)}
+    if len(by_round) > 1:
+        pools.selection["by_round"] = [by_round[number].result() for number in sorted(by_round)]
+    if pools.prompts:
+        pools.distributions = present({name: distribution(thinned.rows, name) for name in score_names})
+    return pools
+
+
+def distribution(centred: pd.DataFrame, name: str) -> dict | None:
+    """How a score minus its prompt's mean is distributed: {edges (n + 1,), and counts (n,) of what is exact, what is
+    not, or, where that is not known of any, all}. Prompts differ in level, and only the order within one selects."""
+    values = centred[f"score_{name}"].dropna()
+    if values.empty:
+        return None
+    low, high = np.percentile(values, [0.5, 99.5])
+    bins = int(np.clip(np.sqrt(len(values)), 12, 40))
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    exact = centred["exact"][values.index]
+    groups = {"all": exact.isna()} if exact.isna().all() else {"exact": exact == 1, "not exact": exact.eq(0)}
+    values = values.clip(edges[0], edges[-1])
+    counts = {group: np.histogram(values[chosen], edges)[0].tolist() for group, chosen in groups.items()}
+    return {"edges": edges.tolist(), **counts}
