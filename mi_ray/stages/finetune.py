@@ -36,6 +36,7 @@ from mi_ray.diffusion.adapters import (
 )
 from mi_ray.diffusion.denoisers import load_denoiser, resolve_model
 from mi_ray.section import ConfigError, flatten
+from mi_ray.stages import lease
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.training_log import TrainingLog, check_loggers
 from mi_ray.stages.training_set import TrainingSet, draw_microbatch, read_training_set, trained_timesteps
@@ -227,6 +228,7 @@ def train_loop(settings: dict) -> dict | None:
             due = (step + 1) % tuning.checkpoint_every == 0 or notice != earlier
             # Reporting takes about two seconds of Ray's time and halts every worker: at checkpoints only.
             if due and step + 1 < tuning.steps:
+                _refuse_if_superseded(settings)
                 _report(training, log.lines if rank == 0 else None)
     if rank != 0:
         return None
@@ -240,6 +242,7 @@ def train_loop(settings: dict) -> dict | None:
             f"warning: fine-tuning changed no output of the model (by {change:.1e}); raise finetune.learning_rate",
             flush=True,
         )
+    _refuse_if_superseded(settings)
     _upload_adapter(objective.model, config.model.path, settings["destination"])
     return {
         "steps": tuning.steps,
@@ -248,6 +251,12 @@ def train_loop(settings: dict) -> dict | None:
         "output_change": change,
         "seconds": time.monotonic() - began,
     }
+
+
+def _refuse_if_superseded(settings: dict):
+    """See that the driver has not lost the run, before anything is written that its successor writes too."""
+    if lease.superseded(settings["run_dir"], settings["token"]):
+        raise lease.Lost([f"the training stops: another driver has taken over {settings['run_dir']!r}"])
 
 
 def _report(training: _Training, lines: list[dict] | None):
@@ -300,6 +309,8 @@ def loop_settings(config: RunConfig, selected: str, destination: str, previous_a
         "model": _absolute(model) if Path(model).is_dir() else model,
         "destination": _absolute(destination),
         "run": f"{name}-{key}",
+        "run_dir": _absolute(config.run_dir),
+        "token": lease.current_token(config.run_dir),
     }
 
 

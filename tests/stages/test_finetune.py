@@ -32,6 +32,7 @@ from mi_ray.diffusion.adapters import (
 from mi_ray.diffusion.schedules import NoiseSchedule, epsilon_from, prediction_from, x0_from_epsilon
 from mi_ray.section import ConfigError
 from mi_ray.stages import finetune as stage
+from mi_ray.stages import lease
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -252,6 +253,21 @@ def test_targets_and_trackers_are_checked_before_anything_starts(
             run_config(tiny_pipeline, workers=1, **finetune), "none", str(tmp_path / "adapter"), None, "test"
         )
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_driver_that_has_lost_the_run_writes_no_more_of_its_training(tiny_pipeline, selected, tmp_path):
+    config = run_config(tiny_pipeline, workers=1).model_copy(update={"run_dir": str(tmp_path)})
+    with lease.held(str(tmp_path), 40) as mine:
+        settings = stage.loop_settings(config, selected, str(tmp_path / "adapter"), None, "here")
+        assert settings["token"] == mine.token
+        successor = lease.Lease(str(tmp_path), 40, mine.token + 1)
+        storage.create_bytes(str(tmp_path / "lease" / f"{successor.token:08d}.json"), successor.content())
+        trainer = TorchTrainer(
+            stage.train_loop, train_loop_config=settings, scaling_config=ScalingConfig(num_workers=0)
+        )
+        with pytest.raises(Exception, match="another driver has taken over"):
+            trainer.fit()
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_a_later_round_starts_from_the_adapter_before_it(tiny_pipeline, selected, tmp_path):
