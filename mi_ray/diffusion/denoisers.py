@@ -219,8 +219,10 @@ def load_schedule(path: str) -> NoiseSchedule:
     Raises:
         ValueError: if the model has none that is supported, or the hub cannot be asked.
     """
-    folder = _folder_with(path, "scheduler")
-    return NoiseSchedule.from_config(_read_json(folder / "scheduler" / _CONFIGS["scheduler"]))
+    config, fault = _part_config(_folder_with(path, "scheduler"), "scheduler")
+    if config is None:
+        _refuse(path, [fault])
+    return NoiseSchedule.from_config(config)
 
 
 def load_tokenizer(path: str) -> CLIPTokenizer:
@@ -348,15 +350,12 @@ def _folder_faults(folder: Path) -> list[str]:
     if faults := _class_faults(index):
         return faults
     configs = {}
-    for part, config in _CONFIGS.items():
-        try:
-            configs[part] = _read_json(folder / part / config)
-        except FileNotFoundError:
-            faults.append(f"lacks its {part}: there is no {part}/{config}; complete the folder")
+    for part in _CONFIGS:
+        config, fault = _part_config(folder, part)
+        if config is None:
+            faults.append(fault)
             continue
-        except ValueError as error:
-            faults.append(f"has a {part}/{config} that is not JSON ({error}); fetch it again")
-            continue
+        configs[part] = config
         if part in _WEIGHTS:
             faults += _weight_faults(folder / part, part)
     if "tokenizer" in configs:
@@ -375,6 +374,17 @@ def _folder_faults(folder: Path) -> list[str]:
                 " (an inpainting or upscaling model?); give a text-to-image model"
             )
     return faults
+
+
+def _part_config(folder: Path, part: str) -> tuple[dict | None, str]:
+    """A part's configuration, or None and what is wrong with it."""
+    name = f"{part}/{_CONFIGS[part]}"
+    try:
+        return _read_json(folder / name), ""
+    except FileNotFoundError:
+        return None, f"lacks its {part}: there is no {name}; complete the folder"
+    except ValueError as error:
+        return None, f"has a {name} that is not JSON ({error}); fetch it again"
 
 
 def _vocabulary_faults(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_tokenizer, resolve_model
+from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_schedule, load_tokenizer, resolve_model
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +214,20 @@ def test_inpainting_is_refused(copy):
         check_model(str(copy))
 
 
+def test_a_model_without_a_schedule_is_one_message(tiny_pipeline, tmp_path):
+    copy = shutil.copytree(tiny_pipeline, tmp_path / "copy")
+    (copy / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"scheduler_config\.json that is not JSON"):
+        load_schedule(str(copy))
+    (copy / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(ValueError, match=r"there is no scheduler/scheduler_config\.json"):
+        load_schedule(str(copy))
+
+
 def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    for load in (load_denoiser, load_tokenizer):
+    for load in (load_denoiser, load_tokenizer, load_schedule):
         with pytest.raises(ValueError, match="nobody/nothing") as error:
             load("nobody/nothing")
         assert "\n" not in str(error.value)
