@@ -21,8 +21,9 @@ from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import UNetDenoiser, load_denoiser
 from mi_ray.prompts import read_prompts
 from mi_ray.report.statistics import paired_difference, prompt_mean
+from mi_ray.section import ConfigError
 from mi_ray.stages.candidates import Sampler, derived_seed
-from mi_ray.stages.pipeline import final_adapter
+from mi_ray.stages.layout import SUMMARY, final_adapter, read_run
 from mi_ray.stages.work import Work
 
 SMOKE_PROMPTS, SMOKE_IMAGES, SMOKE_SCALES = 6, 2, (2.0,)
@@ -40,7 +41,7 @@ class GuidanceBenchmark(Benchmark):
     figure: Path | None = Field(None, description="PNG to draw: exact against guidance scale")
 
     def answer(self) -> Findings:
-        config, adapters = read_run(self.run_dir)
+        config, adapters = finished_run(self.run_dir)
         count, each = (SMOKE_PROMPTS, SMOKE_IMAGES) if self.smoke else (self.prompts, self.images_per_prompt)
         table, _ = read_prompts(config.evaluation.file, field="run_dir", limit=count)
         rows = []
@@ -68,18 +69,18 @@ class GuidanceBenchmark(Benchmark):
         return pd.concat(parts, ignore_index=True)
 
 
-def read_run(run_dir: str) -> tuple[RunConfig, dict[str, str | None]]:
+def finished_run(run_dir: str) -> tuple[RunConfig, dict[str, str | None]]:
     """The run's config, and the local folder of each of its adapters by the name of the model: base has none.
 
     Raises:
         ValueError: the folder holds no finished run.
     """
-    if not storage.exists(storage.join(run_dir, "run.json")):
-        raise ValueError(f"--run-dir: {run_dir!r} holds no run.json; give the folder of a finished run")
-    content = storage.read_json(storage.join(run_dir, "run.json"))["config"]
-    config = RunConfig.model_validate(content | {"run_dir": run_dir})
+    try:
+        config, _ = read_run(run_dir)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
     folders = {arm: final_adapter(config, arm) for arm in ("tuned", *config.evaluation.controls)}
-    if missing := [f for f in folders.values() if not storage.exists(storage.join(f, "summary.json"))]:
+    if missing := [f for f in folders.values() if not storage.exists(storage.join(f, SUMMARY))]:
         raise ValueError("\n".join(f"--run-dir: {f} holds no finished adapter; finish the run first" for f in missing))
     return config, {"base": None} | {name: storage.local_folder(f) for name, f in folders.items()}
 

@@ -3,14 +3,15 @@
 The same command line and folder as jobs/pipeline.py, which continues from here.
 """
 
-from functools import partial
-
 from mi_ray.command_line import run_command
-from mi_ray.stages.preflight import run_or_describe
+from mi_ray.config import RunConfig
+
+
+def run(config: RunConfig, dry_run: bool):
+    from mi_ray.stages.preflight import run_or_describe  # seconds, which --help and a wrong flag do without
+
+    run_or_describe(config, dry_run, until="evaluate")
+
 
 if __name__ == "__main__":
-    run_command(
-        partial(run_or_describe, until="evaluate"),
-        "Run everything up to the evaluation of a run.",
-        "jobs/configs/shapes-smoke.yaml",
-    )
+    run_command(run, "Run everything up to the evaluation of a run.", "jobs/configs/shapes-smoke.yaml")

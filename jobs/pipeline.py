@@ -2,7 +2,15 @@
 
 from mi_ray.command_line import run_command
 from mi_ray.config import RunConfig
-from mi_ray.stages.preflight import run_or_describe
+
+
+def run(config: RunConfig, dry_run: bool):
+    from mi_ray.stages.preflight import (
+        run_or_describe,  # seconds, which --help and a wrong flag do without
+    )
+
+    run_or_describe(config, dry_run)
+
 
 if __name__ == "__main__":
-    run_command(run_or_describe, RunConfig.__doc__, "jobs/configs/shapes-smoke.yaml")
+    run_command(run, RunConfig.__doc__, "jobs/configs/shapes-smoke.yaml")

@@ -5,7 +5,13 @@ A single pair: python jobs/score.py --model shapes --image x.png --prompt "a red
 
 from mi_ray.command_line import run_command
 from mi_ray.stages.pair_config import ScorePairsConfig
-from mi_ray.stages.score import run_or_describe
+
+
+def run(config: ScorePairsConfig, dry_run: bool):
+    from mi_ray.stages.score import run_or_describe  # seconds, which --help and a wrong flag do without
+
+    run_or_describe(config, dry_run)
+
 
 if __name__ == "__main__":
-    run_command(run_or_describe, smoke_file="jobs/configs/score-smoke.yaml", model=ScorePairsConfig)
+    run_command(run, smoke_file="jobs/configs/score-smoke.yaml", model=ScorePairsConfig)

@@ -88,3 +88,10 @@ def test_all_but_the_stages_work_without_ray():
     block = "import sys; sys.modules['ray'] = None; "
     code = block + "; ".join(f"import mi_ray.{room}" for room in rooms)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_help_wrong_flags_and_the_status_wait_for_no_model():
+    block = "import sys; sys.modules['torch'] = sys.modules['ray'] = None; "
+    names = ("command_line", "config", "stages.pair_config", "stages.status")
+    code = block + "; ".join(f"import mi_ray.{name}" for name in names)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

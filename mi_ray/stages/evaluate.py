@@ -13,11 +13,10 @@ from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
 from mi_ray.shard_plan import Shard, ShardPlan
 from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, measured, specialise
+from mi_ray.stages.layout import REFERENCE
 from mi_ray.stages.machine import take_share
 from mi_ray.stages.shards import ShardWriter, run_stage
 from mi_ray.stages.work import Work
-
-REFERENCE = "reference"  # real renders instead of a model's images
 
 
 class Evaluator:

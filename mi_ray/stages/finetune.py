@@ -37,6 +37,7 @@ from mi_ray.diffusion.adapters import (
 from mi_ray.diffusion.denoisers import load_denoiser, resolve_model
 from mi_ray.section import ConfigError, flatten
 from mi_ray.stages import lease
+from mi_ray.stages.layout import SUMMARY
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.training_log import TrainingLog, check_loggers
 from mi_ray.stages.training_set import TrainingSet, draw_microbatch, read_training_set, trained_timesteps
@@ -51,7 +52,6 @@ from mi_ray.storage import (
     write_json,
 )
 
-SUMMARY = "summary.json"  # written last: it marks the adapter complete
 CHANGED = 1e-6  # relative; what floating-point noise alone may move an output by
 _QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray's tee prints every line twice

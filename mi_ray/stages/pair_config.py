@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from mi_ray.config import ResourcesConfig, ScoreConfig
 from mi_ray.pairs import Columns
 from mi_ray.section import Positive, Section, config_hash
-from mi_ray.stages.pair_scorer import Fit
+
+Fit = Literal["exact", "crop"]
 
 
 class PairScoreConfig(ScoreConfig):

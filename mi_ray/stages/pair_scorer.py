@@ -3,7 +3,7 @@
 import io
 import math
 import time
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from mi_ray.information.pointwise import Probes, denoising_errors, log_odds, pmi
 from mi_ray.language.negatives import Negative, chosen, negatives_by
 from mi_ray.stages.branches import branch_errors, encode_each, likeliest_errors
 from mi_ray.stages.candidates import draw_probes_of
+from mi_ray.stages.pair_config import Fit
 from mi_ray.stages.work import Work
 
-Fit = Literal["exact", "crop"]
 CLEAR = 2.0  # standard errors by which an alternative must lead
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 

@@ -11,7 +11,6 @@ from itertools import islice
 
 import pyarrow as pa
 import ray
-from pydantic import ValidationError
 
 from mi_ray import __version__, run_folder, storage
 from mi_ray.alignment.oracle import foreign_prompts
@@ -22,16 +21,16 @@ from mi_ray.report.page import alignment_table, write_report
 from mi_ray.section import ConfigError, collecting
 from mi_ray.shard_plan import Holdout, ShardPlan, write_prompts
 from mi_ray.stages.candidates import NEIGHBOUR_POOL, probed_band
-from mi_ray.stages.evaluate import REFERENCE, evaluate
+from mi_ray.stages.evaluate import evaluate
 from mi_ray.stages.finetune import check_targets, finetune, take_off_baseline
 from mi_ray.stages.generate import generate
+from mi_ray.stages.layout import LESS_BASELINE, REFERENCE, baseline_folder, home_of, selects_by, takes_baseline
 from mi_ray.stages.lease import confirm, held
 from mi_ray.stages.select import select
 from mi_ray.stages.training_log import check_loggers
 from mi_ray.stages.trial import settle
 
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "numpy")
-LESS_BASELINE = "adapter-less-baseline"
 
 
 class Plan:
@@ -187,23 +186,6 @@ def open_run(plan: Plan):
             run_folder.log_event(config.run_dir, "prompt_skipped", **row)
 
 
-def read_run(run_dir: str) -> tuple[RunConfig, dict]:
-    """The config of the run in a folder, and all that its run.json says.
-
-    Raises:
-        ConfigError: there is no run in the folder, or one of another job.
-    """
-    try:
-        content = storage.read_json(storage.join(run_dir, "run.json"))
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
-    try:
-        return RunConfig.model_validate(content["config"] | {"run_dir": run_dir}), content
-    except ValidationError as error:
-        message = f"run_dir: {run_dir!r} holds no run of jobs/pipeline.py; its own page tells of it"
-        raise ConfigError([message]) from error
-
-
 def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
     """All rounds of one arm; returns the last adapter's folder.
 
@@ -235,46 +217,9 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
     return adapter
 
 
-def home_of(run_dir: str, arm: str) -> str:
-    """The folder of an arm's rounds."""
-    return run_dir if arm == "tuned" else storage.join(run_dir, "controls", arm)
-
-
-def selects_by(config: RunConfig, arm: str) -> str:
-    return config.select.by if arm == "tuned" else arm
-
-
-def takes_baseline(config: RunConfig, r: int, by: str) -> bool:
-    """The last round's adapter alone: an earlier one is the start of the next and keeps its rank."""
-    return bool(config.finetune.baseline) and r == config.rounds - 1 and by != "random"
-
-
-def baselines(config: RunConfig) -> list[tuple[str, str]]:
-    """Of the baselines that are trained beside all arms: what each is called, and its folder."""
-    last, arms = config.rounds - 1, ["tuned", *config.evaluation.controls]
-    takers = [arm for arm in arms if takes_baseline(config, last, selects_by(config, arm))]
-    if last:
-        return [(f"baseline of {arm}, round {last}", _baseline_folder(config.run_dir, arm, last)) for arm in takers]
-    shared = _baseline_folder(config.run_dir, "tuned", 0)
-    return [("baseline, round 0", shared)] if takers and "random" not in arms else []
-
-
-def _baseline_folder(run_dir: str, arm: str, r: int) -> str:
-    """Where an arm's baseline lies. In the first round every arm has the same pool, and what learns there at random is
-    the random control itself."""
-    return storage.join(home_of(run_dir, arm if r else "random"), f"round-{r}", *(["baseline"] if r else []))
-
-
-def final_adapter(config: RunConfig, arm: str) -> str:
-    """The folder of the adapter with which a finished run evaluates an arm."""
-    last = config.rounds - 1
-    name = LESS_BASELINE if takes_baseline(config, last, selects_by(config, arm)) else "adapter"
-    return storage.join(home_of(config.run_dir, arm), f"round-{last}", name)
-
-
 def _less_baseline(config: RunConfig, arm: str, candidates: str, tuned: str, start: str | None, r: int) -> str:
     """The adapter of an arm without what a random selection of its pool teaches; returns its folder."""
-    folder = _baseline_folder(config.run_dir, arm, r)
+    folder = baseline_folder(config.run_dir, arm, r)
     selected, baseline = storage.join(folder, "selected.parquet"), storage.join(folder, "adapter")
     select(config, candidates, selected, "random")
     finetune(config, selected, baseline, start, f"{'baseline' if r else 'random'}-{r}")

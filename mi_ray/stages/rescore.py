@@ -17,7 +17,7 @@ from mi_ray.report.pools import round_numbers
 from mi_ray.report.statistics import PromptAverage, prompt_aucs
 from mi_ray.section import ConfigError, Section
 from mi_ray.stages.candidates import trajectory_scores
-from mi_ray.stages.pipeline import read_run
+from mi_ray.stages.layout import read_run
 
 FOLDER = "rescored"
 

@@ -26,10 +26,10 @@ from mi_ray.report.audit import decimal, write_audit
 from mi_ray.section import ConfigError, collecting
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import encode_png, probed_band
+from mi_ray.stages.cost import score_evaluations
 from mi_ray.stages.machine import fitting, take_share
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
-from mi_ray.stages.preflight import score_evaluations
 from mi_ray.stages.shards import Patience, is_restarted, stream
 from mi_ray.stages.trial import settle
 from mi_ray.stages.work import Work

@@ -8,11 +8,9 @@ from itertools import pairwise
 
 from mi_ray import run_folder, storage
 from mi_ray.config import RunConfig
-from mi_ray.stages.evaluate import REFERENCE
-from mi_ray.stages.finetune import SUMMARY
+from mi_ray.stages.cost import evaluations
+from mi_ray.stages.layout import REFERENCE, SUMMARY, baselines, home_of, read_run
 from mi_ray.stages.lease import latest
-from mi_ray.stages.pipeline import baselines, home_of, read_run
-from mi_ray.stages.preflight import evaluations
 
 RECENT = 50  # shards whose pace counts
 

@@ -11,8 +11,8 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.prompts import prompt_id
 from mi_ray.shard_plan import Shard
 from mi_ray.stages.candidates import Sampler, Scorer, even_batches
+from mi_ray.stages.cost import evaluations
 from mi_ray.stages.generate import CandidateGenerator
-from mi_ray.stages.preflight import evaluations
 from mi_ray.stages.pruning import Halving, cut_scorer
 from mi_ray.stages.select import ranks
 from mi_ray.stages.work import Work

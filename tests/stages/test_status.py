@@ -11,7 +11,7 @@ from mi_ray import run_folder, storage
 from mi_ray.config import RunConfig
 from mi_ray.section import ConfigError
 from mi_ray.stages import lease
-from mi_ray.stages.preflight import evaluations
+from mi_ray.stages.cost import evaluations
 from mi_ray.stages.status import _pace, run_status, status_text
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,65 @@
+"""Where a run's stages leave what, from its config alone. Quick to import, so that the status waits for no model."""
+
+from pydantic import ValidationError
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+from mi_ray.section import ConfigError
+
+REFERENCE = "reference"  # real renders, evaluated like a model
+SUMMARY = "summary.json"  # of an adapter's folder, written last: it marks the adapter complete
+LESS_BASELINE = "adapter-less-baseline"
+
+
+def read_run(run_dir: str) -> tuple[RunConfig, dict]:
+    """The config of the run in a folder, and all that its run.json says.
+
+    Raises:
+        ConfigError: there is no run in the folder, or one of another job.
+    """
+    try:
+        content = storage.read_json(storage.join(run_dir, "run.json"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
+    try:
+        return RunConfig.model_validate(content["config"] | {"run_dir": run_dir}), content
+    except ValidationError as error:
+        message = f"run_dir: {run_dir!r} holds no run of jobs/pipeline.py; its own page tells of it"
+        raise ConfigError([message]) from error
+
+
+def home_of(run_dir: str, arm: str) -> str:
+    """The folder of an arm's rounds."""
+    return run_dir if arm == "tuned" else storage.join(run_dir, "controls", arm)
+
+
+def selects_by(config: RunConfig, arm: str) -> str:
+    return config.select.by if arm == "tuned" else arm
+
+
+def takes_baseline(config: RunConfig, r: int, by: str) -> bool:
+    """The last round's adapter alone: an earlier one is the start of the next and keeps its rank."""
+    return bool(config.finetune.baseline) and r == config.rounds - 1 and by != "random"
+
+
+def baselines(config: RunConfig) -> list[tuple[str, str]]:
+    """Of the baselines that are trained beside all arms: what each is called, and its folder."""
+    last, arms = config.rounds - 1, ["tuned", *config.evaluation.controls]
+    takers = [arm for arm in arms if takes_baseline(config, last, selects_by(config, arm))]
+    if last:
+        return [(f"baseline of {arm}, round {last}", baseline_folder(config.run_dir, arm, last)) for arm in takers]
+    shared = baseline_folder(config.run_dir, "tuned", 0)
+    return [("baseline, round 0", shared)] if takers and "random" not in arms else []
+
+
+def baseline_folder(run_dir: str, arm: str, r: int) -> str:
+    """Where an arm's baseline lies. In the first round every arm has the same pool, and what learns there at random is
+    the random control itself."""
+    return storage.join(home_of(run_dir, arm if r else "random"), f"round-{r}", *(["baseline"] if r else []))
+
+
+def final_adapter(config: RunConfig, arm: str) -> str:
+    """The folder of the adapter with which a finished run evaluates an arm."""
+    last = config.rounds - 1
+    name = LESS_BASELINE if takes_baseline(config, last, selects_by(config, arm)) else "adapter"
+    return storage.join(home_of(config.run_dir, arm), f"round-{last}", name)
