@@ -1,8 +1,9 @@
 """Pairs of image and caption where they lie, local, s3:// or gs://: Parquet, JSON lines, folders, WebDataset tars.
 
 Planning looks at names, footers and line ends only. A shard says where its pairs are; they are read one after the other
-when an actor asks, so that memory depends neither on the input's size nor on the shard's. What cannot be read becomes
-a pair that holds the reason instead.
+when an actor asks, so that memory does not depend on how many they are (of a folder of images, planning holds the
+names). What cannot be read becomes a pair that holds the reason instead; a store that fails for now is an error of the
+run, which the same command continues.
 """
 
 import hashlib
@@ -71,6 +72,8 @@ class Columns:
             if name is None:
                 looked = wanted or ", ".join(usual)
                 raise ValueError(f"no column {looked} among {', '.join(names) or 'none'}; set {what}")
+            if names.count(name) > 1:
+                raise ValueError(f"there are {names.count(name)} columns {name}; give each a name of its own")
             found.append(name)
         return found[0], found[1]
 
@@ -80,7 +83,7 @@ def plan_pairs(source: str, pairs_per_shard: int, key: str, columns: Columns) ->
     """The shards of an input: a file, or a folder of images, of Parquet files or of tars.
 
     A shard holds about `pairs_per_shard` pairs, but never less than a Parquet row group or a tar. Its name is fixed by
-    its place, its source and `key`.
+    its source and `key`, whatever is added to the input beside it.
 
     Raises:
         ConfigError: the input is missing, empty or of no known kind, or no file of it has the columns.
@@ -96,8 +99,8 @@ def plan_pairs(source: str, pairs_per_shard: int, key: str, columns: Columns) ->
     shards = []
     for index, place in enumerate(sources):
         text = json.dumps(place, sort_keys=True)
-        digest = hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()[:12]
-        shards.append(PairShard(index, f"part-{index:05d}-{digest}.parquet", text))
+        digest = hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()[:20]
+        shards.append(PairShard(index, f"part-{digest}.parquet", text))
     return shards
 
 
@@ -161,7 +164,8 @@ def _parquet_sources(uri: str, size: int, pairs_per_shard: int, columns: Columns
 
 def _parquet(uri: str) -> pq.ParquetFile:
     system, path = storage.filesystem(uri)
-    return pq.ParquetFile(system.open_input_file(path), pre_buffer=False)
+    # With a buffer, a row group is read bit by bit; pandas writes files of one.
+    return pq.ParquetFile(system.open_input_file(path), pre_buffer=False, buffer_size=1 << 20)
 
 
 def _line_sources(uri: str, pairs_per_shard: int) -> Iterator[dict[str, Any]]:
@@ -190,7 +194,9 @@ def read_pairs(shard: PairShard, columns: Columns) -> Iterator[Pair]:
     readers = {"parquet": _parquet_pairs, "jsonl": _line_pairs, "folder": _folder_pairs, "tar": _tar_pairs}
     try:
         yield from map(_storable, readers[place["kind"]](place, columns))
-    except (OSError, EOFError, ValueError, tarfile.TarError, pa.ArrowException) as error:
+    except (OSError, EOFError, ValueError, RecursionError, tarfile.TarError, pa.ArrowException) as error:
+        if storage.is_passing(error):
+            raise
         yield Pair(place["uri"], error=f"the rest cannot be read: {_reason(error)}")
 
 
@@ -218,6 +224,8 @@ def _pair(key: str, image: Any, prompt: Any, folder: str) -> Pair:
         try:
             image = storage.read_bytes(uri)
         except (OSError, ValueError) as error:
+            if storage.is_passing(error):
+                raise
             return Pair(key, None, prompt, f"the image cannot be read: {_reason(error)}")
     if not isinstance(image, bytes) or not image:
         return Pair(key, None, prompt, "there is no image")
@@ -234,11 +242,27 @@ def _parquet_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
     with _parquet(uri) as file:
         image, caption = columns.find(file.schema_arrow.names)
         storage.check_plain(file.schema_arrow, [image, caption])
-        batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=place["row_groups"], columns=[image, caption])
-        for batch in batches:
-            for fields in batch.to_pylist():
-                yield _pair(f"{uri}#{row}", fields[image], fields[caption], _folder_of(uri))
-                row += 1
+        for group in place["row_groups"]:
+            end = row + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[image, caption]):
+                    for values in zip(batch[image], batch[caption], strict=True):
+                        yield _row_pair(f"{uri}#{row}", *values, _folder_of(uri))
+                        row += 1
+            except (OSError, ValueError, pa.ArrowException) as error:  # a damaged page: the other groups may be whole
+                if storage.is_passing(error):
+                    raise
+                for lost in range(row, end):
+                    yield Pair(f"{uri}#{lost}", error=f"the row cannot be read: {_reason(error)}")
+            row = end
+
+
+def _row_pair(key: str, image: pa.Scalar, caption: pa.Scalar, folder: str) -> Pair:
+    try:
+        fields = image.as_py(), caption.as_py()
+    except ValueError as error:  # Arrow does not look whether text is UTF-8
+        return Pair(key, error=f"the row is no text: {_reason(error)}")
+    return _pair(key, *fields, folder)
 
 
 def _line_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
@@ -267,11 +291,13 @@ def _folder_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
         key = storage.join(place["uri"], name)
         try:
             prompt = storage.read_bytes(storage.join(place["uri"], caption)).decode().strip()
-        except OSError:
-            yield Pair(key, error=f"there is no {caption} beside it")
+        except OSError as error:
+            if storage.is_passing(error):
+                raise
+            yield Pair(key, error=f"there is no caption beside it: {caption}")
             continue
         except ValueError:
-            yield Pair(key, error=f"{caption} is not UTF-8")
+            yield Pair(key, error=f"the caption is not UTF-8: {caption}")
             continue
         yield _pair(key, name, prompt, place["uri"])
 
@@ -291,6 +317,7 @@ def _tar_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
                 sample = {}
             current = folder + slash + stem
             sample[suffix.lower()] = tar.extractfile(member).read()
+            tar.members.clear()  # it would keep every header
         if sample:
             yield _sample_pair(place["uri"], current, sample, columns)
 
@@ -303,7 +330,7 @@ def _sample_pair(uri: str, stem: str, sample: dict[str, bytes], columns: Columns
         texts = {**fields, **{s: v.decode() for s, v in sample.items() if s in ("txt", "caption", columns.caption)}}
         names = (columns.caption,) if columns.caption else CAPTION_COLUMNS
         prompt = next((texts[name] for name in names if name in texts), None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         return Pair(key, error=f"the caption cannot be read: {_reason(error)}")
     if image not in sample:
         return Pair(key, None, prompt, f"there is no image among {', '.join(sample)}")

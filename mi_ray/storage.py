@@ -62,6 +62,11 @@ def relative(uri: str, folder: str) -> str:
 _PASSING = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "REQUEST_TIMEOUT")
 
 
+def is_passing(error: Exception) -> bool:
+    """Whether a store says that it fails for now, not that something is wrong with what was asked for."""
+    return any(name in str(error) for name in _PASSING)
+
+
 def _patiently(read: Callable[[], Result]) -> Result:
     """Read again after an error that passes. Arrow does so itself, but for errors whose text is longer than the range
     that was asked for, which are the rule with small files."""
@@ -69,7 +74,7 @@ def _patiently(read: Callable[[], Result]) -> Result:
         try:
             return read()
         except OSError as error:
-            if pause is None or not any(name in str(error) for name in _PASSING):
+            if pause is None or not is_passing(error):
                 raise
         time.sleep(pause)
     raise AssertionError("unreachable")

@@ -102,7 +102,7 @@ def test_what_cannot_be_read_is_a_pair_with_its_reason(tmp_path):
     for pair, reason in zip(pairs, expected, strict=False):
         assert reason in pair.error
     assert (pairs[6].error, pairs[6].prompt) == (None, None)
-    assert "no 0.txt beside it" in read_all(tmp_path / "images")[0][0].error
+    assert "no caption beside it: 0.txt" in read_all(tmp_path / "images")[0][0].error
 
 
 def test_names_and_captions_that_are_no_text(tmp_path):
@@ -140,6 +140,66 @@ def test_a_table_with_pickles_in_it_is_refused_and_runs_nothing(tmp_path):
     with pytest.raises(ValueError, match="whose values may be code"):
         storage.read_table(str(tmp_path / "pairs.parquet"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_row_or_a_row_group_that_cannot_be_read_costs_only_itself(tmp_path):
+    rows = 30
+    captions = [b"a circle"] * rows
+    captions[5] = "a caf\xe9".encode("latin-1")
+    text = pa.array(captions, pa.binary()).view(pa.string())  # as Arrow takes it, unseen
+    table = pa.table({"image": [IMAGES[0]] * rows, "caption": text})
+    file = tmp_path / "pairs.parquet"
+    pq.write_table(table, file, row_group_size=10, compression="none", use_dictionary=False)
+    pairs, _ = read_all(file, per_shard=100)
+    assert [number for number, pair in enumerate(pairs) if pair.error] == [5]
+    assert "no text" in pairs[5].error
+    column = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    with file.open("r+b") as whole:
+        whole.seek(column.data_page_offset)
+        whole.write(b"\xff" * 20)
+    pairs, _ = read_all(file, per_shard=100)
+    assert len(pairs) == rows
+    assert [number for number, pair in enumerate(pairs) if pair.error] == [5, *range(10, 20)]
+    assert len({pair.key for pair in pairs}) == rows
+
+
+def test_columns_of_the_same_name_are_told(tmp_path):
+    table = pa.table([IMAGES[:1], IMAGES[:1], CAPTIONS[:1]], ["image", "image", "caption"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="2 columns image"):
+        read_all(tmp_path / "a.parquet")
+
+
+def test_json_that_is_nested_too_deeply_costs_only_its_sample(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "0.png", IMAGES[0])
+        add(tar, "0.json", b"[" * 100_000)
+        add(tar, "1.png", IMAGES[1])
+        add(tar, "1.txt", CAPTIONS[1].encode())
+    bad, good = read_all(tmp_path / "a.tar")[0]
+    assert "caption cannot be read" in bad.error
+    assert (good.error, good.prompt) == (None, CAPTIONS[1])
+
+
+def test_a_file_that_is_added_leaves_the_others_shards_as_they_are(tmp_path):
+    tar = write_tar(tmp_path)
+    before = [shard.name for shard in read_all(tmp_path)[1]]
+    (tmp_path / "a.tar").write_bytes(tar.read_bytes())
+    after = [shard.name for shard in read_all(tmp_path)[1]]
+    assert len(after) == len(before) + 1
+    assert set(before) < set(after)
+
+
+def test_a_store_that_fails_for_now_is_no_fault_of_the_pair(tmp_path, monkeypatch):
+    source = write_metadata(tmp_path)
+
+    def fails(uri):
+        raise OSError("AWS Error SLOW_DOWN during GetObject operation")
+
+    shards = plan_pairs(str(source), 2, "key", Columns())
+    monkeypatch.setattr(storage, "read_bytes", fails)
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        list(read_pairs(shards[0], Columns()))
 
 
 def test_files_cut_short_keep_what_comes_before(tmp_path):

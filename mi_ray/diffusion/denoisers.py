@@ -8,6 +8,7 @@ import json
 import re
 from importlib.resources import files
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -54,8 +55,8 @@ class Denoiser(Protocol):
     device: torch.device
     max_tokens: int  # that the text encoder reads, with those of start and end
 
-    def token_count(self, prompt: str) -> int:
-        """Tokens of the whole prompt, with those of start and end."""
+    def token_ids(self, prompt: str) -> list[int]:
+        """Tokens of the whole prompt, with those of start and end, uncut."""
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Embeddings (n, tokens, dim); what exceeds `max_tokens` is cut."""
@@ -101,6 +102,7 @@ class UNetDenoiser:
         self.text_encoder = text_encoder.to(device, beside).eval().requires_grad_(False)
         self.vae = vae.to(device, torch.float32 if vae.config.force_upcast else beside).eval().requires_grad_(False)
         self.tokenizer, self.schedule, self.dtype, self.device = tokenizer, schedule, dtype, device
+        self._tokenizing = Lock()  # it holds how to pad and cut, and threads ask it for both
         size = unet.config.sample_size
         self.latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         self.max_tokens = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
@@ -122,14 +124,16 @@ class UNetDenoiser:
             mode = {"default": "default", "cuda-graphs": "reduce-overhead"}[compiled]
             self._compiled, self._rows = torch.compile(self.unet, mode=mode, dynamic=False), rows
 
-    def token_count(self, prompt: str) -> int:
-        return len(self.tokenizer(prompt, verbose=False).input_ids)
+    def token_ids(self, prompt: str) -> list[int]:
+        with self._tokenizing:
+            return self.tokenizer(prompt, verbose=False).input_ids
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        ids = self.tokenizer(
-            prompts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        ).input_ids
+        with self._tokenizing:
+            ids = self.tokenizer(
+                prompts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+            ).input_ids
         return torch.cat([self.text_encoder(part.to(self.device)).last_hidden_state for part in ids.split(CHUNK)])
 
     def predict(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:

@@ -54,6 +54,15 @@ def epsilon_from_velocity(v: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) 
     return alpha * v + sigma * x_t
 
 
+def epsilon_from_flow(u: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that u = epsilon - x0 of a rectified flow implies (Liu et al. 2023, arXiv 2209.03003).
+
+    On the axis of log SNR: the flow's own z = (1 - t) x0 + t epsilon is x_t / (alpha + sigma) at t = sigma / (alpha +
+    sigma), and epsilon = z + (1 - t) u.
+    """
+    return (x_t + alpha * u) / (alpha + sigma)
+
+
 def epsilon_from(prediction_type: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The noise that a model's prediction implies.
 

@@ -157,7 +157,7 @@ def _changes(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
         if word.lower() in values
     ]
     for (kind, s1, e1, one), (other_kind, s2, e2, two) in combinations(attributes, 2):
-        if kind == other_kind and not _synonymous(one, two):
+        if kind == other_kind and not _synonymous(one, two) and not _about_one(prompt, e1, s2, e2):
             said, instead = f"{one} … {two}", f"{two} … {one}"
             yield "attribute swap", kind, said, instead, [(s1, e1, _cased(two, one)), (s2, e2, _cased(one, two))]
     related = list(_RELATION.finditer(prompt))
@@ -169,6 +169,17 @@ def _changes(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
     yield from _replacements(prompt, attributes)
     for (start, end, word), (_, _, after) in zip(words, [*words[1:], (0, 0, "of")], strict=False):
         yield from _counts(start, end, word, after)
+
+
+def _about_one(prompt: str, end: int, start: int, after: int) -> bool:
+    """Whether nothing changes where two attributes, one up to `end`, one from `start` to `after`, change places: those
+    of one noun (a red, white and blue flag), or of like nouns that are only counted up (red cars and blue cars).
+    """
+    between = [m.group().lower() for m in _WORD.finditer(prompt, end, start)]
+    between = [word for word in between if word not in ("and", "or", "a", "an")]
+    noun = _WORD.search(prompt, after)
+    of_lists = {value for values in ATTRIBUTES.values() for value in values}
+    return all(word in of_lists for word in between) or (noun is not None and between == [noun.group().lower()])
 
 
 def _object_swaps(prompt: str, phrases: list[Phrase], related: list[re.Match]) -> Iterator[_Change]:

@@ -59,8 +59,8 @@ def summarise_pairs(folder: str, names: list[str], rank_by: str, shown: int) -> 
 
 
 def _kind_of_error(message: str) -> str:
-    """Without the numbers and names, so that like errors are counted together."""
-    return "".join(" " if c.isdigit() else c for c in message)[:60]
+    """Without the numbers, and names, which come after a colon: so like errors are counted together."""
+    return "".join(" " if c.isdigit() else c for c in message.partition(": ")[0])[:60]
 
 
 def _rows(folder: str, names: list[str], places: list[tuple[float, int, int]]) -> Iterator[dict]:

@@ -9,6 +9,17 @@ from torch import Tensor
 
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.information.pointwise import Probes, denoising_errors, log_density
+from mi_ray.language.negatives import MakeNegatives, Negative, chosen
+
+
+def hard_negatives(denoiser: Denoiser, make: MakeNegatives, prompt: str, limit: int) -> list[Negative]:
+    """At most `limit` negatives of a prompt that the text encoder tells from it: of a prompt that is cut, what changes
+    beyond the cut is none."""
+    made, last = make(prompt), denoiser.max_tokens - 1  # where the token of the end comes to stand
+    tokens = denoiser.token_ids(prompt)
+    if len(tokens) > denoiser.max_tokens:
+        made = [negative for negative in made if denoiser.token_ids(negative.prompt)[:last] != tokens[:last]]
+    return chosen(made, limit)
 
 
 def encode_each(denoiser: Denoiser, texts: list[list[str]]) -> list[Tensor]:

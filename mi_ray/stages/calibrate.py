@@ -14,12 +14,12 @@ from tqdm import tqdm
 from mi_ray import run_folder, storage
 from mi_ray.alignment.oracle import foreign_prompts
 from mi_ray.config import ModelConfig, PromptsConfig, SamplerConfig, ScoreConfig
-from mi_ray.diffusion.denoisers import Denoiser, check_model, load_denoiser
+from mi_ray.diffusion.denoisers import Denoiser, check_model, load_denoiser, load_schedule, load_tokenizer
 from mi_ray.information.calibration import Band, judge_bands
 from mi_ray.information.pointwise import denoising_errors, draw_probes
 from mi_ray.prompts import read_prompts
 from mi_ray.section import ConfigError, Positive, Section, check_band, collecting
-from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, measured
+from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, known_band, measured
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.work import Work
 
@@ -70,7 +70,8 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     except (OSError, ValueError) as error:
         raise ConfigError([f"out: {config.out!r} cannot be written ({error}); give another --out"]) from error
     errors, index, labels = _probed_pool(config, prompts["prompt"].to_pylist(), prompts["prompt_id"].to_pylist())
-    edges = torch.linspace(config.log_snr_min, config.log_snr_max, config.levels + 1)
+    searched = known_band(config.log_snr_min, config.log_snr_max, load_schedule(config.model.path))
+    edges = torch.linspace(*searched, config.levels + 1)
     try:
         bands = judge_bands(errors, edges, index, labels)
     except ValueError as error:  # no prompt has both labels
@@ -95,17 +96,30 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
 
 def _checked_prompts(config: CalibrationConfig) -> pa.Table:
     """The prompts, when they and the model will do."""
-    given = config.prompts
-    prompts, _ = read_prompts(given.file, limit=given.limit, duplicates=given.duplicates, broken=given.broken)
-    faults = []
+    given, faults = config.prompts, []
+    tokenizer = None
+    with collecting(faults, "model.path"):
+        check_model(config.model.path)
+        tokenizer = load_tokenizer(config.model.path)
+        with collecting(faults, "log_snr_max"):
+            known_band(config.log_snr_min, config.log_snr_max, load_schedule(config.model.path))
+    if faults:
+        raise ConfigError(faults)
+    prompts, _ = read_prompts(
+        given.file,
+        limit=given.limit,
+        duplicates=given.duplicates,
+        overlong=given.overlong,
+        broken=given.broken,
+        token_count=lambda prompt: len(tokenizer(prompt).input_ids),
+        max_tokens=tokenizer.model_max_length,
+    )
     if len(prompts) < 2:
         faults.append(f"prompts.file: {config.prompts.file!r} holds one prompt only; each is held against others")
     if config.alignment and (foreign := foreign_prompts(prompts["prompt"].to_pylist())):
         faults.append(
             f"alignment: the oracle reads only prompts of the shapes grammar, not {foreign[0]!r}; leave it out"
         )
-    with collecting(faults, "model.path"):
-        check_model(config.model.path)
     if faults:
         raise ConfigError(faults)
     return prompts
@@ -138,10 +152,11 @@ def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) 
 def _halves(config: CalibrationConfig, denoiser: Denoiser, latents: Tensor, branches: Tensor, ids: list[str]) -> Tensor:
     """Errors at the middle of every level, from two independent draws: (n, 1 + J, levels, 2) on the CPU."""
     index = torch.arange(len(ids)).repeat_interleave(len(latents) // len(ids))
+    searched = known_band(config.log_snr_min, config.log_snr_max, denoiser.schedule)
     halves = []
     for half in range(2):
         seeds = [derived_seed(config.seed, f"calibration-half-{half}", i) for i in ids]
-        probes = draw_probes(seeds, config.levels, config.log_snr_min, config.log_snr_max, denoiser.latent_shape)
+        probes = draw_probes(seeds, config.levels, *searched, denoiser.latent_shape)
         halves.append(
             denoising_errors(
                 denoiser.predict_epsilon, denoiser.schedule, latents, index, branches, probes, 2 * config.batch_size

@@ -21,8 +21,8 @@ from mi_ray.diffusion.kernels import choose_kernel
 from mi_ray.diffusion.sampling import CandidateNoise, State, Trajectory, sampling_steps, solver_plan
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise, trajectory
-from mi_ray.language.negatives import chosen, negatives_by
-from mi_ray.stages.branches import encode_each, likeliest_errors
+from mi_ray.language.negatives import negatives_by
+from mi_ray.stages.branches import encode_each, hard_negatives, likeliest_errors
 from mi_ray.stages.machine import fitting
 from mi_ray.stages.work import Work
 
@@ -184,7 +184,16 @@ def probed_band(config: ScoreConfig, schedule: NoiseSchedule) -> tuple[float, fl
     Raises:
         ValueError: it knows none of them.
     """
-    (low, high), (noisiest, clearest) = config.probed_band, schedule.log_snr[[-1, 0]].tolist()
+    return known_band(*config.probed_band, schedule)
+
+
+def known_band(low: float, high: float, schedule: NoiseSchedule) -> tuple[float, float]:
+    """A band of log SNR, as far as the model knows such noise.
+
+    Raises:
+        ValueError: it knows none of it.
+    """
+    noisiest, clearest = schedule.log_snr[[-1, 0]].tolist()
     if high <= noisiest or clearest <= low:
         raise ValueError(
             f"log_snr_min {low:g} to log_snr_max {high:g} is not among the model's noise levels, {noisiest:.2f} to"
@@ -281,7 +290,9 @@ class Scorer:
             contrast = partial(pointwise.pmi_contrastive, total=len(others[0]))
             scores["pmi_contrastive"] = self._against(others, contrast, index, latents, own, probes, work)
         if "pmi_negatives" in config.names:
-            negatives = [chosen(self.negatives(prompt), config.max_negatives) for prompt in prompts]
+            negatives = [
+                hard_negatives(self.denoiser, self.negatives, prompt, config.max_negatives) for prompt in prompts
+            ]
             # A prompt of which nothing can be changed is held against none at all.
             others = encode_each(self.denoiser, [[n.prompt for n in of_prompt] or [""] for of_prompt in negatives])
             scores["pmi_negatives"] = self._against(others, pointwise.log_odds, index, latents, own, probes, work)

@@ -15,8 +15,8 @@ from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.information.maps import InformationMaps, information_maps, without_each_word
 from mi_ray.information.negatives import margin, posteriors
 from mi_ray.information.pointwise import Probes, denoising_errors, log_odds, pmi
-from mi_ray.language.negatives import Negative, chosen, negatives_by
-from mi_ray.stages.branches import branch_errors, encode_each, likeliest_errors
+from mi_ray.language.negatives import Negative, negatives_by
+from mi_ray.stages.branches import branch_errors, encode_each, hard_negatives, likeliest_errors
 from mi_ray.stages.candidates import draw_probes_of
 from mi_ray.stages.pair_config import Fit
 from mi_ray.stages.work import Work
@@ -45,9 +45,9 @@ def read_image(content: bytes, size: tuple[int, int], fit: Fit) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if fit == "exact" and image.size != (width, height):
-                raise ValueError(f"the image has {image.width}x{image.height} pixels, not {width}x{height}; fit: crop")
+                raise ValueError(f"the image has {image.width}x{image.height} pixels, not {width}x{height}; --fit crop")
             if fit == "exact" and image.mode != "RGB":
-                raise ValueError(f"the image's mode is {image.mode}, not RGB; fit: crop")
+                raise ValueError(f"the image's mode is {image.mode}, not RGB; --fit crop")
             if fit == "exact":
                 return np.array(image)
             upright = ImageOps.exif_transpose(image)
@@ -57,7 +57,9 @@ def read_image(content: bytes, size: tuple[int, int], fit: Fit) -> np.ndarray:
             return np.array(ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"the image is corrupt, or none of {', '.join(_FORMATS)}") from error
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a decoder comes upon in a file that anyone may have written
         raise ValueError(f"the image is corrupt: {' '.join(str(error).split())}") from error
 
 
@@ -98,7 +100,9 @@ class PairScorer:
         )
         own = errors[:, 0]
         values, standard_errors = pmi(own, errors[:, 1], encoded.probes)
-        negatives = [self._negatives(prompt) for prompt in prompts]
+        negatives = [
+            hard_negatives(self.denoiser, self.negatives, prompt, self.config.max_negatives) for prompt in prompts
+        ]
         left_out = [without_each_word(prompt) if self.words else [] for prompt in prompts]
         others = likeliest_errors(
             self.denoiser,
@@ -146,9 +150,6 @@ class PairScorer:
         probes = draw_probes_of(prompts, self.config, self.seed, self.denoiser)
         latents, embeddings = self.denoiser.encode_images(images), self.denoiser.encode_prompts(prompts)
         return _Encoded(latents, embeddings, torch.arange(len(prompts)), probes)
-
-    def _negatives(self, prompt: str) -> list[Negative]:
-        return chosen(self.negatives(prompt), self.config.max_negatives)
 
 
 def _verdict(own: Tensor, null: Tensor, against: Tensor, negatives: list[Negative], probes: Probes) -> dict:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -74,6 +75,8 @@ class Plan:
                 self.train, self.held_out = self._split(self.train)
         with collecting(faults):
             _check_alignment(config, self.train, self.held_out)
+        if "pmi_contrastive" in {*config.score.names, config.prune.by} and self.train and len(self.train) == 1:
+            faults.append("score.names: pmi_contrastive holds a prompt against others; give two, or leave it out")
         if faults:
             raise ConfigError(faults)
         key, per_shard = config.hash(), config.generate.prompts_per_shard
@@ -120,8 +123,13 @@ class Plan:
 
     @property
     def pool(self) -> list[str]:
-        """The prompts among which pmi_contrastive finds neighbours."""
-        return self.train.read(0, NEIGHBOUR_POOL)["prompt"].to_pylist()
+        """The prompts among which pmi_contrastive finds neighbours: all, or as many evenly from the whole list."""
+        rows, found, start = np.linspace(0, len(self.train), NEIGHBOUR_POOL, endpoint=False, dtype=np.int64), [], 0
+        for batch in self.train.batches(["prompt"]):
+            here = np.unique(rows[(rows >= start) & (rows < start + len(batch))])
+            found += batch["prompt"].take(here - start).to_pylist()
+            start += len(batch)
+        return found
 
 
 def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:

@@ -30,7 +30,7 @@ from mi_ray.stages.cost import score_evaluations
 from mi_ray.stages.machine import fitting, take_share
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
-from mi_ray.stages.shards import Patience, is_restarted, stream
+from mi_ray.stages.shards import Patience, is_restarted, stop_if_machine_failed, stream
 from mi_ray.stages.trial import settle
 from mi_ray.stages.work import Work
 
@@ -38,6 +38,7 @@ SCORES_FOLDER = "scores"
 MAX_THUMBNAIL = 256  # pixels
 SINGLE_BATCH = 64  # of a single pair, for which a trial would take longer than the pair
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
+SCORES = ("score_pmi", "score_pmi_negatives", "score_margin")
 _END = object()
 _T = TypeVar("_T")
 
@@ -101,19 +102,21 @@ class PairActor:
         if prompt is None or not prompt.strip():
             raise ValueError("the caption is empty" if prompt is not None else "there is no caption")
         if self.config.overlong == "error":
-            count, most = self.denoiser.token_count(prompt), self.denoiser.max_tokens
+            count, most = len(self.denoiser.token_ids(prompt)), self.denoiser.max_tokens
             if count > most:
-                raise ValueError(f"the caption has {count} tokens, the text encoder reads {most}; overlong: truncate")
+                raise ValueError(f"the caption has {count} tokens, the text encoder reads {most}; --overlong truncate")
 
     def _scored(self, rows: list[dict], work: Work) -> list[dict]:
         sound = [row for row in rows if row["error"] is None]
         try:
             self._score(sound, work)
-        except Exception:  # then one by one, so that a bad pair costs only itself
+        except Exception as error:  # then one by one, so that a bad pair costs only itself
+            stop_if_machine_failed(error, alone=False)
             for row in sound:
                 try:
                     self._score([row], work)
                 except Exception as error:
+                    stop_if_machine_failed(error, alone=True)
                     row["error"], row["image"] = f"{type(error).__name__}: {error}", None
         return rows
 
@@ -124,7 +127,7 @@ class PairActor:
         scored = fitting(self.scorer, partial(self.scorer, images, prompts, work), work)
         for row, scores in zip(rows, scored, strict=True):
             row |= scores
-            if finite(row["score_pmi"]) is None:
+            if any(finite(scores[name]) is None for name in SCORES if scores[name] is not None):
                 blank = dict.fromkeys(scores)
                 row |= blank | {"error": "the model's output is not finite", "image": None}
 
@@ -221,6 +224,9 @@ def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
         f"{summary['scored']} pairs scored, {summary['errors']} not, {summary['contradicted']} contradict their caption"
     )
     print(f"audit: {page}")
+    if not summary["scored"]:
+        most = summary["reasons"][0]["error"] if summary["reasons"] else "it holds no pair"
+        raise ConfigError([f"input: no pair could be scored; most often: {most}"])
     return page
 
 
@@ -237,10 +243,10 @@ def score_one(config: ScorePairsConfig) -> dict:
         image = read_image(storage.read_bytes(config.image), model_image_size(denoiser), config.fit)
     except (OSError, ValueError) as error:
         raise ConfigError([f"image: {config.image!r} will not do: {error}"]) from error
-    count = denoiser.token_count(config.prompt)
+    count = len(denoiser.token_ids(config.prompt))
     if count > denoiser.max_tokens and config.overlong == "error":
         message = f"prompt: it has {count} tokens, the text encoder reads {denoiser.max_tokens}"
-        raise ConfigError([f"{message}; shorten it, or set overlong: truncate"])
+        raise ConfigError([f"{message}; shorten it, or add --overlong truncate"])
     batch_size = SINGLE_BATCH if config.resources.batch_size == "auto" else config.resources.batch_size
     scorer = PairScorer(denoiser, config.score, batch_size, config.seed, words=True)
     row = scorer(image[None], [config.prompt], Work())[0]
@@ -277,6 +283,7 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
     if config.image is not None:
         score_one(config)
     elif dry_run:
+        _checked(config)
         shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
         evaluations = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
         print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations a pair, words not counted")

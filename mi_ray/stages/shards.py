@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import sys
 import threading
 import time
 import warnings
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
@@ -132,6 +134,21 @@ class Patience:
         self.longest = max(self.longest or 0.0, time.monotonic() - began)
 
 
+def stop_if_machine_failed(error: Exception, alone: bool):
+    """Of a GPU that has failed every prompt fails from then on, and an error row would say nothing of the prompt: so
+    this process ends, and Ray starts another for the shard; if it is such a one already, the run stops.
+
+    Args:
+        alone: whether the prompt was tried by itself; if even that takes too much memory, the machine is at fault.
+    """
+    failed = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    if failed or (alone and isinstance(error, torch.OutOfMemoryError)):
+        if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None and not is_restarted():
+            print(f"this process ends, so that another tries the shard: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        raise error
+
+
 def is_restarted() -> bool:
     """Whether this process stands for an actor of Ray's whose process before it was lost."""
     if not ray.is_initialized():
@@ -158,6 +175,7 @@ def whole_or_one_by_one(make_rows, shard: Shard, work: Work) -> tuple[list[dict]
     try:
         return make_rows(shard, everything, work), []
     except Exception as error:
+        stop_if_machine_failed(error, alone=len(everything) == 1)
         if len(everything) == 1:
             return [], [(0, f"{type(error).__name__}: {error}")]
     rows, failures = [], []
@@ -165,6 +183,7 @@ def whole_or_one_by_one(make_rows, shard: Shard, work: Work) -> tuple[list[dict]
         try:
             rows += make_rows(shard, [position], work)
         except Exception as error:
+            stop_if_machine_failed(error, alone=True)
             failures.append((position, f"{type(error).__name__}: {error}"))
     return rows, failures
 

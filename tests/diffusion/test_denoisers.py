@@ -34,8 +34,8 @@ def test_shapes_and_tokens(denoiser):
     assert denoiser.latent_shape == (4, 8, 8)
     assert denoiser.max_tokens == 24
     assert denoiser.encode_prompts(["a red circle"] * 70).shape == (70, 24, 16)
-    assert denoiser.token_count("a red circle") == 5  # with start and end
-    assert denoiser.token_count("a red circle " * 20) == 62
+    assert len(denoiser.token_ids("a red circle")) == 5  # with start and end
+    assert len(denoiser.token_ids("a red circle " * 20)) == 62
     assert not any(p.requires_grad for p in denoiser.unet.parameters())
 
 

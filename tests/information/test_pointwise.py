@@ -9,7 +9,13 @@ import torch
 from scipy.special import stdtrit
 
 from mi_ray.diffusion.denoisers import UNetDenoiser
-from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at, prediction_from, x0_from_epsilon
+from mi_ray.diffusion.schedules import (
+    NoiseSchedule,
+    alpha_sigma_at,
+    epsilon_from_flow,
+    prediction_from,
+    x0_from_epsilon,
+)
 from mi_ray.information import pointwise
 from mi_ray.information.closed_form import SCHEDULE, JointGaussian, LabelledMixture
 from mi_ray.information.pointwise import Design, draw_probes
@@ -188,7 +194,7 @@ def of_rectified_flow(world):
     def predict_epsilon(x_alpha, timesteps, embeddings):
         alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma_at(SCHEDULE.log_snr.float(), timesteps))
         t, x_t = sigma / (alpha + sigma), x_alpha / (alpha + sigma)
-        return x_t + (1 - t) * velocity(x_t, t, embeddings)
+        return epsilon_from_flow(velocity(x_t, t, embeddings), x_alpha, alpha, sigma)
 
     return predict_epsilon
 

@@ -51,6 +51,14 @@ def test_what_would_say_the_same_is_left_out():
     assert not any("navy" in n.prompt or "cyan ball and" in n.prompt for n in negatives("a blue ball"))
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["a red, white and blue flag", "a black and white cat", "red apples and green apples", "a red car, a blue car"],
+)
+def test_attributes_that_change_places_and_change_nothing_are_no_negative(prompt):
+    assert "attribute swap" not in by_kind(prompt)
+
+
 @pytest.mark.parametrize("prompt", ["a man facing a woman", "a cat and a dog are here", "a bowl of soup and bread"])
 def test_who_does_it_to_whom_must_matter_and_the_rest_must_stay_english(prompt):
     assert not {"object swap", "object omission"} & by_kind(prompt).keys()

@@ -20,6 +20,7 @@ from mi_ray import storage
 from mi_ray.command_line import load_config
 from mi_ray.diffusion.denoisers import resolve_model
 from mi_ray.report.summary import summarise
+from mi_ray.section import ConfigError
 from mi_ray.stages.pipeline import Plan, open_run
 from mi_ray.stages.status import run_status
 
@@ -177,6 +178,22 @@ def test_what_is_skipped_is_counted_and_told_wherever_one_looks(tmp_path):
     told = summarise(config.run_dir, config)["errors"]
     assert sum(error["count"] for error in told) == 31
     assert {"line 11 is not UTF-8", "10 more: not UTF-8", "line 10 is line 7 again"} <= {e["message"] for e in told}
+
+
+def test_neighbours_are_sought_evenly_in_a_long_list_and_are_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("mi_ray.stages.pipeline.NEIGHBOUR_POOL", 4)
+    prompts = [f"a {color} {shape}" for color in ("red", "blue", "green", "pink") for shape in ("star", "heart")]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts))
+    arguments = ["--prompts.file", str(file), "--evaluation.file", "jobs/configs/prompts/shapes-test.jsonl"]
+    arguments += ["--prompts.limit=none", "--run-dir", str(tmp_path / "run")]
+    assert Plan(load_config([*SMOKE, *arguments])[0]).pool == prompts[::2]
+    file.write_text(prompts[0])
+    alone = load_config([*SMOKE, *arguments, "--score.names", '["pmi_contrastive"]', "--select.by", "pmi_contrastive"])[
+        0
+    ]
+    with pytest.raises(ConfigError, match="pmi_contrastive holds a prompt against others"):
+        Plan(alone)
 
 
 def test_faults_of_different_kinds_are_told_together(tmp_path):

@@ -3,8 +3,10 @@
 import io
 import os
 import re
+import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,13 @@ from mi_ray.config import ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.information import pointwise
+from mi_ray.language import text
 from mi_ray.language.negatives import chosen
 from mi_ray.language.shapes import negatives
 from mi_ray.pairs import Columns, plan_pairs
 from mi_ray.report.audit import write_audit
 from mi_ray.section import ConfigError
+from mi_ray.stages.branches import hard_negatives
 from mi_ray.stages.candidates import Scorer, draw_probes_of
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, read_image
@@ -51,6 +55,16 @@ def test_images_of_another_size_or_mode_are_refused_or_cropped():
     for content in (b"", b"no image", encoded(image)[:200]):
         with pytest.raises(ValueError, match="corrupt"):
             read_image(content, (64, 64), "exact")
+
+
+def test_an_image_whose_exif_says_nonsense_is_a_reason():
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # orientation
+    tags += struct.pack("<HHI", 0x011A, 2, 4) + b"72\0\0"  # a resolution that is text
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + struct.pack("<I", 0)
+    buffer = io.BytesIO()
+    Image.fromarray(image_of("a circle")).save(buffer, "JPEG", exif=exif)
+    with pytest.raises(ValueError, match="corrupt"):
+        read_image(buffer.getvalue(), (64, 64), "crop")
 
 
 # ---------------------------------------------------------------------------------------------- scores
@@ -248,6 +262,33 @@ def test_pairs_are_scored_in_smaller_batches_where_memory_does_not_suffice(tiny_
     assert [row["error"] for row in rows] == [None] * 5
     assert [row["score_pmi"] for row in rows] == pytest.approx(whole, rel=1e-3, abs=1e-3)
     assert work.batch_halvings >= 1
+
+
+def test_two_threads_may_ask_for_tokens(tiny):
+    counts, shapes = [], []
+
+    def count():
+        counts.extend(len(tiny.token_ids("a red circle " * 20)) for _ in range(3000))
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    while thread.is_alive():
+        shapes.append(tiny.encode_prompts(["a red circle", "two hearts"]).shape[1])
+    thread.join()
+    assert set(counts) == {62}
+    assert set(shapes) <= {tiny.max_tokens}
+
+
+def test_a_caption_that_is_cut_has_no_negatives_beyond_the_cut(tiny):
+    caption = "a big cat and " * 10 + "a red circle left of a blue square"
+    assert len(tiny.token_ids(caption)) > tiny.max_tokens
+    cut = tiny.token_ids(caption)[: tiny.max_tokens - 1]
+    whole = text.negatives(caption)
+    kept = hard_negatives(tiny, text.negatives, caption, 1000)
+    assert len(kept) < len(whole)
+    assert all(tiny.token_ids(negative.prompt)[: tiny.max_tokens - 1] != cut for negative in kept)
+    short = "a red circle left of a blue square"
+    assert len(hard_negatives(tiny, text.negatives, short, 1000)) == len(text.negatives(short))
 
 
 def test_reading_ahead_keeps_order_and_errors():

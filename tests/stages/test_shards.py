@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+import torch
 
 from mi_ray import run_folder, schemas, storage
 from mi_ray.config import RunConfig
@@ -76,6 +77,20 @@ def test_every_prompt_of_the_plan_is_written_once(stage, tmp_path):
     assert events(tmp_path) == [0, 1, 2]
     stage()
     assert Writer.made == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: unspecified"), torch.OutOfMemoryError("CUDA")])
+def test_a_machine_that_fails_makes_no_error_rows(stage, tmp_path, monkeypatch, error):
+    def fails(self, shard, positions, work):
+        raise error
+
+    monkeypatch.setattr(Writer, "rows", fails)
+    with pytest.raises(type(error)):
+        stage()
+    assert not (tmp_path / "candidates").exists()
+    monkeypatch.setattr(Writer, "rows", lambda *_: 1 / 0)
+    stage()
+    assert storage.read_tables(str(tmp_path / "candidates"))["error"].null_count == 0
 
 
 def test_events_tell_of_lost_processes_and_halved_batches(stage, tmp_path, monkeypatch):
