@@ -11,6 +11,7 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -83,7 +84,7 @@ def plan_pairs(source: str, pairs_per_shard: int, key: str, columns: Columns) ->
     """The shards of an input: a file, or a folder of images, of Parquet files or of tars.
 
     A shard holds about `pairs_per_shard` pairs, but never less than a Parquet row group or a tar. Its name is fixed by
-    its source and `key`, whatever is added to the input beside it.
+    its file, its place there and `key`, whatever other files are added; the parts of a file sort in its order.
 
     Raises:
         ConfigError: the input is missing, empty or of no known kind, or no file of it has the columns.
@@ -96,11 +97,13 @@ def plan_pairs(source: str, pairs_per_shard: int, key: str, columns: Columns) ->
         raise ConfigError([f"input: {source!r} holds no pairs; give Parquet, .jsonl, .tar or a folder of images"])
     if all("error" in s for s in sources):
         raise ConfigError([f"input: {s['uri']}: {s['error']}" for s in sources])
-    shards = []
+    shards, seen = [], Counter()
     for index, place in enumerate(sources):
+        file, number = hashlib.sha256(place["uri"].encode()).hexdigest()[:8], seen[place["uri"]]
+        seen[place["uri"]] += 1
         text = json.dumps(place, sort_keys=True)
-        digest = hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()[:20]
-        shards.append(PairShard(index, f"part-{digest}.parquet", text))
+        digest = hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()[:12]
+        shards.append(PairShard(index, f"part-{file}-{number:05d}-{digest}.parquet", text))
     return shards
 
 

@@ -6,6 +6,7 @@ from the model's repository.
 
 import json
 import re
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
@@ -102,6 +103,7 @@ class UNetDenoiser:
         self.text_encoder = text_encoder.to(device, beside).eval().requires_grad_(False)
         self.vae = vae.to(device, torch.float32 if vae.config.force_upcast else beside).eval().requires_grad_(False)
         self.tokenizer, self.schedule, self.dtype, self.device = tokenizer, schedule, dtype, device
+        self._chunk = CHUNK
         self._tokenizing = Lock()  # it holds how to pad and cut, and threads ask it for both
         size = unet.config.sample_size
         self.latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -155,21 +157,37 @@ class UNetDenoiser:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        images = []
-        for part in latents.split(CHUNK):
+        def decoded(part: Tensor) -> Tensor:
             scaled = part.to(self.device, torch.float32) / self.vae.config.scaling_factor
             image = self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
             image = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-            images.append(image.permute(0, 2, 3, 1).cpu())
-        return torch.cat(images).numpy()
+            return image.permute(0, 2, 3, 1).cpu()
+
+        return self._by_chunks(decoded, latents).numpy()
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> Tensor:
-        latents = []
-        for part in torch.from_numpy(images).split(CHUNK):
+        def encoded(part: Tensor) -> Tensor:
             image = part.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            latents.append(self.vae.encode(image.to(self.vae.dtype)).latent_dist.mode().float())
-        return torch.cat(latents) * self.vae.config.scaling_factor
+            return self.vae.encode(image.to(self.vae.dtype)).latent_dist.mode().float()
+
+        return self._by_chunks(encoded, torch.from_numpy(images)) * self.vae.config.scaling_factor
+
+    def _by_chunks(self, run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """Run the autoencoder on a few rows at a time; where memory does not suffice, on half as many from then on."""
+        done: list[Tensor] = []
+        while len(rows):
+            try:
+                done.append(run(rows[: self._chunk]))
+                rows = rows[self._chunk :]
+                continue
+            except torch.OutOfMemoryError:
+                if self._chunk == 1:
+                    raise
+            self._chunk //= 2  # outside of the handler, whose traceback holds the tensors
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return torch.cat(done)
 
 
 # ---------------------------------------------------------------------------------------------- loading

@@ -204,6 +204,9 @@ def stream(actor: type, constructor: dict, rows: list[dict], resources: Resource
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
     least, most = (min(n, len(rows)) for n in resources.num_actors)
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
+    # A shard may take longer than Ray Data's half an hour, and spot machines may be away for as long; what hangs is
+    # ended by `Patience`.
+    dataset.context.execution_no_progress_timeout_s = -1
     dataset.context.target_max_block_size = 1  # byte: each receipt comes out at once, not with its block's last
     dataset = dataset.map_batches(
         actor,

@@ -54,7 +54,8 @@ def read_training_set(uri: str, denoiser: Denoiser, seed: int, drawn: int) -> Tr
         found = ", ".join(map(str, sorted(shapes))) or "no rows"
         raise ValueError(f"{uri} holds {found}; the model has latents {tuple(denoiser.latent_shape)}")
     table = pa.concat_tables(parts)
-    flat = table["latents"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    # Part by part: of one list Arrow counts no more than 2**31 numbers.
+    flat = [part["latents"].combine_chunks().flatten().to_numpy(zero_copy_only=False) for part in parts]
     texts = table["prompt"].to_pylist()
     distinct = list(dict.fromkeys(texts))
     numbers = {text: number for number, text in enumerate(distinct)}
@@ -63,7 +64,9 @@ def read_training_set(uri: str, denoiser: Denoiser, seed: int, drawn: int) -> Tr
     return TrainingSet(
         rows=rows,
         count=count,
-        latents=torch.from_numpy(flat.copy()).float().view(len(table), *denoiser.latent_shape),
+        latents=torch.cat([torch.from_numpy(numbers.copy()) for numbers in flat])
+        .float()
+        .view(-1, *denoiser.latent_shape),
         weights=torch.tensor(table["weight"].to_pylist()),
         prompts=torch.tensor([numbers[text] for text in texts]),
         embeddings=torch.cat([denoiser.encode_prompts(chunk).cpu() for chunk in chunks]),

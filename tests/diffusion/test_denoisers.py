@@ -214,6 +214,24 @@ def test_inpainting_is_refused(copy):
         check_model(str(copy))
 
 
+def test_the_autoencoder_takes_fewer_images_where_memory_does_not_suffice(tiny_pipeline):
+    whole, small = load_denoiser(str(tiny_pipeline)), load_denoiser(str(tiny_pipeline))
+    latents = torch.randn(11, *whole.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def limited(module, arguments):
+        if len(arguments[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    small.vae.decoder.register_forward_pre_hook(limited)
+    small.vae.encoder.register_forward_pre_hook(limited)
+    images = whole.decode(latents)
+    assert np.abs(small.decode(latents).astype(int) - images).max() <= 1
+    torch.testing.assert_close(small.encode_images(images), whole.encode_images(images), rtol=1e-3, atol=1e-3)
+    small.vae.decoder.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError):
+        small.decode(latents)
+
+
 def test_a_model_without_a_schedule_is_one_message(tiny_pipeline, tmp_path):
     copy = shutil.copytree(tiny_pipeline, tmp_path / "copy")
     (copy / "scheduler" / "scheduler_config.json").write_text("{")
