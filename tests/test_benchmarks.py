@@ -83,5 +83,5 @@ def test_models_are_compared_on_the_same_prompts_and_seeds(guidance):
 
 
 def test_a_folder_without_a_finished_run_has_no_guidance_to_compare(guidance, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no run\.json"):
-        guidance.read_run(str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds no run"):
+        guidance.finished_run(str(tmp_path))
