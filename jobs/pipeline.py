@@ -5,9 +5,7 @@ from mi_ray.config import RunConfig
 
 
 def run(config: RunConfig, dry_run: bool):
-    from mi_ray.stages.preflight import (
-        run_or_describe,  # seconds, which --help and a wrong flag do without
-    )
+    from mi_ray.stages.preflight import run_or_describe  # seconds, which --help and a wrong flag do without
 
     run_or_describe(config, dry_run)
 

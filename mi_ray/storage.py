@@ -94,6 +94,11 @@ def list_names(uri: str) -> list[str]:
     return sorted(info.base_name for info in found)
 
 
+def list_tables(uri: str) -> list[str]:
+    """Names of the Parquet files in a folder, sorted; none if it does not exist."""
+    return [name for name in list_names(uri) if name.endswith(".parquet")]
+
+
 def read_bytes(uri: str) -> bytes:
     system, path = filesystem(uri)
 
@@ -218,7 +223,7 @@ def _is_extended(kind: pa.DataType) -> bool:
 def read_tables(folder: str, columns: list[str] | None = None) -> pa.Table:
     """All parts of a folder as one table, in the order of their names."""
     system, path = filesystem(folder)
-    parts = [f"{path}/{name}" for name in list_names(folder) if name.endswith(".parquet")]
+    parts = [f"{path}/{name}" for name in list_tables(folder)]
     return pa.concat_tables([_read_parquet(system, part, columns) for part in parts])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
+from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at, epsilon_from
 
 SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
@@ -103,7 +105,7 @@ class UNetDenoiser:
         self.text_encoder = text_encoder.to(device, beside).eval().requires_grad_(False)
         self.vae = vae.to(device, torch.float32 if vae.config.force_upcast else beside).eval().requires_grad_(False)
         self.tokenizer, self.schedule, self.dtype, self.device = tokenizer, schedule, dtype, device
-        self._chunk = CHUNK
+        self._autoencoder = SimpleNamespace(batch_size=CHUNK)
         self._tokenizing = Lock()  # it holds how to pad and cut, and threads ask it for both
         size = unet.config.sample_size
         self.latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -177,16 +179,8 @@ class UNetDenoiser:
         """Run the autoencoder on a few rows at a time; where memory does not suffice, on half as many from then on."""
         done: list[Tensor] = []
         while len(rows):
-            try:
-                done.append(run(rows[: self._chunk]))
-                rows = rows[self._chunk :]
-                continue
-            except torch.OutOfMemoryError:
-                if self._chunk == 1:
-                    raise
-            self._chunk //= 2  # outside of the handler, whose traceback holds the tensors
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            done.append(fitting(self._autoencoder, lambda left=rows: run(left[: self._autoencoder.batch_size])))
+            rows = rows[len(done[-1]) :]
         return torch.cat(done)
 
 

@@ -14,7 +14,7 @@ from mi_ray.config import RunConfig
 from mi_ray.report import figures
 from mi_ray.report.pools import round_numbers
 from mi_ray.report.summary import METRICS, PAIRS, summarise
-from mi_ray.storage import join, list_names, read_table, write_bytes, write_json
+from mi_ray.storage import join, list_tables, read_table, write_bytes, write_json
 
 SIDE_BY_SIDE_PROMPTS, SIDE_BY_SIDE_SEEDS = 12, 4
 PREVIEWS, STRIP = 12, 5  # prompts, and images in each strip of highest and lowest scores
@@ -189,9 +189,8 @@ def _tile(row: dict) -> dict:
 
 def _parts(folder: str, columns: list[str]):
     """The rows of a folder, part by part, so that never more than one part's images are in memory."""
-    for name in list_names(folder):
-        if name.endswith(".parquet"):
-            yield read_table(join(folder, name), columns).to_pylist()
+    for name in list_tables(folder):
+        yield read_table(join(folder, name), columns).to_pylist()
 
 
 def side_by_side(run_dir: str) -> list[dict]:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from mi_ray.report.statistics import PromptAverage, prompt_aucs, within_prompt_auc
-from mi_ray.storage import join, list_names, read_table
+from mi_ray.storage import join, list_names, list_tables, read_table
 
 DRAWN = 20_000  # candidates at least, if there are so many, whose scores' distribution is shown
 MAX_TOLD = 1000  # different errors; what comes after is told by stage alone
@@ -91,10 +91,11 @@ def read_pools(run_dir: str, score_names: tuple[str, ...]) -> Pools:
     scores = [f"score_{name}" for name in score_names]
     columns = ["prompt_id", "prompt", *scores, "exact", "kept", "error"]
     folders = {number: join(run_dir, f"round-{number}", "candidates") for number in round_numbers(run_dir)}
-    names = {number: set(list_names(folder)) for number, folder in folders.items()}
+    names = {number: set(list_tables(folder)) for number, folder in folders.items()}
     pools, whole, thinned = Pools(), Selection(score_names), Thinned()
-    by_round: dict[int, Selection] = {}
-    for part in sorted(name for name in set().union(*names.values()) if name.endswith(".parquet")):
+    by_round = {number: Selection(score_names) for number in folders}
+    sound_rounds: set[int] = set()
+    for part in sorted(set().union(*names.values())):
         frames = [
             numeric(read_table(join(folder, part), columns).to_pandas(), [*scores, "exact"]).assign(round=number)
             for number, folder in folders.items()
@@ -106,13 +107,15 @@ def read_pools(run_dir: str, score_names: tuple[str, ...]) -> Pools:
             count_error(pools.errors, row.prompt, "generate", row.error)
         sound = candidates[candidates["error"].isna()]
         whole.add(sound)
-        for number, of_round in sound.groupby("round"):
-            by_round.setdefault(number, Selection(score_names)).add(of_round)
+        sound_rounds |= set(sound["round"])
+        if len(folders) > 1:
+            for number, of_round in sound.groupby("round"):
+                by_round[number].add(of_round)
         level = sound.groupby(["round", "prompt_id"])[scores].transform("mean")
         thinned.add((sound[scores] - level).assign(exact=sound["exact"]))
-    pools.selection = {**whole.result(), "rounds": len(by_round)}
-    if len(by_round) > 1:
-        pools.selection["by_round"] = [by_round[number].result() for number in sorted(by_round)]
+    pools.selection = {**whole.result(), "rounds": len(sound_rounds)}
+    if len(sound_rounds) > 1:
+        pools.selection["by_round"] = [by_round[number].result() for number in sorted(sound_rounds)]
     if pools.prompts:
         pools.distributions = present({name: distribution(thinned.rows, name) for name in score_names})
     return pools

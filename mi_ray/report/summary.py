@@ -16,7 +16,17 @@ from mi_ray.report.statistics import (
     paired_difference,
     prompt_mean,
 )
-from mi_ray.storage import exists, iter_lines, join, list_names, read_json, read_lines, read_table, read_tables
+from mi_ray.storage import (
+    exists,
+    iter_lines,
+    join,
+    list_names,
+    list_tables,
+    read_json,
+    read_lines,
+    read_table,
+    read_tables,
+)
 
 MODELS = ("base", "tuned", "random", "oracle")
 PAIRS = (("tuned", "base"), ("tuned", "random"), ("random", "base"), ("oracle", "base"), ("tuned", "oracle"))
@@ -59,15 +69,11 @@ def _finished(events: list[dict], stage: str) -> list[dict]:
     return [e for e in finished if not e["stage"].endswith(REFERENCE)]
 
 
-def _part_names(folder: str) -> list[str]:
-    return [name for name in list_names(folder) if name.endswith(".parquet")]
-
-
 def read_evaluation(run_dir: str, model: str) -> pd.DataFrame | None:
     """The evaluated images of a model (or of `REFERENCE`) without images and features; None if there are none."""
     folder = join(run_dir, "evaluation", model)
     columns = ["prompt_id", "prompt", "category", "split", "seed", "score_pmi", *METRICS, "error"]
-    if not _part_names(folder):
+    if not list_tables(folder):
         return None
     return numeric(read_tables(folder, columns).to_pandas(), ["score_pmi", *METRICS]).rename(
         columns={"score_pmi": "pmi"}
@@ -78,7 +84,7 @@ def read_features(run_dir: str, model: str) -> tuple[np.ndarray, np.ndarray] | N
     """Features (n, d) and prompt ids (n,) of a model's images, of the first parts that hold `QUALITY_IMAGES`."""
     folder = join(run_dir, "evaluation", model)
     features, ids = [], []
-    for name in _part_names(folder):
+    for name in list_tables(folder):
         frame = read_table(join(folder, name), ["prompt_id", "features", "error"]).to_pandas()
         frame = frame[frame["error"].isna() & frame["features"].notna()]
         features += list(frame["features"])

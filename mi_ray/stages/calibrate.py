@@ -58,7 +58,7 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     Raises:
         ConfigError: what was given will not do.
     """
-    prompts = _checked_prompts(config)
+    config, prompts = _checked(config)
     probes = config.levels * 2 * (1 + min(config.neighbours, len(prompts) - 1))
     candidates = len(prompts) * config.candidates_per_prompt
     total = candidates * (2 * config.sampler.num_inference_steps + probes)
@@ -70,8 +70,7 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     except (OSError, ValueError) as error:
         raise ConfigError([f"out: {config.out!r} cannot be written ({error}); give another --out"]) from error
     errors, index, labels = _probed_pool(config, prompts["prompt"].to_pylist(), prompts["prompt_id"].to_pylist())
-    searched = known_band(config.log_snr_min, config.log_snr_max, load_schedule(config.model.path))
-    edges = torch.linspace(*searched, config.levels + 1)
+    edges = torch.linspace(config.log_snr_min, config.log_snr_max, config.levels + 1)
     try:
         bands = judge_bands(errors, edges, index, labels)
     except ValueError as error:  # no prompt has both labels
@@ -94,15 +93,14 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     print(f"give the pipeline --config {config.out}; all bands are in {config.out}.bands.json")
 
 
-def _checked_prompts(config: CalibrationConfig) -> pa.Table:
-    """The prompts, when they and the model will do."""
+def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table]:
+    """The config with its range cut to the model's noise, and the prompts, when they and the model will do."""
     given, faults = config.prompts, []
-    tokenizer = None
     with collecting(faults, "model.path"):
         check_model(config.model.path)
         tokenizer = load_tokenizer(config.model.path)
         with collecting(faults, "log_snr_max"):
-            known_band(config.log_snr_min, config.log_snr_max, load_schedule(config.model.path))
+            low, high = known_band(config.log_snr_min, config.log_snr_max, load_schedule(config.model.path))
     if faults:
         raise ConfigError(faults)
     prompts, _ = read_prompts(
@@ -122,7 +120,7 @@ def _checked_prompts(config: CalibrationConfig) -> pa.Table:
         )
     if faults:
         raise ConfigError(faults)
-    return prompts
+    return config.model_copy(update={"log_snr_min": low, "log_snr_max": high}), prompts
 
 
 @torch.inference_mode()
@@ -152,11 +150,10 @@ def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) 
 def _halves(config: CalibrationConfig, denoiser: Denoiser, latents: Tensor, branches: Tensor, ids: list[str]) -> Tensor:
     """Errors at the middle of every level, from two independent draws: (n, 1 + J, levels, 2) on the CPU."""
     index = torch.arange(len(ids)).repeat_interleave(len(latents) // len(ids))
-    searched = known_band(config.log_snr_min, config.log_snr_max, denoiser.schedule)
     halves = []
     for half in range(2):
         seeds = [derived_seed(config.seed, f"calibration-half-{half}", i) for i in ids]
-        probes = draw_probes(seeds, config.levels, *searched, denoiser.latent_shape)
+        probes = draw_probes(seeds, config.levels, config.log_snr_min, config.log_snr_max, denoiser.latent_shape)
         halves.append(
             denoising_errors(
                 denoiser.predict_epsilon, denoiser.schedule, latents, index, branches, probes, 2 * config.batch_size

@@ -17,13 +17,13 @@ from torch import Tensor
 from mi_ray.alignment import oracle
 from mi_ray.config import POINTWISE_SCORES, ModelConfig, SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import Denoiser
+from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.kernels import choose_kernel
 from mi_ray.diffusion.sampling import CandidateNoise, State, Trajectory, sampling_steps, solver_plan
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise, trajectory
 from mi_ray.language.negatives import negatives_by
 from mi_ray.stages.branches import encode_each, hard_negatives, likeliest_errors
-from mi_ray.stages.machine import fitting
 from mi_ray.stages.work import Work
 
 NEIGHBOUR_POOL = 2000  # prompts among which the nearest are sought; keeps memory flat however long the list is

@@ -173,6 +173,7 @@ def train_loop(settings: dict) -> dict | None:
     config = RunConfig.model_validate(settings["config"])
     tuning, context, device = config.finetune, ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
+    fenced = settings["run_dir"], settings["token"], "the training's state"
     cores = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
     take_cpus(min(config.resources.train_cpus, cores))
     began = time.monotonic()
@@ -228,7 +229,7 @@ def train_loop(settings: dict) -> dict | None:
             due = (step + 1) % tuning.checkpoint_every == 0 or notice != earlier
             # Reporting takes about two seconds of Ray's time and halts every worker: at checkpoints only.
             if due and step + 1 < tuning.steps:
-                _refuse_if_superseded(settings)
+                lease.refuse_if_superseded(*fenced)
                 _report(training, log.lines if rank == 0 else None)
     if rank != 0:
         return None
@@ -242,7 +243,7 @@ def train_loop(settings: dict) -> dict | None:
             f"warning: fine-tuning changed no output of the model (by {change:.1e}); raise finetune.learning_rate",
             flush=True,
         )
-    _refuse_if_superseded(settings)
+    lease.refuse_if_superseded(*fenced)
     _upload_adapter(objective.model, config.model.path, settings["destination"])
     return {
         "steps": tuning.steps,
@@ -251,12 +252,6 @@ def train_loop(settings: dict) -> dict | None:
         "output_change": change,
         "seconds": time.monotonic() - began,
     }
-
-
-def _refuse_if_superseded(settings: dict):
-    """See that the driver has not lost the run, before anything is written that its successor writes too."""
-    if lease.superseded(settings["run_dir"], settings["token"]):
-        raise lease.Lost([f"the training stops: another driver has taken over {settings['run_dir']!r}"])
 
 
 def _report(training: _Training, lines: list[dict] | None):

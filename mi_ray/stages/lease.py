@@ -48,6 +48,16 @@ def superseded(run_dir: str, token: int | None) -> bool:
     return token is not None and max(_tokens(run_dir), default=0) > token
 
 
+def refuse_if_superseded(run_dir: str, token: int | None, what: str):
+    """See, before `what` is written that a successor writes too, that there is none.
+
+    Raises:
+        Lost: someone has taken the run over.
+    """
+    if superseded(run_dir, token):
+        raise Lost([f"{what} is not written: another driver has taken over {run_dir!r}"])
+
+
 def current_token(run_dir: str) -> int | None:
     """The token under which this process holds the run; None if it does not."""
     return _held[run_dir].token if run_dir in _held else None

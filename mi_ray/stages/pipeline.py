@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from importlib import metadata
 from itertools import islice
 
@@ -121,7 +122,7 @@ class Plan:
     def skipped_count(self, stage: str) -> int:
         return sum(row.get("count", 1) for row in self.skipped[stage])
 
-    @property
+    @cached_property
     def pool(self) -> list[str]:
         """The prompts among which pmi_contrastive finds neighbours: all, or as many evenly from the whole list."""
         rows, found, start = np.linspace(0, len(self.train), NEIGHBOUR_POOL, endpoint=False, dtype=np.int64), [], 0

@@ -58,8 +58,7 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
         number: storage.join(config.run_dir, f"round-{number}", "candidates")
         for number in round_numbers(config.run_dir)
     }
-    parts = [(name, number) for number, folder in folders.items() for name in storage.list_names(folder)]
-    parts = sorted(part for part in parts if part[0].endswith(".parquet"))
+    parts = sorted((name, number) for number, folder in folders.items() for name in storage.list_tables(folder))
     if not parts:
         raise ConfigError([f"run_dir: {config.run_dir!r} holds no candidates yet"])
     print(f"{len(parts)} tables of candidates, {', '.join(config.score.names)}")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mi_ray import __version__, run_folder, schemas, storage
 from mi_ray.config import ModelConfig
 from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_schedule, load_tokenizer
+from mi_ray.diffusion.fitting import fitting
 from mi_ray.information.maps import upsampled
 from mi_ray.language.negatives import negatives_by
 from mi_ray.pairs import Pair, PairShard, plan_pairs, read_pairs
@@ -27,10 +28,10 @@ from mi_ray.section import ConfigError, collecting
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import encode_png, probed_band
 from mi_ray.stages.cost import score_evaluations
-from mi_ray.stages.machine import fitting, take_share
+from mi_ray.stages.machine import take_share
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
-from mi_ray.stages.shards import Patience, is_restarted, stop_if_machine_failed, stream
+from mi_ray.stages.shards import Committer, Patience, stream, whole_or_one_by_one
 from mi_ray.stages.trial import settle
 from mi_ray.stages.work import Work
 
@@ -49,27 +50,20 @@ class PairActor:
 
     def __init__(self, config: dict, token: int | None = None):
         self.config = config = ScorePairsConfig.model_validate(config)
-        self.token = token
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.denoiser = load_denoiser(config.model, config.dtype)
         self.scorer = PairScorer(self.denoiser, config.score, config.resources.batch_size, config.seed, config.words)
         self.size = model_image_size(self.denoiser)
-        self.folder = storage.join(config.run_dir, SCORES_FOLDER)
+        self.commit = Committer(storage.join(config.run_dir, SCORES_FOLDER), config.run_dir, token)
         self.patience = Patience(config.resources.shard_timeout_s)
-        self.restarts = int(is_restarted())
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         shard = PairShard(int(batch["index"][0]), str(batch["name"][0]), str(batch["source"][0]))
         began, work = time.perf_counter(), Work()
         with self.patience():
             rows = self.rows(shard, work)
-        if lease.superseded(self.config.run_dir, self.token):
-            raise lease.Lost([f"{shard.name} is not committed: another driver took over {self.config.run_dir!r}"])
-        facts = {"shard": shard.name, "rows": len(rows), "errors": sum(row["error"] is not None for row in rows)}
-        facts |= {"score_evaluations": work.score_evaluations, "batch_halvings": work.batch_halvings}
-        facts |= {"actor_restarts": self.restarts, "seconds": round(time.perf_counter() - began, 3)}
-        receipt = run_folder.commit(self.folder, shard.name, pa.Table.from_pylist(rows, schema=schemas.SCORED), facts)
-        self.restarts = 0
+        table = pa.Table.from_pylist(rows, schema=schemas.SCORED)
+        facts, receipt = self.commit(shard.index, shard.name, table, work, time.perf_counter() - began)
         return {name: [receipt.get(name, value)] for name, value in facts.items()}
 
     def rows(self, shard: PairShard, work: Work) -> list[dict]:
@@ -108,21 +102,15 @@ class PairActor:
 
     def _scored(self, rows: list[dict], work: Work) -> list[dict]:
         sound = [row for row in rows if row["error"] is None]
-        try:
-            self._score(sound, work)
-        except Exception as error:  # then one by one, so that a bad pair costs only itself
-            stop_if_machine_failed(error, alone=False)
-            for row in sound:
-                try:
-                    self._score([row], work)
-                except Exception as error:
-                    stop_if_machine_failed(error, alone=True)
-                    row["error"], row["image"] = f"{type(error).__name__}: {error}", None
+        _, failures = whole_or_one_by_one(lambda some: self._score([sound[i] for i in some], work), len(sound))
+        for position, message in failures:
+            sound[position] |= {"error": message, "image": None}
         return rows
 
-    def _score(self, rows: list[dict], work: Work):
+    def _score(self, rows: list[dict], work: Work) -> list[dict]:
+        """The rows with their scores, which they get in place."""
         if not rows:
-            return
+            return rows
         images, prompts = np.stack([row["image"] for row in rows]), [row["prompt"] for row in rows]
         scored = fitting(self.scorer, partial(self.scorer, images, prompts, work), work)
         for row, scores in zip(rows, scored, strict=True):
@@ -130,6 +118,7 @@ class PairActor:
             if any(finite(scores[name]) is None for name in SCORES if scores[name] is not None):
                 blank = dict.fromkeys(scores)
                 row |= blank | {"error": "the model's output is not finite", "image": None}
+        return rows
 
     def _drop_images(self, rows: list[dict]):
         column = f"score_{self.config.rank_by}"

@@ -105,7 +105,7 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
     """
     if storage.exists(destination):
         return _counts(destination)
-    parts = [storage.join(candidates, name) for name in storage.list_names(candidates) if name.endswith(".parquet")]
+    parts = [storage.join(candidates, name) for name in storage.list_tables(candidates)]
     each = _kept_per_prompt(parts, config, by) if config.select.balance else None
     prompts = total = 0
     with storage.table_writer(destination, schemas.SELECTED) as writer:

@@ -54,10 +54,10 @@ class ShardWriter:
     """
 
     def __init__(self, stage: str, model: str, folder: str, schema: pa.Schema, config: RunConfig, token: int | None):
-        self.folder, self.schema, self.config, self.token = folder, schema, config, token
+        self.folder, self.schema = folder, schema
+        self.commit = Committer(folder, config.run_dir, token)
         self.metrics = StageMetrics(stage, model)
         self.patience = Patience(config.resources.shard_timeout_s)
-        self.restarts = int(is_restarted())  # told with the first shard
         self.table: storage.ParquetRows | None = None
 
     def __call__(self, batch: dict[str, np.ndarray], make_rows: Rows) -> dict[str, list]:
@@ -75,32 +75,48 @@ class ShardWriter:
     def _make(self, shard: Shard, make_rows: Rows) -> dict:
         began, work = time.perf_counter(), Work()
         with self.patience():
-            rows, failures = whole_or_one_by_one(make_rows, shard, work)
+            rows, failures = whole_or_one_by_one(lambda some: make_rows(shard, some, work), len(shard.prompts))
         rows += [error_row(self.schema, shard, position, message) for position, message in failures]
         place = {prompt_id: position for position, prompt_id in enumerate(shard.prompt_ids)}
         number = "candidate_index" if "candidate_index" in self.schema.names else "image_index"
         rows.sort(key=lambda row: (place[row["prompt_id"]], row[number] or 0))
         table = pa.Table.from_pylist(rows, schema=self.schema)
-        if lease.superseded(self.config.run_dir, self.token):
-            raise lease.Lost([f"{shard.name} is not committed: another driver has taken over {self.config.run_dir!r}"])
-        mine = {
-            "index": shard.index,
-            "shard": shard.name,
-            "rows": len(rows),
+        mine, receipt = self.commit(shard.index, shard.name, table, work, time.perf_counter() - began)
+        self.metrics.committed(mine, rows)
+        return receipt
+
+
+class Committer:
+    """Commits an actor's shards, each once, with what it cost; the first one tells that the actor was restarted."""
+
+    def __init__(self, folder: str, run_dir: str, token: int | None):
+        self.folder, self.run_dir, self.token = folder, run_dir, token
+        self.restarts = int(is_restarted())
+
+    def __call__(self, index: int, name: str, table: pa.Table, work: Work, seconds: float) -> tuple[dict, dict]:
+        """The facts of what was made here, as `FACTS`, and the receipt that counts.
+
+        Raises:
+            lease.Lost: another driver has taken over the run.
+        """
+        lease.refuse_if_superseded(self.run_dir, self.token, name)
+        facts = {
+            "index": index,
+            "shard": name,
+            "rows": len(table),
             "errors": len(table) - table["error"].null_count,
             "denoiser_evaluations": work.denoiser_evaluations,
             "score_evaluations": work.score_evaluations,
             "batch_halvings": work.batch_halvings,
             "actor_restarts": self.restarts,
             "host": platform.node(),
-            "seconds": time.perf_counter() - began,
-            **{f"{name}_seconds": work.seconds.get(name, 0.0) for name in ("sample", "score", "decode")},
+            "seconds": seconds,
+            **{f"{part}_seconds": work.seconds.get(part, 0.0) for part in ("sample", "score", "decode")},
         }
         process = {"pid": os.getpid(), "token": self.token}
-        receipt = run_folder.commit(self.folder, shard.name, table, mine | process)
-        self.metrics.committed(mine, rows)
+        receipt = run_folder.commit(self.folder, name, table, facts | process)
         self.restarts = 0
-        return receipt
+        return facts, receipt
 
 
 class Patience:
@@ -143,7 +159,7 @@ def stop_if_machine_failed(error: Exception, alone: bool):
     """
     failed = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
     if failed or (alone and isinstance(error, torch.OutOfMemoryError)):
-        if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None and not is_restarted():
+        if _in_actor() and not is_restarted():
             print(f"this process ends, so that another tries the shard: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         raise error
@@ -151,12 +167,15 @@ def stop_if_machine_failed(error: Exception, alone: bool):
 
 def is_restarted() -> bool:
     """Whether this process stands for an actor of Ray's whose process before it was lost."""
-    if not ray.is_initialized():
+    if not _in_actor():
         return False
-    context = ray.get_runtime_context()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Ray's own, of a property that it uses inside
-        return context.get_actor_id() is not None and context.was_current_actor_reconstructed
+        return ray.get_runtime_context().was_current_actor_reconstructed
+
+
+def _in_actor() -> bool:
+    return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
 def rows_of(batch: dict[str, np.ndarray]) -> list[dict]:
@@ -165,15 +184,20 @@ def rows_of(batch: dict[str, np.ndarray]) -> list[dict]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def whole_or_one_by_one(make_rows, shard: Shard, work: Work) -> tuple[list[dict], list[tuple[int, str]]]:
-    """Rows of all prompts at once; if that fails, prompt by prompt, so that one bad prompt costs only itself.
+def whole_or_one_by_one(
+    make_rows: Callable[[list[int]], list[dict]], count: int
+) -> tuple[list[dict], list[tuple[int, str]]]:
+    """Rows of all prompts or pairs at once; if that fails, one by one, so that a bad one costs only itself.
+
+    Args:
+        make_rows: of those at some of the positions up to `count`.
 
     Returns:
-        The rows, and (position in the shard, message) of each prompt that failed.
+        The rows, and (position, message) of each that failed.
     """
-    everything = list(range(len(shard.prompts)))
+    everything = list(range(count))
     try:
-        return make_rows(shard, everything, work), []
+        return make_rows(everything), []
     except Exception as error:
         stop_if_machine_failed(error, alone=len(everything) == 1)
         if len(everything) == 1:
@@ -181,7 +205,7 @@ def whole_or_one_by_one(make_rows, shard: Shard, work: Work) -> tuple[list[dict]
     rows, failures = [], []
     for position in everything:
         try:
-            rows += make_rows(shard, [position], work)
+            rows += make_rows([position])
         except Exception as error:
             stop_if_machine_failed(error, alone=True)
             failures.append((position, f"{type(error).__name__}: {error}"))

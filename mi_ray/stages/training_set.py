@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -47,15 +48,15 @@ def read_training_set(uri: str, denoiser: Denoiser, seed: int, drawn: int) -> Tr
     for batch in source.batches(columns, size=1024):
         first, last = torch.searchsorted(rows, torch.tensor([start, start + len(batch)])).tolist()
         if last > first:
-            parts.append(pa.Table.from_batches([batch]).take(rows[first:last].numpy() - start))
+            parts.append(batch.take(pa.array(rows[first:last].numpy() - start)))
         start += len(batch)
     shapes = {tuple(shape) for part in parts for shape in part["latents_shape"].to_pylist()}
     if shapes != {tuple(denoiser.latent_shape)}:
         found = ", ".join(map(str, sorted(shapes))) or "no rows"
         raise ValueError(f"{uri} holds {found}; the model has latents {tuple(denoiser.latent_shape)}")
-    table = pa.concat_tables(parts)
+    table = pa.Table.from_batches(parts)
     # Part by part: of one list Arrow counts no more than 2**31 numbers.
-    flat = [part["latents"].combine_chunks().flatten().to_numpy(zero_copy_only=False) for part in parts]
+    latents = np.concatenate([part["latents"].flatten().to_numpy(zero_copy_only=False) for part in parts])
     texts = table["prompt"].to_pylist()
     distinct = list(dict.fromkeys(texts))
     numbers = {text: number for number, text in enumerate(distinct)}
@@ -64,9 +65,7 @@ def read_training_set(uri: str, denoiser: Denoiser, seed: int, drawn: int) -> Tr
     return TrainingSet(
         rows=rows,
         count=count,
-        latents=torch.cat([torch.from_numpy(numbers.copy()) for numbers in flat])
-        .float()
-        .view(-1, *denoiser.latent_shape),
+        latents=torch.from_numpy(latents).float().view(-1, *denoiser.latent_shape),
         weights=torch.tensor(table["weight"].to_pylist()),
         prompts=torch.tensor([numbers[text] for text in texts]),
         embeddings=torch.cat([denoiser.encode_prompts(chunk).cpu() for chunk in chunks]),

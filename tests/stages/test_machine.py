@@ -11,8 +11,9 @@ import torch
 
 from mi_ray.config import SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.fitting import fitting
 from mi_ray.stages.candidates import Sampler, Scorer
-from mi_ray.stages.machine import fitting, take_share
+from mi_ray.stages.machine import take_share
 from mi_ray.stages.work import Work
 
 PROMPTS = ["a red circle", "two hearts"]

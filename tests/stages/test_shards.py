@@ -118,7 +118,7 @@ def test_an_actor_knows_that_its_process_before_was_lost():
     try:
         assert not is_restarted()
         actor = Lost.remote()
-        assert ray.get([actor.ask.remote(False), actor.ask.remote(True)]) == [False, True]
+        assert [ray.get(actor.ask.remote(die)) for die in (False, True)] == [False, True]  # one after the other
     finally:
         ray.shutdown()
 
