@@ -89,7 +89,7 @@ class MadeUpGenerator:
         config = RunConfig.model_validate(config)
         schema = schemas.candidates_schema(config.score.names)
         self.empty = dict.fromkeys(schema.names)
-        self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token)
+        self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token, lambda: 0)
 
     def __call__(self, batch):
         return self.write(batch, self.rows)

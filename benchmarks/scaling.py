@@ -70,7 +70,7 @@ class SleepingGenerator:
         config = RunConfig.model_validate(config)
         self.seconds = seconds
         self.schema = schemas.candidates_schema(config.score.names)
-        self.write = ShardWriter("generate", "simulated", folder, self.schema, config, token)
+        self.write = ShardWriter("generate", "simulated", folder, self.schema, config, token, lambda: 0)
 
     def __call__(self, batch):
         return self.write(batch, self.rows)

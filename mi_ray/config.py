@@ -282,8 +282,8 @@ class ResourcesConfig(Section):
     shard_timeout_s: float | None = Field(
         None,
         gt=0,
-        description="an actor that takes longer over a shard is ended, and the shard given to another; none: ten times"
-        " the longest of its shards so far, and ten minutes at least",
+        description="an actor that takes longer over a shard is ended, and the shard given to another; none: one that"
+        " does not call the model for half an hour",
     )
     lease_s: float = Field(
         40, gt=0, description="a driver on another machine not heard of for so long is taken for dead; one here at once"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
+from typing import BinaryIO
 from urllib.parse import parse_qs
 
 import pyarrow.fs as pafs
@@ -88,6 +89,25 @@ def filesystem(uri: str) -> tuple[pafs.GcsFileSystem, str]:
     bucket, key, endpoint = _parts(uri)
     _client(endpoint)  # tells at once of missing credentials, which Arrow looks for until its patience ends
     return _arrow(endpoint), f"{bucket}/{key}".rstrip("/")
+
+
+def put(uri: str, content: bytes | BinaryIO):
+    """Upload an object in the place of what is there, whole or not at all.
+
+    Raises:
+        OSError: the store cannot be reached or refuses.
+    """
+    bucket, key, endpoint = _parts(uri)
+    client = _client(endpoint)
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    with _told(f"gs://{bucket}/{key} cannot be written"):
+        blob = client.bucket(bucket).blob(key)
+        how = {"content_type": "application/octet-stream", "timeout": (10, 60), "retry": DEFAULT_RETRY}
+        if isinstance(content, bytes):
+            blob.upload_from_string(content, **how)
+        else:
+            blob.upload_from_file(content, size=os.fstat(content.fileno()).st_size, **how)
 
 
 def create(uri: str, content: bytes) -> bool:

@@ -3,10 +3,12 @@
 import os
 import time
 from functools import lru_cache
+from typing import BinaryIO
 from urllib.parse import parse_qs
 
 import boto3
 import pyarrow.fs as pafs
+from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -54,6 +56,23 @@ def filesystem(uri: str) -> tuple[pafs.S3FileSystem, str]:
     """Arrow's filesystem of an s3:// URI, and the path on it."""
     bucket, key, place = _parts(uri)
     return _arrow(bucket, *place), f"{bucket}/{key}".rstrip("/")
+
+
+def put(uri: str, content: bytes | BinaryIO):
+    """Put an object in the place of what is there, whole or not at all. Arrow's streams end an upload that an exception
+    interrupts as if it were complete.
+
+    Raises:
+        OSError: the store cannot be reached or refuses.
+    """
+    bucket, key, place = _parts(uri)
+    try:
+        if isinstance(content, bytes):
+            _client(*place).put_object(Bucket=bucket, Key=key, Body=content)
+        else:  # in pieces if it is large
+            _client(*place).upload_fileobj(content, bucket, key)
+    except (BotoCoreError, ClientError, S3UploadFailedError) as error:
+        raise OSError(f"s3://{bucket}/{key} cannot be written: {error}") from error
 
 
 def create(uri: str, content: bytes) -> bool:

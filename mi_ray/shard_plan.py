@@ -57,11 +57,28 @@ class ShardPlan:
         """Prompts of a shard."""
         return min(self.prompts_per_shard, self.prompts - index * self.prompts_per_shard)
 
-    def store(self, uri: str):
-        """Copy the table to where the actors can read it, unless an earlier session did."""
-        source = storage.ParquetRows(self.source)
-        if not (storage.exists(uri) and _same(storage.ParquetRows(uri), source)):
-            write_prompts(uri, source.batches())
+    def check_stored(self, uri: str, field: str):
+        """See that the table that an earlier session stored, if one did, is this one.
+
+        Args:
+            field: of the config, which the message names.
+
+        Raises:
+            ConfigError: it is another one, of which the run's shards were made.
+        """
+        if storage.exists(uri) and (what := _difference(storage.ParquetRows(uri), storage.ParquetRows(self.source))):
+            advice = "give the prompts that it began with, or another --run-dir"
+            raise ConfigError([f"{field}: the run folder holds a run of other prompts: {what}; {advice}"])
+
+    def store(self, uri: str, field: str):
+        """Copy the table to where the actors can read it, unless an earlier session did.
+
+        Raises:
+            ConfigError: an earlier session stored another one.
+        """
+        self.check_stored(uri, field)
+        if not storage.exists(uri):
+            write_prompts(uri, storage.ParquetRows(self.source).batches())
         self.source = uri
 
     def row(self, index: int) -> dict:
@@ -71,9 +88,14 @@ class ShardPlan:
         return {"index": index, "name": self.name(index), "source": self.source, "start": start, "stop": stop}
 
 
-def _same(one: storage.ParquetRows, other: storage.ParquetRows) -> bool:
-    pieces = ((start, start + ROWS_AT_ONCE) for start in range(0, len(one), ROWS_AT_ONCE))
-    return len(one) == len(other) and all(one.read(*piece).equals(other.read(*piece)) for piece in pieces)
+def _difference(stored: storage.ParquetRows, given: storage.ParquetRows) -> str | None:
+    """What tells two tables apart; None if nothing does."""
+    for start in range(0, min(len(stored), len(given)), ROWS_AT_ONCE):
+        then, now = (table.read(start, start + ROWS_AT_ONCE).to_pylist() for table in (stored, given))
+        for number, (before, after) in enumerate(zip(then, now, strict=False), start + 1):
+            if name := next((name for name in ("prompt", "category", "split") if before[name] != after[name]), None):
+                return f"{name} {number} was {before[name]!r} and is {after[name]!r}"
+    return f"they were {len(stored)} and are {len(given)}" if len(stored) != len(given) else None
 
 
 def write_prompts(uri: str, batches: Iterable[pa.RecordBatch]):

@@ -8,10 +8,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import chain, groupby
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -121,11 +122,19 @@ def write_bytes(uri: str, content: bytes):
     """Write a file whole or not at all: a rename on a local disk, one put on an object store."""
     system, path = filesystem(uri)
     if not isinstance(system, pafs.LocalFileSystem):
-        with system.open_output_stream(path) as stream:
-            stream.write(content)
+        put(uri, content)
         return
     with _partial(Path(path), content) as partial:
         partial.replace(path)
+
+
+def put(uri: str, content: bytes | BinaryIO):
+    """One put of what is not on a local disk; whole or not at all on the stores that are known."""
+    if store := _store(uri):
+        return store.put(uri, content)
+    system, path = filesystem(uri)
+    with system.open_output_stream(path) as stream:
+        shutil.copyfileobj(BytesIO(content) if isinstance(content, bytes) else content, stream, 1 << 22)
 
 
 @contextmanager
@@ -248,8 +257,7 @@ def table_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
                 os.fsync(file.fileno())
                 partial.replace(path)
             else:
-                with system.open_output_stream(path) as stream:
-                    shutil.copyfileobj(file, stream, 1 << 22)
+                put(uri, file)
 
 
 class ParquetRows:

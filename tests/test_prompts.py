@@ -317,17 +317,24 @@ def split(table: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]
     return table.filter(pa.array(~held_out)), table.filter(pa.array(held_out))
 
 
-def test_a_stored_table_is_written_again_only_if_its_rows_differ(tmp_path):
+def test_a_stored_table_is_kept_and_another_one_refused(tmp_path):
     table = table_of(*(f"prompt {i}" for i in range(40_000)))
     source, stored = str(tmp_path / "source.parquet"), tmp_path / "stored.parquet"
     write_prompts(source, table.to_batches())
     write_prompts(str(stored), table.to_batches(max_chunksize=777))  # the same rows, in other groups
-    was = stored.stat().st_ino
-    ShardPlan(source, 1000, "key").store(str(stored))
-    assert stored.stat().st_ino == was
-    write_prompts(source, table.slice(1).to_batches())
-    ShardPlan(source, 1000, "key").store(str(stored))
-    assert storage.read_table(str(stored))["prompt"] == table["prompt"].slice(1)
+    was = stored.read_bytes()
+    ShardPlan(source, 1000, "key").store(str(stored), "prompts.file")
+    last = table.schema.get_field_index("category")
+    others = {
+        "they were 40000 and are 39999": table.slice(0, 39_999),
+        "prompt 1 was 'prompt 0' and is 'prompt 1'": table.slice(1),
+        "category 1 was None and is 'color'": table.set_column(last, "category", pa.array(["color"] * len(table))),
+    }
+    for told, other in others.items():
+        write_prompts(source, other.to_batches())
+        with pytest.raises(ConfigError, match=f"^prompts.file: .*{told}"):
+            ShardPlan(source, 1000, "key").store(str(stored), "prompts.file")
+    assert stored.read_bytes() == was
 
 
 def test_holdout_takes_its_share_and_is_stable():

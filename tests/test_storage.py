@@ -1,8 +1,12 @@
+import _thread
 import errno
+import io
 import json
 import os
 import sys
+import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from urllib.error import HTTPError
@@ -161,6 +165,31 @@ def test_google_cloud_storage_is_asked_again_too(name, gcs_server, tmp_path):
     assert not storage.create_bytes(uri, b"{1}")
     storage.write_bytes(uri, b"{2}")
     assert storage.read_bytes(uri) == b"{2}"
+
+
+@pytest.mark.parametrize("size", [1 << 10, 20 << 20])
+def test_an_interrupted_write_leaves_what_was_there(root, size):
+    """Also of a file so large that it is put in pieces. Interrupted is the main thread, whoever reads the file."""
+    if "://" not in root:
+        pytest.skip("a local file is renamed when it is whole")
+    uri = storage.join(root, "table.parquet")
+
+    class Cut(io.FileIO):
+        def read(self, wanted=-1):
+            if wanted < 0 or self.tell() + wanted > size // 2:
+                _thread.interrupt_main()
+                time.sleep(0.1)
+            return super().read(wanted)
+
+    with tempfile.NamedTemporaryFile() as source:
+        source.write(bytes(size))
+        source.flush()
+        for before in (None, b"whole"):
+            with Cut(source.name) as content, pytest.raises(KeyboardInterrupt):
+                storage.put(uri, content)
+            there = storage.read_bytes(uri) if storage.exists(uri) else None
+            assert there in (before, bytes(size))
+            storage.write_bytes(uri, b"whole")
 
 
 def test_large_files_are_created_once_too(root):

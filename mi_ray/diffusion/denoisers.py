@@ -57,6 +57,7 @@ class Denoiser(Protocol):
     latent_shape: tuple[int, ...]  # of one candidate
     device: torch.device
     max_tokens: int  # that the text encoder reads, with those of start and end
+    calls: int  # of the denoiser and the autoencoder that were begun so far
 
     def token_ids(self, prompt: str) -> list[int]:
         """Tokens of the whole prompt, with those of start and end, uncut."""
@@ -112,6 +113,7 @@ class UNetDenoiser:
         self.max_tokens = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
         self._log_snr = schedule.log_snr.to(device, torch.float32)
         self._compiled, self._rows = None, ()
+        self.calls = 0
 
     def specialise(self, *, channels_last: bool, compiled: str | None, rows: tuple[int, ...]):
         """Trade generality for speed; what is computed stays the same.
@@ -141,6 +143,7 @@ class UNetDenoiser:
         return torch.cat([self.text_encoder(part.to(self.device)).last_hidden_state for part in ids.split(CHUNK)])
 
     def predict(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        self.calls += 1
         inputs = x_t.to(self.dtype), timesteps, embeddings.to(self.dtype)
         size = next((size for size in self._rows if size >= len(x_t)), None)
         if size is None:
@@ -179,6 +182,7 @@ class UNetDenoiser:
         """Run the autoencoder on a few rows at a time; where memory does not suffice, on half as many from then on."""
         done: list[Tensor] = []
         while len(rows):
+            self.calls += 1
             done.append(fitting(self._autoencoder, lambda left=rows: run(left[: self._autoencoder.batch_size])))
             rows = rows[len(done[-1]) :]
         return torch.cat(done)

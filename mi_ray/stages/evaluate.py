@@ -34,12 +34,17 @@ class Evaluator:
         if adapter:
             merged = storage.local_folder(adapter)
             drawing = load_denoiser(config.model.path, config.model.dtype, adapter=merged, beside=self.base)
-        for denoiser in {id(d): d for d in (self.base, drawing)}.values():
-            specialise(denoiser, config.model, batch_size)
         self.sampler = Sampler(drawing, evaluation.sampler, batch_size, config.model.kernel)
         judged = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, judged, batch_size, config.seed, []) if evaluation.pmi else None
-        self.write = ShardWriter("evaluate", model, folder, schemas.evaluation_schema(), config, token)
+        models = {id(d): d for d in (self.base, drawing)}.values()
+        for denoiser in models:
+            specialise(denoiser, config.model, batch_size)
+
+        def calls() -> int:
+            return sum(denoiser.calls for denoiser in models)
+
+        self.write = ShardWriter("evaluate", model, folder, schemas.evaluation_schema(), config, token, calls)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         return self.write(batch, self._rows)

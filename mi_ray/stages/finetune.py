@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -166,14 +167,17 @@ def _restore(training: _Training) -> list[dict]:
 
 
 def train_loop(settings: dict) -> dict | None:
-    """What each worker does; rank 0 returns the summary. Takes `loop_settings`.
+    """What each worker does; rank 0 returns the summary, or None if another driver has taken over the run: an error
+    would have Ray Train start the workers again. Takes `loop_settings`.
 
     Runs in the calling process under `ScalingConfig(num_workers=0)`.
     """
     config = RunConfig.model_validate(settings["config"])
     tuning, context, device = config.finetune, ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    fenced = settings["run_dir"], settings["token"], "the training's state"
+    if lease.superseded(settings["run_dir"], settings["token"]):
+        return None
+    refuse = partial(lease.refuse_if_superseded, settings["run_dir"], settings["token"], "the training's state")
     cores = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
     take_cpus(min(config.resources.train_cpus, cores))
     began = time.monotonic()
@@ -199,7 +203,7 @@ def train_loop(settings: dict) -> dict | None:
     log, notice = nullcontext(), None
     if rank == 0:
         shown = flatten(config.results_config())
-        log = TrainingLog(settings["destination"], settings["run"], tuning.steps, tuning.log_to, shown, lines)
+        log = TrainingLog(settings["destination"], settings["run"], tuning.steps, tuning.log_to, shown, lines, refuse)
     with log:
         for step in range(len(lines), tuning.steps):
             rate = learning_rate_at(step, tuning)
@@ -229,7 +233,7 @@ def train_loop(settings: dict) -> dict | None:
             due = (step + 1) % tuning.checkpoint_every == 0 or notice != earlier
             # Reporting takes about two seconds of Ray's time and halts every worker: at checkpoints only.
             if due and step + 1 < tuning.steps:
-                lease.refuse_if_superseded(*fenced)
+                refuse()
                 _report(training, log.lines if rank == 0 else None)
     if rank != 0:
         return None
@@ -243,7 +247,7 @@ def train_loop(settings: dict) -> dict | None:
             f"warning: fine-tuning changed no output of the model (by {change:.1e}); raise finetune.learning_rate",
             flush=True,
         )
-    lease.refuse_if_superseded(*fenced)
+    refuse()
     _upload_adapter(objective.model, config.model.path, settings["destination"])
     return {
         "steps": tuning.steps,
@@ -328,6 +332,7 @@ def finetune(config: RunConfig, selected: str, destination: str, previous_adapte
 
     Raises:
         ConfigError: a target binds to nothing, a tracker is not installed.
+        lease.Lost: another driver has taken over the run.
         ray.train.TrainingFailedError: more than `finetune.max_failures` failures.
     """
     summary, checkpoints = join(destination, SUMMARY), _absolute(join(destination, "checkpoints"))
@@ -356,6 +361,8 @@ def finetune(config: RunConfig, selected: str, destination: str, previous_adapte
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         ).fit()
+        if result.return_value is None:
+            raise lease.Lost([f"fine-tuning stopped: another driver has taken over {config.run_dir!r}"])
         write_json(summary, result.return_value)
     if system.get_file_info(storage_path).type != pafs.FileType.NotFound:
         with suppress(FileNotFoundError):  # of GCS, at the end, for a folder that is only in the names of its files

@@ -47,7 +47,9 @@ class CandidateGenerator:
         self.cuts = config.prune.cuts(config.sampler.num_inference_steps, each)
         self.cut_scorer = cut_scorer(config, self.scorer, pool) if self.cuts else None
         schema = schemas.candidates_schema(config.score.names)
-        self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token)
+        self.write = ShardWriter(
+            "generate", f"round {round_index}", folder, schema, config, token, lambda: self.denoiser.calls
+        )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         return self.write(batch, self._rows)

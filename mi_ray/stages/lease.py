@@ -128,9 +128,13 @@ class Lease:
         if self.lost:
             raise Lost([f"run_dir: {self.run_dir!r} {_holding(self.run_dir)}, which took it over; this driver stops"])
 
-    def release(self):
-        """Give the run back. Where that cannot be written, the next driver finds out that this one is gone."""
+    def stop(self):
+        """Let the heartbeat end."""
         self._stop.set()
+
+    def release(self):
+        """Give the run back, once no beat is under way that would take it again. Where that cannot be written, the next
+        driver finds out that this one is gone."""
         with suppress(OSError):
             if not superseded(self.run_dir, self.token):
                 storage.write_bytes(_uri(self.run_dir, self.token), self.content(released=True))
@@ -215,8 +219,9 @@ def held(run_dir: str, seconds: float) -> Iterator[Lease]:
         raise
     finally:
         del _held[run_dir]
-        lease.release()
+        lease.stop()
         heart.join(timeout=seconds)
+        lease.release()
 
 
 def confirm(run_dir: str):

@@ -83,6 +83,21 @@ class Plan:
         key, per_shard = config.hash(), config.generate.prompts_per_shard
         self.shards = ShardPlan(self.train.uri, per_shard, key)
         self.evaluation_shards = ShardPlan(self.held_out.uri, per_shard, key)
+        for uri, field, shards in self.stored:
+            with collecting(faults):
+                shards.check_stored(uri, field)
+        if faults:
+            raise ConfigError(faults)
+
+    @property
+    def stored(self) -> list[tuple[str, str, ShardPlan]]:
+        """Where the run keeps its prompts, the field that says where they are from, and their shards."""
+        folder = storage.join(self.config.run_dir, "prompts")
+        held_out_by = "evaluation.file" if self.config.evaluation.file else "prompts.file"
+        return [
+            (storage.join(folder, "train.parquet"), "prompts.file", self.shards),
+            (storage.join(folder, "evaluation.parquet"), held_out_by, self.evaluation_shards),
+        ]
 
     def settle(self):
         """Find what the resources leave open, on the cluster."""
@@ -185,8 +200,8 @@ def open_run(plan: Plan):
     content |= {"resources": config.resources.model_dump(mode="json")}
     storage.write_json(storage.join(config.run_dir, "run.json"), content)
     run_folder.log_event(config.run_dir, "run_started", config_hash=config.hash())
-    for stage, shards in (("train", plan.shards), ("evaluation", plan.evaluation_shards)):
-        shards.store(storage.join(config.run_dir, "prompts", f"{stage}.parquet"))
+    for stage, (uri, field, shards) in zip(("train", "evaluation"), plan.stored, strict=True):
+        shards.store(uri, field)
         used, skipped = shards.prompts, plan.skipped_count(stage)
         run_folder.log_event(
             config.run_dir, "prompts_read", stage=stage, read=used + skipped, used=used, skipped=skipped

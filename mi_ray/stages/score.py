@@ -55,7 +55,7 @@ class PairActor:
         self.scorer = PairScorer(self.denoiser, config.score, config.resources.batch_size, config.seed, config.words)
         self.size = model_image_size(self.denoiser)
         self.commit = Committer(storage.join(config.run_dir, SCORES_FOLDER), config.run_dir, token)
-        self.patience = Patience(config.resources.shard_timeout_s)
+        self.patience = Patience(config.resources.shard_timeout_s, lambda: self.denoiser.calls)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         shard = PairShard(int(batch["index"][0]), str(batch["name"][0]), str(batch["source"][0]))
@@ -102,7 +102,11 @@ class PairActor:
 
     def _scored(self, rows: list[dict], work: Work) -> list[dict]:
         sound = [row for row in rows if row["error"] is None]
-        _, failures = whole_or_one_by_one(lambda some: self._score([sound[i] for i in some], work), len(sound))
+
+        def score(positions: list[int]) -> list[dict]:
+            return self._score([sound[i] for i in positions], work)
+
+        _, failures = whole_or_one_by_one(score, len(sound), self.commit.proven)
         for position, message in failures:
             sound[position] |= {"error": message, "image": None}
         return rows

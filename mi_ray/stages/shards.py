@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,8 @@ from mi_ray.stages import lease
 from mi_ray.stages.metrics import StageMetrics
 from mi_ray.stages.work import Work
 
-PATIENCE, LEAST_PATIENCE_S = 10, 600.0
+STALLED_S = 1800.0  # without a call of the model; torch.compile and the largest batches take less
+START_FAILURES = 3  # one after the other, of an actor pool, or one of each actor if they are more
 MAX_BLOCKS = 4096  # of Ray Data, which keeps some kilobytes of each; with more shards a block holds several
 Rows = Callable[[Shard, list[int], Work], list[dict]]  # of the prompts at these positions of the shard
 FACTS = {  # of a shard's receipt, which its event repeats
@@ -51,13 +53,23 @@ class ShardWriter:
 
     Args:
         token: of the driver's lease; None: it holds none.
+        calls: of the model so far, as `Patience` takes it.
     """
 
-    def __init__(self, stage: str, model: str, folder: str, schema: pa.Schema, config: RunConfig, token: int | None):
+    def __init__(
+        self,
+        stage: str,
+        model: str,
+        folder: str,
+        schema: pa.Schema,
+        config: RunConfig,
+        token: int | None,
+        calls: Callable[[], int],
+    ):
         self.folder, self.schema = folder, schema
         self.commit = Committer(folder, config.run_dir, token)
         self.metrics = StageMetrics(stage, model)
-        self.patience = Patience(config.resources.shard_timeout_s)
+        self.patience = Patience(config.resources.shard_timeout_s, calls)
         self.table: storage.ParquetRows | None = None
 
     def __call__(self, batch: dict[str, np.ndarray], make_rows: Rows) -> dict[str, list]:
@@ -75,7 +87,8 @@ class ShardWriter:
     def _make(self, shard: Shard, make_rows: Rows) -> dict:
         began, work = time.perf_counter(), Work()
         with self.patience():
-            rows, failures = whole_or_one_by_one(lambda some: make_rows(shard, some, work), len(shard.prompts))
+            of_positions = partial(make_rows, shard, work=work)
+            rows, failures = whole_or_one_by_one(of_positions, len(shard.prompts), self.commit.proven)
         rows += [error_row(self.schema, shard, position, message) for position, message in failures]
         place = {prompt_id: position for position, prompt_id in enumerate(shard.prompt_ids)}
         number = "candidate_index" if "candidate_index" in self.schema.names else "image_index"
@@ -92,6 +105,7 @@ class Committer:
     def __init__(self, folder: str, run_dir: str, token: int | None):
         self.folder, self.run_dir, self.token = folder, run_dir, token
         self.restarts = int(is_restarted())
+        self.proven = False  # whether this process has finished a shard
 
     def __call__(self, index: int, name: str, table: pa.Table, work: Work, seconds: float) -> tuple[dict, dict]:
         """The facts of what was made here, as `FACTS`, and the receipt that counts.
@@ -115,51 +129,55 @@ class Committer:
         }
         process = {"pid": os.getpid(), "token": self.token}
         receipt = run_folder.commit(self.folder, name, table, facts | process)
-        self.restarts = 0
+        self.restarts, self.proven = 0, True
         return facts, receipt
 
 
 class Patience:
-    """How long an actor may be at one shard before its process ends, so that Ray starts another and gives it the shard.
+    """Ends this process if it hangs at a shard, so that Ray starts another and gives it the shard.
 
     Args:
-        seconds: as configured; None: `PATIENCE` times as long as the longest of its shards so far, and no less than
-            `LEAST_PATIENCE_S`. Its first takes what it takes.
+        seconds: that a shard may take; None: as long as it wants, if it goes on: no `STALLED_S` without a call of the
+            model.
+        calls: tells how many there were so far.
     """
 
-    def __init__(self, seconds: float | None):
-        self.configured, self.longest = seconds, None
-
-    @property
-    def seconds(self) -> float | None:
-        if self.configured or self.longest is None:
-            return self.configured
-        return max(LEAST_PATIENCE_S, PATIENCE * self.longest)
+    def __init__(self, seconds: float | None, calls: Callable[[], int]):
+        self.seconds, self.calls = seconds, calls
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        began, seconds = time.monotonic(), self.seconds
-        timer = threading.Timer(seconds or 0, os._exit, [1])
-        timer.daemon = True
-        if seconds:
-            timer.start()
+        done = threading.Event()
+        threading.Thread(target=self._watch, args=(done,), name="patience", daemon=True).start()
         try:
             yield
         finally:
-            timer.cancel()
-        self.longest = max(self.longest or 0.0, time.monotonic() - began)
+            done.set()
+
+    def _watch(self, done: threading.Event):
+        limit = self.seconds or STALLED_S
+        moved, calls = time.monotonic(), self.calls()
+        while not done.wait(min(limit / 10, 10.0)):
+            if not self.seconds and self.calls() != calls:
+                moved, calls = time.monotonic(), self.calls()
+            if time.monotonic() - moved > limit:
+                hung = "over its shard" if self.seconds else "without a call of the model"
+                advice = "if that is no hang, raise resources.shard_timeout_s"
+                print(f"this process ends after {limit:.0f} s {hung}; {advice}", file=sys.stderr, flush=True)
+                os._exit(1)
 
 
-def stop_if_machine_failed(error: Exception, alone: bool):
+def stop_if_machine_failed(error: Exception, alone: bool, proven: bool):
     """Of a GPU that has failed every prompt fails from then on, and an error row would say nothing of the prompt: so
     this process ends, and Ray starts another for the shard; if it is such a one already, the run stops.
 
     Args:
         alone: whether the prompt was tried by itself; if even that takes too much memory, the machine is at fault.
+        proven: whether this process has finished a shard.
     """
     failed = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
     if failed or (alone and isinstance(error, torch.OutOfMemoryError)):
-        if _in_actor() and not is_restarted():
+        if _in_actor() and (proven or not is_restarted()):
             print(f"this process ends, so that another tries the shard: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         raise error
@@ -185,12 +203,13 @@ def rows_of(batch: dict[str, np.ndarray]) -> list[dict]:
 
 
 def whole_or_one_by_one(
-    make_rows: Callable[[list[int]], list[dict]], count: int
+    make_rows: Callable[[list[int]], list[dict]], count: int, proven: bool
 ) -> tuple[list[dict], list[tuple[int, str]]]:
     """Rows of all prompts or pairs at once; if that fails, one by one, so that a bad one costs only itself.
 
     Args:
         make_rows: of those at some of the positions up to `count`.
+        proven: whether this process has finished a shard.
 
     Returns:
         The rows, and (position, message) of each that failed.
@@ -199,7 +218,7 @@ def whole_or_one_by_one(
     try:
         return make_rows(everything), []
     except Exception as error:
-        stop_if_machine_failed(error, alone=len(everything) == 1)
+        stop_if_machine_failed(error, len(everything) == 1, proven)
         if len(everything) == 1:
             return [], [(0, f"{type(error).__name__}: {error}")]
     rows, failures = [], []
@@ -207,7 +226,7 @@ def whole_or_one_by_one(
         try:
             rows += make_rows([position])
         except Exception as error:
-            stop_if_machine_failed(error, alone=True)
+            stop_if_machine_failed(error, True, proven)
             failures.append((position, f"{type(error).__name__}: {error}"))
     return rows, failures
 
@@ -231,6 +250,8 @@ def stream(actor: type, constructor: dict, rows: list[dict], resources: Resource
     # A shard may take longer than Ray Data's half an hour, and spot machines may be away for as long; what hangs is
     # ended by `Patience`.
     dataset.context.execution_no_progress_timeout_s = -1
+    # A node may die, or a store refuse, while an actor of it starts; another one takes its place.
+    dataset.context.max_consecutive_actor_init_deaths = max(START_FAILURES, most)
     dataset.context.target_max_block_size = 1  # byte: each receipt comes out at once, not with its block's last
     dataset = dataset.map_batches(
         actor,

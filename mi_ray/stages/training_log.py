@@ -5,6 +5,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from pyarrow.fs import LocalFileSystem
 
 from mi_ray.section import ConfigError
+from mi_ray.stages import lease
 from mi_ray.storage import filesystem, join, write_bytes
 
 PROGRESS_SECONDS = 5
@@ -106,11 +108,20 @@ class TrainingLog:
         name: of the run, the same when it continues.
         settings: flat; shown by the trackers.
         lines: of the checkpoint that the run continues from.
+        refuse: called before each writing; raises `lease.Lost` if another driver's training writes there by now.
     """
 
     def __init__(
-        self, destination: str, name: str, total_steps: int, log_to: tuple[str, ...], settings: dict, lines: list[dict]
+        self,
+        destination: str,
+        name: str,
+        total_steps: int,
+        log_to: tuple[str, ...],
+        settings: dict,
+        lines: list[dict],
+        refuse: Callable[[], None],
     ):
+        self.refuse = refuse
         self.uri, self.total_steps, self.lines = join(destination, "training.jsonl"), total_steps, list(lines)
         trackers = {
             "tensorboard": lambda: _TensorBoard(destination, len(lines) + 1),
@@ -124,10 +135,13 @@ class TrainingLog:
     def __enter__(self) -> "TrainingLog":
         return self
 
-    def __exit__(self, *exception: object):
-        self.flush()
-        for tracker in self.trackers:
-            tracker.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object):
+        try:
+            if kind is None or not issubclass(kind, lease.Lost):
+                self.flush()
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
 
     def step(self, step: int, loss: float, grad_norm: float, learning_rate: float):
         """Record optimiser step `step`, counted from 1. A norm that overflowed (fp16) is written as null."""
@@ -148,6 +162,7 @@ class TrainingLog:
             self.flush()
 
     def flush(self):
+        self.refuse()
         write_bytes(self.uri, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         for tracker in self.trackers:
             tracker.flush()

@@ -255,19 +255,32 @@ def test_targets_and_trackers_are_checked_before_anything_starts(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_driver_that_has_lost_the_run_writes_no_more_of_its_training(tiny_pipeline, selected, tmp_path):
+def test_a_driver_that_has_lost_the_run_writes_no_more_of_its_training(tiny_pipeline, selected, tmp_path, monkeypatch):
+    """It loses it in the third step: nothing but the log so far is there, and workers that start anew end at once."""
     config = run_config(tiny_pipeline, workers=1).model_copy(update={"run_dir": str(tmp_path)})
-    with lease.held(str(tmp_path), 40) as mine:
-        settings = stage.loop_settings(config, selected, str(tmp_path / "adapter"), None, "here")
-        assert settings["token"] == mine.token
-        successor = lease.Lease(str(tmp_path), 40, mine.token + 1)
-        storage.create_bytes(str(tmp_path / "lease" / f"{successor.token:08d}.json"), successor.content())
-        trainer = TorchTrainer(
-            stage.train_loop, train_loop_config=settings, scaling_config=ScalingConfig(num_workers=0)
-        )
-        with pytest.raises(Exception, match="another driver has taken over"):
-            trainer.fit()
-    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    destination, steps, optimizer_step = tmp_path / "adapter", [], stage.optimizer_step
+
+    def take_over(*arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            destination.mkdir(exist_ok=True)
+            (destination / "training.jsonl").write_text("the successor's")
+            successor = lease.Lease(str(tmp_path), 40, mine.token + 1)
+            storage.create_bytes(str(tmp_path / "lease" / f"{successor.token:08d}.json"), successor.content())
+        return optimizer_step(*arguments)
+
+    monkeypatch.setattr(stage, "optimizer_step", take_over)
+    monkeypatch.setattr(stage, "ScalingConfig", lambda **_: ScalingConfig(num_workers=0))
+    with pytest.raises(lease.Lost, match="took it over"), lease.held(str(tmp_path), 40) as mine:
+        stage.finetune(config, selected, str(destination), None, "here")
+    assert len(steps) < config.finetune.steps
+    monkeypatch.setattr(lease, "current_token", lambda run_dir: mine.token)
+    with pytest.raises(lease.Lost, match="another driver has taken over"):
+        stage.finetune(config, selected, str(destination), None, "here")
+    assert len(steps) < config.finetune.steps
+    assert (destination / "training.jsonl").read_text() == "the successor's"
+    assert not (destination / "adapter_model.safetensors").exists()
+    assert not (destination / stage.SUMMARY).exists()
 
 
 def test_a_later_round_starts_from_the_adapter_before_it(tiny_pipeline, selected, tmp_path):

@@ -137,3 +137,19 @@ def test_who_lost_the_run_is_fenced_out(run_dir):
     with pytest.raises(lease.Lost, match="took it over"):
         drive()
     assert json.loads(storage.read_bytes(lease._uri(run_dir, 5)))["released"] is False
+
+
+def test_a_slow_beat_does_not_take_the_run_again(run_dir, monkeypatch):
+    """It is being written while the holder gives the run back."""
+    write, beating = storage.write_bytes, threading.Event()
+
+    def slow_write(uri: str, content: bytes):
+        if threading.current_thread().name == "lease":
+            beating.set()
+            time.sleep(0.3)
+        write(uri, content)
+
+    monkeypatch.setattr(storage, "write_bytes", slow_write)
+    with lease.held(run_dir, 1.0):
+        assert beating.wait(10)
+    assert lease.latest(run_dir)[1]["released"]

@@ -178,6 +178,9 @@ def test_what_is_skipped_is_counted_and_told_wherever_one_looks(tmp_path):
     told = summarise(config.run_dir, config)["errors"]
     assert sum(error["count"] for error in told) == 31
     assert {"line 11 is not UTF-8", "10 more: not UTF-8", "line 10 is line 7 again"} <= {e["message"] for e in told}
+    file.write_text("\n".join(prompts).replace("two", "five"))
+    with pytest.raises(ConfigError, match="prompts.file: the run folder holds a run of other prompts"):
+        Plan(config)
 
 
 def test_neighbours_are_sought_evenly_in_a_long_list_and_are_others(tmp_path, monkeypatch):

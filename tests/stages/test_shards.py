@@ -13,7 +13,7 @@ import ray
 import torch
 
 from mi_ray import run_folder, schemas, storage
-from mi_ray.config import RunConfig
+from mi_ray.config import ResourcesConfig, RunConfig
 from mi_ray.prompts import PROMPTS, prompt_id
 from mi_ray.shard_plan import ShardPlan, write_prompts
 from mi_ray.stages import shards
@@ -30,7 +30,9 @@ class Writer:
     def __init__(self, config: dict, folder: str, token: int | None = None):
         schema = schemas.candidates_schema(("mitune",))
         self.empty = dict.fromkeys(schema.names)
-        self.write = ShardWriter("generate", "round 0", folder, schema, RunConfig.model_validate(config), token)
+        self.write = ShardWriter(
+            "generate", "round 0", folder, schema, RunConfig.model_validate(config), token, lambda: 0
+        )
 
     def __call__(self, batch):
         return self.write(batch, self.rows)
@@ -138,19 +140,53 @@ def test_what_is_missing_is_made_again_and_a_lost_event_comes_back(stage, tmp_pa
     assert events(tmp_path) == [0, 1, 1, 2]
 
 
-def test_patience_is_what_is_configured_or_a_multiple_of_what_shards_took(monkeypatch):
-    assert shards.Patience(30.0).seconds == 30.0
-    patience, clock = shards.Patience(None), iter([0.0, 100.0, 200.0, 201.0])
-    monkeypatch.setattr(shards.time, "monotonic", lambda: next(clock))
-    assert patience.seconds is None  # the first shard: the model may still be compiled
-    with patience():
-        pass
-    assert patience.seconds == 1000.0
-    with patience():
-        pass
-    assert patience.seconds == 1000.0
+@pytest.mark.parametrize(
+    ("seconds", "calls", "ends"),
+    [
+        (0.5, "iter(range(10**6)).__next__", "0 s over its shard"),
+        (None, "lambda: 0", "2 s without a call of the model"),
+        (None, "iter(range(10**6)).__next__", None),
+    ],
+)
+def test_a_process_ends_that_hangs_or_is_over_its_time(seconds, calls, ends):
+    code = f"""
+import time
+from mi_ray.stages import shards
+shards.STALLED_S = 2.0
+with shards.Patience({seconds}, {calls})():
+    time.sleep({60 if ends else 4})
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=50, capture_output=True, text=True)
+    assert done.returncode == bool(ends), done.stderr
+    assert (ends or "") in done.stderr
 
 
-def test_a_hung_process_ends():
-    code = "import time; from mi_ray.stages.shards import Patience\nwith Patience(0.2)(): time.sleep(60)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 1
+@pytest.mark.ray
+def test_a_process_that_dies_while_it_starts_ends_no_run(tmp_path):
+    class Unlucky:
+        def __init__(self, folder: str):
+            if storage.create_bytes(f"{folder}/begun", b""):
+                os._exit(1)
+
+        def __call__(self, batch):
+            return batch
+
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+    try:
+        rows = [{"index": index} for index in range(3)]
+        written = list(shards.stream(Unlucky, {"folder": str(tmp_path)}, rows, ResourcesConfig()))
+        assert sorted(row["index"] for row in written) == [0, 1, 2]
+    finally:
+        ray.shutdown()
+
+
+def test_a_machine_that_fails_after_it_worked_is_given_up_anew(monkeypatch):
+    """Ray starts another process each time; one that has finished no shard stops the run."""
+    ended = []
+    monkeypatch.setattr(shards, "_in_actor", lambda: True)
+    monkeypatch.setattr(shards, "is_restarted", lambda: True)
+    monkeypatch.setattr(shards.os, "_exit", ended.append)
+    for proven in (True, False):
+        with pytest.raises(torch.AcceleratorError):
+            shards.stop_if_machine_failed(torch.AcceleratorError("CUDA error"), alone=False, proven=proven)
+    assert ended == [1]
