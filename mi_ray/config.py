@@ -271,7 +271,9 @@ def _pair(value: object) -> object:
 class ResourcesConfig(Section):
     """Where and how fast; nothing here changes a result beyond floating-point tolerance."""
 
-    num_actors: tuple[Positive, Positive] = Field((1, 1), description="least and most generating actors")
+    num_actors: Annotated[tuple[Positive, Positive], BeforeValidator(_pair)] = Field(
+        (1, 1), description="least,most generating actors; one number: so many, always"
+    )
     cpus_per_actor: Annotated[float, Field(ge=0)] = Field(1, description="and its threads")
     gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         0.0, description="0.5: two actors share a GPU; auto: found by a trial when the run starts"

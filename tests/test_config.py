@@ -64,11 +64,12 @@ def test_lists(value):
     assert load(*LEAST, "--score.names", value).score.names == ("pmi", "mitune")
 
 
+@pytest.mark.parametrize("field", ["train_workers", "num_actors"])
 @pytest.mark.parametrize(("value", "workers"), [("3", (3, 3)), ("1,3", (1, 3))])
-def test_a_number_of_workers_or_the_least_and_the_most(value, workers, config_file):
-    assert load(*LEAST, "--resources.train-workers", value).resources.train_workers == workers
-    file = config_file(f"resources: {{train_workers: {value if value.isdecimal() else f'[{value}]'}}}")
-    assert load(*LEAST, "--config", file).resources.train_workers == workers
+def test_a_number_of_workers_or_the_least_and_the_most(field, value, workers, config_file):
+    assert getattr(load(*LEAST, f"--resources.{field}", value).resources, field) == workers
+    file = config_file(f"resources: {{{field}: {value if value.isdecimal() else f'[{value}]'}}}")
+    assert getattr(load(*LEAST, "--config", file).resources, field) == workers
 
 
 def test_flags_override_the_file_field_by_field(config_file):

@@ -332,7 +332,7 @@ def test_a_stored_table_is_kept_and_another_one_refused(tmp_path):
     }
     for told, other in others.items():
         write_prompts(source, other.to_batches())
-        with pytest.raises(ConfigError, match=f"^prompts.file: .*{told}"):
+        with pytest.raises(ConfigError, match=rf"^prompts\.file: .*{told}"):
             ShardPlan(source, 1000, "key").store(str(stored), "prompts.file")
     assert stored.read_bytes() == was
 

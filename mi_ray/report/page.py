@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,9 +188,9 @@ def _tile(row: dict) -> dict:
     return {"source": source, "crisp": crisp, "exact": exact}
 
 
-def _parts(folder: str, columns: list[str]):
-    """The rows of a folder, part by part, so that never more than one part's images are in memory."""
-    for name in list_tables(folder):
+def _parts(folder: str, columns: list[str], first: int | None = None):
+    """The rows of a folder, or of its first few parts, so that never more than one part's images are in memory."""
+    for name in list_tables(folder)[:first]:
         yield read_table(join(folder, name), columns).to_pylist()
 
 
@@ -226,15 +227,17 @@ def shown_score(config: RunConfig) -> str:
 
 
 def previews(run_dir: str, config: RunConfig) -> list[dict]:
-    """The highest- and lowest-scored candidates of the previewed prompts, of the last round that has them."""
+    """The highest- and lowest-scored candidates of the previewed prompts, which are a run's first, of the last round
+    that has them; of a pruned pool, those that were sampled to the end."""
     score = f"score_{shown_score(config)}"
-    columns = ["prompt_id", "prompt", score, "exact", "kept", "image", "error"]
+    columns = ["prompt_id", "prompt", score, "exact", "kept", "image", "pruned_after", "error"]
+    first = math.ceil(config.generate.preview_prompts / config.generate.prompts_per_shard)
     for number in reversed(round_numbers(run_dir)):
         cards = []
-        for part in _parts(join(run_dir, f"round-{number}", "candidates"), columns):
+        for part in _parts(join(run_dir, f"round-{number}", "candidates"), columns, first):
             pools = {}
             for row in part:
-                if row["error"] is None:
+                if row["error"] is None and row["pruned_after"] is None:
                     pools.setdefault(row["prompt_id"], []).append(row)
             cards += [_strips(pool, score) for pool in pools.values() if all(row["image"] for row in pool)]
             if len(cards) >= PREVIEWS:

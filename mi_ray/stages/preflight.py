@@ -1,48 +1,86 @@
 """The plan of a run before it starts: how much of everything, from one measured batch how long and how big."""
 
+import math
+from dataclasses import dataclass
+
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.stages.cost import evaluations
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.pipeline import Plan, run_pipeline
-from mi_ray.stages.trial import Trial, best, sweep_dtypes, try_batch
+from mi_ray.stages.trial import Trial, best, sweep_dtypes, try_fitting
+
+STAGES = {"generate": 2, "finetune": 3}  # how many of a run's stages come up to this one; else all
 
 
-def describe(plan: Plan) -> str:
-    """The plan as text: prompts, shards, candidates, denoiser evaluations, parameters, estimated memory, time, cost."""
+def describe(plan: Plan, until: str = "report") -> str:
+    """The plan up to a stage as text: prompts, shards, candidates, evaluations, parameters, memory, time and cost."""
     config, resources = plan.config, plan.config.resources
     take_cpus(resources.cpus_per_actor)
     by_dtype = sweep_dtypes(config.model.path, config.model.dtype)
     denoiser = load_denoiser(config.model.path, config.model.dtype)
     trials = next(iter(by_dtype.values()))
-    mine = best(trials) if resources.batch_size == "auto" else try_batch(denoiser, resources.batch_size)
+    mine = best(trials) if resources.batch_size == "auto" else try_fitting(denoiser, resources.batch_size)
     each = mine.seconds_per_evaluation
     prompts, held_out = len(plan.train), len(plan.held_out)
     skipped = sum(map(plan.skipped_count, plan.skipped))
-    counts = evaluations(config, prompts, held_out)
-    actors = min(resources.num_actors[1], len(plan.shards))
-    workers = {"finetune": resources.train_workers[1]}
-    minutes = {stage: count * each / workers.get(stage, actors) / 60 for stage, count in counts.items()}
+    rounds = 1 if until == "generate" else config.rounds
+    counts = evaluations(config.model_copy(update={"rounds": rounds}), prompts, held_out)
+    counts = dict(list(counts.items())[: STAGES.get(until)])
+    machines = _machines(plan)
+    minutes = {stage: count * each / machines[stage].at_once / 60 for stage, count in counts.items()}
     parameters = sum(p.numel() for p in denoiser.unet.parameters())
     arms = ", ".join([config.select.by, *config.evaluation.controls])
+    less = (
+        f" (not {resources.batch_size}, which do not fit)" if mine.batch_size != resources.batch_size != "auto" else ""
+    )
     lines = [
         f"run folder    {config.run_dir} (config {config.hash()})",
         f"model         {config.model.path}: denoiser of {parameters / 1e6:.1f} M parameters, {denoiser.dtype}",
         f"prompts       {prompts} to train on, {held_out} held out, {skipped} skipped",
         f"shards        {len(plan.shards)} of up to {config.generate.prompts_per_shard} prompts,"
         f" {len(plan.evaluation_shards)} for evaluation",
-        f"candidates    {prompts * config.generate.candidates_per_prompt} a round, {config.rounds} round(s),"
+        f"candidates    {prompts * config.generate.candidates_per_prompt} a round, {rounds} round(s),"
         f" {config.select.top_k} kept per prompt by {arms}",
-        f"actors        {actors}, batches of {mine.batch_size} candidates, about {mine.memory_gib:.1f} GiB each",
+        f"actors        {machines['generate'].processes}, batches of {mine.batch_size} candidates{less},"
+        f" about {mine.memory_gib:.1f} GiB each",
         f"speed         {1e3 * each:.2f} ms a denoiser evaluation, measured here; by precision and batch size:",
         *(f"  {dtype:<12}{_swept(of_dtype)}" for dtype, of_dtype in by_dtype.items()),
         "denoiser evaluations and minutes (estimated; start-up of actors and workers comes on top):",
         *(f"  {stage:<12}{count:>14,}{minutes[stage]:>10.1f} min" for stage, count in counts.items()),
         f"  {'total':<12}{sum(counts.values()):>14,}{sum(minutes.values()):>10.1f} min",
     ]
-    if resources.price_per_gpu_hour is not None:
-        lines.append(_cost(plan, minutes, actors))
+    if (price := resources.price_per_gpu_hour) is not None:
+        hours = sum(machines[stage].gpus * of_stage for stage, of_stage in minutes.items()) / 60
+        lines.append(f"cost          {hours:,.2f} GPU-hours at {price:g} each: {hours * price:,.2f}")
+        if hours and denoiser.device.type == "cpu":
+            lines.append("              at the speed of this machine's CPU: a machine with that GPU tells its own")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Machines:
+    """What a stage has at most."""
+
+    processes: int  # actors or workers
+    gpus: int  # that they occupy
+    at_once: int  # as many times the speed of a single process: those that share a GPU share that
+
+
+def _machines(plan: Plan) -> dict[str, _Machines]:
+    """Of each stage."""
+    resources = plan.config.resources
+    share = 1 if resources.gpus_per_actor == "auto" else resources.gpus_per_actor
+
+    def of(processes: int, share: float) -> _Machines:
+        gpus = math.ceil(processes * share - 1e-9)
+        return _Machines(processes, gpus, min(processes, gpus) if share else processes)
+
+    generate, evaluate = (
+        of(min(resources.num_actors[1], len(shards)), share) for shards in (plan.shards, plan.evaluation_shards)
+    )
+    finetune = of(resources.train_workers[1], resources.train_gpus)
+    return {"generate": generate, "score": generate, "finetune": finetune, "evaluate": evaluate}
 
 
 def _swept(trials: list[Trial]) -> str:
@@ -53,19 +91,9 @@ def _swept(trials: list[Trial]) -> str:
     return f"{speeds} ms; up to {trials[-1].memory_gib:.1f} GiB"
 
 
-def _cost(plan: Plan, minutes: dict[str, float], actors: int) -> str:
-    """GPU-hours of all stages, and what they cost."""
-    resources = plan.config.resources
-    share = 1 if resources.gpus_per_actor == "auto" else resources.gpus_per_actor
-    training = minutes["finetune"] * resources.train_workers[1] * resources.train_gpus
-    hours = (training + sum(m for stage, m in minutes.items() if stage != "finetune") * actors * share) / 60
-    price = resources.price_per_gpu_hour
-    return f"cost          {hours:,.2f} GPU-hours at {price:g} each: {hours * price:,.2f}"
-
-
 def run_or_describe(config: RunConfig, dry_run: bool, until: str = "report"):
     """What the jobs do: print the plan on a dry run, otherwise run the pipeline up to a stage."""
     if dry_run:
-        print(describe(Plan(config)))
+        print(describe(Plan(config), until))
     else:
         run_pipeline(config, until)

@@ -41,7 +41,10 @@ class _Events:
         self.prompts: dict[str, int] = {}  # by stage, those used
         self.times: dict[str, list[float]] = defaultdict(list)  # by folder: when the latest shards were written
         self.errors: dict[str, dict[str, int]] = defaultdict(dict)  # by folder: of the shards that have any
-        self.spent, self.shard_seconds, self.stage_seconds, self.sessions = 0, 0.0, 0.0, 0
+        self.spent: dict[str, int] = defaultdict(int)  # by folder: evaluations
+        self.shards: dict[str, int] = defaultdict(int)  # by folder: how often one was written
+        self.shard_seconds = 0.0
+        self.starts: list[float] = []  # of its drivers
         self.skipped: dict[tuple[str, str], int] = {}
         self.restarts, self.halvings = 0, 0
         self.last: dict | None = None
@@ -53,31 +56,43 @@ class _Events:
                 self.prompts[event["stage"]] = event["used"]
             elif kind == "prompt_skipped":
                 self.skipped[event["prompt"], event["message"]] = event.get("count", 1)  # every session says it again
-            elif kind == "stage_finished" and event["stage"].startswith(("generate", "evaluate")):
-                self.stage_seconds += event["seconds"]
-            self.sessions += kind == "run_started"
+            elif kind == "run_started":
+                self.starts.append(event["time"])
 
     def _shard_written(self, event: dict):
-        self.spent += event["denoiser_evaluations"] + event["score_evaluations"]
+        folder = event.get("folder")
+        self.spent[folder] += event["denoiser_evaluations"] + event["score_evaluations"]
+        self.shards[folder] += 1
         self.shard_seconds += event["seconds"]
         self.restarts += event.get("actor_restarts", 0)
         self.halvings += event.get("batch_halvings", 0)
-        times, errors = self.times[event.get("folder")], self.errors[event.get("folder")]
+        times, errors = self.times[folder], self.errors[folder]
         insort(times, event["time"])
         del times[:-RECENT]
         errors.pop(event["shard"], None)
         if event["errors"]:
             errors[event["shard"]] = event["errors"]
 
+    @property
+    def seconds_per_evaluation(self) -> float | None:
+        """Of all actors together, at the pace of their shards; of one actor as long as no folder has a pace."""
+        paces = {folder: _pace(times, self.starts) for folder, times in self.times.items()}
+        known = [folder for folder, pace in paces.items() if pace is not None and self.spent[folder]]
+        if known:
+            return sum(paces[f] * self.shards[f] for f in known) / sum(self.spent[f] for f in known)
+        spent = sum(self.spent.values())
+        return self.shard_seconds / spent if spent else None
 
-def _pace(times: list[float]) -> float | None:
-    """Seconds a unit, of the latest ones and without the pause before a restart: the median gap tells a pause."""
-    gaps = [later - earlier for earlier, later in pairwise(times)]
-    if not gaps:
-        return None
-    usual = sorted(gaps)[len(gaps) // 2]
-    sound = [gap for gap in gaps if gap <= 20 * usual + 5]
-    return sum(sound) / len(sound)
+
+def _pace(times: list[float], starts: list[float]) -> float | None:
+    """Seconds a unit, of the latest ones and without the pauses in which a driver was started again.
+
+    Args:
+        times: when each was done, rising.
+        starts: when drivers started.
+    """
+    gaps = [b - a for a, b in pairwise(times) if not any(a < start <= b for start in starts)]
+    return sum(gaps) / len(gaps) if gaps else None
 
 
 def _shards(folder: str, stage: str, model: str, planned: int | None, events: _Events, run_dir: str):
@@ -87,7 +102,7 @@ def _shards(folder: str, stage: str, model: str, planned: int | None, events: _E
     if storage.exists(storage.join(folder, run_folder.MANIFEST)):
         planned = done
     left = None if planned is None else max(0, planned - done)
-    pace = _pace(events.times[here])
+    pace = _pace(events.times[here], events.starts)
     seconds = 0.0 if left == 0 else left * pace if left is not None and pace is not None else None
     return StageStatus(stage, model, "shards", done, left, sum(events.errors[here].values()), seconds)
 
@@ -129,10 +144,9 @@ def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
 
 def _with_estimates(stages: list[StageStatus], config: RunConfig, events: _Events) -> list[StageStatus]:
     """Fill in what has no pace of its own yet: by its denoiser evaluations, at the pace of the shards so far."""
-    spent, busy, prompts = events.spent, events.stage_seconds or events.shard_seconds, events.prompts
-    if not spent or not busy or "train" not in prompts:
+    each, prompts = events.seconds_per_evaluation, events.prompts
+    if not each or "train" not in prompts:
         return stages
-    each = busy / spent
     counts = evaluations(config, prompts["train"], prompts.get("evaluation", 0))
     cost = {
         "generate": counts["generate"] + counts["score"],
@@ -168,7 +182,7 @@ def run_status(run_dir: str) -> dict:
         "seconds_left": None if None in lefts else sum(lefts),
         "error_rows": sum(status.errors for status in stages),
         "prompts_skipped": sum(events.skipped.values()),
-        "sessions": events.sessions,
+        "sessions": len(events.starts),
         "actor_restarts": events.restarts,
         "batch_halvings": events.halvings,
         "last_event": events.last,

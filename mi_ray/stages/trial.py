@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mi_ray.config import ModelConfig, ResourcesConfig
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
+from mi_ray.section import ConfigError
 from mi_ray.stages.candidates import specialise
 from mi_ray.stages.machine import take_share
 
@@ -58,6 +59,20 @@ def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Tria
     return Trial(batch_size, each, peak / 2**30, (torch.cuda.mem_get_info()[1] - peak) / 2**30)
 
 
+def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
+    """The same with a batch of this size or, where it does not fit, of half as often as an actor would halve it.
+
+    Raises:
+        ConfigError: not even one candidate fits.
+    """
+    while batch_size:
+        try:
+            return try_batch(denoiser, batch_size)
+        except torch.OutOfMemoryError:
+            batch_size //= 2
+    raise ConfigError(["model.path: not even a batch of one candidate fits into memory; take a larger GPU"])
+
+
 def sweep(denoiser: Denoiser) -> list[Trial]:
     """Batches of rising size, until one does not fit or two in a row are no faster than what came before."""
     trials: list[Trial] = []
@@ -77,10 +92,11 @@ def best(trials: list[Trial]) -> Trial:
     """The smallest batch that is about as fast as the fastest: it wastes least when the last candidates are few.
 
     Raises:
-        ValueError: not even the smallest batch fitted.
+        ConfigError: not even the smallest batch fitted.
     """
     if not trials:
-        raise ValueError(f"not even a batch of {BATCH_SIZES[0]} candidates fits: set resources.batch_size lower")
+        message = f"not even a batch of {BATCH_SIZES[0]} candidates fits; set a lower one instead of auto"
+        raise ConfigError([f"resources.batch_size: {message}"])
     fastest = min(trial.seconds_per_evaluation for trial in trials)
     return next(trial for trial in trials if trial.seconds_per_evaluation <= WORTH_IT * fastest)
 
@@ -111,6 +127,10 @@ class Probe:
 
     def sweep(self) -> list[Trial]:
         return sweep(self.denoiser)
+
+    def try_fitting(self, batch_size: int) -> Trial:
+        specialise(self.denoiser, self.model, batch_size)
+        return try_fitting(self.denoiser, batch_size)
 
     def try_batch(self, batch_size: int, seconds: float = 0.0) -> Trial:
         specialise(self.denoiser, self.model, batch_size)
@@ -147,7 +167,7 @@ def settle(model: ModelConfig, resources: ResourcesConfig) -> ResourcesConfig:
         if auto_batch:
             chosen = best(ray.get(probe.sweep.remote()))
         else:
-            chosen = ray.get(probe.try_batch.remote(resources.batch_size))
+            chosen = ray.get(probe.try_fitting.remote(resources.batch_size))
     if auto_share:
         gpus = _share(model, cpus, chosen)
     settled = resources.model_copy(update={"batch_size": chosen.batch_size, "gpus_per_actor": gpus})

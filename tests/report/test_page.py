@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from run_folder import HOSTILE, SEEDS, config_of, png
+from run_folder import CANDIDATES, HOSTILE, SCORES, SEEDS, config_of, png
 
-from mi_ray.report.page import _strips, _tile, alignment_table, headline, write_report
+from mi_ray.report.page import _strips, _tile, alignment_table, headline, previews, write_report
 from mi_ray.report.summary import summarise
+from mi_ray.schemas import candidates_schema
 from mi_ray.storage import read_tables, write_json, write_table
 
 
@@ -158,6 +159,20 @@ def test_a_run_without_oracle_and_previews(run_dir, tmp_path):
     assert "PMI: " in page.text
     assert not [a for _, a in page.tags if "corner" in a.get("class", "")]
     assert "exact %" not in alignment_table(summarise(str(tmp_path / "run"), config))
+
+
+def test_previews_are_what_was_sampled_to_the_end_and_only_the_first_parts_are_read(run_dir, tmp_path):
+    folder = tmp_path / "run" / "round-0" / "candidates"
+    table = read_tables(str(run_dir / "round-0/candidates")).to_pandas()
+    pruned = (table["prompt_id"] == table["prompt_id"][0]) & (table["rank"] >= 4)
+    table["pruned_after"] = np.where(pruned, 2, None)
+    table["image"] = table["image"].where(~pruned, None)
+    schema = candidates_schema(SCORES)
+    write_table(str(folder / "part-00000-0.parquet"), pa.Table.from_pandas(table, schema, preserve_index=False))
+    (folder / "part-00002-0.parquet").write_bytes(b"holds none of the first prompts and is not read")
+    config = config_of(tmp_path / "run")
+    assert config.generate.preview_prompts <= 2 * config.generate.prompts_per_shard
+    assert [card["n_candidates"] for card in previews(str(tmp_path / "run"), config)] == [4, *[CANDIDATES] * 3]
 
 
 def test_strips_show_a_score_of_zero_and_no_unmeasured_candidate():

@@ -68,13 +68,16 @@ def test_done_left_and_failed_are_counted(run_dir):
 
 
 def test_the_pace_leaves_out_the_pause_between_two_drivers(run_dir):
-    assert _pace([10.0, 20.0, 30.0, 2000.0, 2010.0]) == 10.0
-    assert _pace([10.0]) is None
+    assert _pace([10.0, 20.0, 30.0, 2000.0, 2010.0], [0.0, 1990.0]) == 10.0
+    assert _pace([10.0, 10.0, 70.0, 70.0, 130.0], [0.0]) == 30.0  # two actors in step
+    assert _pace([10.0], []) is None
+    stages = by_name(run_status(run_dir))
+    assert stages["generate", "tuned, round 0"]["seconds_left"] == pytest.approx(2 * 10.0)
 
 
 def test_stages_that_have_not_begun_are_estimated_by_their_evaluations(run_dir):
     stages = by_name(run_status(run_dir))
-    each = 3 * 2.0 / (3 * 120)  # seconds a denoiser evaluation
+    each = 10.0 / 120  # seconds a denoiser evaluation, all actors together
     images = 3 * 10 * (2 * 50 + 2 * 12)  # prompts, seeds, DDIM's and PMI's evaluations
     assert stages["evaluate", "base"]["seconds_left"] == pytest.approx(each * images)
 

@@ -8,6 +8,7 @@ import torch
 
 from mi_ray.config import ModelConfig, ResourcesConfig
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.section import ConfigError
 from mi_ray.stages import trial
 from mi_ray.stages.trial import Trial, best, settle, sweep, sweep_dtypes, try_batch
 
@@ -22,7 +23,7 @@ def test_the_smallest_batch_that_is_about_as_fast_as_the_fastest(milliseconds, c
 
 
 def test_nothing_fits():
-    with pytest.raises(ValueError, match=r"resources\.batch_size"):
+    with pytest.raises(ConfigError, match=r"resources\.batch_size"):
         best([])
 
 
