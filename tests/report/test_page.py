@@ -168,7 +168,9 @@ def test_previews_are_what_was_sampled_to_the_end_and_only_the_first_parts_are_r
     table["pruned_after"] = np.where(pruned, 2, None)
     table["image"] = table["image"].where(~pruned, None)
     schema = candidates_schema(SCORES)
-    write_table(str(folder / "part-00000-0.parquet"), pa.Table.from_pandas(table, schema, preserve_index=False))
+    for index, rows in enumerate((table, table[:0])):
+        part = pa.Table.from_pandas(rows, schema, preserve_index=False)
+        write_table(str(folder / f"part-0000{index}-0.parquet"), part)
     (folder / "part-00002-0.parquet").write_bytes(b"holds none of the first prompts and is not read")
     config = config_of(tmp_path / "run")
     assert config.generate.preview_prompts <= 2 * config.generate.prompts_per_shard
