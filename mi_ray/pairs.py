@@ -84,7 +84,8 @@ def plan_pairs(source: str, pairs_per_shard: int, key: str, columns: Columns) ->
     """The shards of an input: a file, or a folder of images, of Parquet files or of tars.
 
     A shard holds about `pairs_per_shard` pairs, but never less than a Parquet row group or a tar. Its name is fixed by
-    its file, its place there and `key`, whatever other files are added; the parts of a file sort in its order.
+    its file, its place there, `key` and what the file says or when it was changed last, whatever other files are added;
+    the parts of a file sort in its order.
 
     Raises:
         ConfigError: the input is missing, empty or of no known kind, or no file of it has the columns.
@@ -113,21 +114,28 @@ def _sources(uri: str, pairs_per_shard: int, columns: Columns) -> Iterator[dict[
     if info.type == pafs.FileType.NotFound:
         raise ConfigError([f"input: {uri!r} does not exist"])
     if info.type == pafs.FileType.File:
-        yield from _file_sources(uri, info.size, pairs_per_shard, columns)
+        yield from _file_sources(uri, _state(info), pairs_per_shard, columns)
         return
     files = [f for f in system.get_file_info(pafs.FileSelector(path, recursive=True)) if f.type == pafs.FileType.File]
-    sizes = {f.path.removeprefix(path).lstrip("/"): f.size for f in sorted(files, key=lambda f: f.path)}
-    if _METADATA in sizes:
-        yield from _file_sources(storage.join(uri, _METADATA), sizes[_METADATA], pairs_per_shard, columns)
+    states = {f.path.removeprefix(path).lstrip("/"): _state(f) for f in sorted(files, key=lambda f: f.path)}
+    if _METADATA in states:
+        yield from _file_sources(storage.join(uri, _METADATA), states[_METADATA], pairs_per_shard, columns)
         return
-    tables = [name for name in sizes if _kind(name)]
+    tables = [name for name in states if _kind(name)]
     for name in tables:
-        yield from _file_sources(storage.join(uri, name), sizes[name], pairs_per_shard, columns)
+        yield from _file_sources(storage.join(uri, name), states[name], pairs_per_shard, columns)
     if not tables:
-        images = [name for name in sizes if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+        images = [name for name in states if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
         for start in range(0, len(images), pairs_per_shard):
             names = images[start : start + pairs_per_shard]
-            yield {"kind": "folder", "uri": uri, "names": names}
+            beside = [str(PurePosixPath(name).with_suffix(".txt")) for name in names]
+            state = json.dumps([states.get(name) for name in (*names, *beside)])
+            yield {"kind": "folder", "uri": uri, "names": names, "state": hashlib.sha256(state.encode()).hexdigest()}
+
+
+def _state(info: pafs.FileInfo) -> list[int | None]:
+    """Tells a file from what it was before it changed: size, and time of its last change in nanoseconds."""
+    return [info.size, info.mtime_ns]
 
 
 def _kind(name: str) -> str | None:
@@ -135,20 +143,20 @@ def _kind(name: str) -> str | None:
     return None if name.lower().endswith(".gz") and not name.lower().endswith(".tar.gz") else kind
 
 
-def _file_sources(uri: str, size: int, pairs_per_shard: int, columns: Columns) -> Iterator[dict[str, Any]]:
+def _file_sources(uri: str, state: list, pairs_per_shard: int, columns: Columns) -> Iterator[dict[str, Any]]:
     match _kind(uri):
         case "parquet":
-            yield from _parquet_sources(uri, size, pairs_per_shard, columns)
+            yield from _parquet_sources(uri, state, pairs_per_shard, columns)
         case "jsonl":
             yield from _line_sources(uri, pairs_per_shard)
         case "tar":
-            yield {"kind": "tar", "uri": uri, "size": size}
+            yield {"kind": "tar", "uri": uri, "state": state}
         case _:
             raise ConfigError([f"input: {uri!r} is of no known kind; give .parquet, .jsonl, .tar or a folder"])
 
 
-def _parquet_sources(uri: str, size: int, pairs_per_shard: int, columns: Columns) -> Iterator[dict[str, Any]]:
-    place = {"kind": "parquet", "uri": uri, "size": size}
+def _parquet_sources(uri: str, state: list, pairs_per_shard: int, columns: Columns) -> Iterator[dict[str, Any]]:
+    place = {"kind": "parquet", "uri": uri, "state": state}
     try:
         with _parquet(uri) as file:
             storage.check_plain(file.schema_arrow, [*columns.find(file.schema_arrow.names)])
@@ -172,19 +180,29 @@ def _parquet(uri: str) -> pq.ParquetFile:
 
 
 def _line_sources(uri: str, pairs_per_shard: int) -> Iterator[dict[str, Any]]:
-    """Ranges of bytes that hold whole lines."""
+    """Ranges of bytes that hold whole lines. What is appended to a file changes none but the last of them."""
     system, path = storage.filesystem(uri)
-    starts, offset, lines = [0], 0, 0
+    lines, start, end, digest = 0, 0, 0, hashlib.sha256()
+
+    def place() -> dict[str, Any]:
+        first = (lines - 1) // pairs_per_shard * pairs_per_shard + 1
+        return {"kind": "jsonl", "uri": uri, "start": start, "end": end, "line": first, "state": digest.hexdigest()}
+
     with system.open_input_stream(path) as stream:
         while block := stream.read(1 << 20):
+            taken = 0
             for match in re.finditer(b"\n", block):
                 lines += 1
                 if lines % pairs_per_shard == 0:
-                    starts.append(offset + match.end())
-            offset += len(block)
-    for number, (start, end) in enumerate(zip(starts, [*starts[1:], offset], strict=True)):
-        if end > start:
-            yield {"kind": "jsonl", "uri": uri, "start": start, "end": end, "line": number * pairs_per_shard + 1}
+                    digest.update(block[taken : match.end()])
+                    end += match.end() - taken
+                    yield place()
+                    start, taken, digest = end, match.end(), hashlib.sha256()
+            digest.update(block[taken:])
+            end += len(block) - taken
+    if end > start:
+        lines += 1  # the last line may have no end
+        yield place()
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -5,7 +5,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -132,6 +132,16 @@ def missing_parts(folder: str, names: list[str]) -> list[str]:
     """Which of the planned parts are not committed yet."""
     present = set(storage.list_names(storage.join(folder, COMMITS)))
     return [name for name in names if f"{name}.json" not in present]
+
+
+def remove_parts(folder: str, names: Collection[str]) -> int:
+    """Take parts out of a folder, receipt first, so that a kill leaves none that counts; returns how many."""
+    committed = set(storage.list_names(storage.join(folder, COMMITS)))
+    for name in names:
+        if f"{name}.json" in committed:
+            storage.delete(storage.join(folder, COMMITS, f"{name}.json"))
+        storage.delete(storage.join(folder, name))
+    return len(names)
 
 
 # ------------------------------------------------------------------------------------------ events

@@ -76,6 +76,31 @@ def test_a_changed_input_or_config_has_other_parts(tmp_path):
     assert not set(names) & {shard.name for shard in plan_pairs(str(source), 2, "other", Columns())}
 
 
+@pytest.mark.parametrize(
+    ("write", "changed", "others"),
+    [(write_parquet, "pairs.parquet", 0), (write_lines, "pairs.jsonl", 2), (write_folder, "images/1.txt", 2)],
+)
+def test_what_is_changed_at_the_same_length_has_other_parts(tmp_path, write, changed, others):
+    """Others are those shards of three that the change is not in: a Parquet file says only that it changed."""
+    source, file = write(tmp_path), tmp_path / changed
+    before = {shard.name for shard in plan_pairs(str(source), 2, "key", Columns())}
+    file.write_bytes(file.read_bytes().replace(b"two hearts", b"ten hearts"))
+    after = {shard.name for shard in plan_pairs(str(source), 2, "key", Columns())}
+    assert (len(before), len(before & after), len(after)) == (3, others, 3)
+
+
+def test_lines_that_are_appended_leave_the_shards_before_as_they_are(tmp_path):
+    source = write_lines(tmp_path)
+    source.write_text(source.read_text() + "\n")
+    before = [shard.name for shard in plan_pairs(str(source), 2, "key", Columns())]
+    source.write_text(source.read_text() + json.dumps({"image": "images/0.png", "text": "more"}))
+    pairs, after = read_all(source)
+    after = [shard.name for shard in plan_pairs(str(source), 2, "key", Columns())]
+    assert before[:2] == after[:2]
+    assert before[2] != after[2]
+    assert [pair.prompt for pair in pairs] == [*CAPTIONS, "more"]
+
+
 def test_what_cannot_be_read_is_a_pair_with_its_reason(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "images" / "0.txt").unlink()

@@ -9,6 +9,7 @@ from mi_ray.section import ConfigError
 REFERENCE = "reference"  # real renders, evaluated like a model
 SUMMARY = "summary.json"  # of an adapter's folder, written last: it marks the adapter complete
 LESS_BASELINE = "adapter-less-baseline"
+SCORES = "scores"  # of a run of jobs/score.py
 
 
 def read_run(run_dir: str) -> tuple[RunConfig, dict]:
@@ -17,15 +18,24 @@ def read_run(run_dir: str) -> tuple[RunConfig, dict]:
     Raises:
         ConfigError: there is no run in the folder, or one of another job.
     """
-    try:
-        content = storage.read_json(storage.join(run_dir, "run.json"))
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
+    content = read_content(run_dir)
     try:
         return RunConfig.model_validate(content["config"] | {"run_dir": run_dir}), content
     except ValidationError as error:
-        message = f"run_dir: {run_dir!r} holds no run of jobs/pipeline.py; its own page tells of it"
+        message = f"run_dir: {run_dir!r} holds no run of jobs/pipeline.py"
         raise ConfigError([message]) from error
+
+
+def read_content(run_dir: str) -> dict:
+    """What run.json says, of whatever job: config, config_hash, versions.
+
+    Raises:
+        ConfigError: there is none in the folder.
+    """
+    try:
+        return storage.read_json(storage.join(run_dir, "run.json"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
 
 
 def home_of(run_dir: str, arm: str) -> str:

@@ -13,7 +13,6 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 import ray
-from tqdm import tqdm
 
 from mi_ray import __version__, run_folder, schemas, storage
 from mi_ray.config import ModelConfig
@@ -28,18 +27,18 @@ from mi_ray.section import ConfigError, collecting
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import encode_png, probed_band
 from mi_ray.stages.cost import score_evaluations
+from mi_ray.stages.layout import SCORES
 from mi_ray.stages.machine import take_share
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
-from mi_ray.stages.shards import Committer, Patience, stream, whole_or_one_by_one
-from mi_ray.stages.trial import settle
+from mi_ray.stages.shards import Committer, Patience, whole_or_one_by_one, write_missing
+from mi_ray.stages.trial import settle, try_fitting
 from mi_ray.stages.work import Work
 
-SCORES_FOLDER = "scores"
 MAX_THUMBNAIL = 256  # pixels
 SINGLE_BATCH = 64  # of a single pair, for which a trial would take longer than the pair
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
-SCORES = ("score_pmi", "score_pmi_negatives", "score_margin")
+COLUMNS = ("score_pmi", "score_pmi_negatives", "score_margin")
 _END = object()
 _T = TypeVar("_T")
 
@@ -54,7 +53,7 @@ class PairActor:
         self.denoiser = load_denoiser(config.model, config.dtype)
         self.scorer = PairScorer(self.denoiser, config.score, config.resources.batch_size, config.seed, config.words)
         self.size = model_image_size(self.denoiser)
-        self.commit = Committer(storage.join(config.run_dir, SCORES_FOLDER), config.run_dir, token)
+        self.commit = Committer(storage.join(config.run_dir, SCORES), config.run_dir, token)
         self.patience = Patience(config.resources.shard_timeout_s, lambda: self.denoiser.calls)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
@@ -119,7 +118,7 @@ class PairActor:
         scored = fitting(self.scorer, partial(self.scorer, images, prompts, work), work)
         for row, scores in zip(rows, scored, strict=True):
             row |= scores
-            if any(finite(scores[name]) is None for name in SCORES if scores[name] is not None):
+            if any(finite(scores[name]) is None for name in COLUMNS if scores[name] is not None):
                 blank = dict.fromkeys(scores)
                 row |= blank | {"error": "the model's output is not finite", "image": None}
         return rows
@@ -177,6 +176,7 @@ def _open_run(config: ScorePairsConfig):
     uri = storage.join(config.run_dir, "run.json")
     versions = {"mi_ray": __version__, **{name: metadata.version(name) for name in PACKAGES}}
     storage.write_json(uri, {"config": config.results_config(), "config_hash": config.hash(), "versions": versions})
+    run_folder.log_event(config.run_dir, "run_started", config_hash=config.hash())
 
 
 def score_pairs(config: ScorePairsConfig) -> str:
@@ -192,27 +192,41 @@ def score_pairs(config: ScorePairsConfig) -> str:
         return _score_missing(config, shards)
 
 
+class _Shards:
+    """Shards of pairs as `write_missing` takes them; how many pairs a tar holds is not known before it is read."""
+
+    def __init__(self, shards: list[PairShard]):
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def name(self, index: int) -> str:
+        return self.shards[index].name
+
+    def size(self, index: int) -> int:
+        return 1
+
+    def row(self, index: int) -> dict:
+        return asdict(self.shards[index])
+
+
 def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
-    folder = storage.join(config.run_dir, SCORES_FOLDER)
+    folder, resources = storage.join(config.run_dir, SCORES), config.resources
     names = [shard.name for shard in shards]
-    run_folder.adopt_parts(folder, names)
-    missing = set(run_folder.missing_parts(folder, names))
-    todo = [shard for shard in shards if shard.name in missing]
-    if todo:
+    if run_folder.missing_parts(folder, names):
         ray.init(logging_level="warning", ignore_reinit_error=True)
-        resources = settle(ModelConfig(path=config.model, dtype=config.dtype), config.resources)
-        config = config.model_copy(update={"resources": resources})
-    rows = [asdict(shard) for shard in todo]
-    actor = {"config": config.model_dump(mode="json"), "token": lease.current_token(config.run_dir)}
-    shown = {"total": len(shards), "initial": len(shards) - len(todo), "desc": "score", "unit": "shard"}
-    with tqdm(**shown, mininterval=2, dynamic_ncols=True) as progress:
-        for done in stream(PairActor, actor, rows, config.resources) if todo else ():
-            lease.confirm(config.run_dir)
-            run_folder.log_event(config.run_dir, "shard_written", stage="score", model=config.model, **done)
-            progress.update()
-    lease.confirm(config.run_dir)
+        resources = settle(ModelConfig(path=config.model, dtype=config.dtype), resources)
+    constructor = {"config": config.model_copy(update={"resources": resources}).model_dump(mode="json")}
+    write_missing(
+        "score", config.model, PairActor, constructor, _Shards(shards), folder, config.run_dir, resources, "shard"
+    )
+    if stale := run_folder.remove_parts(folder, set(storage.list_tables(folder)) - {*names}):
+        run_folder.log_event(config.run_dir, "parts_removed", folder=SCORES, count=stale)
+        print(f"{stale} parts of what is no longer in the input are removed")
     storage.write_json(storage.join(folder, run_folder.MANIFEST), {"parts": [{"name": name} for name in names]})
     page, summary = write_audit(config.run_dir, folder, names, config.results_config())
+    run_folder.log_event(config.run_dir, "run_finished")
     print(
         f"{summary['scored']} pairs scored, {summary['errors']} not, {summary['contradicted']} contradict their caption"
     )
@@ -240,8 +254,7 @@ def score_one(config: ScorePairsConfig) -> dict:
     if count > denoiser.max_tokens and config.overlong == "error":
         message = f"prompt: it has {count} tokens, the text encoder reads {denoiser.max_tokens}"
         raise ConfigError([f"{message}; shorten it, or add --overlong truncate"])
-    batch_size = SINGLE_BATCH if config.resources.batch_size == "auto" else config.resources.batch_size
-    scorer = PairScorer(denoiser, config.score, batch_size, config.seed, words=True)
+    scorer = PairScorer(denoiser, config.score, _batch_size(config), config.seed, words=True)
     row = scorer(image[None], [config.prompt], Work())[0]
     density = upsampled(scorer.maps(image[None], [config.prompt]).direct, image.shape[:2])[0].cpu().numpy()
     destination = config.map or f"{Path(config.image).with_suffix('')}-map.png"
@@ -254,6 +267,10 @@ def score_one(config: ScorePairsConfig) -> dict:
         raise ConfigError([f"map: {destination!r} cannot be written ({error}); set --map FILE.png"]) from error
     print("\n".join([*_lines(row), f"map            {destination}"]))
     return row
+
+
+def _batch_size(config: ScorePairsConfig) -> int:
+    return SINGLE_BATCH if config.resources.batch_size == "auto" else config.resources.batch_size
 
 
 def _lines(row: dict) -> list[str]:
@@ -279,6 +296,10 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
         _checked(config)
         shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
         evaluations = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
-        print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations a pair, words not counted")
+        each = try_fitting(load_denoiser(config.model, config.dtype), _batch_size(config)).seconds_per_evaluation
+        print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations a pair, words not counted:")
+        print(f"{evaluations * each:.3f} s a pair at {1e3 * each:.2f} ms an evaluation, measured here, one actor alone")
+        if (price := config.resources.price_per_gpu_hour) is not None:
+            print(f"at {price:g} a GPU-hour: {1e6 * evaluations * each / 3600 * price:,.2f} a million pairs")
     else:
         score_pairs(config)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -272,38 +273,73 @@ def _written_of(run_dir: str, folder: str) -> Iterator[dict]:
             yield event
 
 
-def run_stage(
-    stage: str, model: str, actor: type, constructor: dict, shards: ShardPlan, folder: str, config: RunConfig
-) -> dict:
-    """Write the missing parts of a folder, with progress and events, then its manifest. Returns the manifest."""
-    manifest_uri = storage.join(folder, run_folder.MANIFEST)
-    if storage.exists(manifest_uri):
-        return storage.read_json(manifest_uri)
+class Planned(Protocol):
+    """The shards of a stage, by their index."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Of the shard's part."""
+
+    def size(self, index: int) -> int:
+        """How far the shard brings the progress bar."""
+
+    def row(self, index: int) -> dict:
+        """What the actor takes; `index` and `name` are in it."""
+
+
+def write_missing(
+    stage: str,
+    model: str,
+    actor: type,
+    constructor: dict,
+    shards: Planned,
+    folder: str,
+    run_dir: str,
+    resources: ResourcesConfig,
+    unit: str,
+):
+    """Write the parts of a folder that are missing, with progress in some unit and with an event for each.
+
+    Raises:
+        lease.Lost: another driver has taken over the run.
+    """
     names = [shards.name(index) for index in range(len(shards))]
     run_folder.adopt_parts(folder, names)
     missing = set(run_folder.missing_parts(folder, names))
     todo = [index for index, name in enumerate(names) if name in missing]
-    what = {"stage": stage, "model": model, "folder": storage.relative(folder, config.run_dir)}
-    logged = {event["shard"] for event in _written_of(config.run_dir, what["folder"])}
+    what = {"stage": stage, "model": model, "folder": storage.relative(folder, run_dir)}
+    logged = {event["shard"] for event in _written_of(run_dir, what["folder"])}
     for index, name in enumerate(names):  # committed, but the event was lost with an earlier driver
         if name not in missing and name not in logged:
             receipt = run_folder.committed(folder, name)
             facts = FACTS | {"index": index, "shard": name, "time": receipt["time"]}
             facts = {key: receipt.get(key, fact) for key, fact in facts.items()}
-            run_folder.log_event(config.run_dir, "shard_written", **what, **facts)
-    plan = {"shards": len(shards), "missing": len(todo), "prompts": shards.prompts}
-    run_folder.log_event(config.run_dir, "shards_planned", **what, **plan)
+            run_folder.log_event(run_dir, "shard_written", **what, **facts)
+    run_folder.log_event(run_dir, "shards_planned", **what, shards=len(shards), missing=len(todo))
     del names, missing, logged
-    constructor = constructor | {"token": lease.current_token(config.run_dir)}
-    here = shards.prompts - sum(shards.size(index) for index in todo)
-    shown = {"total": shards.prompts, "initial": here, "desc": f"{stage} {model}", "unit": "prompt"}
-    with tqdm(**shown, mininterval=2, dynamic_ncols=True) as bar:
+    constructor = constructor | {"token": lease.current_token(run_dir)}
+    total = sum(shards.size(index) for index in range(len(shards)))
+    here = total - sum(shards.size(index) for index in todo)
+    with tqdm(
+        total=total, initial=here, desc=f"{stage} {model}", unit=unit, mininterval=2, dynamic_ncols=True
+    ) as progress:
         rows = [shards.row(index) for index in todo]
-        for done in stream(actor, constructor, rows, config.resources) if rows else ():
-            lease.confirm(config.run_dir)
-            run_folder.log_event(config.run_dir, "shard_written", **what, **done)
-            bar.update(shards.size(done["index"]))
-    lease.confirm(config.run_dir)
+        for done in stream(actor, constructor, rows, resources) if rows else ():
+            lease.confirm(run_dir)
+            run_folder.log_event(run_dir, "shard_written", **what, **done)
+            progress.update(shards.size(done["index"]))
+    lease.confirm(run_dir)
+
+
+def run_stage(
+    stage: str, model: str, actor: type, constructor: dict, shards: ShardPlan, folder: str, config: RunConfig
+) -> dict:
+    """Write the missing parts of a folder, then its manifest. Returns the manifest."""
+    manifest_uri = storage.join(folder, run_folder.MANIFEST)
+    if storage.exists(manifest_uri):
+        return storage.read_json(manifest_uri)
+    write_missing(stage, model, actor, constructor, shards, folder, config.run_dir, config.resources, "prompt")
     manifest = {"shards": len(shards), "prompts": shards.prompts}
     storage.write_json(manifest_uri, manifest)
     return manifest

@@ -9,7 +9,7 @@ from itertools import pairwise
 from mi_ray import run_folder, storage
 from mi_ray.config import RunConfig
 from mi_ray.stages.cost import evaluations
-from mi_ray.stages.layout import REFERENCE, SUMMARY, baselines, home_of, read_run
+from mi_ray.stages.layout import REFERENCE, SCORES, SUMMARY, baselines, home_of, read_content, read_run
 from mi_ray.stages.lease import latest
 
 RECENT = 50  # shards whose pace counts
@@ -39,6 +39,7 @@ class _Events:
 
     def __init__(self, run_dir: str):
         self.prompts: dict[str, int] = {}  # by stage, those used
+        self.planned: dict[str, int] = {}  # by folder: shards
         self.times: dict[str, list[float]] = defaultdict(list)  # by folder: when the latest shards were written
         self.errors: dict[str, dict[str, int]] = defaultdict(dict)  # by folder: of the shards that have any
         self.spent: dict[str, int] = defaultdict(int)  # by folder: evaluations
@@ -52,6 +53,8 @@ class _Events:
             self.last, kind = event, event["event"]
             if kind == "shard_written":
                 self._shard_written(event)
+            elif kind == "shards_planned":
+                self.planned[event["folder"]] = event["shards"]
             elif kind == "prompts_read":
                 self.prompts[event["stage"]] = event["used"]
             elif kind == "prompt_skipped":
@@ -142,6 +145,14 @@ def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
     return [*stages, StageStatus("report", "all", "page", int(written), int(not written))]
 
 
+def _pair_stages(run_dir: str, model: str, events: _Events) -> list[StageStatus]:
+    """Of a run of jobs/score.py."""
+    folder, planned = storage.join(run_dir, SCORES), events.planned.get(SCORES)
+    written = storage.exists(storage.join(run_dir, "audit", "index.html"))
+    scored = _shards(folder, "score", model, planned, events, run_dir)
+    return [scored, StageStatus("audit", "all", "page", int(written), int(not written), 0, 0.0)]
+
+
 def _with_estimates(stages: list[StageStatus], config: RunConfig, events: _Events) -> list[StageStatus]:
     """Fill in what has no pace of its own yet: by its denoiser evaluations, at the pace of the shards so far."""
     each, prompts = events.seconds_per_evaluation, events.prompts
@@ -169,11 +180,14 @@ def run_status(run_dir: str) -> dict:
     """How the run in a folder stands: its stages in order, who drives it, and the errors so far.
 
     Raises:
-        ConfigError: there is no run in the folder.
+        ConfigError: there is no run in the folder, or one of another job.
     """
-    config, content = read_run(run_dir)
-    events = _Events(run_dir)
-    stages = _with_estimates(_stages(config, events), config, events)
+    content, events = read_content(run_dir), _Events(run_dir)
+    if "input" in content["config"]:
+        stages = _pair_stages(run_dir, content["config"]["model"], events)
+    else:
+        config, _ = read_run(run_dir)
+        stages = _with_estimates(_stages(config, events), config, events)
     lefts = [status.seconds_left for status in stages]
     return {
         "run_dir": run_dir,

@@ -35,6 +35,7 @@ from mi_ray.stages.candidates import Scorer, draw_probes_of
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, read_image
 from mi_ray.stages.score import PairActor, ahead, score_one
+from mi_ray.stages.status import run_status
 from mi_ray.stages.work import Work
 
 ROOT = Path(__file__).parents[2]
@@ -359,6 +360,11 @@ def test_a_run_is_continued_and_a_changed_config_refused(tiny_pipeline, tmp_path
     parts = sorted((run_dir / "scores").glob("*.parquet"))
     before = pd.concat([pd.read_parquet(part) for part in parts])
     assert before["prompt"].tolist() == CAPTIONS
+    told = run_status(str(run_dir))
+    assert [(stage["stage"], stage["done"], stage["left"]) for stage in told["stages"]] == [
+        ("score", 3, 0),
+        ("audit", 1, 0),
+    ]
     parts[1].unlink()
     (run_dir / "scores" / "_commits" / f"{parts[1].name}.json").unlink()
     kept = parts[0].stat().st_mtime_ns
@@ -367,6 +373,14 @@ def test_a_run_is_continued_and_a_changed_config_refused(tiny_pipeline, tmp_path
     after = pd.concat([pd.read_parquet(part) for part in parts])
     pd.testing.assert_frame_equal(before.drop(columns="words"), after.drop(columns="words"))
     assert parts[0].stat().st_mtime_ns == kept
+    events = [event["event"] for event in storage.read_lines(str(run_dir / "events.jsonl"))]
+    assert [events.count(event) for event in ("run_started", "shard_written", "run_finished")] == [2, 4, 2]
+    table = pq.read_table(source)
+    pq.write_table(table.slice(0, 3), source, row_group_size=2)
+    done = job(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "3 parts of what is no longer in the input are removed" in done.stdout
+    assert pd.read_parquet(run_dir / "scores")["prompt"].tolist() == CAPTIONS[:3]
     done = job(*command, "--seed", "1")
     assert done.returncode == 2
     assert "seed was 0 and is 1" in done.stderr

@@ -112,7 +112,7 @@ def test_a_folder_without_a_run_is_told(tmp_path):
 
 
 def test_a_folder_of_another_job_is_told(tmp_path):
-    storage.write_json(str(tmp_path / "run.json"), {"config": {"input": "pairs.parquet"}, "config_hash": "0"})
+    storage.write_json(str(tmp_path / "run.json"), {"config": {"out": "model"}, "config_hash": "0"})
     with pytest.raises(ConfigError, match=r"no run of jobs/pipeline\.py"):
         run_status(str(tmp_path))
 
