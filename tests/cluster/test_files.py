@@ -140,6 +140,20 @@ def test_aws_lets_nothing_in_but_ssh_from_one_network():
         assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
 
 
+def test_aws_heads_change_only_what_they_started():
+    text = (CLUSTER / "aws" / "account.yaml").read_text()
+    plain = yaml.load(re.sub(r"!(Ref|Sub|GetAtt)", "", text), yaml.SafeLoader)
+    [policy] = plain["Resources"]["HeadRole"]["Properties"]["Policies"]
+    statements = policy["PolicyDocument"]["Statement"]
+    for statement in statements:
+        changing = {"ec2:CreateTags", "ec2:DeleteTags", "ec2:TerminateInstances"} & set(statement["Action"])
+        if changing:
+            [(_, condition)] = statement["Condition"].items()
+            assert condition.keys() <= {"ec2:CreateAction", "aws:ResourceTag/ray-cluster-name"}
+    tags = [s["Condition"] for s in statements if "ec2:CreateTags" in s["Action"]]
+    assert len(tags) == 2
+
+
 def test_a_template_that_is_wrong_is_found():
     text = (CLUSTER / "aws" / "account.yaml").read_text()
     assert lint(text.replace("FromPort: 22", "FromPort: ssh"), regions=["us-east-1"])

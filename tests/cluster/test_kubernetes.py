@@ -207,6 +207,10 @@ def test_pods_run_as_nobody_special_and_carry_no_keys(name):
         for container in template["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert "env" not in container
+    assert [t["spec"].get("automountServiceAccountToken", True) for t in templates(name)][:3] == [
+        True,  # the autoscaler's
+        *[False] * (len(templates(name)) - 1),
+    ]
 
 
 def test_the_network_policy_covers_every_pod_and_opens_no_port_to_all():
