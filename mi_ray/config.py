@@ -1,6 +1,7 @@
 """The configuration of a run."""
 
 import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -13,6 +14,22 @@ ScoreName = Literal[
     "mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives"
 ]
 Control = Literal["random", "oracle"]
+
+
+MODEL = (
+    "a shipped model (shapes), a diffusers folder or a hub id; owner/name@revision pins it to a branch, tag or commit"
+)
+
+
+def without_revision(path: str) -> str:
+    """A hub id without the revision that it is pinned to; any other model as it is."""
+    name, _, revision = path.partition("@")
+    return name if revision and name.count("/") == 1 and not Path(path).is_dir() else path
+
+
+def pinned(path: str, commit: str | None) -> str:
+    """A hub id, pinned to a commit, which without_revision takes off; any other model, which has none, as it is."""
+    return f"{without_revision(path)}@{commit}" if commit else path
 
 
 class PromptsConfig(Section):
@@ -34,7 +51,7 @@ class PromptsConfig(Section):
 class ModelConfig(Section):
     """The model to align."""
 
-    path: str = Field("shapes", description="a shipped model (shapes), a diffusers folder or a hub id")
+    path: str = Field("shapes", description=MODEL)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="of the denoiser; auto: float16 on a GPU, float32 without. Solver and scores are fp32"
     )
@@ -382,7 +399,9 @@ class RunConfig(Section):
         """What the results depend on: everything but where the run lies, what it runs on and how fast."""
         speed = {"model": {"kernel", "channels_last", "compile"}, "finetune": {"activation_checkpointing"}}
         reading = {"prompts": {"broken"}}  # a run that starts at all reads the same prompts either way
-        return self.model_dump(mode="json", exclude={"run_dir": True, "resources": True, **speed, **reading})
+        results = self.model_dump(mode="json", exclude={"run_dir": True, "resources": True, **speed, **reading})
+        results["model"]["path"] = without_revision(self.model.path)  # run.json holds the commit
+        return results
 
     def hash(self) -> str:
         """Hash of `results_config`, 12 hexadecimal digits."""

@@ -59,11 +59,12 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
-def check_run_dir(run_dir: str, results: dict):
-    """See that the folder can be written to, and that what it holds was made by the same config.
+def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
+    """See that the folder can be written to, and that what it holds was made by the same config and model.
 
     Args:
         results: what the results depend on, as run.json holds it under `config`.
+        model_commit: of a model from the hub, as run.json holds it under that name.
 
     Raises:
         ConfigError: naming the fields that differ.
@@ -77,12 +78,17 @@ def check_run_dir(run_dir: str, results: dict):
         raise ConfigError([message]) from error
     if not known:
         return
-    before, now = flatten(storage.read_json(uri)["config"]), flatten(results)
+    content = storage.read_json(uri)
+    before, now = flatten(content["config"]), flatten(results)
     if differing := [key for key in before | now if before.get(key) != now.get(key)]:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
         raise ConfigError(
             [f"run_dir: {run_dir!r} holds a run of another config: {changes}; undo that or give another --run-dir"]
         )
+    began = content.get("model_commit")
+    if began and began != model_commit:
+        message = f"this run began with commit {began} of the model, and it is {model_commit} now"
+        raise ConfigError([f"model.path: {message}; pin it (owner/name@{began}) or give another --run-dir"])
 
 
 # ------------------------------------------------------------------------------------------ commits

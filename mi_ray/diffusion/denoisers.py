@@ -47,6 +47,7 @@ _WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
+_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -208,7 +209,7 @@ def load_denoiser(
     Raises:
         ValueError: with a line for each thing that is wrong with the model or the adapter.
     """
-    folder = _fetch(path)
+    folder = fetch_model(path)
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if dtype == "auto":
         dtype = "float16" if chosen.type == "cuda" else "float32"
@@ -257,18 +258,19 @@ def load_tokenizer(path: str) -> CLIPTokenizer:
 
 
 def resolve_model(path: str) -> str:
-    """The folder of a shipped name, a folder as it is, or a hub id as it is.
+    """The folder of a shipped name, a folder as it is, or a hub id as it is, with its revision if it has one.
 
     Raises:
         ValueError: if `path` has the form of none of them.
     """
     if path in SHIPPED:
         return str(files("mi_ray") / SHIPPED[path])
-    if (path and Path(path).is_dir()) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+    if (path and Path(path).is_dir()) or _HUB_ID.fullmatch(path):
         return path
     shipped = ", ".join(SHIPPED)
     raise ValueError(
-        f"{path!r} is no model: give a shipped name ({shipped}), an existing folder or a hub id owner/name"
+        f"{path!r} is no model: give a shipped name ({shipped}), an existing folder or a hub id owner/name, or"
+        " owner/name@revision"
     )
 
 
@@ -306,12 +308,48 @@ def _folder_with(path: str, part: str) -> Path:
     if folder is not None:
         return folder
     try:
-        return Path(snapshot_download(path, allow_patterns=[f"{part}/*"]))
+        return Path(_snapshot(path, f"{part}/*"))
     except OSError as error:
         raise _not_had(path, error) from error
 
 
-def _fetch(path: str) -> Path:
+def _snapshot(path: str, pattern: str) -> str:
+    """The folder in the hub's cache, named by its commit, in which those files of a hub model lie."""
+    name, revision = _HUB_ID.fullmatch(path).groups()
+    return snapshot_download(name, revision=revision, allow_patterns=[pattern])
+
+
+def model_commit(path: str) -> str | None:
+    """The commit of a hub model as it is now; None of a shipped model or a folder.
+
+    Raises:
+        ValueError: the hub cannot be asked.
+    """
+    if _local_folder(path) is not None:
+        return None
+    try:
+        return Path(_snapshot(path, "model_index.json")).name
+    except OSError as error:
+        raise _not_had(path, error) from error
+
+
+def unet_config(path: str) -> dict:
+    """Of the UNet, without its weights.
+
+    Raises:
+        ValueError: the model has none, or the hub cannot be asked.
+    """
+    try:
+        folder = _local_folder(path) or Path(_snapshot(path, f"unet/{_CONFIGS['unet']}"))
+    except OSError as error:
+        raise _not_had(path, error) from error
+    config, fault = _part_config(folder, "unet")
+    if config is None:
+        _refuse(path, [fault])
+    return config
+
+
+def fetch_model(path: str) -> Path:
     """The model's local folder, checked; a hub id is downloaded, or found in the hub's cache."""
     check_model(path)
     folder = _local_folder(path)
@@ -319,8 +357,10 @@ def _fetch(path: str) -> Path:
         return folder
     unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     try:
-        _refuse(path, _class_faults(StableDiffusionPipeline.load_config(path)))  # before gigabytes are fetched
-        folder = Path(StableDiffusionPipeline.download(path, use_safetensors=True, **unused))
+        name, revision = _HUB_ID.fullmatch(path).groups()
+        # Before gigabytes are fetched.
+        _refuse(path, _class_faults(StableDiffusionPipeline.load_config(name, revision=revision)))
+        folder = Path(StableDiffusionPipeline.download(name, revision=revision, use_safetensors=True, **unused))
     except OSError as error:
         raise _not_had(path, error) from error
     _refuse(path, _folder_faults(folder))

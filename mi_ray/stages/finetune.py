@@ -25,7 +25,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from mi_ray.config import FinetuneConfig, RunConfig
+from mi_ray.config import FinetuneConfig, RunConfig, without_revision
 from mi_ray.diffusion.adapters import (
     DenoisingLoss,
     adapter_state,
@@ -35,7 +35,7 @@ from mi_ray.diffusion.adapters import (
     save_weighted_sum,
     target_faults,
 )
-from mi_ray.diffusion.denoisers import load_denoiser, resolve_model
+from mi_ray.diffusion.denoisers import load_denoiser, resolve_model, unet_config
 from mi_ray.section import ConfigError, flatten
 from mi_ray.stages import lease
 from mi_ray.stages.layout import SUMMARY
@@ -248,7 +248,7 @@ def train_loop(settings: dict) -> dict | None:
             flush=True,
         )
     refuse()
-    _upload_adapter(objective.model, config.model.path, settings["destination"])
+    _upload_adapter(objective.model, without_revision(config.model.path), settings["destination"])
     return {
         "steps": tuning.steps,
         "trainable_parameters": sum(p.numel() for p in parameters),
@@ -282,9 +282,7 @@ def check_targets(config: RunConfig):
         ConfigError: with a message for each that binds to nothing.
     """
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(resolve_model(config.model.path), subfolder="unet")
-        )
+        unet = UNet2DConditionModel.from_config(unet_config(config.model.path))
     if faults := target_faults(unet, config.finetune.target_modules):
         raise ConfigError([f"finetune.target_modules: {fault}" for fault in faults])
 

@@ -3,7 +3,7 @@
 from pydantic import ValidationError
 
 from mi_ray import storage
-from mi_ray.config import RunConfig
+from mi_ray.config import RunConfig, pinned
 from mi_ray.section import ConfigError
 
 REFERENCE = "reference"  # real renders, evaluated like a model
@@ -20,10 +20,12 @@ def read_run(run_dir: str) -> tuple[RunConfig, dict]:
     """
     content = read_content(run_dir)
     try:
-        return RunConfig.model_validate(content["config"] | {"run_dir": run_dir}), content
+        config = RunConfig.model_validate(content["config"] | {"run_dir": run_dir})
     except ValidationError as error:
         message = f"run_dir: {run_dir!r} holds no run of jobs/pipeline.py"
         raise ConfigError([message]) from error
+    model = config.model.model_copy(update={"path": pinned(config.model.path, content.get("model_commit"))})
+    return config.model_copy(update={"model": model}), content
 
 
 def read_content(run_dir: str) -> dict:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mi_ray.config import ResourcesConfig, ScoreConfig
+from mi_ray.config import MODEL, ResourcesConfig, ScoreConfig, without_revision
 from mi_ray.pairs import Columns
 from mi_ray.section import Positive, Section, config_hash
 
@@ -41,7 +41,7 @@ class ScorePairsConfig(Section):
     image: str | None = Field(None, description="a single image, instead of input; with prompt")
     prompt: str | None = Field(None, description="the single image's prompt")
     map: str | None = Field(None, description="where the single pair's map goes; none: beside the image, -map.png")
-    model: str = Field("shapes", description="a shipped model (shapes), a diffusers folder or a hub id")
+    model: str = Field("shapes", description=MODEL)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="of the denoiser")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the noise; a pair's scores depend on nothing else")
     image_column: str | None = Field(None, description="column or key of the image or its path; none: a usual name")
@@ -79,7 +79,8 @@ class ScorePairsConfig(Section):
 
     def results_config(self) -> dict:
         """What the results depend on."""
-        return self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map"})
+        results = self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map"})
+        return results | {"model": without_revision(self.model)}  # run.json holds the commit
 
     def hash(self) -> str:
         """Hash of `results_config`, 12 hexadecimal digits."""

@@ -16,8 +16,8 @@ import ray
 
 from mi_ray import __version__, run_folder, storage
 from mi_ray.alignment.oracle import foreign_prompts
-from mi_ray.config import RunConfig
-from mi_ray.diffusion.denoisers import check_model, load_schedule, load_tokenizer
+from mi_ray.config import RunConfig, pinned
+from mi_ray.diffusion.denoisers import check_model, load_schedule, load_tokenizer, model_commit
 from mi_ray.prompts import PromptReader
 from mi_ray.report.page import alignment_table, write_report
 from mi_ray.section import ConfigError, collecting
@@ -47,9 +47,13 @@ class Plan:
     def __init__(self, config: RunConfig):
         self.config = config
         faults: list[str] = []
-        tokenizer = None
+        tokenizer = self.model_commit = None
         with collecting(faults, "model.path"):
             check_model(config.model.path)
+            self.model_commit = model_commit(config.model.path)
+            # Every actor loads this commit, though the hub may get another one before it starts.
+            model = config.model.model_copy(update={"path": pinned(config.model.path, self.model_commit)})
+            self.config = config = config.model_copy(update={"model": model})
             tokenizer = load_tokenizer(config.model.path)
         with collecting(faults):
             check_loggers(config.finetune.log_to)
@@ -59,7 +63,7 @@ class Plan:
             with collecting(faults, "score"):
                 probed_band(config.score, load_schedule(config.model.path))
         with collecting(faults):
-            run_folder.check_run_dir(config.run_dir, config.results_config())
+            run_folder.check_run_dir(config.run_dir, config.results_config(), self.model_commit)
         token_count = tokenizer and (lambda prompt: len(tokenizer(prompt).input_ids))
         max_tokens = tokenizer and tokenizer.model_max_length
         self._folder = tempfile.TemporaryDirectory(prefix="mi_ray-")
@@ -197,7 +201,7 @@ def open_run(plan: Plan):
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions = {"mi_ray": __version__, "python": platform.python_version(), **versions}
     content = {"config": config.results_config(), "config_hash": config.hash(), "versions": versions}
-    content |= {"resources": config.resources.model_dump(mode="json")}
+    content |= {"model_commit": plan.model_commit, "resources": config.resources.model_dump(mode="json")}
     storage.write_json(storage.join(config.run_dir, "run.json"), content)
     run_folder.log_event(config.run_dir, "run_started", config_hash=config.hash())
     for stage, (uri, field, shards) in zip(("train", "evaluation"), plan.stored, strict=True):
@@ -265,7 +269,7 @@ def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
     plan = Plan(config)
     with run_folder.full_disk_told(config.run_dir), held(config.run_dir, config.resources.lease_s):
         # Again: who held the run until now may have begun another config.
-        run_folder.check_run_dir(config.run_dir, config.results_config())
+        run_folder.check_run_dir(config.run_dir, config.results_config(), plan.model_commit)
         return _run(plan, until)
 
 

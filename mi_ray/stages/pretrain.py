@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset
 
-from mi_ray.diffusion.denoisers import resolve_model
+from mi_ray.diffusion.denoisers import fetch_model
 from mi_ray.shapes import model
 from mi_ray.shapes.scenes import BACKGROUND
 
@@ -352,7 +352,7 @@ def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, tokenizer):
 
 def _start(config: PretrainConfig) -> StableDiffusionPipeline:
     """The pipeline to go on from, in single precision."""
-    return StableDiffusionPipeline.from_pretrained(resolve_model(config.start_from), torch_dtype=torch.float32)
+    return StableDiffusionPipeline.from_pretrained(fetch_model(config.start_from), torch_dtype=torch.float32)
 
 
 def pretrain(config: PretrainConfig, folder: Path) -> Path:

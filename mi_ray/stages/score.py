@@ -15,8 +15,8 @@ import pyarrow as pa
 import ray
 
 from mi_ray import __version__, run_folder, schemas, storage
-from mi_ray.config import ModelConfig
-from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_schedule, load_tokenizer
+from mi_ray.config import ModelConfig, pinned
+from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_schedule, load_tokenizer, model_commit
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.information.maps import upsampled
 from mi_ray.language.negatives import negatives_by
@@ -152,15 +152,21 @@ def _thumbnail(image: np.ndarray) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------- the job
-def _checked(config: ScorePairsConfig):
+def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
     """Check the model and what makes the negatives.
+
+    Returns:
+        The config, with a hub's model pinned to its commit, and that.
 
     Raises:
         ConfigError: with every fault.
     """
     faults: list[str] = []
+    commit = None
     with collecting(faults, "model"):
         check_model(config.model)
+        commit = model_commit(config.model)
+        config = config.model_copy(update={"model": pinned(config.model, commit)})
         load_tokenizer(config.model)
         with collecting(faults, "score"):
             probed_band(config.score, load_schedule(config.model))
@@ -168,14 +174,16 @@ def _checked(config: ScorePairsConfig):
         negatives_by(config.score.negatives)
     if faults:
         raise ConfigError(faults)
+    return config, commit
 
 
-def _open_run(config: ScorePairsConfig):
+def _open_run(config: ScorePairsConfig, commit: str | None):
     """Make the folder this run's, or see that it is."""
-    run_folder.check_run_dir(config.run_dir, config.results_config())
+    run_folder.check_run_dir(config.run_dir, config.results_config(), commit)
     uri = storage.join(config.run_dir, "run.json")
     versions = {"mi_ray": __version__, **{name: metadata.version(name) for name in PACKAGES}}
-    storage.write_json(uri, {"config": config.results_config(), "config_hash": config.hash(), "versions": versions})
+    content = {"config": config.results_config(), "config_hash": config.hash(), "versions": versions}
+    storage.write_json(uri, content | {"model_commit": commit})
     run_folder.log_event(config.run_dir, "run_started", config_hash=config.hash())
 
 
@@ -185,10 +193,10 @@ def score_pairs(config: ScorePairsConfig) -> str:
     Raises:
         ConfigError: something the user gave is wrong, or another driver holds the folder; nothing was started.
     """
-    _checked(config)
+    config, commit = _checked(config)
     shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
     with run_folder.full_disk_told(config.run_dir), lease.held(config.run_dir, config.resources.lease_s):
-        _open_run(config)
+        _open_run(config, commit)
         return _score_missing(config, shards)
 
 
@@ -244,7 +252,7 @@ def score_one(config: ScorePairsConfig) -> dict:
     Raises:
         ConfigError: the image or the prompt will not do.
     """
-    _checked(config)
+    config, _ = _checked(config)
     denoiser = load_denoiser(config.model, config.dtype)
     try:
         image = read_image(storage.read_bytes(config.image), model_image_size(denoiser), config.fit)
@@ -293,7 +301,7 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
     if config.image is not None:
         score_one(config)
     elif dry_run:
-        _checked(config)
+        config, _ = _checked(config)
         shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
         evaluations = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
         each = try_fitting(load_denoiser(config.model, config.dtype), _batch_size(config)).seconds_per_evaluation

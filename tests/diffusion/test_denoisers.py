@@ -9,7 +9,19 @@ from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_schedule, load_tokenizer, resolve_model
+from mi_ray.command_line import load_config
+from mi_ray.config import pinned, without_revision
+from mi_ray.diffusion.denoisers import (
+    check_model,
+    load_denoiser,
+    load_schedule,
+    load_tokenizer,
+    model_commit,
+    resolve_model,
+    unet_config,
+)
+from mi_ray.section import ConfigError
+from mi_ray.stages.pipeline import Plan, open_run
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +252,47 @@ def test_a_model_without_a_schedule_is_one_message(tiny_pipeline, tmp_path):
     (copy / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(ValueError, match=r"there is no scheduler/scheduler_config\.json"):
         load_schedule(str(copy))
+
+
+@pytest.fixture
+def hub(tiny_pipeline, tiny_v_pipeline, tmp_path, monkeypatch):
+    """A cache of the hub that holds two commits of me/tiny: the first predicts epsilon; the second, main, v."""
+    model = tmp_path / "models--me--tiny"
+    for commit, source in (("1" * 40, tiny_pipeline), ("2" * 40, tiny_v_pipeline)):
+        shutil.copytree(source, model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("2" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return model
+
+
+def test_a_hub_model_is_pinned_to_its_commit(hub):
+    first, second = "1" * 40, "2" * 40
+    assert model_commit("me/tiny") == second
+    assert model_commit(f"me/tiny@{first}") == first
+    assert model_commit("shapes") is None
+    for path, kind in (("me/tiny", "v_prediction"), (f"me/tiny@{first}", "epsilon")):
+        assert load_schedule(path).prediction_type == kind
+        assert load_denoiser(path).schedule.prediction_type == kind
+        assert unet_config(path)["in_channels"] == 4
+    assert pinned("me/tiny", first) == pinned(f"me/tiny@{second}", first) == f"me/tiny@{first}"
+    assert without_revision(f"me/tiny@{first}") == "me/tiny"
+    assert without_revision("a@b/c/d") == "a@b/c/d"
+
+
+def test_a_run_goes_on_with_the_commit_that_it_began_with(hub, tmp_path):
+    def plan(path: str = "me/tiny") -> Plan:
+        smoke = ["--config", "jobs/configs/shapes-smoke.yaml", "--run-dir", str(tmp_path / "run")]
+        return Plan(load_config([*smoke, "--model.path", path])[0])
+
+    begun = plan()
+    assert begun.config.model.path == "me/tiny@" + "2" * 40
+    open_run(begun)
+    (hub / "refs" / "main").write_text("1" * 40)
+    with pytest.raises(ConfigError, match=f"began with commit {'2' * 40} .*, and it is {'1' * 40} now; pin it"):
+        plan()
+    assert plan("me/tiny@" + "2" * 40).config.hash() == begun.config.hash()
 
 
 def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):
