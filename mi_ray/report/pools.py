@@ -56,20 +56,19 @@ class Selection:
 
 
 class Thinned:
-    """Every stride-th row of frames that come bit by bit; the stride doubles as they grow, so that at most twice
+    """Rows drawn at random from frames that come bit by bit; the share halves as they grow, so that at most twice
     `DRAWN` are held."""
 
     def __init__(self):
-        self.stride, self.seen, self.rows = 1, 0, pd.DataFrame()
+        self.share, self.lots, self.rows = 1.0, np.random.default_rng(0), pd.DataFrame()
 
     def add(self, frame: pd.DataFrame):
-        frame = frame.set_axis(range(self.seen, self.seen + len(frame)))
-        self.seen += len(frame)
-        frame = frame[frame.index % self.stride == 0]
-        self.rows = pd.concat([self.rows, frame]) if len(self.rows) else frame
+        frame = frame.assign(lot=self.lots.random(len(frame)))
+        frame = frame[frame["lot"] < self.share]
+        self.rows = pd.concat([self.rows, frame], ignore_index=True) if len(self.rows) else frame
         while len(self.rows) > 2 * DRAWN:
-            self.stride *= 2
-            self.rows = self.rows[self.rows.index % self.stride == 0]
+            self.share /= 2
+            self.rows = self.rows[self.rows["lot"] < self.share]
 
 
 @dataclass

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from mi_ray import storage
+from mi_ray import run_folder, storage
 from mi_ray.section import ConfigError
 
 _held: dict[str, "Lease"] = {}  # by run folder: what this process holds
+MAX_ERROR = 2000  # characters of an error that are logged
 BEATS = 4  # in the time of a lease
 
 
@@ -201,7 +202,7 @@ def acquire(run_dir: str, seconds: float) -> Lease:
 
 @contextmanager
 def held(run_dir: str, seconds: float) -> Iterator[Lease]:
-    """Hold a run folder's lease, with a heartbeat `BEATS` times in `seconds`.
+    """Hold a run folder's lease, with a heartbeat `BEATS` times in `seconds`; what goes wrong meanwhile is logged.
 
     Raises:
         ConfigError: another driver holds it.
@@ -213,9 +214,11 @@ def held(run_dir: str, seconds: float) -> Iterator[Lease]:
     _held[run_dir] = lease
     try:
         yield lease
-    except Exception:
+    except Exception as error:
         lease.lost = lease.lost or superseded(run_dir, lease.token)
         lease.confirm()
+        with suppress(OSError):  # of a disk that is full, or a store that is gone
+            run_folder.log_event(run_dir, "run_failed", error=f"{type(error).__name__}: {error}"[:MAX_ERROR])
         raise
     finally:
         del _held[run_dir]

@@ -119,6 +119,10 @@ class _Comparison:
         rows = []
         for name, aucs in self.aucs.items():
             found = aucs.result()
-            row = {"score": name, "prompts": self.pools, "same first choice": self.same[name] / self.pools}
+            row = {
+                "score": name,
+                "prompts": self.pools,
+                "same first choice": self.same[name] / self.pools if self.pools else None,
+            }
             rows.append(row | {"AUC within prompts": found["value"] if found else None})
         return pd.DataFrame(rows)

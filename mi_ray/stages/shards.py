@@ -82,7 +82,11 @@ class ShardWriter:
 
     def _shard(self, row: dict) -> Shard:
         if self.table is None or self.table.uri != row["source"]:
-            self.table = storage.ParquetRows(row["source"])
+            try:
+                self.table = storage.ParquetRows(row["source"])
+            except FileNotFoundError as error:
+                shared = "give a run_dir that all nodes share, such as s3://bucket/run"
+                raise FileNotFoundError(f"{row['source']} is not there on {platform.node()}: {shared}") from error
         return read_shard(row, self.table)
 
     def _make(self, shard: Shard, make_rows: Rows) -> dict:

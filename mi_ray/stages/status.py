@@ -238,6 +238,8 @@ def status_text(status: dict) -> str:
         lines.append(f"driver: process {driver['pid']} on {driver['host']}, {heard}")
     else:
         lines.append("driver: none; the same command continues the run")
+    if (last := status["last_event"]) and last["event"] == "run_failed":
+        lines.append(f"the last driver failed: {last['error']}")
     lines.append(f"error rows: {status['error_rows']}, prompts skipped: {status['prompts_skipped']}")
     lines.append(
         f"drivers so far: {status['sessions']}, actors restarted: {status['actor_restarts']},"

@@ -61,12 +61,17 @@ def test_a_score_that_nobody_has_is_not_drawn():
 
 
 def test_few_rows_stand_for_many_evenly(monkeypatch):
-    monkeypatch.setattr(pools, "DRAWN", 10)
+    """Of every stretch alike, and of the rounds, which come in turns of 64 rows, too."""
+    monkeypatch.setattr(pools, "DRAWN", 1000)
     thinned = Thinned()
-    for start in range(0, 1000, 7):
-        thinned.add(pd.DataFrame({"number": np.arange(start, min(1000, start + 7))}))
-        assert len(thinned.rows) <= 20
-    assert thinned.rows["number"].tolist() == list(range(0, 1000, 64))
+    for start in range(0, 64_000, 128):
+        thinned.add(pd.DataFrame({"number": np.arange(start, start + 128), "round": [0] * 64 + [1] * 64}))
+        assert len(thinned.rows) <= 2000
+    drawn = len(thinned.rows)
+    assert drawn > 900
+    counts = np.histogram(thinned.rows["number"], 4, (0, 64_000))[0]
+    assert counts / drawn == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / drawn))
+    assert thinned.rows["round"].mean() == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(drawn))
 
 
 def test_errors_without_end_are_told_by_their_stage(monkeypatch):

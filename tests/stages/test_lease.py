@@ -139,6 +139,13 @@ def test_who_lost_the_run_is_fenced_out(run_dir):
     assert json.loads(storage.read_bytes(lease._uri(run_dir, 5)))["released"] is False
 
 
+def test_what_goes_wrong_is_in_the_events(run_dir):
+    with pytest.raises(ValueError, match="no hearts"), lease.held(run_dir, 40):
+        raise ValueError("no hearts")
+    [event] = storage.read_lines(storage.join(run_dir, "events.jsonl"))
+    assert (event["event"], event["error"]) == ("run_failed", "ValueError: no hearts")
+
+
 def test_a_slow_beat_does_not_take_the_run_again(run_dir, monkeypatch):
     """It is being written while the holder gives the run back."""
     write, beating = storage.write_bytes, threading.Event()

@@ -95,6 +95,13 @@ def test_a_machine_that_fails_makes_no_error_rows(stage, tmp_path, monkeypatch, 
     assert storage.read_tables(str(tmp_path / "candidates"))["error"].null_count == 0
 
 
+def test_a_folder_that_the_nodes_do_not_share_is_told(stage, tmp_path, monkeypatch):
+    row = ShardPlan.row
+    monkeypatch.setattr(ShardPlan, "row", lambda *a: row(*a) | {"source": str(tmp_path / "elsewhere.parquet")})
+    with pytest.raises(FileNotFoundError, match=r"is not there on .*: give a run_dir that all nodes share"):
+        stage()
+
+
 def test_events_tell_of_lost_processes_and_halved_batches(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "is_restarted", lambda: True)
     stage()

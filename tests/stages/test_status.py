@@ -106,6 +106,12 @@ def test_the_driver_is_named_while_it_holds_the_run(run_dir):
     assert "driver: none" in status_text(run_status(run_dir))
 
 
+def test_why_the_last_driver_failed_is_told(run_dir):
+    assert "failed" not in status_text(run_status(run_dir))
+    run_folder.log_event(run_dir, "run_failed", error="ConfigError: the disk is full")
+    assert "the last driver failed: ConfigError: the disk is full" in status_text(run_status(run_dir))
+
+
 def test_a_folder_without_a_run_is_told(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
         run_status(str(tmp_path))
