@@ -24,7 +24,7 @@ class Band:
     agreement: float  # mean correlation of the two halves within prompts, in [-1, 1]
     contrast: float  # mean chance that the own prompt outscores a neighbour, in [0, 1]
     label_free: float  # share of neighbours that both halves put below the own prompt, less those both put above
-    auc: float | None  # within prompts, over those that have both labels
+    auc: float | None  # within prompts: how often the score orders two candidates as their labels do
 
 
 def judge_bands(
@@ -37,14 +37,15 @@ def judge_bands(
             that stand for the intervals between the edges, from two independent draws of noise each.
         log_snr_edges: (K + 1,) increasing.
         prompt_index: (N,) whose candidate each is.
-        labels: (N,) true where the image is right.
+        labels: (N,) how well each image shows its prompt, in any unit: 1 where it does and 0 elsewhere, or a metric;
+            NaN: not known.
 
     Raises:
-        ValueError: labels are given and no prompt has both kinds.
+        ValueError: labels are given, and no prompt has candidates with different ones.
     """
     log_likelihood = -0.5 * errors.double() * torch.diff(log_snr_edges.double())[:, None]
     up_to = torch.nn.functional.pad(log_likelihood.cumsum(2), (0, 0, 1, 0))  # (N, 1 + J, K + 1, 2)
-    pairs = None if labels is None else _mixed_pairs(prompt_index, labels)
+    pairs = None if labels is None else _ordered_pairs(prompt_index, labels)
     bands = []
     for first, last in combinations(range(len(log_snr_edges)), 2):
         inside = up_to[:, :, last] - up_to[:, :, first]  # (N, 1 + J, 2)
@@ -76,22 +77,22 @@ def _agreement(halves: Tensor, prompt_index: Tensor) -> float:
     return sum(correlations) / len(correlations)
 
 
-def _mixed_pairs(prompt_index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every (right, wrong) pair of candidates of one prompt, and each pair's share in the mean over prompts."""
-    right, wrong, share = [], [], []
+def _ordered_pairs(prompt_index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every (better, worse) pair of candidates of one prompt, and each pair's share in the mean over prompts."""
+    better, worse, share = [], [], []
     for prompt in prompt_index.unique():
         mine = (prompt_index == prompt).nonzero()[:, 0]
-        product = torch.cartesian_prod(mine[labels[mine]], mine[~labels[mine]]).view(-1, 2)
-        right.append(product[:, 0])
-        wrong.append(product[:, 1])
-        share.append(torch.full((len(product),), 1 / max(len(product), 1), dtype=torch.float64))
+        pairs = (labels[mine][:, None] > labels[mine]).nonzero()  # nothing is above or below NaN
+        better.append(mine[pairs[:, 0]])
+        worse.append(mine[pairs[:, 1]])
+        share.append(torch.full((len(pairs),), 1 / max(len(pairs), 1), dtype=torch.float64))
     shares = torch.cat(share)
     if not len(shares):
-        raise ValueError("no prompt has both right and wrong candidates: labels cannot tell one band from another")
-    return torch.cat(right), torch.cat(wrong), shares / shares.sum()
+        raise ValueError("no prompt has candidates with different labels: they cannot tell one band from another")
+    return torch.cat(better), torch.cat(worse), shares / shares.sum()
 
 
-def _auc(score: Tensor, right: Tensor, wrong: Tensor, share: Tensor) -> float:
+def _auc(score: Tensor, better: Tensor, worse: Tensor, share: Tensor) -> float:
     """AUC within prompts, averaged over prompts; ties count half."""
-    wins = (score[right] > score[wrong]).double() + 0.5 * (score[right] == score[wrong]).double()
+    wins = (score[better] > score[worse]).double() + 0.5 * (score[better] == score[worse]).double()
     return float((wins * share).sum())

@@ -1,5 +1,7 @@
 """Calibration of a model's scores: one small pool, probed over the whole range of noise, judged band by band."""
 
+import json
+import math
 from dataclasses import asdict
 from typing import Annotated, Literal
 
@@ -19,11 +21,12 @@ from mi_ray.information.calibration import Band, judge_bands
 from mi_ray.information.pointwise import denoising_errors, draw_probes
 from mi_ray.prompts import read_prompts
 from mi_ray.section import ConfigError, Positive, Section, check_band, collecting
-from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, known_band, measured
+from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, known_band, measured
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.work import Work
 
 PROMPTS_AT_A_TIME = 8
+_LABEL = ("prompt_id", "candidate_index", "label")
 
 
 class CalibrationConfig(Section):
@@ -39,6 +42,16 @@ class CalibrationConfig(Section):
     log_snr_min: float = Field(-5.4, description="lower end of the range searched")
     log_snr_max: float = Field(2.0, description="upper end")
     alignment: Literal["oracle"] | None = Field(None, description="label the candidates too: shapes prompts only")
+    pool: str | None = Field(
+        None,
+        min_length=1,
+        description="folder to write the candidates' images to, with pool.jsonl: for a metric of your own",
+    )
+    labels: str | None = Field(
+        None,
+        min_length=1,
+        description="that metric, higher is better: .jsonl or .parquet with prompt_id, candidate_index, label",
+    )
     use_labels: bool = Field(False, description="choose the band by the labels instead of without them")
     batch_size: Positive = Field(64, description="candidates in one denoiser batch")
     threads: Positive = Field(2, description="CPU threads")
@@ -47,8 +60,10 @@ class CalibrationConfig(Section):
     @model_validator(mode="after")
     def _consistent(self):
         check_band(self.log_snr_min, self.log_snr_max)
-        if self.use_labels and not self.alignment:
-            raise ValueError("use_labels needs labels: set alignment, or leave it out")
+        if self.alignment and self.labels:
+            raise ValueError("alignment and labels both label the candidates; give one of them")
+        if self.use_labels and not (self.alignment or self.labels):
+            raise ValueError("use_labels needs labels: set alignment or labels, or leave it out")
         return self
 
 
@@ -58,26 +73,32 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     Raises:
         ConfigError: what was given will not do.
     """
-    config, prompts = _checked(config)
+    config, prompts, given = _checked(config)
     probes = config.levels * 2 * (1 + min(config.neighbours, len(prompts) - 1))
     candidates = len(prompts) * config.candidates_per_prompt
     total = candidates * (2 * config.sampler.num_inference_steps + probes)
     print(f"{candidates} candidates of {len(prompts)} prompts, {total:,} denoiser evaluations")
     if dry_run:
         return
-    try:
-        run_folder.check_writable(config.out.rpartition("/")[0] or ".")
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"out: {config.out!r} cannot be written ({error}); give another --out"]) from error
-    errors, index, labels = _probed_pool(config, prompts["prompt"].to_pylist(), prompts["prompt_id"].to_pylist())
+    for field, uri in (("out", config.out.rpartition("/")[0] or "."), ("pool", config.pool)):
+        try:
+            if uri:
+                run_folder.check_writable(uri)
+        except (OSError, ValueError) as error:
+            raise ConfigError([f"{field}: {uri!r} cannot be written ({error}); give another --{field}"]) from error
+    ids = prompts["prompt_id"].to_pylist()
+    errors, index, labels = _probed_pool(config, prompts["prompt"].to_pylist(), ids)
+    if given is not None:
+        places = [(prompt_id, c) for prompt_id in ids for c in range(config.candidates_per_prompt)]
+        labels = torch.tensor([given.get(place, math.nan) for place in places], dtype=torch.float64)
     edges = torch.linspace(config.log_snr_min, config.log_snr_max, config.levels + 1)
     try:
         bands = judge_bands(errors, edges, index, labels)
-    except ValueError as error:  # no prompt has both labels
+    except ValueError as error:  # labels do not differ within any prompt
         if config.use_labels:
-            message = "use_labels: no prompt has right and wrong candidates; give more, or leave it out"
+            message = "use_labels: no prompt has candidates with different labels; give more, or leave it out"
             raise ConfigError([message]) from error
-        print("no prompt has right and wrong candidates: the labels say nothing and are left out")
+        print("no prompt has candidates with different labels: they say nothing and are left out")
         labels, bands = None, judge_bands(errors, edges, index)
     chosen = {"label_free": max(bands, key=lambda band: band.label_free)}
     if labels is not None:
@@ -93,9 +114,10 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     print(f"give the pipeline --config {config.out}; all bands are in {config.out}.bands.json")
 
 
-def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table]:
-    """The config with its range cut to the model's noise, and the prompts, when they and the model will do."""
-    given, faults = config.prompts, []
+def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, dict[tuple[str, int], float] | None]:
+    """The config with its range cut to the model's noise, the prompts, and the labels of a file by prompt_id and
+    candidate_index, when they and the model will do."""
+    given, faults, labels = config.prompts, [], None
     with collecting(faults, "model.path"):
         check_model(config.model.path)
         tokenizer = load_tokenizer(config.model.path)
@@ -118,21 +140,41 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table]:
         faults.append(
             f"alignment: the oracle reads only prompts of the shapes grammar, not {foreign[0]!r}; leave it out"
         )
+    if config.labels:
+        with collecting(faults, "labels"):
+            labels = _read_labels(config.labels)
+            if {prompt_id for prompt_id, _ in labels}.isdisjoint(prompts["prompt_id"].to_pylist()):
+                raise ValueError(f"{config.labels!r} has none of these prompts' candidates; label those of --pool")
     if faults:
         raise ConfigError(faults)
-    return config.model_copy(update={"log_snr_min": low, "log_snr_max": high}), prompts
+    return config.model_copy(update={"log_snr_min": low, "log_snr_max": high}), prompts, labels
+
+
+def _read_labels(uri: str) -> dict[tuple[str, int], float]:
+    """{(prompt_id, candidate_index): label}.
+
+    Raises:
+        ValueError: the file cannot be read or lacks something.
+    """
+    try:
+        lines = uri.endswith(".jsonl")
+        rows = storage.read_lines(uri) if lines else storage.read_table(uri, [*_LABEL]).to_pylist()
+        return {(str(row["prompt_id"]), int(row["candidate_index"])): float(row["label"]) for row in rows}
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{uri!r} will not do ({reason}); give rows of {', '.join(_LABEL)}") from error
 
 
 @torch.inference_mode()
 def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """errors (N, 1 + J, levels, 2), prompt_index (N,) and, where alignment is measured, exact (N,) bool."""
+    """errors (N, 1 + J, levels, 2), prompt_index (N,) and, where alignment is measured, exact (N,) of 0 and 1."""
     take_cpus(config.threads)
     denoiser = load_denoiser(config.model.path, config.model.dtype)
     sampler = Sampler(denoiser, config.sampler, config.batch_size)
     score = ScoreConfig(names=("pmi_contrastive",), neighbours=config.neighbours)
     scorer = Scorer(denoiser, score, config.batch_size, config.seed, prompts)
     each = config.candidates_per_prompt
-    errors, exact = [], []
+    errors, exact, written = [], [], []
     for start in tqdm(range(0, len(prompts), PROMPTS_AT_A_TIME), unit=" prompts", unit_scale=PROMPTS_AT_A_TIME):
         some = slice(start, start + PROMPTS_AT_A_TIME)
         embeddings = denoiser.encode_prompts(prompts[some])
@@ -140,11 +182,29 @@ def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) 
         latents = sampler(embeddings, seeds, Work()).latents
         branches = torch.cat([embeddings[:, None], scorer.neighbours(prompts[some], embeddings)], 1)
         errors.append(_halves(config, denoiser, latents, branches, ids[some]))
+        repeated = [prompt for prompt in prompts[some] for _ in range(each)]
+        images = denoiser.decode(latents) if config.alignment or config.pool else None
         if config.alignment:
-            repeated = [prompt for prompt in prompts[some] for _ in range(each)]
-            exact += measured(denoiser.decode(latents), repeated, config.alignment)["exact"]
+            exact += measured(images, repeated, config.alignment)["exact"]
+        if config.pool:
+            places = [(prompt_id, c) for prompt_id in ids[some] for c in range(each)]
+            written += _write_images(config.pool, images, repeated, places)
+    if config.pool:
+        lines = "".join(json.dumps(line) + "\n" for line in written)
+        storage.write_bytes(storage.join(config.pool, "pool.jsonl"), lines.encode())
+        print(f"{len(written)} images and pool.jsonl are in {config.pool}: add `label` to its lines and give --labels")
     index = torch.arange(len(prompts)).repeat_interleave(each)
-    return torch.cat(errors), index, torch.from_numpy(np.array(exact) == 1) if exact else None
+    return torch.cat(errors), index, torch.tensor(exact) if exact else None
+
+
+def _write_images(folder: str, images: np.ndarray, prompts: list[str], places: list[tuple[str, int]]) -> list[dict]:
+    """Write some candidates' images; their lines of pool.jsonl."""
+    lines = []
+    for image, prompt, (prompt_id, candidate) in zip(images, prompts, places, strict=True):
+        name = f"{prompt_id}-{candidate}.png"
+        storage.write_bytes(storage.join(folder, name), encode_png(image)["bytes"])
+        lines.append({"image": name, "prompt": prompt, "prompt_id": prompt_id, "candidate_index": candidate})
+    return lines
 
 
 def _halves(config: CalibrationConfig, denoiser: Denoiser, latents: Tensor, branches: Tensor, ids: list[str]) -> Tensor:

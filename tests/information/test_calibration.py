@@ -51,8 +51,20 @@ def test_without_noise_halves_agree_and_every_pair_is_ordered():
         assert band.auc == 1
 
 
+def test_a_metric_orders_as_labels_do_and_what_is_not_known_is_left_out():
+    errors, index, labels = world(noise=0.0)
+    quality = -(errors[:, 0, 2, 0] - 9)  # twice the latent quality: every candidate of a prompt has another one
+    told = [b for b in judge_bands(errors, EDGES, index, quality) if (b.log_snr_min, b.log_snr_max) == (-4, -2)]
+    assert [band.auc for band in told] == pytest.approx([1])
+    unknown = torch.where(torch.arange(len(index)) % 3 == 0, torch.nan, -quality)
+    told = [b for b in judge_bands(errors, EDGES, index, unknown) if (b.log_snr_min, b.log_snr_max) == (-4, -2)]
+    assert [band.auc for band in told] == pytest.approx([0])
+    one, other = (judge_bands(errors, EDGES, index, given) for given in (labels, labels.double()))
+    assert [band.auc for band in one] == [band.auc for band in other]
+
+
 def test_labels_are_optional_and_must_differ_somewhere():
     errors, index, labels = world()
     assert all(band.auc is None for band in judge_bands(errors, EDGES, index))
-    with pytest.raises(ValueError, match="no prompt has both"):
+    with pytest.raises(ValueError, match="no prompt has candidates with different labels"):
         judge_bands(errors, EDGES, index, torch.ones_like(labels))

@@ -3,15 +3,19 @@
 import re
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from mi_ray.alignment.oracle import measure
 from mi_ray.command_line import load_config
 from mi_ray.config import RunConfig
 from mi_ray.section import ConfigError
 from mi_ray.stages import calibrate as stage
-from mi_ray.stages.calibrate import CalibrationConfig, calibrate
+from mi_ray.stages.calibrate import CalibrationConfig, _read_labels, calibrate
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +59,41 @@ def test_labels_that_say_nothing_are_left_out_or_told(config, monkeypatch, capsy
     pool = torch.rand(4, 3, config.levels, 2), torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, False, False])
     monkeypatch.setattr(stage, "_probed_pool", lambda *arguments: pool)
     calibrate(config)
-    assert "labels say nothing" in capsys.readouterr().out
+    assert "they say nothing" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="use_labels: no prompt"):
         calibrate(config.model_copy(update={"use_labels": True}))
+
+
+def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
+    """The pool is written, labelled outside by the same oracle, and given back."""
+    pool, file, table = tmp_path / "pool", tmp_path / "labels.jsonl", tmp_path / "labels.parquet"
+    calibrate(config.model_copy(update={"pool": str(pool)}))
+    by_oracle = capsys.readouterr().out
+    lines = pd.read_json(pool / "pool.jsonl", lines=True)
+    assert len(lines) == 6 * 4
+    images = np.stack([Image.open(pool / name) for name in lines["image"]])
+    lines["label"] = measure(images, lines["prompt"].tolist())["exact"]
+    lines = lines.sample(frac=1, random_state=0)
+    lines.to_json(file, orient="records", lines=True)
+    lines.to_parquet(table)
+    assert _read_labels(str(file)) == _read_labels(str(table))
+    calibrate(config.model_copy(update={"alignment": None, "labels": str(file)}))
+    own = capsys.readouterr().out
+    told = [line for line in by_oracle.splitlines() if line.startswith(("label", "without"))]
+    assert len(told) == 3
+    assert told == [line for line in own.splitlines() if line.startswith(("label", "without"))]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "none of these prompts' candidates"),
+        ('{"prompt_id": "a", "candidate_index": 0, "label": 1}', "none of these prompts' candidates"),
+        ('{"prompt_id": "a", "candidate_index": 0}', "no 'label'"),
+        ('{"prompt_id": "a", "candidate_index": 0, "label": "good"}', "could not convert"),
+    ],
+)
+def test_labels_that_will_not_do_are_told(config, tmp_path, content, told):
+    (tmp_path / "labels.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=f"labels: .*{told}"):
+        calibrate(config.model_copy(update={"alignment": None, "labels": str(tmp_path / "labels.jsonl")}))
