@@ -30,6 +30,8 @@ from mi_ray.language.shapes import negatives
 from mi_ray.pairs import Columns, plan_pairs
 from mi_ray.report.audit import write_audit
 from mi_ray.section import ConfigError
+from mi_ray.stages import score as stage
+from mi_ray.stages import shards
 from mi_ray.stages.branches import hard_negatives
 from mi_ray.stages.candidates import Scorer, draw_probes_of
 from mi_ray.stages.pair_config import ScorePairsConfig
@@ -342,6 +344,28 @@ def test_mistakes_are_told(arguments, told):
     assert told in "\n".join(caught.value.faults)
 
 
+def test_what_is_no_longer_in_the_input_is_no_longer_in_the_scores(tiny_pipeline, tmp_path, monkeypatch, capsys):
+    def inline(actor, constructor, rows, resources):
+        scorer = actor(**constructor)
+        for row in rows:
+            done = scorer({name: np.array([value], object) for name, value in row.items()})
+            yield {name: value for name, (value,) in done.items()}
+
+    monkeypatch.setattr(shards, "stream", inline)
+    monkeypatch.setattr(stage.ray, "init", lambda **_: None)
+    source = write_parquet(tmp_path)
+    config = config_of(tiny_pipeline, source, tmp_path).model_copy(update={"pairs_per_shard": 2})
+    stage.score_pairs(config)
+    pq.write_table(pq.read_table(source).slice(0, 3), source, row_group_size=2)
+    stage.score_pairs(config)
+    assert "3 parts of what is no longer in the input are removed" in capsys.readouterr().out
+    scores = Path(config.run_dir) / "scores"
+    assert pd.read_parquet(scores)["prompt"].tolist() == CAPTIONS[:3]
+    assert len(list((scores / "_commits").iterdir())) == len(list(scores.glob("part-*"))) == 2
+    removed = [e for e in storage.read_lines(f"{config.run_dir}/events.jsonl") if e["event"] == "parts_removed"]
+    assert [event["count"] for event in removed] == [3]
+
+
 def job(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "jobs/score.py", *arguments]
     environment = {**os.environ, "RAY_ADDRESS": "local"}  # an instance of its own
@@ -375,12 +399,6 @@ def test_a_run_is_continued_and_a_changed_config_refused(tiny_pipeline, tmp_path
     assert parts[0].stat().st_mtime_ns == kept
     events = [event["event"] for event in storage.read_lines(str(run_dir / "events.jsonl"))]
     assert [events.count(event) for event in ("run_started", "shard_written", "run_finished")] == [2, 4, 2]
-    table = pq.read_table(source)
-    pq.write_table(table.slice(0, 3), source, row_group_size=2)
-    done = job(*command)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "3 parts of what is no longer in the input are removed" in done.stdout
-    assert pd.read_parquet(run_dir / "scores")["prompt"].tolist() == CAPTIONS[:3]
     done = job(*command, "--seed", "1")
     assert done.returncode == 2
     assert "seed was 0 and is 1" in done.stderr
