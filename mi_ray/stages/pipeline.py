@@ -29,6 +29,7 @@ from mi_ray.stages.generate import generate
 from mi_ray.stages.layout import LESS_BASELINE, REFERENCE, baseline_folder, home_of, selects_by, takes_baseline
 from mi_ray.stages.lease import confirm, held
 from mi_ray.stages.select import select
+from mi_ray.stages.status import rough_duration, run_status
 from mi_ray.stages.training_log import check_loggers
 from mi_ray.stages.trial import settle
 
@@ -187,12 +188,16 @@ def _check_alignment(config: RunConfig, *tables: storage.ParquetRows | None):
 # ------------------------------------------------------------------------------------------ running
 @contextmanager
 def timed(config: RunConfig, stage: str):
-    """Log how long a stage took."""
+    """Log how long a stage took, and tell that and how long all others may take."""
     confirm(config.run_dir)
     began = time.monotonic()
     yield
     confirm(config.run_dir)
-    run_folder.log_event(config.run_dir, "stage_finished", stage=stage, seconds=round(time.monotonic() - began, 3))
+    took = time.monotonic() - began
+    run_folder.log_event(config.run_dir, "stage_finished", stage=stage, seconds=round(took, 3))
+    left = run_status(config.run_dir)["seconds_left"]
+    whole = f"; the rest of the run: about {rough_duration(left)}" if left else ""
+    print(f"{stage}: {rough_duration(took)}{whole}", flush=True)
 
 
 def open_run(plan: Plan):

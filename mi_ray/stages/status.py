@@ -213,7 +213,8 @@ def _driver(run_dir: str) -> dict | None:
     return {key: holder[key] for key in ("host", "pid", "since", "seconds")} | {"heard_of_seconds_ago": round(heard, 1)}
 
 
-def _duration(seconds: float | None) -> str:
+def rough_duration(seconds: float | None) -> str:
+    """12 s, 12 min or 12.3 h."""
     if seconds is None:
         return "?"
     minutes, hours = seconds / 60, seconds / 3600
@@ -225,7 +226,7 @@ def status_text(status: dict) -> str:
     rows = [("stage", "model", "state", "done", "left", "error rows", "time left")]
     for s in status["stages"]:
         left = "?" if s["left"] is None else f"{s['left']} {s['unit']}"
-        time_left = "" if s["state"] == "done" else _duration(s["seconds_left"])
+        time_left = "" if s["state"] == "done" else rough_duration(s["seconds_left"])
         rows.append((s["stage"], s["model"], s["state"], str(s["done"]), left, str(s["errors"] or ""), time_left))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -246,5 +247,5 @@ def status_text(status: dict) -> str:
         f" batches halved for want of memory: {status['batch_halvings']}"
     )
     if any(s["state"] != "done" for s in status["stages"]):
-        lines.append(f"time left: {_duration(status['seconds_left'])}, if it runs on as it did")
+        lines.append(f"time left: {rough_duration(status['seconds_left'])}, if it runs on as it did")
     return "\n".join(lines)

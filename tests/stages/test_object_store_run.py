@@ -15,6 +15,7 @@ from mi_ray.stages.status import run_status
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--smoke", "--prompts.limit", "6", "--generate.prompts-per-shard", "1", "--generate.preview-prompts", "0"]
+SMALL += ["--evaluation.limit", "2"]
 WAIT_S = 400
 
 
