@@ -50,6 +50,11 @@ class PairShard:
     name: str
     source: str
 
+    @property
+    def unreadable(self) -> bool:
+        """Whether its file could not be read when it was planned: it holds the reason alone."""
+        return "error" in json.loads(self.source)
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -162,6 +167,8 @@ def _parquet_sources(uri: str, state: list, pairs_per_shard: int, columns: Colum
             storage.check_plain(file.schema_arrow, [*columns.find(file.schema_arrow.names)])
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     except (OSError, ValueError, pa.ArrowException) as error:
+        if storage.is_passing(error):
+            raise
         yield place | {"error": _reason(error)}
         return
     groups, first, count = [], 0, 0

@@ -140,14 +140,13 @@ def missing_parts(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if f"{name}.json" not in present]
 
 
-def remove_parts(folder: str, names: Collection[str]) -> int:
-    """Take parts out of a folder, receipt first, so that a kill leaves none that counts; returns how many."""
+def remove_parts(folder: str, names: Collection[str]):
+    """Take parts out of a folder, receipt first, so that a kill leaves none that counts."""
     committed = set(storage.list_names(storage.join(folder, COMMITS)))
     for name in names:
         if f"{name}.json" in committed:
             storage.delete(storage.join(folder, COMMITS, f"{name}.json"))
         storage.delete(storage.join(folder, name))
-    return len(names)
 
 
 # ------------------------------------------------------------------------------------------ events

@@ -229,9 +229,12 @@ def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
     write_missing(
         "score", config.model, PairActor, constructor, _Shards(shards), folder, config.run_dir, resources, "shard"
     )
-    if stale := run_folder.remove_parts(folder, set(storage.list_tables(folder)) - {*names}):
-        run_folder.log_event(config.run_dir, "parts_removed", folder=SCORES, count=stale)
-        print(f"{stale} parts of what is no longer in the input are removed")
+    # What cannot be read now may have been scored before.
+    stale = set() if any(shard.unreadable for shard in shards) else {*storage.list_tables(folder)} - {*names}
+    run_folder.remove_parts(folder, stale)
+    if stale:
+        run_folder.log_event(config.run_dir, "parts_removed", folder=SCORES, count=len(stale))
+        print(f"{len(stale)} parts of what is no longer in the input are removed")
     storage.write_json(storage.join(folder, run_folder.MANIFEST), {"parts": [{"name": name} for name in names]})
     page, summary = write_audit(config.run_dir, folder, names, config.results_config())
     run_folder.log_event(config.run_dir, "run_finished")

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -364,6 +365,17 @@ def test_what_is_no_longer_in_the_input_is_no_longer_in_the_scores(tiny_pipeline
     assert len(list((scores / "_commits").iterdir())) == len(list(scores.glob("part-*"))) == 2
     removed = [e for e in storage.read_lines(f"{config.run_dir}/events.jsonl") if e["event"] == "parts_removed"]
     assert [event["count"] for event in removed] == [3]
+
+    folder = tmp_path / "input"
+    folder.mkdir()
+    for name in ("one", "two"):
+        shutil.copy(source, folder / f"{name}.parquet")
+    config = config.model_copy(update={"input": str(folder), "run_dir": str(tmp_path / "run")})
+    stage.score_pairs(config)
+    (folder / "two.parquet").write_bytes(b"cannot be read for now")
+    stage.score_pairs(config)
+    sound = pd.read_parquet(tmp_path / "run" / "scores").query("error.isna()")
+    assert sound["prompt"].tolist().count(CAPTIONS[0]) == 2
 
 
 def job(*arguments: str) -> subprocess.CompletedProcess:
