@@ -302,7 +302,7 @@ class ResourcesConfig(Section):
         None,
         gt=0,
         description="an actor that takes longer over a shard is ended, and the shard given to another; none: one that"
-        " does not call the model for half an hour",
+        " does not call the model for an hour",
     )
     lease_s: float = Field(
         40, gt=0, description="a driver on another machine not heard of for so long is taken for dead; one here at once"

@@ -87,8 +87,8 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
         )
     began = content.get("model_commit")
     if began and began != model_commit:
-        message = f"this run began with commit {began} of the model, and it is {model_commit} now"
-        raise ConfigError([f"model.path: {message}; pin it (owner/name@{began}) or give another --run-dir"])
+        message = f"this run began with commit {began} of the model, and this is {model_commit}"
+        raise ConfigError([f"model.path: {message}; leave its revision out or give another --run-dir"])
 
 
 # ------------------------------------------------------------------------------------------ commits

@@ -323,14 +323,16 @@ def model_commit(path: str) -> str | None:
     """The commit of a hub model as it is now; None of a shipped model or a folder.
 
     Raises:
-        ValueError: the hub cannot be asked.
+        ValueError: the hub cannot be asked, or it is a pipeline that is not supported.
     """
     if _local_folder(path) is not None:
         return None
     try:
-        return Path(_snapshot(path, "model_index.json")).name
+        folder = Path(_snapshot(path, "model_index.json"))
+        _refuse(path, _class_faults(_read_json(folder / "model_index.json")))
     except OSError as error:
         raise _not_had(path, error) from error
+    return folder.name
 
 
 def unet_config(path: str) -> dict:

@@ -15,12 +15,19 @@ from tqdm import tqdm
 
 from mi_ray import run_folder, storage
 from mi_ray.alignment.oracle import foreign_prompts
-from mi_ray.config import ModelConfig, PromptsConfig, SamplerConfig, ScoreConfig
-from mi_ray.diffusion.denoisers import Denoiser, check_model, load_denoiser, load_schedule, load_tokenizer
+from mi_ray.config import ModelConfig, PromptsConfig, SamplerConfig, ScoreConfig, pinned
+from mi_ray.diffusion.denoisers import (
+    Denoiser,
+    check_model,
+    load_denoiser,
+    load_schedule,
+    load_tokenizer,
+    model_commit,
+)
 from mi_ray.information.calibration import Band, judge_bands
 from mi_ray.information.pointwise import denoising_errors, draw_probes
 from mi_ray.prompts import read_prompts
-from mi_ray.section import ConfigError, Positive, Section, check_band, collecting
+from mi_ray.section import ConfigError, Positive, Section, check_band, collecting, config_hash
 from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, known_band, measured
 from mi_ray.stages.machine import take_cpus
 from mi_ray.stages.work import Work
@@ -62,6 +69,8 @@ class CalibrationConfig(Section):
         check_band(self.log_snr_min, self.log_snr_max)
         if self.alignment and self.labels:
             raise ValueError("alignment and labels both label the candidates; give one of them")
+        if self.pool and self.labels:
+            raise ValueError("pool is written first, and labels of it are given without it; leave one out")
         if self.use_labels and not (self.alignment or self.labels):
             raise ValueError("use_labels needs labels: set alignment or labels, or leave it out")
         return self
@@ -106,8 +115,8 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     for name, band in chosen.items():
         print(f"{name.replace('_', '-'):<11} {_said(band)}")
     if labels is not None:
-        share = chosen["label_free"].auc / chosen["labelled"].auc
-        print(f"without labels {100 * share:.0f} % of the AUC that labels find")
+        share = 100 * chosen["label_free"].auc / max(chosen["labelled"].auc, 1e-9)
+        print(f"without labels {share:.0f} % of the AUC that labels find")
     band = chosen["labelled" if config.use_labels else "label_free"]
     storage.write_bytes(config.out, _as_yaml(config, band, len(prompts)).encode())
     storage.write_json(config.out + ".bands.json", [asdict(band) for band in bands])
@@ -120,6 +129,8 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
     given, faults, labels = config.prompts, [], None
     with collecting(faults, "model.path"):
         check_model(config.model.path)
+        path = pinned(config.model.path, model_commit(config.model.path))
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
         tokenizer = load_tokenizer(config.model.path)
         with collecting(faults, "log_snr_max"):
             low, high = known_band(config.log_snr_min, config.log_snr_max, load_schedule(config.model.path))
@@ -142,27 +153,46 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
         )
     if config.labels:
         with collecting(faults, "labels"):
-            labels = _read_labels(config.labels)
-            if {prompt_id for prompt_id, _ in labels}.isdisjoint(prompts["prompt_id"].to_pylist()):
-                raise ValueError(f"{config.labels!r} has none of these prompts' candidates; label those of --pool")
+            labels = _read_labels(config.labels, _digest(config))
+            ids = {*prompts["prompt_id"].to_pylist()}
+            by_prompt: dict[str, set[float]] = {}
+            for (prompt_id, candidate), label in labels.items():
+                if prompt_id in ids and candidate < config.candidates_per_prompt and not math.isnan(label):
+                    by_prompt.setdefault(prompt_id, set()).add(label)
+            if not by_prompt:
+                raise ValueError(f"{config.labels!r} labels none of these prompts' candidates; label those of --pool")
+            if config.use_labels and all(len(found) == 1 for found in by_prompt.values()):
+                raise ValueError(f"{config.labels!r} tells no candidate of a prompt from another; give more labels")
     if faults:
         raise ConfigError(faults)
     return config.model_copy(update={"log_snr_min": low, "log_snr_max": high}), prompts, labels
 
 
-def _read_labels(uri: str) -> dict[tuple[str, int], float]:
-    """{(prompt_id, candidate_index): label}.
+def _digest(config: CalibrationConfig) -> str:
+    """Tells the images of one pool from another's."""
+    return config_hash(
+        config.model_dump(mode="json", include={"model": {"path", "dtype"}, "sampler": True, "seed": True})
+    )
+
+
+def _read_labels(uri: str, digest: str) -> dict[tuple[str, int], float]:
+    """{(prompt_id, candidate_index): label}, NaN where there is none.
 
     Raises:
-        ValueError: the file cannot be read or lacks something.
+        ValueError: the file cannot be read, lacks something, or is of another pool.
     """
     try:
-        lines = uri.endswith(".jsonl")
-        rows = storage.read_lines(uri) if lines else storage.read_table(uri, [*_LABEL]).to_pylist()
-        return {(str(row["prompt_id"]), int(row["candidate_index"])): float(row["label"]) for row in rows}
+        if not storage.exists(uri):
+            raise ValueError("it does not exist")
+        rows = storage.read_lines(uri) if uri.endswith(".jsonl") else storage.read_table(uri).to_pylist()
+        places = [(str(row["prompt_id"]), int(row["candidate_index"])) for row in rows]
+        labels = [math.nan if row.get("label") is None else float(row["label"]) for row in rows]
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{uri!r} will not do ({reason}); give rows of {', '.join(_LABEL)}") from error
+    if any(row.get("pool", digest) != digest for row in rows):
+        raise ValueError(f"{uri!r} labels another pool: model, sampler and seed must be those of --pool")
+    return dict(zip(places, labels, strict=True))
 
 
 @torch.inference_mode()
@@ -190,7 +220,7 @@ def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) 
             places = [(prompt_id, c) for prompt_id in ids[some] for c in range(each)]
             written += _write_images(config.pool, images, repeated, places)
     if config.pool:
-        lines = "".join(json.dumps(line) + "\n" for line in written)
+        lines = "".join(json.dumps(line | {"pool": _digest(config)}) + "\n" for line in written)
         storage.write_bytes(storage.join(config.pool, "pool.jsonl"), lines.encode())
         print(f"{len(written)} images and pool.jsonl are in {config.pool}: add `label` to its lines and give --labels")
     index = torch.arange(len(prompts)).repeat_interleave(each)

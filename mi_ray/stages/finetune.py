@@ -175,7 +175,10 @@ def train_loop(settings: dict) -> dict | None:
     config = RunConfig.model_validate(settings["config"])
     tuning, context, device = config.finetune, ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    if lease.superseded(settings["run_dir"], settings["token"]):
+    lost = torch.tensor(float(lease.superseded(settings["run_dir"], settings["token"])), device=device)
+    if workers > 1:  # one that goes on would wait for those that do not
+        dist.all_reduce(lost, dist.ReduceOp.MAX)
+    if lost:
         return None
     refuse = partial(lease.refuse_if_superseded, settings["run_dir"], settings["token"], "the training's state")
     cores = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
@@ -361,6 +364,7 @@ def finetune(config: RunConfig, selected: str, destination: str, previous_adapte
         ).fit()
         if result.return_value is None:
             raise lease.Lost([f"fine-tuning stopped: another driver has taken over {config.run_dir!r}"])
+        lease.refuse_if_superseded(settings["run_dir"], settings["token"], summary)
         write_json(summary, result.return_value)
     if system.get_file_info(storage_path).type != pafs.FileType.NotFound:
         with suppress(FileNotFoundError):  # of GCS, at the end, for a folder that is only in the names of its files

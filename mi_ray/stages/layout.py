@@ -3,7 +3,7 @@
 from pydantic import ValidationError
 
 from mi_ray import storage
-from mi_ray.config import RunConfig, pinned
+from mi_ray.config import RunConfig, pinned, without_revision
 from mi_ray.section import ConfigError
 
 REFERENCE = "reference"  # real renders, evaluated like a model
@@ -38,6 +38,16 @@ def read_content(run_dir: str) -> dict:
         return storage.read_json(storage.join(run_dir, "run.json"))
     except (OSError, ValueError) as error:
         raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
+
+
+def as_it_began(run_dir: str, model: str) -> str:
+    """A model from the hub, pinned to the commit that the run in the folder began with, unless the user pins it."""
+    uri = storage.join(run_dir, "run.json")
+    try:
+        commit = storage.read_json(uri).get("model_commit") if storage.exists(uri) else None
+    except (OSError, ValueError):  # check_run_dir tells of it
+        commit = None
+    return pinned(model, commit) if model == without_revision(model) else model
 
 
 def home_of(run_dir: str, arm: str) -> str:

@@ -5,7 +5,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib import metadata
 from itertools import islice
@@ -26,7 +26,15 @@ from mi_ray.stages.candidates import NEIGHBOUR_POOL, probed_band
 from mi_ray.stages.evaluate import evaluate
 from mi_ray.stages.finetune import check_targets, finetune, take_off_baseline
 from mi_ray.stages.generate import generate
-from mi_ray.stages.layout import LESS_BASELINE, REFERENCE, baseline_folder, home_of, selects_by, takes_baseline
+from mi_ray.stages.layout import (
+    LESS_BASELINE,
+    REFERENCE,
+    as_it_began,
+    baseline_folder,
+    home_of,
+    selects_by,
+    takes_baseline,
+)
 from mi_ray.stages.lease import confirm, held
 from mi_ray.stages.select import select
 from mi_ray.stages.status import rough_duration, run_status
@@ -51,15 +59,16 @@ class Plan:
         tokenizer = self.model_commit = None
         with collecting(faults, "model.path"):
             check_model(config.model.path)
-            self.model_commit = model_commit(config.model.path)
+            path = as_it_began(config.run_dir, config.model.path)
+            self.model_commit = model_commit(path)
             # Every actor loads this commit, though the hub may get another one before it starts.
-            model = config.model.model_copy(update={"path": pinned(config.model.path, self.model_commit)})
+            model = config.model.model_copy(update={"path": pinned(path, self.model_commit)})
             self.config = config = config.model_copy(update={"model": model})
             tokenizer = load_tokenizer(config.model.path)
         with collecting(faults):
             check_loggers(config.finetune.log_to)
         if tokenizer:
-            with collecting(faults):
+            with collecting(faults, "model.path"):
                 check_targets(config)
             with collecting(faults, "score"):
                 probed_band(config.score, load_schedule(config.model.path))
@@ -195,8 +204,10 @@ def timed(config: RunConfig, stage: str):
     confirm(config.run_dir)
     took = time.monotonic() - began
     run_folder.log_event(config.run_dir, "stage_finished", stage=stage, seconds=round(took, 3))
-    left = run_status(config.run_dir)["seconds_left"]
-    whole = f"; the rest of the run: about {rough_duration(left)}" if left else ""
+    left = None
+    with suppress(OSError, ValueError, KeyError, ConfigError):  # an estimate ends no run
+        left = run_status(config.run_dir)["seconds_left"]
+    whole = f"; the rest of the whole pipeline: about {rough_duration(left)}" if left else ""
     print(f"{stage}: {rough_duration(took)}{whole}", flush=True)
 
 

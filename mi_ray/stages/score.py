@@ -27,8 +27,8 @@ from mi_ray.section import ConfigError, collecting
 from mi_ray.stages import lease
 from mi_ray.stages.candidates import encode_png, probed_band
 from mi_ray.stages.cost import score_evaluations
-from mi_ray.stages.layout import SCORES
-from mi_ray.stages.machine import take_share
+from mi_ray.stages.layout import SCORES, as_it_began
+from mi_ray.stages.machine import take_cpus, take_share
 from mi_ray.stages.pair_config import ScorePairsConfig
 from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
 from mi_ray.stages.shards import Committer, Patience, whole_or_one_by_one, write_missing
@@ -54,7 +54,8 @@ class PairActor:
         self.scorer = PairScorer(self.denoiser, config.score, config.resources.batch_size, config.seed, config.words)
         self.size = model_image_size(self.denoiser)
         self.commit = Committer(storage.join(config.run_dir, SCORES), config.run_dir, token)
-        self.patience = Patience(config.resources.shard_timeout_s, lambda: self.denoiser.calls)
+        self.pairs = 0  # looked at so far: many may come one after the other that are not scored
+        self.patience = Patience(config.resources.shard_timeout_s, lambda: self.denoiser.calls + self.pairs)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         shard = PairShard(int(batch["index"][0]), str(batch["name"][0]), str(batch["source"][0]))
@@ -82,6 +83,7 @@ class PairActor:
             yield [self._row(pair) for pair in chunk]
 
     def _row(self, pair: Pair) -> dict:
+        self.pairs += 1
         row = dict.fromkeys(schemas.SCORED.names) | {"key": pair.key, "prompt": pair.prompt, "error": pair.error}
         if row["error"] is None:
             try:
@@ -165,8 +167,9 @@ def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
     commit = None
     with collecting(faults, "model"):
         check_model(config.model)
-        commit = model_commit(config.model)
-        config = config.model_copy(update={"model": pinned(config.model, commit)})
+        path = as_it_began(config.run_dir, config.model) if config.run_dir else config.model
+        commit = model_commit(path)
+        config = config.model_copy(update={"model": pinned(path, commit)})
         load_tokenizer(config.model)
         with collecting(faults, "score"):
             probed_band(config.score, load_schedule(config.model))
@@ -307,10 +310,16 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
         config, _ = _checked(config)
         shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
         evaluations = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
-        each = try_fitting(load_denoiser(config.model, config.dtype), _batch_size(config)).seconds_per_evaluation
+        take_cpus(config.resources.cpus_per_actor)
+        denoiser = load_denoiser(config.model, config.dtype)
+        each = try_fitting(denoiser, _batch_size(config)).seconds_per_evaluation
         print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations a pair, words not counted:")
         print(f"{evaluations * each:.3f} s a pair at {1e3 * each:.2f} ms an evaluation, measured here, one actor alone")
-        if (price := config.resources.price_per_gpu_hour) is not None:
-            print(f"at {price:g} a GPU-hour: {1e6 * evaluations * each / 3600 * price:,.2f} a million pairs")
+        price, share = config.resources.price_per_gpu_hour, config.resources.gpus_per_actor
+        if price is not None and share:
+            hours = 1e6 * evaluations * each / 3600 * max(1, 1 if share == "auto" else share)
+            print(f"a million pairs: {hours:,.1f} GPU-hours at {price:g} each: {hours * price:,.2f}")
+            if denoiser.device.type == "cpu":
+                print("at the speed of this machine's CPU: a machine with that GPU tells its own")
     else:
         score_pairs(config)

@@ -26,8 +26,8 @@ from mi_ray.stages import lease
 from mi_ray.stages.metrics import StageMetrics
 from mi_ray.stages.work import Work
 
-STALLED_S = 1800.0  # without a call of the model; torch.compile and the largest batches take less
-START_FAILURES = 3  # one after the other, of an actor pool, or one of each actor if they are more
+STALLED_S = 3600.0  # without a call of the model; torch.compile and a large batch on a CPU take less
+START_FAILURES = 3  # that are forgiven of an actor pool, one after the other, or one of each actor if they are more
 MAX_BLOCKS = 4096  # of Ray Data, which keeps some kilobytes of each; with more shards a block holds several
 Rows = Callable[[Shard, list[int], Work], list[dict]]  # of the prompts at these positions of the shard
 FACTS = {  # of a shard's receipt, which its event repeats

@@ -40,12 +40,14 @@ class _Events:
     def __init__(self, run_dir: str):
         self.prompts: dict[str, int] = {}  # by stage, those used
         self.planned: dict[str, int] = {}  # by folder: shards
-        self.times: dict[str, list[float]] = defaultdict(list)  # by folder: when the latest shards were written
+        self.left: dict[str, int] = {}  # by folder: shards that the last driver found missing and has not written
+        # By folder: when a driver began with it (False), and when the latest shards were written (True).
+        self.times: dict[str, list[tuple[float, bool]]] = defaultdict(list)
         self.errors: dict[str, dict[str, int]] = defaultdict(dict)  # by folder: of the shards that have any
         self.spent: dict[str, int] = defaultdict(int)  # by folder: evaluations
         self.shards: dict[str, int] = defaultdict(int)  # by folder: how often one was written
         self.shard_seconds = 0.0
-        self.starts: list[float] = []  # of its drivers
+        self.sessions, self.finished = 0, False
         self.skipped: dict[tuple[str, str], int] = {}
         self.restarts, self.halvings = 0, 0
         self.last: dict | None = None
@@ -54,13 +56,16 @@ class _Events:
             if kind == "shard_written":
                 self._shard_written(event)
             elif kind == "shards_planned":
-                self.planned[event["folder"]] = event["shards"]
+                self.planned[event["folder"]], self.left[event["folder"]] = event["shards"], event["missing"]
+                self._note(event["folder"], event["time"], False)
             elif kind == "prompts_read":
                 self.prompts[event["stage"]] = event["used"]
             elif kind == "prompt_skipped":
                 self.skipped[event["prompt"], event["message"]] = event.get("count", 1)  # every session says it again
             elif kind == "run_started":
-                self.starts.append(event["time"])
+                self.sessions, self.finished = self.sessions + 1, False
+            elif kind == "run_finished":
+                self.finished = True
 
     def _shard_written(self, event: dict):
         folder = event.get("folder")
@@ -69,17 +74,22 @@ class _Events:
         self.shard_seconds += event["seconds"]
         self.restarts += event.get("actor_restarts", 0)
         self.halvings += event.get("batch_halvings", 0)
-        times, errors = self.times[folder], self.errors[folder]
-        insort(times, event["time"])
-        del times[:-RECENT]
+        if self.left.get(folder):
+            self.left[folder] -= 1
+        self._note(folder, event["time"], True)
+        errors = self.errors[folder]
         errors.pop(event["shard"], None)
         if event["errors"]:
             errors[event["shard"]] = event["errors"]
 
+    def _note(self, folder: str, time: float, written: bool):
+        insort(self.times[folder], (time, written))
+        del self.times[folder][:-RECENT]
+
     @property
     def seconds_per_evaluation(self) -> float | None:
         """Of all actors together, at the pace of their shards; of one actor as long as no folder has a pace."""
-        paces = {folder: _pace(times, self.starts) for folder, times in self.times.items()}
+        paces = {folder: _pace(times) for folder, times in self.times.items()}
         known = [folder for folder, pace in paces.items() if pace is not None and self.spent[folder]]
         if known:
             return sum(paces[f] * self.shards[f] for f in known) / sum(self.spent[f] for f in known)
@@ -87,14 +97,14 @@ class _Events:
         return self.shard_seconds / spent if spent else None
 
 
-def _pace(times: list[float], starts: list[float]) -> float | None:
-    """Seconds a unit, of the latest ones and without the pauses in which a driver was started again.
+def _pace(times: list[tuple[float, bool]]) -> float | None:
+    """Seconds a shard, of the latest ones: from when a driver began, or from the shard before, without the pauses in
+    which there was no driver. Shards that come at the same time, since as many actors began with them, share that time.
 
     Args:
-        times: when each was done, rising.
-        starts: when drivers started.
+        times: in order, when a driver began (False) and when a shard was written (True).
     """
-    gaps = [b - a for a, b in pairwise(times) if not any(a < start <= b for start in starts)]
+    gaps = [after - before for (before, _), (after, written) in pairwise(times) if written]
     return sum(gaps) / len(gaps) if gaps else None
 
 
@@ -105,7 +115,7 @@ def _shards(folder: str, stage: str, model: str, planned: int | None, events: _E
     if storage.exists(storage.join(folder, run_folder.MANIFEST)):
         planned = done
     left = None if planned is None else max(0, planned - done)
-    pace = _pace(events.times[here], events.starts)
+    pace = _pace(events.times[here])
     seconds = 0.0 if left == 0 else left * pace if left is not None and pace is not None else None
     return StageStatus(stage, model, "shards", done, left, sum(events.errors[here].values()), seconds)
 
@@ -147,10 +157,12 @@ def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
 
 def _pair_stages(run_dir: str, model: str, events: _Events) -> list[StageStatus]:
     """Of a run of jobs/score.py."""
-    folder, planned = storage.join(run_dir, SCORES), events.planned.get(SCORES)
-    written = storage.exists(storage.join(run_dir, "audit", "index.html"))
-    scored = _shards(folder, "score", model, planned, events, run_dir)
-    return [scored, StageStatus("audit", "all", "page", int(written), int(not written), 0, 0.0)]
+    planned, left, pace = events.planned.get(SCORES), events.left.get(SCORES), _pace(events.times[SCORES])
+    # Not by the receipts: those of what has left the input are there until the end.
+    done = 0 if planned is None else planned - left
+    seconds = 0.0 if left == 0 else None if left is None or pace is None else left * pace
+    scored = StageStatus("score", model, "shards", done, left, sum(events.errors[SCORES].values()), seconds)
+    return [scored, StageStatus("audit", "all", "page", int(events.finished), int(not events.finished), 0, 0.0)]
 
 
 def _with_estimates(stages: list[StageStatus], config: RunConfig, events: _Events) -> list[StageStatus]:
@@ -196,7 +208,7 @@ def run_status(run_dir: str) -> dict:
         "seconds_left": None if None in lefts else sum(lefts),
         "error_rows": sum(status.errors for status in stages),
         "prompts_skipped": sum(events.skipped.values()),
-        "sessions": len(events.starts),
+        "sessions": events.sessions,
         "actor_restarts": events.restarts,
         "batch_halvings": events.halvings,
         "last_event": events.last,

@@ -136,9 +136,10 @@ class TrainingLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object):
+        if kind is not None and issubclass(kind, lease.Lost):
+            return  # another driver's training logs to the same places
         try:
-            if kind is None or not issubclass(kind, lease.Lost):
-                self.flush()
+            self.flush()
         finally:
             for tracker in self.trackers:
                 tracker.close()

@@ -70,6 +70,8 @@ def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
             return try_batch(denoiser, batch_size)
         except torch.OutOfMemoryError:
             batch_size //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the batch took would count as the next one's
     raise ConfigError(["model.path: not even a batch of one candidate fits into memory; take a larger GPU"])
 
 

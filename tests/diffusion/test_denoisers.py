@@ -290,9 +290,18 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(hub, tmp_path):
     assert begun.config.model.path == "me/tiny@" + "2" * 40
     open_run(begun)
     (hub / "refs" / "main").write_text("1" * 40)
-    with pytest.raises(ConfigError, match=f"began with commit {'2' * 40} .*, and it is {'1' * 40} now; pin it"):
-        plan()
+    assert plan().config.model.path == "me/tiny@" + "2" * 40
     assert plan("me/tiny@" + "2" * 40).config.hash() == begun.config.hash()
+    with pytest.raises(ConfigError, match=f"began with commit {'2' * 40} of the model, and this is {'1' * 40}"):
+        plan("me/tiny@main")
+
+
+def test_a_hub_model_of_another_kind_is_told_before_anything_starts(hub, tmp_path):
+    index = hub / "snapshots" / ("2" * 40) / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    smoke = ["--config", "jobs/configs/shapes-smoke.yaml", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(ConfigError, match=r"model\.path: .*is a FluxPipeline, which is not supported"):
+        Plan(load_config([*smoke, "--model.path", "me/tiny"])[0])
 
 
 def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):

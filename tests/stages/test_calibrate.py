@@ -18,13 +18,13 @@ from mi_ray.stages import calibrate as stage
 from mi_ray.stages.calibrate import CalibrationConfig, _read_labels, calibrate
 
 ROOT = Path(__file__).parents[2]
+SMOKE = ["--config", "jobs/configs/calibrate-smoke.yaml"]
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> CalibrationConfig:
     monkeypatch.chdir(ROOT)
-    smoke = ["--config", "jobs/configs/calibrate-smoke.yaml", "--out", str(tmp_path / "band.yaml")]
-    return load_config(smoke, model=CalibrationConfig)[0]
+    return load_config([*SMOKE, "--out", str(tmp_path / "band.yaml")], model=CalibrationConfig)[0]
 
 
 def test_the_pipeline_takes_the_band_that_is_found(config, tmp_path, capsys):
@@ -76,24 +76,37 @@ def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
     lines = lines.sample(frac=1, random_state=0)
     lines.to_json(file, orient="records", lines=True)
     lines.to_parquet(table)
-    assert _read_labels(str(file)) == _read_labels(str(table))
+    digest = lines["pool"][0]
+    assert _read_labels(str(file), digest) == _read_labels(str(table), digest)
     calibrate(config.model_copy(update={"alignment": None, "labels": str(file)}))
     own = capsys.readouterr().out
     told = [line for line in by_oracle.splitlines() if line.startswith(("label", "without"))]
     assert len(told) == 3
     assert told == [line for line in own.splitlines() if line.startswith(("label", "without"))]
+    with pytest.raises(ConfigError, match="labels another pool"):
+        calibrate(config.model_copy(update={"alignment": None, "labels": str(file), "seed": 1}))
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("", "none of these prompts' candidates"),
-        ('{"prompt_id": "a", "candidate_index": 0, "label": 1}', "none of these prompts' candidates"),
-        ('{"prompt_id": "a", "candidate_index": 0}', "no 'label'"),
+        (None, "does not exist"),
+        ("", "labels none of these prompts' candidates"),
+        ('{"prompt_id": "a", "candidate_index": 0, "label": 1}', "labels none of these prompts' candidates"),
+        ('{"prompt_id": "a", "label": 1}', "no 'candidate_index'"),
+        ('{"prompt_id": "a", "candidate_index": 0}', "labels none of these prompts' candidates"),
         ('{"prompt_id": "a", "candidate_index": 0, "label": "good"}', "could not convert"),
     ],
 )
 def test_labels_that_will_not_do_are_told(config, tmp_path, content, told):
-    (tmp_path / "labels.jsonl").write_text(content)
+    if content is not None:
+        (tmp_path / "labels.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=f"labels: .*{told}"):
         calibrate(config.model_copy(update={"alignment": None, "labels": str(tmp_path / "labels.jsonl")}))
+
+
+def test_a_pool_is_not_written_over_its_labels(config):
+    with pytest.raises(ConfigError, match="pool is written first"):
+        load_config(
+            [*SMOKE, "--alignment=none", "--pool", "pool", "--labels", "pool/pool.jsonl"], model=CalibrationConfig
+        )

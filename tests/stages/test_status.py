@@ -15,6 +15,7 @@ from mi_ray.stages.cost import evaluations
 from mi_ray.stages.status import _pace, run_status, status_text
 
 ROOT = Path(__file__).parents[2]
+PACE = ((110 - 101) + (120 - 110) + (1130 - 1101)) / 3  # seconds a shard of the fixture's two drivers
 FACTS = {"rows": 4, "denoiser_evaluations": 100, "score_evaluations": 20, "seconds": 2.0}
 
 
@@ -35,6 +36,8 @@ def run_dir(tmp_path) -> str:
     candidates = storage.join(uri, "round-0", "candidates")
     for session in range(2):
         run_folder.log_event(uri, "run_started", time=100.0 + 1000 * session)
+        planned = {"folder": "round-0/candidates", "shards": 5, "missing": 5 - 2 * session}
+        run_folder.log_event(uri, "shards_planned", time=101.0 + 1000 * session, **planned)
         run_folder.log_event(uri, "prompts_read", stage="train", used=9, skipped=1, read=10)
         run_folder.log_event(uri, "prompts_read", stage="evaluation", used=3, skipped=1, read=4)
         run_folder.log_event(uri, "prompt_skipped", prompt="too long", stage="prompts", message="99 tokens")
@@ -68,16 +71,18 @@ def test_done_left_and_failed_are_counted(run_dir):
 
 
 def test_the_pace_leaves_out_the_pause_between_two_drivers(run_dir):
-    assert _pace([10.0, 20.0, 30.0, 2000.0, 2010.0], [0.0, 1990.0]) == 10.0
-    assert _pace([10.0, 10.0, 70.0, 70.0, 130.0], [0.0]) == 30.0  # two actors in step
-    assert _pace([10.0], []) is None
+    written = [(moment, True) for moment in (10.0, 20.0, 30.0)]
+    assert _pace([(0.0, False), *written, (1990.0, False), (2000.0, True)]) == 10.0
+    assert _pace([(0.0, False), *[(600.0, True)] * 8]) == 75.0  # eight actors in step
+    assert _pace([(0.0, False)]) is None
+    assert _pace([(10.0, True)]) is None
     stages = by_name(run_status(run_dir))
-    assert stages["generate", "tuned, round 0"]["seconds_left"] == pytest.approx(2 * 10.0)
+    assert stages["generate", "tuned, round 0"]["seconds_left"] == pytest.approx(2 * PACE)
 
 
 def test_stages_that_have_not_begun_are_estimated_by_their_evaluations(run_dir):
     stages = by_name(run_status(run_dir))
-    each = 10.0 / 120  # seconds a denoiser evaluation, all actors together
+    each = PACE / 120  # seconds a denoiser evaluation, all actors together
     images = 3 * 10 * (2 * 50 + 2 * 12)  # prompts, seeds, DDIM's and PMI's evaluations
     assert stages["evaluate", "base"]["seconds_left"] == pytest.approx(each * images)
 
@@ -110,6 +115,30 @@ def test_why_the_last_driver_failed_is_told(run_dir):
     assert "failed" not in status_text(run_status(run_dir))
     run_folder.log_event(run_dir, "run_failed", error="ConfigError: the disk is full")
     assert "the last driver failed: ConfigError: the disk is full" in status_text(run_status(run_dir))
+
+
+def test_a_continued_run_of_pairs_is_not_done_before_its_end(tmp_path):
+    """Of three shards one was scored by an earlier driver, whose manifest and stale receipt are still there."""
+    uri = str(tmp_path)
+    storage.write_json(storage.join(uri, "run.json"), {"config": {"input": "a", "model": "b"}, "config_hash": "0"})
+    storage.write_json(storage.join(uri, "scores", run_folder.MANIFEST), {})
+    for part in ("kept", "stale"):
+        storage.create_bytes(storage.join(uri, "scores", run_folder.COMMITS, f"{part}.parquet.json"), b"{}")
+
+    def states() -> list[tuple]:
+        return [(s["done"], s["left"], s["state"]) for s in run_status(uri)["stages"]]
+
+    run_folder.log_event(uri, "run_started")
+    run_folder.log_event(uri, "run_finished")
+    run_folder.log_event(uri, "run_started")
+    assert states()[0] == (0, None, "to do")
+    run_folder.log_event(uri, "shards_planned", folder="scores", shards=3, missing=2)
+    assert states() == [(1, 2, "under way"), (0, 1, "to do")]
+    for part in ("one", "two"):
+        run_folder.log_event(uri, "shard_written", folder="scores", shard=part, errors=0, **FACTS)
+    assert states() == [(3, 0, "done"), (0, 1, "to do")]
+    run_folder.log_event(uri, "run_finished")
+    assert states() == [(3, 0, "done"), (1, 0, "done")]
 
 
 def test_a_folder_without_a_run_is_told(tmp_path):
