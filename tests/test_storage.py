@@ -3,8 +3,8 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -168,7 +168,7 @@ def test_google_cloud_storage_is_asked_again_too(name, gcs_server, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1 << 10, 20 << 20])
-def test_an_interrupted_write_leaves_what_was_there(root, size):
+def test_an_interrupted_write_leaves_what_was_there(root, size, tmp_path):
     """Also of a file so large that it is put in pieces. Interrupted is the main thread, whoever reads the file."""
     if "://" not in root:
         pytest.skip("a local file is renamed when it is whole")
@@ -181,15 +181,17 @@ def test_an_interrupted_write_leaves_what_was_there(root, size):
                 time.sleep(0.1)
             return super().read(wanted)
 
-    with tempfile.NamedTemporaryFile() as source:
-        source.write(bytes(size))
-        source.flush()
+    (source := tmp_path / "source").write_bytes(bytes(size))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray leaves one of its own
+    try:
         for before in (None, b"whole"):
-            with Cut(source.name) as content, pytest.raises(KeyboardInterrupt):
+            with Cut(source) as content, pytest.raises(KeyboardInterrupt):
                 storage.put(uri, content)
             there = storage.read_bytes(uri) if storage.exists(uri) else None
             assert there in (before, bytes(size))
             storage.write_bytes(uri, b"whole")
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_large_files_are_created_once_too(root):
