@@ -240,7 +240,7 @@ def load_schedule(path: str) -> NoiseSchedule:
     Raises:
         ValueError: if the model has none that is supported, or the hub cannot be asked.
     """
-    config, fault = _part_config(_folder_with(path, "scheduler"), "scheduler")
+    config, fault = _part_config(_folder_with(path, "scheduler/*"), "scheduler")
     if config is None:
         _refuse(path, [fault])
     return NoiseSchedule.from_config(config)
@@ -252,7 +252,7 @@ def load_tokenizer(path: str) -> CLIPTokenizer:
     Raises:
         ValueError: if the model has none, or the hub cannot be asked.
     """
-    folder = _folder_with(path, "tokenizer")
+    folder = _folder_with(path, "tokenizer/*")
     _refuse(path, _vocabulary_faults(folder))
     return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
 
@@ -302,21 +302,16 @@ def _local_folder(path: str) -> Path | None:
     return folder if path in SHIPPED or folder.is_dir() else None
 
 
-def _folder_with(path: str, part: str) -> Path:
-    """A folder that holds one part of the model; of a hub id, nothing else is fetched."""
+def _folder_with(path: str, pattern: str) -> Path:
+    """A folder that holds some files of the model; of a hub id, named by its commit, nothing else is fetched."""
     folder = _local_folder(path)
     if folder is not None:
         return folder
+    name, revision = _HUB_ID.fullmatch(path).groups()
     try:
-        return Path(_snapshot(path, f"{part}/*"))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[pattern]))
     except OSError as error:
         raise _not_had(path, error) from error
-
-
-def _snapshot(path: str, pattern: str) -> str:
-    """The folder in the hub's cache, named by its commit, in which those files of a hub model lie."""
-    name, revision = _HUB_ID.fullmatch(path).groups()
-    return snapshot_download(name, revision=revision, allow_patterns=[pattern])
 
 
 def model_commit(path: str) -> str | None:
@@ -327,11 +322,8 @@ def model_commit(path: str) -> str | None:
     """
     if _local_folder(path) is not None:
         return None
-    try:
-        folder = Path(_snapshot(path, "model_index.json"))
-        _refuse(path, _class_faults(_read_json(folder / "model_index.json")))
-    except OSError as error:
-        raise _not_had(path, error) from error
+    folder = _folder_with(path, "model_index.json")
+    _refuse(path, _index_faults(folder))
     return folder.name
 
 
@@ -341,11 +333,7 @@ def unet_config(path: str) -> dict:
     Raises:
         ValueError: the model has none, or the hub cannot be asked.
     """
-    try:
-        folder = _local_folder(path) or Path(_snapshot(path, f"unet/{_CONFIGS['unet']}"))
-    except OSError as error:
-        raise _not_had(path, error) from error
-    config, fault = _part_config(folder, "unet")
+    config, fault = _part_config(_folder_with(path, f"unet/{_CONFIGS['unet']}"), "unet")
     if config is None:
         _refuse(path, [fault])
     return config
@@ -401,15 +389,19 @@ def _class_faults(index: dict) -> list[str]:
     ]
 
 
-def _folder_faults(folder: Path) -> list[str]:
-    """One line for each thing that is wrong with a diffusers folder."""
+def _index_faults(folder: Path) -> list[str]:
+    """One line for each thing that is wrong with a folder's model_index.json."""
     try:
-        index = _read_json(folder / "model_index.json")
+        return _class_faults(_read_json(folder / "model_index.json"))
     except FileNotFoundError:
         return ["has no model_index.json; give a folder that a diffusers pipeline's save_pretrained wrote"]
     except ValueError as error:
         return [f"has a model_index.json that is not JSON ({error}); fetch it again"]
-    if faults := _class_faults(index):
+
+
+def _folder_faults(folder: Path) -> list[str]:
+    """One line for each thing that is wrong with a diffusers folder."""
+    if faults := _index_faults(folder):
         return faults
     configs = {}
     for part in _CONFIGS:

@@ -34,12 +34,12 @@ class Evaluator:
         if adapter:
             merged = storage.local_folder(adapter)
             drawing = load_denoiser(config.model.path, config.model.dtype, adapter=merged, beside=self.base)
-        self.sampler = Sampler(drawing, evaluation.sampler, batch_size, config.model.kernel)
-        judged = config.score.model_copy(update={"names": ("pmi",)})
-        self.scorer = Scorer(self.base, judged, batch_size, config.seed, []) if evaluation.pmi else None
         models = {id(d): d for d in (self.base, drawing)}.values()
         for denoiser in models:
             specialise(denoiser, config.model, batch_size)
+        self.sampler = Sampler(drawing, evaluation.sampler, batch_size, config.model.kernel)
+        judged = config.score.model_copy(update={"names": ("pmi",)})
+        self.scorer = Scorer(self.base, judged, batch_size, config.seed, []) if evaluation.pmi else None
 
         def calls() -> int:
             return sum(denoiser.calls for denoiser in models)

@@ -362,8 +362,7 @@ def finetune(config: RunConfig, selected: str, destination: str, previous_adapte
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         ).fit()
-        if result.return_value is None:
-            raise lease.Lost([f"fine-tuning stopped: another driver has taken over {config.run_dir!r}"])
+        # Also where the workers have ended because of it, and there is no summary.
         lease.refuse_if_superseded(settings["run_dir"], settings["token"], summary)
         write_json(summary, result.return_value)
     if system.get_file_info(storage_path).type != pafs.FileType.NotFound:

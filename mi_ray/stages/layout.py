@@ -42,10 +42,9 @@ def read_content(run_dir: str) -> dict:
 
 def as_it_began(run_dir: str, model: str) -> str:
     """A model from the hub, pinned to the commit that the run in the folder began with, unless the user pins it."""
-    uri = storage.join(run_dir, "run.json")
     try:
-        commit = storage.read_json(uri).get("model_commit") if storage.exists(uri) else None
-    except (OSError, ValueError):  # check_run_dir tells of it
+        commit = read_content(run_dir).get("model_commit")
+    except ConfigError:  # it has not begun, or check_run_dir tells what is wrong
         commit = None
     return pinned(model, commit) if model == without_revision(model) else model
 

@@ -115,9 +115,13 @@ def _shards(folder: str, stage: str, model: str, planned: int | None, events: _E
     if storage.exists(storage.join(folder, run_folder.MANIFEST)):
         planned = done
     left = None if planned is None else max(0, planned - done)
-    pace = _pace(events.times[here])
+    return _of_shards(stage, model, done, left, events, here)
+
+
+def _of_shards(stage: str, model: str, done: int, left: int | None, events: _Events, folder: str) -> StageStatus:
+    pace, errors = _pace(events.times[folder]), sum(events.errors[folder].values())
     seconds = 0.0 if left == 0 else left * pace if left is not None and pace is not None else None
-    return StageStatus(stage, model, "shards", done, left, sum(events.errors[here].values()), seconds)
+    return StageStatus(stage, model, "shards", done, left, errors, seconds)
 
 
 def _finetune(folder: str, model: str, steps: int) -> StageStatus:
@@ -157,11 +161,10 @@ def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
 
 def _pair_stages(run_dir: str, model: str, events: _Events) -> list[StageStatus]:
     """Of a run of jobs/score.py."""
-    planned, left, pace = events.planned.get(SCORES), events.left.get(SCORES), _pace(events.times[SCORES])
+    planned, left = events.planned.get(SCORES), events.left.get(SCORES)
     # Not by the receipts: those of what has left the input are there until the end.
     done = 0 if planned is None else planned - left
-    seconds = 0.0 if left == 0 else None if left is None or pace is None else left * pace
-    scored = StageStatus("score", model, "shards", done, left, sum(events.errors[SCORES].values()), seconds)
+    scored = _of_shards("score", model, done, left, events, SCORES)
     return [scored, StageStatus("audit", "all", "page", int(events.finished), int(not events.finished), 0, 0.0)]
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import ray
 import torch
@@ -13,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mi_ray.config import ModelConfig, ResourcesConfig
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
+from mi_ray.diffusion.fitting import fitting
 from mi_ray.section import ConfigError
 from mi_ray.stages.candidates import specialise
 from mi_ray.stages.machine import take_share
@@ -65,14 +67,12 @@ def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
     Raises:
         ConfigError: not even one candidate fits.
     """
-    while batch_size:
-        try:
-            return try_batch(denoiser, batch_size)
-        except torch.OutOfMemoryError:
-            batch_size //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what the batch took would count as the next one's
-    raise ConfigError(["model.path: not even a batch of one candidate fits into memory; take a larger GPU"])
+    tried = SimpleNamespace(batch_size=batch_size)
+    try:
+        return fitting(tried, lambda: try_batch(denoiser, tried.batch_size))
+    except torch.OutOfMemoryError as error:
+        message = "model.path: not even a batch of one candidate fits into memory; take a larger GPU"
+        raise ConfigError([message]) from error
 
 
 def sweep(denoiser: Denoiser) -> list[Trial]:
