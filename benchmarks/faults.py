@@ -19,8 +19,9 @@ from pydantic import Field, PositiveInt
 from safetensors.numpy import load
 from surroundings import Nodes, flaky_store, head, nodes, small_disk
 
-from mi_ray import run_folder, storage
-from mi_ray.stages import lease
+from mi_ray import storage
+from mi_ray.runs import folder as run_folder
+from mi_ray.runs import lease
 
 SHARDS = 8  # of the generation
 STEPS, EVERY, BATCH, BATCHES = 12, 4, 3, 2  # of the training: optimiser steps, checkpoints, rows, and batches in a step

@@ -14,11 +14,11 @@ from pathlib import Path
 import ray
 import torch
 
-from mi_ray.command_line import run_command
-from mi_ray.stages import finetune as finetune_stage
+from mi_ray.config.command_line import run_command
 from mi_ray.stages import generate as stage
 from mi_ray.stages.preflight import run_or_describe
 from mi_ray.storage import create_bytes
+from mi_ray.training import loop as finetune_stage
 
 FOLDER, FAULT = Path(os.environ["FAULT_FOLDER"]), os.environ.get("FAULT")
 STEP, UNTIL = int(os.environ.get("FAULT_STEP", "0")), os.environ.get("FAULT_UNTIL", "generate")
@@ -57,7 +57,7 @@ class FaultyGenerator(stage.CandidateGenerator):
 def faulty_train_loop(settings: dict) -> dict | None:
     """Notes every optimiser step that is begun, and kills its process, or waits: for its node to be taken, or for
     the second worker, with which all are started again."""
-    from mi_ray.stages import finetune as module
+    from mi_ray.training import loop as module
 
     optimizer_step, calls = module.optimizer_step, []
     context = ray.train.get_context()

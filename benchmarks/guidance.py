@@ -18,13 +18,13 @@ from tqdm import tqdm
 from mi_ray import storage
 from mi_ray.alignment.oracle import measure
 from mi_ray.config import RunConfig
+from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import UNetDenoiser, load_denoiser
-from mi_ray.prompts import read_prompts
+from mi_ray.inputs.prompts import read_prompts
 from mi_ray.report.statistics import paired_difference, prompt_mean
-from mi_ray.section import ConfigError
-from mi_ray.stages.candidates import Sampler, derived_seed
-from mi_ray.stages.layout import SUMMARY, final_adapter, read_run
-from mi_ray.stages.work import Work
+from mi_ray.runs.layout import SUMMARY, final_adapter, read_run
+from mi_ray.scoring.sampler import Sampler, derived_seed
+from mi_ray.scoring.work import Work
 
 SMOKE_PROMPTS, SMOKE_IMAGES, SMOKE_SCALES = 6, 2, (2.0,)
 PROMPTS_AT_A_TIME = 16

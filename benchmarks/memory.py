@@ -14,15 +14,16 @@ import ray
 from gates import ROOT, Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveInt
 
-from mi_ray import schemas, storage
+from mi_ray import storage
 from mi_ray.config import RunConfig
+from mi_ray.inputs.shard_plan import Shard
 from mi_ray.report.page import write_report
-from mi_ray.shard_plan import Shard
+from mi_ray.runs.status import run_status
 from mi_ray.stages import generate as stage
 from mi_ray.stages.pipeline import Plan, open_run
-from mi_ray.stages.select import select
 from mi_ray.stages.shards import ShardWriter
-from mi_ray.stages.status import run_status
+from mi_ray.storage import tables
+from mi_ray.training.select import select
 
 MB = 2**20
 CANDIDATES = 2  # of a prompt: as little work as a pool can be
@@ -87,7 +88,7 @@ class MadeUpGenerator:
         token: int | None = None,
     ):
         config = RunConfig.model_validate(config)
-        schema = schemas.candidates_schema(config.score.names)
+        schema = tables.candidates_schema(config.score.names)
         self.empty = dict.fromkeys(schema.names)
         self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token, lambda: 0)
 

@@ -19,13 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mi_ray.alignment.oracle import measure
-from mi_ray.command_line import load_config
 from mi_ray.config import PruneConfig, SamplerConfig, ScoreConfig, ScoreName
+from mi_ray.config.command_line import load_config
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
-from mi_ray.prompts import read_prompts
-from mi_ray.stages.candidates import Pool, Sampler, Scorer, derived_seed
-from mi_ray.stages.machine import keep_memory
-from mi_ray.stages.work import Work
+from mi_ray.inputs.prompts import read_prompts
+from mi_ray.scoring.machine import keep_memory
+from mi_ray.scoring.sampler import Pool, Sampler, derived_seed
+from mi_ray.scoring.scorer import Scorer
+from mi_ray.scoring.work import Work
 
 CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 PROMPTS = CONFIGS / "prompts" / "shapes-train.jsonl"

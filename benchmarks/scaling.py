@@ -13,12 +13,14 @@ from gates import Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveFloat, PositiveInt
 from ray.cluster_utils import Cluster
 
-from mi_ray import run_folder, schemas, storage
+from mi_ray import storage
 from mi_ray.config import RunConfig
-from mi_ray.prompts import PROMPTS as PROMPT_TABLE
-from mi_ray.prompts import prompt_id
-from mi_ray.shard_plan import Shard, ShardPlan, write_prompts
+from mi_ray.inputs.prompts import PROMPTS as PROMPT_TABLE
+from mi_ray.inputs.prompts import prompt_id
+from mi_ray.inputs.shard_plan import Shard, ShardPlan, write_prompts
+from mi_ray.runs import folder as run_folder
 from mi_ray.stages.shards import ShardWriter, run_stage
+from mi_ray.storage import tables
 
 CANDIDATES, STEPS, PROMPTS = 8, 20, 4  # of a prompt, of a candidate, of a shard
 NODE = 8  # GPUs of a simulated machine
@@ -69,7 +71,7 @@ class SleepingGenerator:
     def __init__(self, config: dict, folder: str, seconds: float, token: int | None = None):
         config = RunConfig.model_validate(config)
         self.seconds = seconds
-        self.schema = schemas.candidates_schema(config.score.names)
+        self.schema = tables.candidates_schema(config.score.names)
         self.write = ShardWriter("generate", "simulated", folder, self.schema, config, token, lambda: 0)
 
     def __call__(self, batch):

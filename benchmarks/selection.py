@@ -19,11 +19,12 @@ from tqdm import tqdm
 from mi_ray.alignment.oracle import measure
 from mi_ray.config import POINTWISE_SCORES, SamplerConfig, ScoreConfig, ScoreName
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.prompts import read_prompts
+from mi_ray.inputs.prompts import read_prompts
 from mi_ray.report.statistics import auc
-from mi_ray.stages.candidates import Sampler, Scorer, derived_seed
-from mi_ray.stages.machine import keep_memory
-from mi_ray.stages.work import Work
+from mi_ray.scoring.machine import keep_memory
+from mi_ray.scoring.sampler import Sampler, derived_seed
+from mi_ray.scoring.scorer import Scorer
+from mi_ray.scoring.work import Work
 
 PROMPTS = Path(__file__).parent.parent / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
 PROMPTS_AT_A_TIME = 8

@@ -5,7 +5,6 @@ run as actors and training workers do, on a CPU in processes of their own: a gen
 """
 
 import gc
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -13,11 +12,10 @@ from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 import numpy as np
 import torch
-from gates import Benchmark, Findings, Gate, main  # imports mi_ray, which keeps diffusers quiet
+from gates import Findings, Gate, main  # imports mi_ray, which keeps diffusers quiet
 from workers import (
     OURS,
     PAPER,
@@ -26,6 +24,7 @@ from workers import (
     STAGE,
     TARGETS,
     Actor,
+    ThroughputSettings,
     Trainer,
     Workers,
     bare_calls,
@@ -39,36 +38,18 @@ from workers import (
 import diffusers  # isort: skip
 from matplotlib.figure import Figure
 from peft import LoraConfig
-from pydantic import Field, PositiveInt
 
-from mi_ray.config import SamplerConfig
-from mi_ray.diffusion.denoisers import load_denoiser, resolve_model
-from mi_ray.prompts import read_prompts
-from mi_ray.stages.candidates import derived_seed
-from mi_ray.stages.training_set import TrainingSet
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.folders import resolve_model
+from mi_ray.inputs.prompts import read_prompts
+from mi_ray.scoring.sampler import derived_seed
+from mi_ray.training.training_set import TrainingSet
 
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
 
 
-class ThroughputBenchmark(Benchmark):
+class ThroughputBenchmark(ThroughputSettings):
     """How fast are scored generation and fine-tuning beside stock diffusers, a naive score and the bare denoiser?"""
-
-    model: str = Field("shapes", description="a shipped model or a diffusers folder")
-    dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: float16 on a GPU, float32 without")
-    channels_last: bool = Field(True, description="memory layout of our UNet, as `model.channels_last`; stock's stays")
-    compile: Literal["default", "cuda-graphs"] | None = Field(None, description="our UNet, as `model.compile`")
-    actors: PositiveInt = Field(
-        1 if torch.cuda.is_available() else os.cpu_count(), description="processes that share our work and the cores"
-    )
-    prompts: PositiveInt = Field(8, description="whose pools are generated")
-    candidates: PositiveInt = Field(16, description="per prompt")
-    sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=5.0)
-    batch_size: PositiveInt = Field(64, description="candidates in one denoiser batch of ours")
-    sweep: tuple[PositiveInt, ...] = Field((1, 4, 16, 64, 128), description="batch sizes of the bare denoiser")
-    training_batch: PositiveInt = Field(16, description="rows of a fine-tuning batch")
-    training_steps: PositiveInt = Field(10, description="of each measured fine-tuning")
-    repeats: PositiveInt = Field(3, description="measurements of each way")
-    figure: Path | None = Field(None, description="PNG to draw: candidates a second by way, and the batch-size sweep")
 
     def answer(self) -> Findings:
         if self.smoke:

@@ -14,27 +14,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import Literal
 from unittest.mock import patch
 
 import pyarrow as pa
 import torch
+from gates import Benchmark
+from pydantic import Field, PositiveInt
 
-from mi_ray import schemas, storage
-from mi_ray.command_line import load_config
-from mi_ray.config import ModelConfig, PruneConfig, RunConfig
-from mi_ray.diffusion.adapters import DenoisingLoss, attach_adapter
+from mi_ray import storage
+from mi_ray.config import ModelConfig, PruneConfig, RunConfig, SamplerConfig
+from mi_ray.config.command_line import load_config
+from mi_ray.diffusion.adapters import attach_adapter
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
-from mi_ray.prompts import prompt_id
-from mi_ray.shard_plan import Shard
-from mi_ray.stages.finetune import optimizer_step
+from mi_ray.inputs.prompts import prompt_id
+from mi_ray.inputs.shard_plan import Shard
+from mi_ray.scoring.machine import keep_memory
+from mi_ray.scoring.work import Work
 from mi_ray.stages.generate import CandidateGenerator
-from mi_ray.stages.machine import keep_memory
-from mi_ray.stages.training_set import TrainingSet, draw_microbatch
-from mi_ray.stages.work import Work
-
-if TYPE_CHECKING:
-    from throughput import ThroughputBenchmark
+from mi_ray.storage import tables
+from mi_ray.training.loop import optimizer_step
+from mi_ray.training.losses import DenoisingLoss
+from mi_ray.training.training_set import TrainingSet, draw_microbatch
 
 PROMPTS = Path(__file__).parent.parent / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
 DEMO, _ = load_config(["--config", str(PROMPTS.parents[1] / "shapes.yaml")])
@@ -44,6 +45,27 @@ STAGE = "stage, with decoding and Parquet"
 PRUNED, PAPER = "stage, pruned, 20 steps", "naive score at the paper's 100 steps of DDPM"
 CUT = PruneConfig(by="pmi_negatives", after=(0.2,), keep=(0.25,), num_samples=1)
 CUT_SCORE = DEMO.score.model_copy(update={"names": ("pmi_negatives",)})
+
+
+class ThroughputSettings(Benchmark):
+    """What is measured, and at which sizes."""
+
+    model: str = Field("shapes", description="a shipped model or a diffusers folder")
+    dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: float16 on a GPU, float32 without")
+    channels_last: bool = Field(True, description="memory layout of our UNet, as `model.channels_last`; stock's stays")
+    compile: Literal["default", "cuda-graphs"] | None = Field(None, description="our UNet, as `model.compile`")
+    actors: PositiveInt = Field(
+        1 if torch.cuda.is_available() else os.cpu_count(), description="processes that share our work and the cores"
+    )
+    prompts: PositiveInt = Field(8, description="whose pools are generated")
+    candidates: PositiveInt = Field(16, description="per prompt")
+    sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=5.0)
+    batch_size: PositiveInt = Field(64, description="candidates in one denoiser batch of ours")
+    sweep: tuple[PositiveInt, ...] = Field((1, 4, 16, 64, 128), description="batch sizes of the bare denoiser")
+    training_batch: PositiveInt = Field(16, description="rows of a fine-tuning batch")
+    training_steps: PositiveInt = Field(10, description="of each measured fine-tuning")
+    repeats: PositiveInt = Field(3, description="measurements of each way")
+    figure: Path | None = Field(None, description="PNG to draw: candidates a second by way, and the batch-size sweep")
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -94,7 +116,7 @@ def peak_memory_gib() -> float:
 class Actor:
     """A generating actor of ours with its share of the prompts; every way is one call."""
 
-    def __init__(self, settings: "ThroughputBenchmark", prompts: list[str], seeds: list[list[int]]):
+    def __init__(self, settings: ThroughputSettings, prompts: list[str], seeds: list[list[int]]):
         threads = max(1, os.cpu_count() // settings.actors)
         torch.set_num_threads(threads)
         keep_memory()
@@ -171,7 +193,7 @@ class Actor:
         ids, nothing = [prompt_id(p) for p in self.prompts], [None] * len(self.prompts)
         shard = Shard(0, "part-00000.parquet", ids, self.prompts, nothing, nothing)
         rows = generator._rows(shard, list(range(len(self.prompts))), Work())
-        table = pa.Table.from_pylist(rows, schema=schemas.candidates_schema(generator.config.score.names))
+        table = pa.Table.from_pylist(rows, schema=tables.candidates_schema(generator.config.score.names))
         storage.write_table(storage.join(self._folder.name, shard.name), table)
 
 
@@ -187,7 +209,7 @@ def bare_calls(denoiser: Denoiser, embeddings: torch.Tensor, batch: int, count: 
 class Trainer:
     """A training worker of ours: `training_steps` optimiser steps as the stage does them."""
 
-    def __init__(self, settings: "ThroughputBenchmark", data: TrainingSet, checkpointing: bool):
+    def __init__(self, settings: ThroughputSettings, data: TrainingSet, checkpointing: bool):
         keep_memory()
         self.steps, rows = settings.training_steps, settings.training_batch
         denoiser = load_denoiser(settings.model, settings.dtype)

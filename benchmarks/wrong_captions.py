@@ -10,15 +10,15 @@ from pydantic import Field, PositiveInt
 from mi_ray.config import ScoreConfig
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
+from mi_ray.inputs.pair_config import PairScoreConfig
 from mi_ray.report.statistics import auc
+from mi_ray.scoring.pair_scorer import PairScorer
+from mi_ray.scoring.scorer import Scorer
+from mi_ray.scoring.work import Work
 from mi_ray.shapes.grammar import CATEGORIES, FORMS, SceneSpec, draw_scene, is_unseen_combination, sample_spec, sentence
 from mi_ray.shapes.model import corrupt
 from mi_ray.shapes.oracle import score
 from mi_ray.shapes.scenes import render
-from mi_ray.stages.candidates import Scorer
-from mi_ray.stages.pair_config import PairScoreConfig
-from mi_ray.stages.pair_scorer import PairScorer
-from mi_ray.stages.work import Work
 
 SMOKE_PAIRS = 24
 RESAMPLES = 1000

@@ -3,7 +3,7 @@
 No labels are needed; where prompts are of the shapes grammar, `--alignment oracle` shows how it does against them.
 """
 
-from mi_ray.command_line import run_command
+from mi_ray.config.command_line import run_command
 from mi_ray.stages.calibrate import CalibrationConfig, calibrate
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 The same command line and folder as jobs/pipeline.py, which continues from here.
 """
 
-from mi_ray.command_line import run_command
 from mi_ray.config import RunConfig
+from mi_ray.config.command_line import run_command
 
 
 def run(config: RunConfig, dry_run: bool):

@@ -1,7 +1,7 @@
 """The main job: python jobs/pipeline.py --config jobs/configs/shapes.yaml --run-dir runs/demo [--field value ...]"""
 
-from mi_ray.command_line import run_command
 from mi_ray.config import RunConfig
+from mi_ray.config.command_line import run_command
 
 
 def run(config: RunConfig, dry_run: bool):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
-from mi_ray.stages.pretrain import PretrainConfig, pretrain
+from mi_ray.training.pretrain import PretrainConfig, pretrain
 
 
 class Command(BaseSettings, PretrainConfig):

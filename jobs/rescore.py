@@ -1,6 +1,6 @@
 """Other on-trajectory scores of what a run has stored, nothing generated again: python jobs/rescore.py --run-dir DIR"""
 
-from mi_ray.command_line import run_command
+from mi_ray.config.command_line import run_command
 from mi_ray.stages.rescore import RescoreConfig, rescore
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 A single pair: python jobs/score.py --model shapes --image x.png --prompt "a red circle left of a blue square"
 """
 
-from mi_ray.command_line import run_command
-from mi_ray.stages.pair_config import ScorePairsConfig
+from mi_ray.config.command_line import run_command
+from mi_ray.inputs.pair_config import ScorePairsConfig
 
 
 def run(config: ScorePairsConfig, dry_run: bool):

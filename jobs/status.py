@@ -6,8 +6,8 @@ import sys
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliToggleFlag, SettingsConfigDict
 
-from mi_ray.section import ConfigError
-from mi_ray.stages.status import run_status, status_text
+from mi_ray.config.section import ConfigError
+from mi_ray.runs.status import run_status, status_text
 
 
 class Command(BaseSettings):

@@ -20,8 +20,9 @@ for _name, _value in {
 _HOMES = {
     "RunConfig": "config",
     "load_denoiser": "diffusion.denoisers",
-    "Sampler": "stages.candidates",
-    "Scorer": "stages.candidates",
+    "Sampler": "scoring.sampler",
+    "Scorer": "scoring.scorer",
+    "Work": "scoring.work",
     "run_pipeline": "stages.pipeline",
 }
 __all__ = list(_HOMES)

@@ -1,4 +1,4 @@
-"""Imports point down DESIGN's arrows only: this walks them."""
+"""Imports point down the arrows of CONTRIBUTING.md only, and no files import each other in a circle."""
 
 import ast
 import subprocess
@@ -10,32 +10,26 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mi_ray"
+MOST_LINES, MOST_LINES_OF_STAGES = 400, 2200
 
 # What each room may import of the package, besides itself. A room that is not here fails the test: give it its arrows.
+DATA = ("config", "storage", "inputs", "runs")
 ARROWS = {
-    "section": (),
-    "config": ("section",),
-    "command_line": ("config", "section"),
-    "s3": (),
-    "gcs": (),
-    "schemas": (),
-    "storage": ("s3", "gcs", "section"),
-    "run_folder": ("section", "storage"),
-    "prompts": ("section", "storage"),
-    "shard_plan": ("section", "storage", "prompts"),
-    "pairs": ("section", "storage"),
+    "config": (),
+    "storage": ("config",),
+    "inputs": ("config", "storage"),
+    "runs": ("config", "storage"),
     "diffusion": (),
     "information": ("diffusion.schedules",),
     "shapes": (),
     "language": ("shapes",),
     "alignment": ("shapes",),
-    "report": ("config", "schemas", "section", "storage"),
-    "stages": (
-        *("section", "config", "schemas", "storage", "run_folder", "prompts", "shard_plan", "pairs"),
-        *("diffusion", "information", "shapes", "language", "alignment", "report"),
-    ),
+    "scoring": ("config", "inputs", "diffusion", "information", "language", "alignment"),
+    "report": ("config", "storage"),
+    "training": (*DATA, "diffusion", "information", "shapes", "scoring"),
+    "stages": (*DATA, "diffusion", "information", "shapes", "language", "alignment", "scoring", "report", "training"),
 }
-WITH_RAY = ("stages",)
+WITH_RAY = ("stages/", "training/loop.py", "training/pretrain.py")
 
 
 def imported(source: str) -> Iterator[str]:
@@ -48,12 +42,41 @@ def imported(source: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def violations(room: str, source: str) -> list[str]:
+def violations(file: str, source: str) -> list[str]:
+    """What a file, named from the package's folder, imports although its room may not."""
+    room = file.split("/")[0]
     allowed = [f"mi_ray.{name}." for name in ("__version__", room, *ARROWS[room])]
     names = [f"{name}." for name in imported(source)]
     local = [name for name in names if name.startswith("mi_ray.") and not name.startswith(tuple(allowed))]
-    ray = [name for name in names if name.startswith("ray.") and room not in WITH_RAY]
+    ray = [name for name in names if name.startswith("ray.") and not file.startswith(WITH_RAY)]
     return [name.rstrip(".") for name in local + ray]
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Every file that reaches itself, with the way back to it."""
+    found = []
+    for start in graph:
+        ways, seen = [[start]], set()
+        while ways:
+            way = ways.pop()
+            for step in graph[way[-1]]:
+                if step == start:
+                    found.append([*way, start])
+                elif step not in seen:
+                    seen.add(step)
+                    ways.append([*way, step])
+    return found
+
+
+def graph_of(folder: Path, prefix: str) -> dict[str, set[str]]:
+    """{module: modules of the same folder that it imports}; the rooms' __init__ files only re-export names."""
+    paths = [path for path in sorted(folder.rglob("*.py")) if path.name != "__init__.py"]
+    names = {prefix + ".".join(path.relative_to(folder).with_suffix("").parts): path for path in paths}
+    graph = {}
+    for name, path in names.items():
+        used = set(imported(path.read_text(encoding="utf-8")))
+        graph[name] = {other for other in names if any(f"{u}.".startswith(f"{other}.") for u in used)}
+    return graph
 
 
 def modules() -> list[Path]:
@@ -62,36 +85,61 @@ def modules() -> list[Path]:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_follow_the_arrows(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert violations(room, path.read_text(encoding="utf-8")) == []
+    assert violations(path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
-    ("room", "source", "expected"),
+    ("file", "source", "expected"),
     [
-        ("config", "from mi_ray import storage", ["mi_ray.storage"]),
-        ("diffusion", "def f():\n    from ray.data import Dataset", ["ray.data.Dataset"]),
-        ("diffusion", "import ray as r", ["ray"]),
-        ("information", "from mi_ray.diffusion.schedules import NoiseSchedule", []),
-        ("information", "from mi_ray.diffusion import sampling", ["mi_ray.diffusion.sampling"]),
-        ("report", "import mi_ray.shapes.oracle", ["mi_ray.shapes.oracle"]),
-        ("stages", "import ray\nfrom mi_ray.diffusion import sampling", []),
+        ("config/run.py", "from mi_ray import storage", ["mi_ray.storage"]),
+        ("diffusion/sampling.py", "def f():\n    from ray.data import Dataset", ["ray.data.Dataset"]),
+        ("diffusion/sampling.py", "import ray as r", ["ray"]),
+        ("information/maps.py", "from mi_ray.diffusion.schedules import NoiseSchedule", []),
+        ("information/maps.py", "from mi_ray.diffusion import sampling", ["mi_ray.diffusion.sampling"]),
+        ("report/page.py", "import mi_ray.shapes.oracle", ["mi_ray.shapes.oracle"]),
+        ("training/loop.py", "import ray.train", []),
+        ("training/select.py", "import ray.train", ["ray.train"]),
+        ("stages/generate.py", "import ray\nfrom mi_ray.diffusion import sampling", []),
     ],
 )
-def test_the_walk_finds_what_is_wrong(room, source, expected):
-    assert violations(room, source) == expected
+def test_the_walk_finds_what_is_wrong(file, source, expected):
+    assert violations(file, source) == expected
+
+
+@pytest.mark.parametrize(("folder", "prefix"), [(PACKAGE, "mi_ray."), (ROOT / "benchmarks", "")])
+def test_no_files_import_each_other_in_a_circle(folder, prefix):
+    assert circles(graph_of(folder, prefix)) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c", "b"], ["c", "b", "c"]]
+
+
+def test_no_file_is_long_and_stages_stay_thin():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    assert {str(path): count for path, count in lines.items() if count > MOST_LINES} == {}
+    assert sum(count for path, count in lines.items() if path.parent.name == "stages") < MOST_LINES_OF_STAGES
+
+
+def test_each_room_says_what_it_is_for_and_what_it_must_not_know():
+    for room in ARROWS:
+        lines = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))).split("\n\n")
+        assert len(lines) == 2, room
 
 
 def test_all_but_the_stages_work_without_ray():
     """Not even by a detour through the package's __init__."""
-    rooms = [room for room in ARROWS if room not in WITH_RAY]
+    names = [path.relative_to(ROOT).with_suffix("").as_posix() for path in modules()]
+    free = [
+        name.replace("/", ".") for name in names if not f"{name[7:]}.py".startswith(WITH_RAY) and "triton" not in name
+    ]
     block = "import sys; sys.modules['ray'] = None; "
-    code = block + "; ".join(f"import mi_ray.{room}" for room in rooms)
+    code = block + "; ".join(f"import {name.removesuffix('.__init__')}" for name in free)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_help_wrong_flags_and_the_status_wait_for_no_model():
     block = "import sys; sys.modules['torch'] = sys.modules['ray'] = None; "
-    names = ("command_line", "config", "stages.pair_config", "stages.status")
+    names = ("config.command_line", "config", "inputs.pair_config", "runs.status")
     code = block + "; ".join(f"import mi_ray.{name}" for name in names)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,9 +1,7 @@
 """Hard negatives: a prompt changed in one thing, so that a model's likelihood can say which of them an image shows."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 KINDS = (
     "attribute swap",  # two objects exchange an attribute: the model binds it to the wrong one
@@ -24,35 +22,6 @@ class Negative:
     attribute: str  # what sort of word changed: color, shape, texture, size, count, relation, object ...
     said: str  # the words that an image of this negative contradicts, as the original has them
     instead: str  # what this negative says in their place; empty where it leaves them out
-
-
-MakeNegatives = Callable[[str], list[Negative]]
-
-
-def negatives_by(source: str) -> MakeNegatives:
-    """The function that makes the negatives of a prompt.
-
-    Args:
-        source: "shapes": the embedded world's grammar. "text": free English, by a lexicon and regular expressions.
-            "spacy": free English, its noun phrases found by spaCy (extra `nlp`, and a model of spaCy's). "auto": the
-            grammar where it reads the prompt, else "text". "spacy" with a model of another name: "spacy:NAME".
-
-    Raises:
-        ValueError: the source is unknown, or spaCy or its model is not installed.
-    """
-    from mi_ray.language import shapes, text
-
-    name, _, model = source.partition(":")
-    match name:
-        case "auto":
-            return lambda prompt: (shapes.negatives if shapes.reads(prompt) else text.negatives)(prompt)
-        case "shapes":
-            return shapes.negatives
-        case "text":
-            return text.negatives
-        case "spacy":
-            return partial(text.negatives, find_phrases=text.spacy_phrases(model or "en_core_web_sm"))
-    raise ValueError(f"{source!r} makes no negatives: one of auto, shapes, text, spacy, spacy:MODEL")
 
 
 def chosen(negatives: list[Negative], limit: int) -> list[Negative]:

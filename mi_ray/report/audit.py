@@ -12,8 +12,8 @@ import yaml
 
 from mi_ray.report.figures import COLORS, EXACT, INK, NOT_EXACT, data_uri, styled_figure
 from mi_ray.report.page import decimal, number, page_environment
-from mi_ray.schemas import SCORED
 from mi_ray.storage import join, read_table, write_bytes, write_json
+from mi_ray.storage.tables import SCORED
 
 SHOWN_ERRORS = 50
 _PLAIN = [name for name in SCORED.names if name != "image"]

@@ -13,24 +13,21 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from mi_ray import run_folder, storage
+from mi_ray import storage
 from mi_ray.alignment.oracle import foreign_prompts
 from mi_ray.config import ModelConfig, PromptsConfig, SamplerConfig, ScoreConfig, pinned
-from mi_ray.diffusion.denoisers import (
-    Denoiser,
-    check_model,
-    load_denoiser,
-    load_schedule,
-    load_tokenizer,
-    model_commit,
-)
+from mi_ray.config.section import ConfigError, Positive, Section, check_band, collecting, config_hash
+from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
+from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
 from mi_ray.information.calibration import Band, judge_bands
 from mi_ray.information.pointwise import denoising_errors, draw_probes
-from mi_ray.prompts import read_prompts
-from mi_ray.section import ConfigError, Positive, Section, check_band, collecting, config_hash
-from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, known_band, measured
-from mi_ray.stages.machine import take_cpus
-from mi_ray.stages.work import Work
+from mi_ray.inputs.prompts import read_prompts
+from mi_ray.runs import folder as run_folder
+from mi_ray.scoring.images import encode_png, measured
+from mi_ray.scoring.machine import take_cpus
+from mi_ray.scoring.sampler import Sampler, derived_seed
+from mi_ray.scoring.scorer import Scorer, known_band
+from mi_ray.scoring.work import Work
 
 PROMPTS_AT_A_TIME = 8
 _LABEL = ("prompt_id", "candidate_index", "label")

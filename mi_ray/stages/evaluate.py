@@ -5,18 +5,21 @@ import time
 import numpy as np
 import torch
 
-from mi_ray import schemas, storage
+from mi_ray import storage
 from mi_ray.alignment.quality import latent_features
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.inputs.shard_plan import Shard, ShardPlan
+from mi_ray.runs.layout import REFERENCE
+from mi_ray.scoring.images import encode_png, measured
+from mi_ray.scoring.machine import take_share
+from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
+from mi_ray.scoring.scorer import Scorer
+from mi_ray.scoring.work import Work
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.scenes import render
-from mi_ray.shard_plan import Shard, ShardPlan
-from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, measured, specialise
-from mi_ray.stages.layout import REFERENCE
-from mi_ray.stages.machine import take_share
 from mi_ray.stages.shards import ShardWriter, run_stage
-from mi_ray.stages.work import Work
+from mi_ray.storage import tables
 
 
 class Evaluator:
@@ -44,7 +47,7 @@ class Evaluator:
         def calls() -> int:
             return sum(denoiser.calls for denoiser in models)
 
-        self.write = ShardWriter("evaluate", model, folder, schemas.evaluation_schema(), config, token, calls)
+        self.write = ShardWriter("evaluate", model, folder, tables.evaluation_schema(), config, token, calls)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         return self.write(batch, self._rows)

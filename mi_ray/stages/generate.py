@@ -6,17 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mi_ray import schemas, storage
+from mi_ray import storage
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
-from mi_ray.shard_plan import Shard, ShardPlan
-from mi_ray.stages.candidates import Sampler, Scorer, derived_seed, encode_png, measured, specialise
-from mi_ray.stages.machine import take_share
-from mi_ray.stages.pruning import Halving, cut_scorer
-from mi_ray.stages.select import keeps, ranks
+from mi_ray.inputs.shard_plan import Shard, ShardPlan
+from mi_ray.scoring.images import encode_png, measured
+from mi_ray.scoring.machine import take_share
+from mi_ray.scoring.pruning import Halving, cut_scorer
+from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
+from mi_ray.scoring.scorer import Scorer
+from mi_ray.scoring.work import Work
 from mi_ray.stages.shards import ShardWriter, run_stage
-from mi_ray.stages.work import Work
+from mi_ray.storage import tables
+from mi_ray.training.select import keeps, ranks
 
 
 class CandidateGenerator:
@@ -46,7 +49,7 @@ class CandidateGenerator:
         each = config.generate.candidates_per_prompt
         self.cuts = config.prune.cuts(config.sampler.num_inference_steps, each)
         self.cut_scorer = cut_scorer(config, self.scorer, pool) if self.cuts else None
-        schema = schemas.candidates_schema(config.score.names)
+        schema = tables.candidates_schema(config.score.names)
         self.write = ShardWriter(
             "generate", f"round {round_index}", folder, schema, config, token, lambda: self.denoiser.calls
         )

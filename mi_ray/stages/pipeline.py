@@ -14,19 +14,16 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from mi_ray import __version__, run_folder, storage
+from mi_ray import __version__, storage
 from mi_ray.alignment.oracle import foreign_prompts
 from mi_ray.config import RunConfig, pinned
-from mi_ray.diffusion.denoisers import check_model, load_schedule, load_tokenizer, model_commit
-from mi_ray.prompts import PromptReader
+from mi_ray.config.section import ConfigError, collecting
+from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
+from mi_ray.inputs.prompts import PromptReader
+from mi_ray.inputs.shard_plan import Holdout, ShardPlan, write_prompts
 from mi_ray.report.page import alignment_table, write_report
-from mi_ray.section import ConfigError, collecting
-from mi_ray.shard_plan import Holdout, ShardPlan, write_prompts
-from mi_ray.stages.candidates import NEIGHBOUR_POOL, probed_band
-from mi_ray.stages.evaluate import evaluate
-from mi_ray.stages.finetune import check_targets, finetune, take_off_baseline
-from mi_ray.stages.generate import generate
-from mi_ray.stages.layout import (
+from mi_ray.runs import folder as run_folder
+from mi_ray.runs.layout import (
     LESS_BASELINE,
     REFERENCE,
     as_it_began,
@@ -35,11 +32,15 @@ from mi_ray.stages.layout import (
     selects_by,
     takes_baseline,
 )
-from mi_ray.stages.lease import confirm, held
-from mi_ray.stages.select import select
-from mi_ray.stages.status import rough_duration, run_status
-from mi_ray.stages.training_log import check_loggers
+from mi_ray.runs.lease import confirm, held
+from mi_ray.runs.status import rough_duration, run_status
+from mi_ray.scoring.scorer import NEIGHBOUR_POOL, probed_band
+from mi_ray.stages.evaluate import evaluate
+from mi_ray.stages.generate import generate
 from mi_ray.stages.trial import settle
+from mi_ray.training.log import check_loggers
+from mi_ray.training.loop import check_targets, finetune, take_off_baseline
+from mi_ray.training.select import select
 
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "numpy")
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.stages.cost import evaluations
-from mi_ray.stages.machine import take_cpus
+from mi_ray.runs.cost import evaluations
+from mi_ray.scoring.machine import take_cpus
 from mi_ray.stages.pipeline import Plan, run_pipeline
 from mi_ray.stages.trial import Trial, best, sweep_dtypes, try_fitting
 

@@ -9,15 +9,16 @@ import torch
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
-from mi_ray import schemas, storage
+from mi_ray import storage
 from mi_ray.config import TRAJECTORY_SCORES, ScoreConfig, ScoreName
-from mi_ray.diffusion.denoisers import load_schedule
+from mi_ray.config.section import ConfigError, Section
+from mi_ray.diffusion.folders import load_schedule
 from mi_ray.diffusion.sampling import solver_plan
 from mi_ray.report.pools import round_numbers
 from mi_ray.report.statistics import PromptAverage, prompt_aucs
-from mi_ray.section import ConfigError, Section
-from mi_ray.stages.candidates import trajectory_scores
-from mi_ray.stages.layout import read_run
+from mi_ray.runs.layout import read_run
+from mi_ray.scoring.scorer import trajectory_scores
+from mi_ray.storage import tables
 
 FOLDER = "rescored"
 
@@ -67,8 +68,8 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
     columns = ["prompt_id", "candidate_index", "delta_sq", "exact", "rank", "error"]
     schema = pa.schema(
         [
-            *(schemas.candidates_schema(()).field(name) for name in columns[:2]),
-            *schemas.score_columns(config.score.names),
+            *(tables.candidates_schema(()).field(name) for name in columns[:2]),
+            *tables.score_columns(config.score.names),
         ]
     )
     comparison = _Comparison(config.score.names)

@@ -14,26 +14,30 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from mi_ray import __version__, run_folder, schemas, storage
+from mi_ray import __version__, storage
 from mi_ray.config import ModelConfig, pinned
-from mi_ray.diffusion.denoisers import check_model, load_denoiser, load_schedule, load_tokenizer, model_commit
+from mi_ray.config.section import ConfigError, collecting
+from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.fitting import fitting
+from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
 from mi_ray.information.maps import upsampled
-from mi_ray.language.negatives import negatives_by
-from mi_ray.pairs import Pair, PairShard, plan_pairs, read_pairs
+from mi_ray.inputs.pair_config import ScorePairsConfig
+from mi_ray.inputs.pairs import Pair, PairShard, plan_pairs, read_pairs
+from mi_ray.language.sources import negatives_by
 from mi_ray.report.attributions import attribution_png
 from mi_ray.report.audit import decimal, write_audit
-from mi_ray.section import ConfigError, collecting
-from mi_ray.stages import lease
-from mi_ray.stages.candidates import encode_png, probed_band
-from mi_ray.stages.cost import score_evaluations
-from mi_ray.stages.layout import SCORES, as_it_began
-from mi_ray.stages.machine import take_cpus, take_share
-from mi_ray.stages.pair_config import ScorePairsConfig
-from mi_ray.stages.pair_scorer import PairScorer, finite, model_image_size, read_image
+from mi_ray.runs import folder as run_folder
+from mi_ray.runs import lease
+from mi_ray.runs.cost import score_evaluations
+from mi_ray.runs.layout import SCORES, as_it_began
+from mi_ray.scoring.images import encode_png
+from mi_ray.scoring.machine import take_cpus, take_share
+from mi_ray.scoring.pair_scorer import PairScorer, finite, model_image_size, read_image
+from mi_ray.scoring.scorer import probed_band
+from mi_ray.scoring.work import Work
 from mi_ray.stages.shards import Committer, Patience, whole_or_one_by_one, write_missing
 from mi_ray.stages.trial import settle, try_fitting
-from mi_ray.stages.work import Work
+from mi_ray.storage import tables
 
 MAX_THUMBNAIL = 256  # pixels
 SINGLE_BATCH = 64  # of a single pair, for which a trial would take longer than the pair
@@ -62,7 +66,7 @@ class PairActor:
         began, work = time.perf_counter(), Work()
         with self.patience():
             rows = self.rows(shard, work)
-        table = pa.Table.from_pylist(rows, schema=schemas.SCORED)
+        table = pa.Table.from_pylist(rows, schema=tables.SCORED)
         facts, receipt = self.commit(shard.index, shard.name, table, work, time.perf_counter() - began)
         return {name: [receipt.get(name, value)] for name, value in facts.items()}
 
@@ -84,7 +88,7 @@ class PairActor:
 
     def _row(self, pair: Pair) -> dict:
         self.pairs += 1
-        row = dict.fromkeys(schemas.SCORED.names) | {"key": pair.key, "prompt": pair.prompt, "error": pair.error}
+        row = dict.fromkeys(tables.SCORED.names) | {"key": pair.key, "prompt": pair.prompt, "error": pair.error}
         if row["error"] is None:
             try:
                 self._check_caption(pair.prompt)

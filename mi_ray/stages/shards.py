@@ -19,12 +19,13 @@ import torch
 from ray.data import ActorPoolStrategy
 from tqdm import tqdm
 
-from mi_ray import run_folder, storage
+from mi_ray import storage
 from mi_ray.config import ResourcesConfig, RunConfig
-from mi_ray.shard_plan import Shard, ShardPlan, read_shard
-from mi_ray.stages import lease
+from mi_ray.inputs.shard_plan import Shard, ShardPlan, read_shard
+from mi_ray.runs import folder as run_folder
+from mi_ray.runs import lease
+from mi_ray.scoring.work import Work
 from mi_ray.stages.metrics import StageMetrics
-from mi_ray.stages.work import Work
 
 STALLED_S = 3600.0  # without a call of the model; torch.compile and a large batch on a CPU take less
 START_FAILURES = 3  # that are forgiven of an actor pool, one after the other, or one of each actor if they are more

@@ -13,11 +13,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mi_ray.config import ModelConfig, ResourcesConfig
+from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.fitting import fitting
-from mi_ray.section import ConfigError
-from mi_ray.stages.candidates import specialise
-from mi_ray.stages.machine import take_share
+from mi_ray.scoring.machine import take_share
+from mi_ray.scoring.sampler import specialise
 
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
 ACTORS_TO_A_GPU = (2, 4)

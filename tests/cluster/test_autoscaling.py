@@ -17,8 +17,8 @@ import yaml
 
 from mi_ray import storage
 from mi_ray.config import RunConfig
-from mi_ray.prompts import PROMPTS, prompt_id
-from mi_ray.shard_plan import ShardPlan, write_prompts
+from mi_ray.inputs.prompts import PROMPTS, prompt_id
+from mi_ray.inputs.shard_plan import ShardPlan, write_prompts
 from mi_ray.stages.generate import generate
 
 ROOT = Path(__file__).parents[2]

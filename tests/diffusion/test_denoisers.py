@@ -9,18 +9,18 @@ from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from mi_ray.command_line import load_config
 from mi_ray.config import pinned, without_revision
-from mi_ray.diffusion.denoisers import (
+from mi_ray.config.command_line import load_config
+from mi_ray.config.section import ConfigError
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.folders import (
     check_model,
-    load_denoiser,
     load_schedule,
     load_tokenizer,
     model_commit,
     resolve_model,
     unet_config,
 )
-from mi_ray.section import ConfigError
 from mi_ray.stages.pipeline import Plan, open_run
 
 

@@ -5,9 +5,10 @@ import torch
 from pydantic import ValidationError
 
 from mi_ray.config import RunConfig
-from mi_ray.diffusion.adapters import DenoisingLoss, attach_adapter
+from mi_ray.diffusion.adapters import attach_adapter
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import candidate_noise, sample, sampling_steps, solver_plan
+from mi_ray.training.losses import DenoisingLoss
 
 PROMPTS = ["a red circle", "a blue star and a green square", "two hearts"]
 INTERVAL = (-3.0, 1.0)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from mi_ray.language.negatives import KINDS, Negative, chosen, negatives_by
+from mi_ray.language.negatives import KINDS, Negative, chosen
 from mi_ray.language.shapes import can_both_hold, negatives
+from mi_ray.language.sources import negatives_by
 from mi_ray.shapes.grammar import CATEGORIES, draw_scene, parse, sample_prompts
 from mi_ray.shapes.oracle import score
 from mi_ray.shapes.scenes import render

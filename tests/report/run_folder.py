@@ -10,10 +10,10 @@ import pyarrow as pa
 from PIL import Image
 
 from mi_ray.config import RunConfig
-from mi_ray.schemas import candidates_schema, evaluation_schema
 from mi_ray.shapes.grammar import draw_scene, parse, sample_prompts
 from mi_ray.shapes.scenes import render
 from mi_ray.storage import write_json, write_table
+from mi_ray.storage.tables import candidates_schema, evaluation_schema
 
 SCORES = ("mitune", "pmi_contrastive")
 CANDIDATES, SEEDS = 12, 4

@@ -14,8 +14,8 @@ from run_folder import CANDIDATES, HOSTILE, SCORES, SEEDS, config_of, png
 
 from mi_ray.report.page import _strips, _tile, alignment_table, headline, previews, write_report
 from mi_ray.report.summary import summarise
-from mi_ray.schemas import candidates_schema
 from mi_ray.storage import read_tables, write_json, write_table
+from mi_ray.storage.tables import candidates_schema
 
 
 class Page(HTMLParser):

@@ -7,8 +7,8 @@ from run_folder import EXACT_SHARE, HOSTILE, config_of
 from scipy import stats
 
 from mi_ray.report.summary import summarise
-from mi_ray.schemas import candidates_schema, evaluation_schema
 from mi_ray.storage import read_tables, write_table
+from mi_ray.storage.tables import candidates_schema, evaluation_schema
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import yaml
 from PIL import Image
 
 from mi_ray.alignment.oracle import measure
-from mi_ray.command_line import load_config
 from mi_ray.config import RunConfig
-from mi_ray.section import ConfigError
+from mi_ray.config.command_line import load_config
+from mi_ray.config.section import ConfigError
 from mi_ray.stages import calibrate as stage
 from mi_ray.stages.calibrate import CalibrationConfig, _read_labels, calibrate
 

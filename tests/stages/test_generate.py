@@ -14,14 +14,14 @@ from mi_ray import storage
 from mi_ray.config import TRAJECTORY_SCORES, RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.information import pointwise
-from mi_ray.prompts import PROMPTS as PROMPTS_SCHEMA
-from mi_ray.prompts import prompt_id
-from mi_ray.shard_plan import Shard, write_prompts
-from mi_ray.stages import candidates
-from mi_ray.stages.candidates import Sampler
+from mi_ray.inputs.prompts import PROMPTS as PROMPTS_SCHEMA
+from mi_ray.inputs.prompts import prompt_id
+from mi_ray.inputs.shard_plan import Shard, write_prompts
+from mi_ray.scoring.sampler import Sampler
+from mi_ray.scoring.scorer import trajectory_scores
+from mi_ray.scoring.work import Work
 from mi_ray.stages.generate import CandidateGenerator
 from mi_ray.stages.rescore import RescoreConfig, rescore
-from mi_ray.stages.work import Work
 
 PROMPTS = ["a red circle", "a blue square and a green star", "two hearts"]
 EACH = 4
@@ -114,7 +114,7 @@ def test_stored_curves_can_be_scored_anew(pool):
     rows, _, actor = pool
     curves = torch.tensor(np.stack(rows["delta_sq"]))
     timesteps, schedule = actor.sampler.plan.timesteps, actor.denoiser.schedule
-    again = candidates.trajectory_scores(actor.config.score, curves, timesteps, schedule)
+    again = trajectory_scores(actor.config.score, curves, timesteps, schedule)
     assert set(again) == set(TRAJECTORY_SCORES)
     for name, values in again.items():
         np.testing.assert_allclose(rows[f"score_{name}"], values, rtol=1e-5)

@@ -10,8 +10,9 @@ from pathlib import Path
 import boto3
 import pytest
 
-from mi_ray import run_folder, storage
-from mi_ray.stages.status import run_status
+from mi_ray import storage
+from mi_ray.runs import folder as run_folder
+from mi_ray.runs.status import run_status
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--smoke", "--prompts.limit", "6", "--generate.prompts-per-shard", "1", "--generate.preview-prompts", "0"]

@@ -17,12 +17,12 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from mi_ray import storage
-from mi_ray.command_line import load_config
-from mi_ray.diffusion.denoisers import resolve_model
+from mi_ray.config.command_line import load_config
+from mi_ray.config.section import ConfigError
+from mi_ray.diffusion.folders import resolve_model
 from mi_ray.report.summary import summarise
-from mi_ray.section import ConfigError
+from mi_ray.runs.status import run_status
 from mi_ray.stages.pipeline import Plan, open_run, run_pipeline
-from mi_ray.stages.status import run_status
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", "jobs/configs/shapes-smoke.yaml"]

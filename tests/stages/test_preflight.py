@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from mi_ray.command_line import load_config
-from mi_ray.section import ConfigError
+from mi_ray.config.command_line import load_config
+from mi_ray.config.section import ConfigError
+from mi_ray.runs.cost import evaluations
 from mi_ray.stages import preflight
-from mi_ray.stages.cost import evaluations
 from mi_ray.stages.pipeline import Plan
 from mi_ray.stages.trial import Trial, try_fitting
 

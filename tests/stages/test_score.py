@@ -19,27 +19,28 @@ import torch
 from pair_inputs import CAPTIONS, IMAGES, encoded, image_of, write_parquet
 from PIL import Image
 
-from mi_ray import schemas, storage
-from mi_ray.command_line import load_config
+from mi_ray import storage
 from mi_ray.config import ScoreConfig
+from mi_ray.config.command_line import load_config
+from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.information import pointwise
+from mi_ray.inputs.pair_config import ScorePairsConfig
+from mi_ray.inputs.pairs import Columns, plan_pairs
 from mi_ray.language import text
 from mi_ray.language.negatives import chosen
 from mi_ray.language.shapes import negatives
-from mi_ray.pairs import Columns, plan_pairs
 from mi_ray.report.audit import write_audit
-from mi_ray.section import ConfigError
+from mi_ray.runs.status import run_status
+from mi_ray.scoring.branches import hard_negatives
+from mi_ray.scoring.pair_scorer import PairScorer, read_image
+from mi_ray.scoring.scorer import Scorer, draw_probes_of
+from mi_ray.scoring.work import Work
 from mi_ray.stages import score as stage
 from mi_ray.stages import shards
-from mi_ray.stages.branches import hard_negatives
-from mi_ray.stages.candidates import Scorer, draw_probes_of
-from mi_ray.stages.pair_config import ScorePairsConfig
-from mi_ray.stages.pair_scorer import PairScorer, read_image
 from mi_ray.stages.score import PairActor, ahead, score_one
-from mi_ray.stages.status import run_status
-from mi_ray.stages.work import Work
+from mi_ray.storage import tables
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>alert("x")</script> & a dog'
@@ -223,11 +224,11 @@ def test_the_page_escapes_captions_and_holds_everything_itself(scored):
 
 
 def test_a_hostile_caption_is_shown_as_text(tiny_pipeline, tmp_path):
-    row = dict.fromkeys(schemas.SCORED.names) | {"key": "<b>key</b>", "prompt": HOSTILE, "score_pmi": 1.0, "words": []}
+    row = dict.fromkeys(tables.SCORED.names) | {"key": "<b>key</b>", "prompt": HOSTILE, "score_pmi": 1.0, "words": []}
     row |= {"contradicted": "<i>red</i>", "instead": "<u>blue</u>", "instead_posterior": 0.9, "posterior": 0.1}
     row |= {"score_pmi_negatives": -2.0, "score_margin": -1.5, "contradicted_attribute": "<em>"}
-    bad = dict.fromkeys(schemas.SCORED.names) | {"key": "k", "error": "<img src=x>"}
-    storage.write_table(str(tmp_path / "scores" / "a.parquet"), pa.Table.from_pylist([row, bad], schemas.SCORED))
+    bad = dict.fromkeys(tables.SCORED.names) | {"key": "k", "error": "<img src=x>"}
+    storage.write_table(str(tmp_path / "scores" / "a.parquet"), pa.Table.from_pylist([row, bad], tables.SCORED))
     config = config_of(tiny_pipeline, "-", tmp_path).results_config()
     uri, _ = write_audit(str(tmp_path), str(tmp_path / "scores"), ["a.parquet"], config)
     page = Path(uri).read_text()

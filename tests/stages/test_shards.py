@@ -14,12 +14,14 @@ import pytest
 import ray
 import torch
 
-from mi_ray import run_folder, schemas, storage
+from mi_ray import storage
 from mi_ray.config import ResourcesConfig, RunConfig
-from mi_ray.prompts import PROMPTS, prompt_id
-from mi_ray.shard_plan import ShardPlan, write_prompts
+from mi_ray.inputs.prompts import PROMPTS, prompt_id
+from mi_ray.inputs.shard_plan import ShardPlan, write_prompts
+from mi_ray.runs import folder as run_folder
 from mi_ray.stages import shards
 from mi_ray.stages.shards import ShardWriter, is_restarted, rows_of, run_stage
+from mi_ray.storage import tables
 
 TEXTS = [f"prompt {number}" for number in range(11)]
 
@@ -30,7 +32,7 @@ class Writer:
     made: ClassVar[list[int]] = []
 
     def __init__(self, config: dict, folder: str, token: int | None = None):
-        schema = schemas.candidates_schema(("mitune",))
+        schema = tables.candidates_schema(("mitune",))
         self.empty = dict.fromkeys(schema.names)
         self.write = ShardWriter(
             "generate", "round 0", folder, schema, RunConfig.model_validate(config), token, lambda: 0

@@ -7,8 +7,8 @@ import ray
 import torch
 
 from mi_ray.config import ModelConfig, ResourcesConfig
+from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.section import ConfigError
 from mi_ray.stages import trial
 from mi_ray.stages.trial import Trial, best, settle, sweep, sweep_dtypes, try_batch
 

@@ -1,0 +1,173 @@
+"""Reading a configuration: YAML files, flags that override them, and every fault of both told at once."""
+
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    CliToggleFlag,
+    CliUnknownArgs,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from mi_ray.config import RunConfig
+from mi_ray.config.section import ConfigError, Section
+
+Config = TypeVar("Config", bound=Section)
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if _is_section(field):
+            names += _field_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _suggestion(name: str, model: type[BaseModel]) -> str:
+    name = name.lstrip("-").partition("=")[0].replace("-", "_")
+    known = _field_names(model)
+    close = difflib.get_close_matches(name, known, 1, 0.75)
+    if not close:  # then by the last part of the name alone
+        leaves = {k: k.rsplit(".", 1)[-1] for k in known}
+        leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves.values(), 1, 0.75)
+        close = [k for k in known if leaves[k] in leaf]
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "remove it (--help lists every field)"
+
+
+def _faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    messages = []
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            messages.append(f"{name}: unknown key; {_suggestion(name, model)}")
+        elif fault["type"] == "missing":
+            messages.append(f"{name}: missing; set it in the config file or with --{name.replace('_', '-')}")
+        elif fault["type"] == "value_error":
+            messages += [f"{name + ': ' if name else ''}{text}" for text in str(fault["ctx"]["error"]).split("\n")]
+        elif fault["type"] == "model_type":
+            messages.append(f"{name}: {fault['input']!r} will not do; it holds fields of its own (--help lists them)")
+        else:
+            reason = fault["msg"][0].lower() + fault["msg"][1:]
+            messages.append(f"{name}: {fault['input']!r} will not do; {reason}")
+    return messages
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config: {path!r} cannot be read ({error}); give a YAML file"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"--config: {path!r} is not YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f"--config: {path!r} holds no mapping of fields; see jobs/configs/"])
+    return tree
+
+
+class _CommandLine(BaseSettings):
+    model_config = SettingsConfigDict(
+        cli_kebab_case=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+        cli_ignore_unknown_args=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="none",
+    )
+    config: tuple[str, ...] = Field(
+        (), description="YAML file of the fields below, which flags override; of several, later ones override earlier"
+    )
+    smoke: CliToggleFlag[bool] = Field(False, description="a run of seconds: the smoke config, same code path")
+    dry_run: CliToggleFlag[bool] = Field(False, description="print the plan and stop")
+    unknown: CliUnknownArgs = Field(default=[])  # kept, so that every fault is listed at once
+
+
+_COMMAND_FIELDS = {"config": (), "smoke": False, "dry_run": False}
+
+
+def _merge(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merge(below[key], value) if both else value
+    return merged
+
+
+def _flag(argument: str) -> str:
+    """--generate.batch_size=4 and --generate.batch-size=4 are the same."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _strays(unknown: list[str], model: type[BaseModel]) -> list[str]:
+    """A message for each argument that no field takes; what follows an unknown flag is its value."""
+    faults = []
+    for before, argument in zip(["", *unknown], unknown, strict=False):
+        if argument.startswith("--"):
+            faults.append(f"{argument}: unknown flag; {_suggestion(argument, model)}")
+        elif not before.startswith("--") or "=" in before:
+            faults.append(f"{argument}: belongs to no flag; write --field {argument}, or remove it")
+    return faults
+
+
+def load_config(
+    arguments: list[str], description: str = "", smoke_file: str | None = None, model: type[Config] = RunConfig
+) -> tuple[Config, bool]:
+    """Read --config, the overrides and --dry-run: (config, dry_run).
+
+    Args:
+        model: the configuration to read; its docstring is the description where none is given.
+
+    Raises:
+        ConfigError: with every fault of the file and the flags.
+    """
+    command = type("Command", (model, _CommandLine), {"__doc__": description or model.__doc__})
+    flags = [_flag(argument) for argument in arguments]
+    try:
+        given = CliSettingsSource(command, cli_prog_name=Path(sys.argv[0]).name, cli_parse_args=flags)()
+    except SettingsError as error:
+        raise ConfigError([str(error).removeprefix("error parsing CLI: ").removeprefix("argument ")]) from error
+    files, smoke, dry_run = (given.pop(name, default) for name, default in _COMMAND_FIELDS.items())
+    stray = _strays(given.pop("unknown", []), model)
+    sections = {name: {} for name, field in model.model_fields.items() if field.is_required() and _is_section(field)}
+    tree = sections
+    for file in files or ([smoke_file] if smoke and smoke_file else []):
+        tree = _merge(tree, _read_yaml(file))
+    tree = _merge(tree, given)
+    try:
+        config = model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(stray + _faults(error, model)) from error
+    if stray:
+        raise ConfigError(stray)
+    return config, bool(dry_run)
+
+
+def run_command(
+    run: Callable[[Config, bool], None],
+    description: str = "",
+    smoke_file: str | None = None,
+    model: type[Config] = RunConfig,
+):
+    """Run a job from the command line: exit code 0, 2 with a message for each fault of the user's, 1 for ours."""
+    try:
+        run(*load_config(sys.argv[1:], description, smoke_file, model))
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,275 @@
+"""Model folders: a shipped name, a diffusers folder or a hub id is found, checked, fetched and pinned to a commit.
+
+Only safetensors are read, and no code from the model's repository.
+"""
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTokenizer
+
+from mi_ray.diffusion.schedules import NoiseSchedule
+
+SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
+
+_SUPPORTED = "supported is the Stable Diffusion 1 and 2 family (StableDiffusionPipeline; epsilon- or v-prediction)"
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+_CONFIGS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+_WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def load_schedule(path: str) -> NoiseSchedule:
+    """The noise schedule alone, cheap to load.
+
+    Raises:
+        ValueError: if the model has none that is supported, or the hub cannot be asked.
+    """
+    config, fault = _part_config(_folder_with(path, "scheduler/*"), "scheduler")
+    if config is None:
+        _refuse(path, [fault])
+    return NoiseSchedule.from_config(config)
+
+
+def load_tokenizer(path: str) -> CLIPTokenizer:
+    """The tokenizer alone, cheap to load: for counting a prompt's tokens before the model is there.
+
+    Raises:
+        ValueError: if the model has none, or the hub cannot be asked.
+    """
+    folder = _folder_with(path, "tokenizer/*")
+    _refuse(path, _vocabulary_faults(folder))
+    return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+
+
+def resolve_model(path: str) -> str:
+    """The folder of a shipped name, a folder as it is, or a hub id as it is, with its revision if it has one.
+
+    Raises:
+        ValueError: if `path` has the form of none of them.
+    """
+    if path in SHIPPED:
+        return str(files("mi_ray") / SHIPPED[path])
+    if (path and Path(path).is_dir()) or _HUB_ID.fullmatch(path):
+        return path
+    shipped = ", ".join(SHIPPED)
+    raise ValueError(
+        f"{path!r} is no model: give a shipped name ({shipped}), an existing folder or a hub id owner/name, or"
+        " owner/name@revision"
+    )
+
+
+def check_model(path: str) -> None:
+    """Check all that can be checked of a model without loading it; of a hub id, only its form.
+
+    Raises:
+        ValueError: with a line for each thing that is wrong.
+    """
+    folder = _local_folder(path)
+    if folder is not None:
+        _refuse(path, _folder_faults(folder))
+
+
+def check_adapter(folder: str | Path) -> None:
+    """Check that a local folder holds a PEFT adapter.
+
+    Raises:
+        ValueError: naming the file that is missing.
+    """
+    for name in _ADAPTER_FILES:
+        if not (Path(folder) / name).is_file():
+            raise ValueError(f"{str(folder)!r} is no adapter: it has no {name}; give a folder that PEFT saved")
+
+
+def _local_folder(path: str) -> Path | None:
+    """The folder of a shipped or local model; None of a hub id."""
+    folder = Path(resolve_model(path))
+    return folder if path in SHIPPED or folder.is_dir() else None
+
+
+def _folder_with(path: str, pattern: str) -> Path:
+    """A folder that holds some files of the model; of a hub id, named by its commit, nothing else is fetched."""
+    folder = _local_folder(path)
+    if folder is not None:
+        return folder
+    name, revision = _HUB_ID.fullmatch(path).groups()
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[pattern]))
+    except OSError as error:
+        raise _not_had(path, error) from error
+
+
+def model_commit(path: str) -> str | None:
+    """The commit of a hub model as it is now; None of a shipped model or a folder.
+
+    Raises:
+        ValueError: the hub cannot be asked, or it is a pipeline that is not supported.
+    """
+    if _local_folder(path) is not None:
+        return None
+    folder = _folder_with(path, "model_index.json")
+    _refuse(path, _index_faults(folder))
+    return folder.name
+
+
+def unet_config(path: str) -> dict:
+    """Of the UNet, without its weights.
+
+    Raises:
+        ValueError: the model has none, or the hub cannot be asked.
+    """
+    config, fault = _part_config(_folder_with(path, f"unet/{_CONFIGS['unet']}"), "unet")
+    if config is None:
+        _refuse(path, [fault])
+    return config
+
+
+def fetch_model(path: str) -> Path:
+    """The model's local folder, checked; a hub id is downloaded, or found in the hub's cache."""
+    check_model(path)
+    folder = _local_folder(path)
+    if folder is not None:
+        return folder
+    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    try:
+        name, revision = _HUB_ID.fullmatch(path).groups()
+        # Before gigabytes are fetched.
+        _refuse(path, _class_faults(StableDiffusionPipeline.load_config(name, revision=revision)))
+        folder = Path(StableDiffusionPipeline.download(name, revision=revision, use_safetensors=True, **unused))
+    except OSError as error:
+        raise _not_had(path, error) from error
+    _refuse(path, _folder_faults(folder))
+    return folder
+
+
+def _not_had(path: str, error: OSError) -> ValueError:
+    reason = " ".join(str(error).split())
+    return ValueError(
+        f"{path!r} cannot be had from the hub: check the name and the network, or give a local folder ({reason})"
+    )
+
+
+def _refuse(path: str, faults: list[str]):
+    if faults:
+        raise ValueError("\n".join(f"{path!r} {fault}" for fault in faults))
+
+
+def _read_json(path: Path) -> dict:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no mapping")
+    return content
+
+
+def _class_faults(index: dict) -> list[str]:
+    """One line for each class of a model_index.json that is not supported."""
+    pipeline = index.get("_class_name")
+    if pipeline != "StableDiffusionPipeline":
+        return [f"is a {pipeline}, which is not supported; {_SUPPORTED}"]
+    named = {part: (index.get(part) or (None, None))[1] for part in _CLASSES}
+    return [
+        f"has as its {part} a {name}, which is not supported; {_SUPPORTED}"
+        for part, name in named.items()
+        if name not in (None, *_CLASSES[part])
+    ]
+
+
+def _index_faults(folder: Path) -> list[str]:
+    """One line for each thing that is wrong with a folder's model_index.json."""
+    try:
+        return _class_faults(_read_json(folder / "model_index.json"))
+    except FileNotFoundError:
+        return ["has no model_index.json; give a folder that a diffusers pipeline's save_pretrained wrote"]
+    except ValueError as error:
+        return [f"has a model_index.json that is not JSON ({error}); fetch it again"]
+
+
+def _folder_faults(folder: Path) -> list[str]:
+    """One line for each thing that is wrong with a diffusers folder."""
+    if faults := _index_faults(folder):
+        return faults
+    configs = {}
+    for part in _CONFIGS:
+        config, fault = _part_config(folder, part)
+        if config is None:
+            faults.append(fault)
+            continue
+        configs[part] = config
+        if part in _WEIGHTS:
+            faults += _weight_faults(folder / part, part)
+    if "tokenizer" in configs:
+        faults += _vocabulary_faults(folder)
+    if "scheduler" in configs:
+        try:
+            NoiseSchedule.from_config(configs["scheduler"])
+        except ValueError as error:
+            faults += [f"has in scheduler/scheduler_config.json {fault}" for fault in str(error).split("\n")]
+    if "unet" in configs and "vae" in configs:
+        channels = configs["unet"].get("in_channels", 4), configs["unet"].get("out_channels", 4)
+        wanted = configs["vae"].get("latent_channels", 4)
+        if channels != (wanted, wanted):
+            faults.append(
+                f"has a UNet that takes {channels[0]} and gives {channels[1]} channels for latents of {wanted}"
+                " (an inpainting or upscaling model?); give a text-to-image model"
+            )
+    return faults
+
+
+def read_config(folder: Path, part: str) -> dict:
+    """The configuration of a part (unet, vae, text_encoder, tokenizer, scheduler) of a checked folder."""
+    return _read_json(folder / part / _CONFIGS[part])
+
+
+def _part_config(folder: Path, part: str) -> tuple[dict | None, str]:
+    """A part's configuration, or None and what is wrong with it."""
+    name = f"{part}/{_CONFIGS[part]}"
+    try:
+        return _read_json(folder / name), ""
+    except FileNotFoundError:
+        return None, f"lacks its {part}: there is no {name}; complete the folder"
+    except ValueError as error:
+        return None, f"has a {name} that is not JSON ({error}); fetch it again"
+
+
+def _vocabulary_faults(folder: Path) -> list[str]:
+    """Whether the tokenizer's vocabulary is there: transformers builds an empty one without a word."""
+    if any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return []
+    return ["lacks its tokenizer's vocabulary, tokenizer/tokenizer.json or tokenizer/vocab.json; complete the folder"]
+
+
+def _weight_faults(folder: Path, part: str) -> list[str]:
+    """Whether the safetensors are there and whole; reads their headers only."""
+    index = folder / f"{_WEIGHTS[part]}.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [_WEIGHTS[part]]
+    faults = []
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except FileNotFoundError:
+            faults.append(f"lacks {part}/{name}; complete the folder (only safetensors are read, no pickled weights)")
+        except (SafetensorError, OSError) as error:
+            faults.append(f"has a {part}/{name} that cannot be read ({error}); fetch it again, whole (git lfs pull?)")
+    return faults

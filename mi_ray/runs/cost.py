@@ -1,0 +1,43 @@
+"""What a run costs, in denoiser evaluations, from its config and the number of its prompts."""
+
+from mi_ray.config import POINTWISE_SCORES, RunConfig, ScoreConfig
+from mi_ray.runs.layout import baselines
+
+TRAINING_COST = 3  # a training pass in denoiser evaluations: forward, and backward at twice that
+
+
+def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int]:
+    """Denoiser evaluations by stage; `finetune` counts forward and backward as `TRAINING_COST`.
+
+    Steps outside sampler.guidance_interval cost half of what is counted here.
+    """
+    arms = 1 + len(config.evaluation.controls)
+    pools = 1 + (config.rounds - 1) * arms  # the first round's pool serves all arms
+    each, steps = config.generate.candidates_per_prompt, config.sampler.num_inference_steps
+    cuts = config.prune.cuts(steps, each)
+    left = [each, *cuts.values()]
+    at_cuts = sum(left[:-1]) * score_evaluations(config.score, {config.prune.by}, config.prune.num_samples)
+    at_the_end = left[-1] * score_evaluations(config.score, set(config.score.names), config.score.num_samples)
+    finetune = config.finetune
+    samples = finetune.steps * finetune.batch_size * finetune.gradient_accumulation
+    images = held_out * config.evaluation.images_per_prompt * (1 + arms)
+    per_image = 2 * config.evaluation.sampler.num_inference_steps + 2 * config.score.num_samples * config.evaluation.pmi
+    return {
+        "generate": prompts * pools * 2 * config.prune.candidate_steps(steps, each),
+        "score": prompts * pools * (at_cuts + at_the_end),
+        "finetune": samples * TRAINING_COST * (config.rounds * arms + len(baselines(config))),
+        "evaluate": images * per_image,
+    }
+
+
+def score_evaluations(score: ScoreConfig, names: set[str], samples: int) -> int:
+    """Evaluations of a candidate for these scores."""
+    if not names & set(POINTWISE_SCORES):
+        return 0
+    spent = samples * (1 + bool(names & {"pmi", "pmi_orthogonal"}))
+    for name, others in (("pmi_contrastive", score.neighbours), ("pmi_negatives", score.max_negatives)):
+        if name in names:
+            kept = min(others, score.shortlist or others)
+            first = min(samples, score.shortlist_samples)
+            spent += first * others + (samples - first) * kept
+    return spent

@@ -1,0 +1,267 @@
+"""How a run stands, from its folder alone: what is done, what failed, what is left, and when it may end."""
+
+import time
+from bisect import insort
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+from mi_ray import storage
+from mi_ray.runs import folder as run_folder
+from mi_ray.config import RunConfig
+from mi_ray.runs.cost import evaluations
+from mi_ray.runs.layout import REFERENCE, SCORES, SUMMARY, baselines, home_of, read_content, read_run
+from mi_ray.runs.lease import latest
+
+RECENT = 50  # shards whose pace counts
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage of one model. Units are shards, optimiser steps of `finetune`, or the one table of `select`."""
+
+    stage: str
+    model: str
+    unit: str
+    done: int
+    left: int | None  # None: not known before the stages above have run
+    errors: int = 0  # rows that say why there is no result
+    seconds_left: float | None = None  # None: not known yet
+
+    @property
+    def state(self) -> str:
+        if self.left == 0:
+            return "done"
+        return "under way" if self.done else "to do"
+
+
+class _Events:
+    """What the status needs of events.jsonl, read once, line by line: it holds nothing of most shards."""
+
+    def __init__(self, run_dir: str):
+        self.prompts: dict[str, int] = {}  # by stage, those used
+        self.planned: dict[str, int] = {}  # by folder: shards
+        self.left: dict[str, int] = {}  # by folder: shards that the last driver found missing and has not written
+        # By folder: when a driver began with it (False), and when the latest shards were written (True).
+        self.times: dict[str, list[tuple[float, bool]]] = defaultdict(list)
+        self.errors: dict[str, dict[str, int]] = defaultdict(dict)  # by folder: of the shards that have any
+        self.spent: dict[str, int] = defaultdict(int)  # by folder: evaluations
+        self.shards: dict[str, int] = defaultdict(int)  # by folder: how often one was written
+        self.shard_seconds = 0.0
+        self.sessions, self.finished = 0, False
+        self.skipped: dict[tuple[str, str], int] = {}
+        self.restarts, self.halvings = 0, 0
+        self.last: dict | None = None
+        for event in storage.iter_lines(storage.join(run_dir, "events.jsonl")):
+            self.last, kind = event, event["event"]
+            if kind == "shard_written":
+                self._shard_written(event)
+            elif kind == "shards_planned":
+                self.planned[event["folder"]], self.left[event["folder"]] = event["shards"], event["missing"]
+                self._note(event["folder"], event["time"], False)
+            elif kind == "prompts_read":
+                self.prompts[event["stage"]] = event["used"]
+            elif kind == "prompt_skipped":
+                self.skipped[event["prompt"], event["message"]] = event.get("count", 1)  # every session says it again
+            elif kind == "run_started":
+                self.sessions, self.finished = self.sessions + 1, False
+            elif kind == "run_finished":
+                self.finished = True
+
+    def _shard_written(self, event: dict):
+        folder = event.get("folder")
+        self.spent[folder] += event["denoiser_evaluations"] + event["score_evaluations"]
+        self.shards[folder] += 1
+        self.shard_seconds += event["seconds"]
+        self.restarts += event.get("actor_restarts", 0)
+        self.halvings += event.get("batch_halvings", 0)
+        if self.left.get(folder):
+            self.left[folder] -= 1
+        self._note(folder, event["time"], True)
+        errors = self.errors[folder]
+        errors.pop(event["shard"], None)
+        if event["errors"]:
+            errors[event["shard"]] = event["errors"]
+
+    def _note(self, folder: str, time: float, written: bool):
+        insort(self.times[folder], (time, written))
+        del self.times[folder][:-RECENT]
+
+    @property
+    def seconds_per_evaluation(self) -> float | None:
+        """Of all actors together, at the pace of their shards; of one actor as long as no folder has a pace."""
+        paces = {folder: _pace(times) for folder, times in self.times.items()}
+        known = [folder for folder, pace in paces.items() if pace is not None and self.spent[folder]]
+        if known:
+            return sum(paces[f] * self.shards[f] for f in known) / sum(self.spent[f] for f in known)
+        spent = sum(self.spent.values())
+        return self.shard_seconds / spent if spent else None
+
+
+def _pace(times: list[tuple[float, bool]]) -> float | None:
+    """Seconds a shard, of the latest ones: from when a driver began, or from the shard before, without the pauses in
+    which there was no driver. Shards that come at the same time, since as many actors began with them, share that time.
+
+    Args:
+        times: in order, when a driver began (False) and when a shard was written (True).
+    """
+    gaps = [after - before for (before, _), (after, written) in pairwise(times) if written]
+    return sum(gaps) / len(gaps) if gaps else None
+
+
+def _shards(folder: str, stage: str, model: str, planned: int | None, events: _Events, run_dir: str):
+    names = storage.list_names(storage.join(folder, run_folder.COMMITS))
+    done = sum(name.endswith(".json") for name in names)
+    here = storage.relative(folder, run_dir)
+    if storage.exists(storage.join(folder, run_folder.MANIFEST)):
+        planned = done
+    left = None if planned is None else max(0, planned - done)
+    return _of_shards(stage, model, done, left, events, here)
+
+
+def _of_shards(stage: str, model: str, done: int, left: int | None, events: _Events, folder: str) -> StageStatus:
+    pace, errors = _pace(events.times[folder]), sum(events.errors[folder].values())
+    seconds = 0.0 if left == 0 else left * pace if left is not None and pace is not None else None
+    return StageStatus(stage, model, "shards", done, left, errors, seconds)
+
+
+def _finetune(folder: str, model: str, steps: int) -> StageStatus:
+    if storage.exists(storage.join(folder, SUMMARY)):
+        return StageStatus("finetune", model, "steps", steps, 0, 0, 0.0)
+    done = len(storage.read_lines(storage.join(folder, "training.jsonl")))
+    return StageStatus("finetune", model, "steps", done, steps - done)
+
+
+def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
+    run_dir = config.run_dir
+    per_shard = config.generate.prompts_per_shard
+    planned = {stage: -(-count // per_shard) for stage, count in events.prompts.items()}
+    stages = []
+    for arm in ("tuned", *config.evaluation.controls):
+        home = home_of(run_dir, arm)
+        for r in range(config.rounds):
+            model = f"{arm}, round {r}"
+            if r or arm == "tuned":
+                folder = storage.join(home, f"round-{r}", "candidates")
+                stages.append(_shards(folder, "generate", model, planned.get("train"), events, run_dir))
+            selected = storage.exists(storage.join(home, f"round-{r}", "selected.parquet"))
+            stages.append(StageStatus("select", model, "table", int(selected), int(not selected)))
+            adapter = storage.join(home, f"round-{r}", "adapter")
+            stages.append(_finetune(adapter, model, config.finetune.steps))
+    for model, folder in baselines(config):
+        selected = storage.exists(storage.join(folder, "selected.parquet"))
+        stages.append(StageStatus("select", model, "table", int(selected), int(not selected)))
+        stages.append(_finetune(storage.join(folder, "adapter"), model, config.finetune.steps))
+    reference = [REFERENCE] if config.evaluation.alignment == "oracle" else []
+    for model in (*reference, "base", "tuned", *config.evaluation.controls):
+        folder = storage.join(run_dir, "evaluation", model)
+        stages.append(_shards(folder, "evaluate", model, planned.get("evaluation"), events, run_dir))
+    written = storage.exists(storage.join(run_dir, "report", "index.html"))
+    return [*stages, StageStatus("report", "all", "page", int(written), int(not written))]
+
+
+def _pair_stages(run_dir: str, model: str, events: _Events) -> list[StageStatus]:
+    """Of a run of jobs/score.py."""
+    planned, left = events.planned.get(SCORES), events.left.get(SCORES)
+    # Not by the receipts: those of what has left the input are there until the end.
+    done = 0 if planned is None else planned - left
+    scored = _of_shards("score", model, done, left, events, SCORES)
+    return [scored, StageStatus("audit", "all", "page", int(events.finished), int(not events.finished), 0, 0.0)]
+
+
+def _with_estimates(stages: list[StageStatus], config: RunConfig, events: _Events) -> list[StageStatus]:
+    """Fill in what has no pace of its own yet: by its denoiser evaluations, at the pace of the shards so far."""
+    each, prompts = events.seconds_per_evaluation, events.prompts
+    if not each or "train" not in prompts:
+        return stages
+    counts = evaluations(config, prompts["train"], prompts.get("evaluation", 0))
+    cost = {
+        "generate": counts["generate"] + counts["score"],
+        "finetune": counts["finetune"],
+        "evaluate": counts["evaluate"],
+    }
+    models = {name: sum(s.stage == name and s.model != REFERENCE for s in stages) for name in cost}
+    filled = []
+    for status in stages:
+        seconds = status.seconds_left
+        if seconds is None:
+            of_stage = status.stage in cost and status.model != REFERENCE
+            share = status.left / max(1, status.left + status.done) if status.left is not None else 1.0
+            seconds = share * each * cost[status.stage] / models[status.stage] if of_stage else 0.0
+        filled.append(StageStatus(**(asdict(status) | {"seconds_left": seconds})))
+    return filled
+
+
+def run_status(run_dir: str) -> dict:
+    """How the run in a folder stands: its stages in order, who drives it, and the errors so far.
+
+    Raises:
+        ConfigError: there is no run in the folder, or one of another job.
+    """
+    content, events = read_content(run_dir), _Events(run_dir)
+    if "input" in content["config"]:
+        stages = _pair_stages(run_dir, content["config"]["model"], events)
+    else:
+        config, _ = read_run(run_dir)
+        stages = _with_estimates(_stages(config, events), config, events)
+    lefts = [status.seconds_left for status in stages]
+    return {
+        "run_dir": run_dir,
+        "config_hash": content["config_hash"],
+        "stages": [asdict(status) | {"state": status.state} for status in stages],
+        "seconds_left": None if None in lefts else sum(lefts),
+        "error_rows": sum(status.errors for status in stages),
+        "prompts_skipped": sum(events.skipped.values()),
+        "sessions": events.sessions,
+        "actor_restarts": events.restarts,
+        "batch_halvings": events.halvings,
+        "last_event": events.last,
+        "driver": _driver(run_dir),
+    }
+
+
+def _driver(run_dir: str) -> dict | None:
+    """Who holds the run's lease: host, pid, since and heartbeat (seconds ago); None if no one does."""
+    _, holder = latest(run_dir)
+    if holder is None or holder["released"]:
+        return None
+    heard = max(0.0, time.time() - holder["heartbeat"])
+    return {key: holder[key] for key in ("host", "pid", "since", "seconds")} | {"heard_of_seconds_ago": round(heard, 1)}
+
+
+def rough_duration(seconds: float | None) -> str:
+    """12 s, 12 min or 12.3 h."""
+    if seconds is None:
+        return "?"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"
+
+
+def status_text(status: dict) -> str:
+    """The same for the terminal."""
+    rows = [("stage", "model", "state", "done", "left", "error rows", "time left")]
+    for s in status["stages"]:
+        left = "?" if s["left"] is None else f"{s['left']} {s['unit']}"
+        time_left = "" if s["state"] == "done" else rough_duration(s["seconds_left"])
+        rows.append((s["stage"], s["model"], s["state"], str(s["done"]), left, str(s["errors"] or ""), time_left))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    driver = status["driver"]
+    lines.append("")
+    if driver:
+        silent = driver["heard_of_seconds_ago"] > driver["seconds"]
+        gone = ", so it is gone; the same command continues the run" if silent else ""
+        heard = f"heard of {driver['heard_of_seconds_ago']:.0f} s ago{gone}"
+        lines.append(f"driver: process {driver['pid']} on {driver['host']}, {heard}")
+    else:
+        lines.append("driver: none; the same command continues the run")
+    if (last := status["last_event"]) and last["event"] == "run_failed":
+        lines.append(f"the last driver failed: {last['error']}")
+    lines.append(f"error rows: {status['error_rows']}, prompts skipped: {status['prompts_skipped']}")
+    lines.append(
+        f"drivers so far: {status['sessions']}, actors restarted: {status['actor_restarts']},"
+        f" batches halved for want of memory: {status['batch_halvings']}"
+    )
+    if any(s["state"] != "done" for s in status["stages"]):
+        lines.append(f"time left: {rough_duration(status['seconds_left'])}, if it runs on as it did")
+    return "\n".join(lines)

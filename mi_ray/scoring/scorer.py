@@ -1,0 +1,194 @@
+"""Scores of sampled candidates: on-trajectory scores from recorded curves, pointwise scores by the model's denoiser."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mi_ray.config import POINTWISE_SCORES, ScoreConfig
+from mi_ray.diffusion.denoisers import Denoiser
+from mi_ray.diffusion.fitting import fitting
+from mi_ray.diffusion.sampling import Trajectory
+from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.information import pointwise, trajectory
+from mi_ray.language.sources import negatives_by
+from mi_ray.scoring.branches import encode_each, hard_negatives, likeliest_errors
+from mi_ray.scoring.sampler import derived_seed
+from mi_ray.scoring.work import Work
+
+NEIGHBOUR_POOL = 2000  # prompts among which the nearest are sought; keeps memory flat however long the list is
+
+
+def trajectory_scores(
+    config: ScoreConfig, delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule
+) -> dict[str, Tensor]:
+    """The on-trajectory scores of config.names from curves (n, S), just recorded or stored: {name: (n,)}.
+
+    A curve is NaN where there was no guidance, which the configuration grants to `trajectory_banded` outside its band.
+    """
+    by_name = {
+        "mitune": lambda curve: trajectory.mitune(curve, timesteps, schedule),
+        "mitune_eq2": lambda curve: trajectory.mitune_eq2(curve, timesteps, schedule),
+        "asd": trajectory.asd,
+    }
+    scores = {name: score(delta_sq) for name, score in by_name.items() if name in config.names}
+    if "trajectory_banded" in config.names:
+        log_snr = schedule.log_snr[timesteps.long().cpu()]
+        curve = trajectory.banded(delta_sq, log_snr, config.log_snr_min, config.log_snr_max)
+        scores["trajectory_banded"] = by_name[config.banded](curve)
+    return scores
+
+
+def probed_band(config: ScoreConfig, schedule: NoiseSchedule) -> tuple[float, float]:
+    """The log SNRs over which the pmi scores integrate: what is configured, as far as the model knows such noise.
+
+    Raises:
+        ValueError: it knows none of them.
+    """
+    return known_band(*config.probed_band, schedule)
+
+
+def known_band(low: float, high: float, schedule: NoiseSchedule) -> tuple[float, float]:
+    """A band of log SNR, as far as the model knows such noise.
+
+    Raises:
+        ValueError: it knows none of it.
+    """
+    noisiest, clearest = schedule.log_snr[[-1, 0]].tolist()
+    if high <= noisiest or clearest <= low:
+        raise ValueError(
+            f"log_snr_min {low:g} to log_snr_max {high:g} is not among the model's noise levels, {noisiest:.2f} to"
+            f" {clearest:.2f}; move the band"
+        )
+    return max(low, noisiest), min(high, clearest)
+
+
+def probe_design(config: ScoreConfig) -> pointwise.Design:
+    """How the configured probes are spread over their band."""
+    loc = config.logistic_loc if config.sampling == "logistic" else None
+    return pointwise.Design(loc, config.logistic_scale, config.levels, config.antithetic)
+
+
+def draw_probes_of(prompts: list[str], config: ScoreConfig, seed: int, denoiser: Denoiser) -> pointwise.Probes:
+    """The probes that all candidates and branches of each prompt meet; a prompt's depend on it and the seed alone.
+
+    Raises:
+        ValueError: the configured band reaches none of the model's noise levels.
+    """
+    return pointwise.draw_probes(
+        [derived_seed(seed, "probes", prompt) for prompt in prompts],
+        config.num_samples,
+        *probed_band(config, denoiser.schedule),
+        denoiser.latent_shape,
+        probe_design(config),
+        level_seed=derived_seed(seed, "levels"),
+    )
+
+
+class Scorer:
+    """Turns trajectories and latents into the columns score_<name>."""
+
+    def __init__(self, denoiser: Denoiser, config: ScoreConfig, batch_size: int, seed: int, pool: list[str]):
+        self.denoiser, self.config, self.batch_size, self.seed = denoiser, config, batch_size, seed
+        self.null = denoiser.encode_prompts([""])
+        self.negatives = negatives_by(config.negatives)
+        self.pool = pool[:NEIGHBOUR_POOL] if "pmi_contrastive" in config.names else []
+        chunks = [self.pool[i : i + 256] for i in range(0, len(self.pool), 256)]
+        self.pool_embeddings = torch.cat([denoiser.encode_prompts(chunk) for chunk in chunks]) if chunks else None
+
+    def neighbours(self, prompts: list[str], embeddings: Tensor) -> Tensor:
+        """Embeddings (P, J, tokens, dim) of the J other prompts nearest to each in the text encoder's space."""
+        distance = torch.cdist(embeddings.flatten(1).float(), self.pool_embeddings.flatten(1).float())
+        for row, prompt in enumerate(prompts):
+            distance[row, [column for column, other in enumerate(self.pool) if other == prompt]] = torch.inf
+        nearest = distance.topk(min(self.config.neighbours, len(self.pool) - 1), largest=False).indices
+        return self.pool_embeddings[nearest]
+
+    def __call__(
+        self, prompts: list[str], embeddings: Tensor, index: Tensor, sampled: Trajectory, work: Work
+    ) -> dict[str, list[float]]:
+        """Score the N candidates of P prompts; index (N,) says whose each is.
+
+        Returns:
+            {score_<name>: N values in nats}, and of the pointwise ones {score_<name>_se: their standard errors}.
+        """
+        config = self.config
+        scores = trajectory_scores(config, sampled.delta_sq, sampled.timesteps, self.denoiser.schedule)
+        columns = {f"score_{name}": values.cpu().tolist() for name, values in scores.items()}
+        if any(name in POINTWISE_SCORES for name in config.names):
+            args = (prompts, embeddings, index, sampled.latents, work)
+            for name, (value, standard_error) in fitting(self, partial(self._pointwise, *args), work).items():
+                columns[f"score_{name}"] = value.cpu().tolist()
+                columns[f"score_{name}_se"] = standard_error.cpu().tolist()
+        return columns
+
+    def _pointwise(self, prompts: list[str], embeddings: Tensor, index: Tensor, latents: Tensor, work: Work):
+        began = time.perf_counter()
+        config = self.config
+        branches = [embeddings[:, None]]
+        if "pmi" in config.names or "pmi_orthogonal" in config.names:
+            branches.append(self.null.expand(len(prompts), -1, -1)[:, None])
+        probes = draw_probes_of(prompts, config, self.seed, self.denoiser)
+        errors, distances = pointwise.denoising_statistics(
+            self.denoiser.predict_epsilon,
+            self.denoiser.schedule,
+            latents,
+            index,
+            torch.cat(branches, 1),
+            probes,
+            2 * self.batch_size,
+            reference=1 if "pmi_orthogonal" in config.names else None,
+        )
+        work.score_evaluations += errors.numel()
+        scores = {}
+        if "pmi" in config.names:
+            scores["pmi"] = pointwise.pmi(errors[:, 0], errors[:, 1], probes)
+        if "pmi_orthogonal" in config.names:
+            scores["pmi_orthogonal"] = pointwise.pmi_orthogonal(distances[:, 0], probes)
+        own = errors[:, 0]
+        if "pmi_contrastive" in config.names:
+            others = list(self.neighbours(prompts, embeddings))
+            contrast = partial(pointwise.pmi_contrastive, total=len(others[0]))
+            scores["pmi_contrastive"] = self._against(others, contrast, index, latents, own, probes, work)
+        if "pmi_negatives" in config.names:
+            negatives = [
+                hard_negatives(self.denoiser, self.negatives, prompt, config.max_negatives) for prompt in prompts
+            ]
+            # A prompt of which nothing can be changed is held against none at all.
+            others = encode_each(self.denoiser, [[n.prompt for n in of_prompt] or [""] for of_prompt in negatives])
+            scores["pmi_negatives"] = self._against(others, pointwise.log_odds, index, latents, own, probes, work)
+        work.timed("score", began)
+        return scores
+
+    def _against(
+        self,
+        branches: list[Tensor],
+        score: Callable[[Tensor, Tensor, pointwise.Probes], pointwise.Estimate],
+        index: Tensor,
+        latents: Tensor,
+        own: Tensor,
+        probes: pointwise.Probes,
+        work: Work,
+    ) -> pointwise.Estimate:
+        """A score of each candidate's prompt against others, (N,).
+
+        Args:
+            branches: of each prompt, the embeddings (J, tokens, dim) of the others, at least one.
+            own: (N, K) errors under the prompts themselves, at the probes that the others meet too.
+        """
+        config = self.config
+        others = likeliest_errors(
+            self.denoiser,
+            latents,
+            index,
+            branches,
+            probes,
+            2 * self.batch_size,
+            count=config.shortlist or max(map(len, branches)),
+            first=config.shortlist_samples if config.shortlist else config.num_samples,
+        )
+        work.score_evaluations += others.evaluations
+        scored = [score(e[None], against[None], probes) for e, against in zip(own, others.errors, strict=True)]
+        return pointwise.Estimate(*map(torch.cat, zip(*scored, strict=True)))

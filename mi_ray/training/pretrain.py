@@ -1,0 +1,387 @@
+"""Pre-training of the embedded model on Ray Train: first the autoencoder, then the text encoder and the UNet."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from pydantic import BaseModel, ConfigDict, Field
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, Dataset
+
+from mi_ray.diffusion.folders import fetch_model
+from mi_ray.shapes import model
+from mi_ray.shapes.scenes import BACKGROUND
+
+
+class PretrainConfig(BaseModel):
+    """Budget of the pre-training. What made the shipped model is on its card, shapes/weights/README.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = 0
+    num_workers: int = 1
+    threads_per_worker: int = 2
+    use_gpu: bool = False  # one for each worker: forward in bfloat16, weights in float32, a step as a CUDA graph
+    drawing_processes: int = 0  # of each worker, for its pairs; 0: it draws them itself
+    vae_steps: int = 2200
+    vae_batch_size: int = 16
+    vae_learning_rate: float = 1.5e-3
+    kl_weight: float = 1e-6  # times the KL of a whole latent, beside a mean pixel loss
+    decoder_steps: int = 1500  # the decoder alone, on frozen latents of textured scenes
+    decoder_learning_rate: float = 1e-3
+    pairs: int = 60_000  # caption-image pairs, drawn and encoded once
+    steps: int = 6500
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    prompt_dropout: float = 0.1
+    min_snr_gamma: float = 5.0  # Hang et al. 2023, eq. 5
+    ema_decay: float = 0.999
+    checkpoint_every: int = 500
+    start_from: str = ""  # a pipeline of this architecture, folder or shipped name, whose parts are trained on
+    layout_share: float = Field(0.0, ge=0, lt=1)  # of the timesteps, drawn around 690, where a caption decides most
+
+
+def _to_tensor(images: list[np.ndarray]) -> torch.Tensor:
+    """n images (h, w, 3) uint8 -> (n, 3, h, w) in [-1, 1], on the worker's device."""
+    return torch.from_numpy(np.stack(images)).to(get_device()).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _learning_rate_factor(step: int, total: int) -> float:
+    """Linear warm-up over 200 steps, then a cosine down to 2 %."""
+    warm = min(1.0, (step + 1) / min(200, total))
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
+
+
+class _Drawn(Dataset):
+    """A worker's endless stream of draws; the n-th is a function of (seed, phase, rank, n), so it resumes."""
+
+    def __init__(self, draw: Callable[[np.random.Generator], Any], seed: int, phase: int, rank: int):
+        self.draw, self.key = draw, (seed, phase, rank)
+
+    def __getitem__(self, n: int):
+        return self.draw(np.random.default_rng((*self.key, n)))
+
+
+def _batches(draw: Callable, config: PretrainConfig, phase: int, indices: range, batch_size: int) -> DataLoader:
+    """Lists of `batch_size` draws, those of `indices` in the worker's stream."""
+    drawn = _Drawn(draw, config.seed, phase, ray.train.get_context().get_world_rank())
+    return DataLoader(drawn, batch_size, sampler=indices, num_workers=config.drawing_processes, collate_fn=list)
+
+
+def _draw_image(rng: np.random.Generator) -> np.ndarray:
+    return model.draw_pair(rng)[1]
+
+
+class _Checkpoints:
+    """Saves modules, optimiser, averages and the step; restores them when the run continues."""
+
+    def __init__(self, **parts):
+        self.parts = parts
+        self.step = 0
+        if checkpoint := ray.train.get_checkpoint():
+            with checkpoint.as_directory() as folder:
+                state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+            self.step = state["step"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+
+    def save(self, step: int, metrics: dict):
+        if ray.train.get_context().get_world_rank() != 0:
+            return ray.train.report(metrics)
+        with tempfile.TemporaryDirectory() as folder:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            torch.save({"step": step, **state}, Path(folder) / "state.pt")
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+class _Progress:
+    """Rank 0's log: a line of `<phase>.jsonl` every 20 steps, a line on the terminal every 100."""
+
+    def __init__(self, folder: str | Path, phase: str, start: int, total: int):
+        self.path, self.phase, self.start, self.total = Path(folder) / f"{phase}.jsonl", phase, start, total
+        self.began = time.monotonic()
+        self.active = ray.train.get_context().get_world_rank() == 0
+
+    def step(self, step: int, **values: torch.Tensor):
+        if not self.active or step % 20:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if step % 100 == 0:
+            left = (self.total - step) * (time.monotonic() - self.began) / (step - self.start) / 60
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            print(f"{self.phase} {step}/{self.total}: {shown}, {left:.0f} min left", flush=True)
+
+
+def _pixel_loss(reconstruction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """L1 + L2 of images (n, 3, h, w) in [-1, 1], weighted towards what is drawn."""
+    error = reconstruction - x
+    background = x.new_tensor(BACKGROUND).view(1, 3, 1, 1) / 127.5 - 1
+    drawn = 1 + 2.0 * ((x - background).abs().amax(1, keepdim=True) > 0.1)
+    return (drawn * (error.abs() + error.square())).mean()
+
+
+class _AutoencoderLoss(torch.nn.Module):
+    """Pixel loss and a slight KL: images -> loss."""
+
+    def __init__(self, vae: AutoencoderKL, kl_weight: float):
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        posterior = self.vae.encode(x).latent_dist
+        return _pixel_loss(self.vae.decode(posterior.sample()).sample, x) + self.kl_weight * posterior.kl().mean()
+
+
+class _DecoderLoss(torch.nn.Module):
+    """Pixel loss and L1 of the differences between neighbouring pixels, which sharpens stripes and dots."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            latents = self.vae.encode(x).latent_dist.sample()
+        y = self.vae.decode(latents).sample
+        edges = sum((y.diff(dim=axis) - x.diff(dim=axis)).abs().mean() for axis in (2, 3))
+        return _pixel_loss(y, x) + edges
+
+
+class _DenoiserLoss(torch.nn.Module):
+    """Mean squared error of the predicted noise: (ids, noisy latents, timesteps, noise) -> loss."""
+
+    def __init__(self, modules: torch.nn.ModuleDict):
+        super().__init__()
+        self.parts = modules
+
+    def forward(self, ids, noisy, timesteps, noise) -> torch.Tensor:
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=noisy.is_cuda):
+            embeddings = self.parts["text_encoder"](ids).last_hidden_state
+            predicted = self.parts["unet"](noisy, timesteps, encoder_hidden_states=embeddings).sample
+        return mse_loss(predicted.float(), noise)
+
+
+def train_vae(settings: dict):
+    """Worker loop: the autoencoder."""
+    config, folder = PretrainConfig(**settings["config"]), settings["folder"]
+    torch.set_num_threads(config.threads_per_worker)
+    torch.manual_seed(config.seed)
+    vae = model.build_vae().to(get_device())
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_learning_rate, weight_decay=1e-4)
+    checkpoints = _Checkpoints(vae=vae, optimizer=optimizer)
+    objective = prepare_model(_AutoencoderLoss(vae, config.kl_weight))
+    batch_size = config.vae_batch_size // ray.train.get_context().get_world_size()
+    indices = range(checkpoints.step * batch_size, config.vae_steps * batch_size)
+    batches = _batches(_draw_image, config, 0, indices, batch_size)
+    progress = _Progress(folder, "vae", checkpoints.step, config.vae_steps)
+    for step, images in enumerate(batches, checkpoints.step):
+        for group in optimizer.param_groups:
+            group["lr"] = config.vae_learning_rate * _learning_rate_factor(step, config.vae_steps)
+        loss = objective(_to_tensor(images))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        progress.step(step + 1, loss=loss)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.vae_steps:
+            checkpoints.save(step + 1, {"loss": loss.item()})
+    if ray.train.get_context().get_world_rank() == 0:
+        _set_scaling_factor(vae, config)
+        vae.save_pretrained(Path(folder) / "vae")
+
+
+def train_decoder(settings: dict):
+    """Worker loop: the decoder alone, so that latents stay what they are."""
+    config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
+    torch.set_num_threads(config.threads_per_worker)
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL.from_pretrained(folder / "vae").to(get_device())
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.decoder_learning_rate, weight_decay=1e-4)
+    checkpoints = _Checkpoints(vae=vae, optimizer=optimizer)
+    objective = prepare_model(_DecoderLoss(vae))
+    context = ray.train.get_context()
+    batch_size = config.vae_batch_size // context.get_world_size()
+    indices = range(checkpoints.step * batch_size, config.decoder_steps * batch_size)
+    batches = _batches(model.draw_textured, config, 3, indices, batch_size)
+    progress = _Progress(folder, "decoder", checkpoints.step, config.decoder_steps)
+    for step, images in enumerate(batches, checkpoints.step):
+        for group in optimizer.param_groups:
+            group["lr"] = config.decoder_learning_rate * _learning_rate_factor(step, config.decoder_steps)
+        loss = objective(_to_tensor(images))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        progress.step(step + 1, loss=loss)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.decoder_steps:
+            checkpoints.save(step + 1, {"loss": loss.item()})
+    if context.get_world_rank() == 0:
+        vae.save_pretrained(folder / "vae-refined")
+
+
+@torch.no_grad()
+def _set_scaling_factor(vae: AutoencoderKL, config: PretrainConfig):
+    """Latents times the scaling factor have unit variance (Rombach et al. 2022, section G)."""
+    images = _batches(_draw_image, config, 2, range(512), 64)
+    latents = torch.cat([vae.encode(_to_tensor(batch)).latent_dist.mode() for batch in images])
+    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+
+
+@torch.no_grad()
+def _cached_pairs(config: PretrainConfig, folder: Path, vae: AutoencoderKL, tokenizer):
+    """This worker's share of the pairs as (token ids, latents), drawn and encoded once and kept on disk."""
+    context = ray.train.get_context()
+    path = folder / f"pairs-{context.get_world_rank()}-of-{context.get_world_size()}.pt"
+    if not path.exists():
+        captions, latents = [], []
+        for batch in _batches(model.draw_pair, config, 1, range(config.pairs // context.get_world_size()), 500):
+            texts, images = zip(*batch, strict=True)
+            captions += texts
+            encoded = vae.encode(_to_tensor(images)).latent_dist.mode()
+            latents.append((encoded * vae.config.scaling_factor).half().cpu())
+        ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        torch.save({"ids": ids.short(), "latents": torch.cat(latents)}, path)
+    return torch.load(path, weights_only=True)
+
+
+def timestep_frequency(alphas_cumprod: torch.Tensor, min_snr_gamma: float, layout_share: float) -> torch.Tensor:
+    """How often each timestep is drawn: (T,), summing to one.
+
+    In proportion to the min-SNR weight (Hang et al. 2023, eq. 5) instead of weighted by it: the same objective, less
+    variance. `layout_share` of the draws are logit-normal (Esser et al. 2024, section 3.1) around 0.69 T instead, where
+    the denoiser gains most from its caption.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    base = (min_snr_gamma / snr).clamp(max=1)
+    t = (torch.arange(len(snr)) + 0.5) / len(snr)
+    layout = torch.exp(-0.5 * ((torch.logit(t) - 0.8) / 0.6) ** 2) / (t * (1 - t))
+    return (1 - layout_share) * base / base.sum() + layout_share * layout / layout.sum()
+
+
+def train_denoiser(settings: dict):
+    """Worker loop: text encoder and UNet together, epsilon-prediction, averaged weights kept."""
+    config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
+    torch.set_num_threads(config.threads_per_worker)
+    context, device = ray.train.get_context(), get_device()
+    vae, tokenizer = AutoencoderKL.from_pretrained(folder / "vae").to(device), model.build_tokenizer()
+    data = {name: values.to(device) for name, values in _cached_pairs(config, folder, vae, tokenizer).items()}
+    null_ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids.short().to(device)
+
+    torch.manual_seed(config.seed)
+    modules = torch.nn.ModuleDict({"text_encoder": model.build_text_encoder(tokenizer), "unet": model.build_unet()})
+    if config.start_from:
+        trained = _start(config)
+        modules["text_encoder"].load_state_dict(trained.text_encoder.state_dict())
+        modules["unet"].load_state_dict(trained.unet.state_dict())
+    modules.to(device)
+    average = torch.optim.swa_utils.AveragedModel(
+        modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
+    )
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), lr=config.learning_rate, weight_decay=1e-2, betas=(0.9, 0.99), fused=True
+    )
+    checkpoints = _Checkpoints(modules=modules, average=average, optimizer=optimizer)
+
+    scheduler = model.build_scheduler()
+    frequency = timestep_frequency(scheduler.alphas_cumprod, config.min_snr_gamma, config.layout_share).to(device)
+    batch_size, count = config.batch_size // context.get_world_size(), len(data["ids"])
+
+    def draw(step: int) -> tuple[torch.Tensor, ...]:
+        """The arguments of the loss at a step: (ids, noisy, timesteps, noise)."""
+        generator = torch.Generator(device).manual_seed(hash((config.seed, context.get_world_rank(), step)) % 2**63)
+        chosen = torch.randint(count, (batch_size,), generator=generator, device=device)
+        latents = data["latents"][chosen].float()
+        dropped = torch.rand(batch_size, 1, generator=generator, device=device) < config.prompt_dropout
+        ids = torch.where(dropped, null_ids, data["ids"][chosen]).long()
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        timesteps = torch.multinomial(frequency, batch_size, replacement=True, generator=generator)
+        return ids, scheduler.add_noise(latents, noise, timesteps), timesteps, noise
+
+    objective = _DenoiserLoss(modules)
+    if config.use_gpu:  # launched one by one, so many small kernels take nearly four times as long
+        objective = torch.cuda.make_graphed_callables(objective, draw(0))
+    objective = prepare_model(objective)
+    running = None
+    progress = _Progress(folder, "denoiser", checkpoints.step, config.steps)
+    for step in range(checkpoints.step, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _learning_rate_factor(step, config.steps)
+        loss = objective(*draw(step))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(modules)
+        running = loss.detach() if running is None else running.lerp(loss.detach(), 0.02)
+        progress.step(step + 1, loss=running, grad_norm=norm)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            checkpoints.save(step + 1, {"loss": float(running)})
+    if context.get_world_rank() == 0:
+        save_pipeline(folder, average.module, tokenizer)
+
+
+def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, tokenizer):
+    """Write `folder`/model, the ordinary diffusers folder; the two large parts in half precision on disk.
+
+    The text encoder stays in single precision: transformers loads a model in the precision of its file, diffusers in
+    single, and stock `from_pretrained` must give parts that fit together.
+    """
+    text_encoder, unet = model.build_text_encoder(tokenizer), model.build_unet()
+    text_encoder.load_state_dict(modules["text_encoder"].state_dict())
+    unet.load_state_dict(modules["unet"].state_dict())
+    refined = folder / "vae-refined"
+    half_vae = AutoencoderKL.from_pretrained(refined if refined.exists() else folder / "vae", torch_dtype=torch.float16)
+    half_vae.register_to_config(_name_or_path="shapes")  # not the folder of this machine
+    model.build_pipeline(half_vae, text_encoder, tokenizer, unet.half()).save_pretrained(folder / "model")
+
+
+def _start(config: PretrainConfig) -> StableDiffusionPipeline:
+    """The pipeline to go on from, in single precision."""
+    return StableDiffusionPipeline.from_pretrained(fetch_model(config.start_from), torch_dtype=torch.float32)
+
+
+def pretrain(config: PretrainConfig, folder: Path) -> Path:
+    """Train or continue in `folder`; returns the path of the finished diffusers folder."""
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.start_from and not (folder / "vae-refined").exists():
+        vae = _start(config).vae
+        vae.save_pretrained(folder / "vae")
+        vae.save_pretrained(folder / "vae-refined")
+    for name, loop, done in (
+        ("vae", train_vae, folder / "vae" / "config.json"),
+        ("decoder", train_decoder, folder / "vae-refined" / "config.json"),
+        ("denoiser", train_denoiser, None),
+    ):
+        if done is None or not done.exists():
+            TorchTrainer(
+                loop,
+                train_loop_config={"config": config.model_dump(), "folder": str(folder)},
+                scaling_config=ScalingConfig(
+                    num_workers=config.num_workers,
+                    use_gpu=config.use_gpu,
+                    resources_per_worker={"CPU": config.threads_per_worker, "GPU": int(config.use_gpu)},
+                ),
+                run_config=RunConfig(
+                    name=name,
+                    storage_path=str(folder / "ray"),
+                    failure_config=FailureConfig(max_failures=3),
+                    checkpoint_config=CheckpointConfig(num_to_keep=2),
+                ),
+            ).fit()
+    return folder / "model"

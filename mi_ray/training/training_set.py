@@ -1,0 +1,120 @@
+"""What the fine-tuning learns from: the kept candidates, and which of them, at which noise, a microbatch holds."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mi_ray.config.section import ConfigError
+from mi_ray.diffusion.denoisers import Denoiser
+from mi_ray.storage import ParquetRows
+
+ENCODED_AT_ONCE = 1024  # prompts, whose embeddings are then moved to the CPU
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The kept candidates that a training draws, encoded once and held in memory.
+
+    rows (n,): their numbers in the table of `count` rows, rising; latents (n, *latent_shape) fp32, weights (n,),
+    prompts (n,): rows of embeddings (prompts + 1, tokens, dim), whose last row is the null prompt's.
+    """
+
+    rows: Tensor
+    count: int
+    latents: Tensor
+    weights: Tensor
+    prompts: Tensor
+    embeddings: Tensor
+
+
+def read_training_set(uri: str, denoiser: Denoiser, seed: int, drawn: int) -> TrainingSet:
+    """Read of a table of schema `tables.SELECTED` what a training draws, and encode the distinct prompts.
+
+    Args:
+        drawn: samples in all; where they are fewer than the rows, memory depends on them and not on the table's length.
+
+    Raises:
+        ValueError: no rows, or latents that are not the model's.
+    """
+    source = ParquetRows(uri)
+    count = len(source)
+    rows = torch.arange(count) if drawn >= count else _permutation(seed, 0, count)[:drawn].sort().values
+    columns, parts, start = ["prompt", "latents", "latents_shape", "weight"], [], 0
+    for batch in source.batches(columns, size=1024):
+        first, last = torch.searchsorted(rows, torch.tensor([start, start + len(batch)])).tolist()
+        if last > first:
+            parts.append(batch.take(pa.array(rows[first:last].numpy() - start)))
+        start += len(batch)
+    shapes = {tuple(shape) for part in parts for shape in part["latents_shape"].to_pylist()}
+    if shapes != {tuple(denoiser.latent_shape)}:
+        found = ", ".join(map(str, sorted(shapes))) or "no rows"
+        raise ValueError(f"{uri} holds {found}; the model has latents {tuple(denoiser.latent_shape)}")
+    table = pa.Table.from_batches(parts)
+    # Part by part: of one list Arrow counts no more than 2**31 numbers.
+    latents = np.concatenate([part["latents"].flatten().to_numpy(zero_copy_only=False) for part in parts])
+    texts = table["prompt"].to_pylist()
+    distinct = list(dict.fromkeys(texts))
+    numbers = {text: number for number, text in enumerate(distinct)}
+    distinct.append("")
+    chunks = [distinct[i : i + ENCODED_AT_ONCE] for i in range(0, len(distinct), ENCODED_AT_ONCE)]
+    return TrainingSet(
+        rows=rows,
+        count=count,
+        latents=torch.from_numpy(latents).float().view(-1, *denoiser.latent_shape),
+        weights=torch.tensor(table["weight"].to_pylist()),
+        prompts=torch.tensor([numbers[text] for text in texts]),
+        embeddings=torch.cat([denoiser.encode_prompts(chunk).cpu() for chunk in chunks]),
+    )
+
+
+def _generator(*key: object) -> torch.Generator:
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=_generator("order", seed, epoch))
+
+
+def sample_indices(seed: int, microbatch: int, batch_size: int, count: int) -> Tensor:
+    """Which of `count` samples the run's `microbatch`-th microbatch holds, (batch_size,).
+
+    Microbatches cut the endless row of the epochs' permutations into equal pieces, so that every epoch holds each
+    sample once. Of the microbatches of an optimiser step, rank r takes every workers-th, from the r-th on: what a step
+    learns from does not depend on the number of workers.
+    """
+    positions = range(microbatch * batch_size, (microbatch + 1) * batch_size)
+    return torch.stack([_permutation(seed, i // count, count)[i % count] for i in positions])
+
+
+def draw_microbatch(
+    data: TrainingSet, seed: int, microbatch: int, batch_size: int, timesteps: range, prompt_dropout: float
+) -> tuple[Tensor, ...]:
+    """(x0, noise, timesteps, embeddings, weights) of a microbatch: a pure function of (seed, microbatch)."""
+    chosen = torch.searchsorted(data.rows, sample_indices(seed, microbatch, batch_size, data.count))
+    generator = _generator("noise", seed, microbatch)
+    latents = data.latents[chosen]
+    noise = torch.randn(latents.shape, generator=generator)
+    drawn = torch.randint(timesteps.start, timesteps.stop, (batch_size,), generator=generator)
+    dropped = torch.rand(batch_size, generator=generator) < prompt_dropout
+    prompts = torch.where(dropped, len(data.embeddings) - 1, data.prompts[chosen])
+    return latents, noise, drawn, data.embeddings[prompts], data.weights[chosen]
+
+
+def trained_timesteps(log_snr: Tensor, log_snr_max: float | None) -> range:
+    """The timesteps whose log SNR, of (T,) falling ones, is at most `log_snr_max`.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    first = 0 if log_snr_max is None else int((log_snr > log_snr_max).sum())
+    if first == len(log_snr):
+        lowest = float(log_snr[-1])
+        raise ConfigError([f"finetune.log_snr_max: {log_snr_max} is below all of the model's ({lowest:.2f}); raise it"])
+    return range(first, len(log_snr))

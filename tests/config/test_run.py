@@ -1,0 +1,276 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mi_ray.config import RunConfig
+from mi_ray.config.command_line import load_config
+from mi_ray.config.section import ConfigError, flatten
+from mi_ray.stages.calibrate import CalibrationConfig
+
+ROOT = Path(__file__).parents[2]
+LEAST = ("--run-dir", "runs/test", "--prompts.file", "prompts.txt")
+
+
+def load(*arguments: str) -> RunConfig:
+    return load_config(list(arguments))[0]
+
+
+def faults(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(*arguments)
+    return caught.value.faults
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(content: str) -> str:
+        (tmp_path / "config.yaml").write_text(content)
+        return str(tmp_path / "config.yaml")
+
+    return write
+
+
+def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """The dotted name of every field that holds a value."""
+    names = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        nested = isinstance(kind, type) and issubclass(kind, BaseModel)
+        names += fields(kind, f"{prefix}{name}.") if nested else [prefix + name]
+    return names
+
+
+# ------------------------------------------------------------------------------------------ flags and files
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--resources.batch_size", "4"),
+        ("--resources.batch-size", "4"),
+        ("--resources.batch_size=4",),
+        ("--resources.batch-size=4",),
+    ],
+)
+def test_both_spellings(flag):
+    assert load(*LEAST, *flag).resources.batch_size == 4
+
+
+@pytest.mark.parametrize("value", ["pmi,mitune", '["pmi", "mitune"]'])
+def test_lists(value):
+    assert load(*LEAST, "--score.names", value).score.names == ("pmi", "mitune")
+
+
+@pytest.mark.parametrize("field", ["train_workers", "num_actors"])
+@pytest.mark.parametrize(("value", "workers"), [("3", (3, 3)), ("1,3", (1, 3))])
+def test_a_number_of_workers_or_the_least_and_the_most(field, value, workers, config_file):
+    assert getattr(load(*LEAST, f"--resources.{field}", value).resources, field) == workers
+    file = config_file(f"resources: {{{field}: {value if value.isdecimal() else f'[{value}]'}}}")
+    assert getattr(load(*LEAST, "--config", file).resources, field) == workers
+
+
+def test_flags_override_the_file_field_by_field(config_file):
+    file = config_file("run_dir: a\nprompts: {file: p.txt, limit: 8}\nsampler: {solver: ddim, guidance_scale: 3}\n")
+    config = load(
+        "--config", file, "--sampler.guidance-scale", "5", "--prompts.limit", "none", "--evaluation.pmi", "false"
+    )
+    assert (config.run_dir, config.prompts.file, config.prompts.limit) == ("a", "p.txt", None)
+    assert (config.sampler.solver, config.sampler.guidance_scale) == ("ddim", 5)
+    assert config.sampler.num_inference_steps == RunConfig.model_fields["sampler"].default.num_inference_steps
+    assert config.evaluation.pmi is False
+
+
+def test_a_section_set_in_part_keeps_the_rest_of_its_default():
+    sampler = load(*LEAST, "--evaluation.sampler.guidance-scale", "3").evaluation.sampler
+    assert (sampler.solver, sampler.num_inference_steps, sampler.guidance_scale) == ("ddim", 50, 3)
+
+
+def test_none_in_a_file_is_no_value(config_file):
+    assert load("--config", config_file("run_dir: a\nprompts: {file: p.txt, limit: none}")).prompts.limit is None
+
+
+def test_none_empties_a_list(config_file):
+    file = config_file("run_dir: a\nprompts: {file: p}\nevaluation: {controls: none}\nfinetune: {log_to: [wandb]}\n")
+    config = load("--config", file, "--finetune.log-to", "none")
+    assert (config.evaluation.controls, config.finetune.log_to) == ((), ())
+
+
+def test_of_several_files_the_later_one_wins(config_file, tmp_path):
+    first = config_file("run_dir: a\nprompts: {file: p.txt, limit: 8}\nscore: {log_snr_min: -4, num_samples: 3}\n")
+    second = tmp_path / "calibration.yaml"
+    second.write_text("score: {log_snr_min: -3, log_snr_max: -1}\n")
+    config = load("--config", first, "--config", str(second))
+    assert (config.score.log_snr_min, config.score.log_snr_max, config.score.num_samples) == (-3, -1, 3)
+    assert config.prompts.limit == 8
+
+
+def test_dry_run_and_the_smoke_file(config_file):
+    file = config_file("run_dir: a\nprompts: {file: smoke.txt}")
+    config, dry_run = load_config(["--smoke", "--dry-run"], smoke_file=file)
+    assert (config.prompts.file, dry_run) == ("smoke.txt", True)
+    assert load_config([*LEAST], smoke_file=file)[1] is False
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("shapes*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_valid_and_name_files_that_exist(path):
+    config = load("--config", str(path))
+    assert (ROOT / config.prompts.file).is_file()
+    assert config.evaluation.file is None or (ROOT / config.evaluation.file).is_file()
+
+
+def test_the_calibration_config_is_valid():
+    config, _ = load_config(["--config", str(ROOT / "jobs/configs/calibrate-smoke.yaml")], model=CalibrationConfig)
+    assert (ROOT / config.prompts.file).is_file()
+
+
+# ------------------------------------------------------------------------------------------ faults
+def test_all_faults_are_told_at_once(config_file):
+    file = config_file("run_dir: a\nprompt: {file: p.txt}\nsampler: {solver: euler, guidence_scale: 3}\nseed: many\n")
+    told = faults("--config", file, "--select.top-k", "0", "--rounds.count", "3", "extra")
+    assert sorted(fault.partition(":")[0] for fault in told) == [
+        *("--rounds.count", "extra", "prompt", "prompts.file"),
+        *("sampler.guidence_scale", "sampler.solver", "seed", "select.top_k"),
+    ]
+    told = "\n".join(told)
+    assert "sampler.solver: 'euler' will not do; input should be 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m-sde'" in told
+    assert "prompts.file: missing; set it in the config file or with --prompts.file" in told
+
+
+@pytest.mark.parametrize(
+    ("argument", "suggestion"),
+    [
+        ("--resources.batchsize=4", "did you mean 'resources.batch_size'?"),
+        ("--batch-size=4", "did you mean 'finetune.batch_size' or 'resources.batch_size'?"),
+        ("--genrate.candidates-per-prompt=4", "did you mean 'generate.candidates_per_prompt'?"),
+        ("--evaluation.sampler.guidance=4", "did you mean 'evaluation.sampler.guidance_scale'?"),
+        ("--learning-rate=1", "did you mean 'finetune.learning_rate'?"),
+        ("--zebra=4", "remove it (--help lists every field)"),
+    ],
+)
+def test_unknown_flags_are_refused_with_a_suggestion(argument, suggestion):
+    (fault,) = faults(*LEAST, argument)
+    assert fault.startswith(argument)
+    assert fault.endswith(suggestion)
+
+
+def test_unknown_keys_are_refused_with_a_suggestion(config_file):
+    file = config_file("run_dir: a\nprompts: {file: p.txt, limits: 3}\nfinetunes: {rank: 4}\n")
+    assert faults("--config", file) == [
+        "prompts.limits: unknown key; did you mean 'prompts.limit'?",
+        "finetunes: unknown key; did you mean 'finetune'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("stray",), "stray: belongs to no flag"),
+        (("--seed",), "--seed: expected one argument"),
+        (("--seed", "-1"), "seed: '-1' will not do"),
+        (("--run-dir", ""), "run_dir: '' will not do"),
+        (("--sampler.guidance_scale", "nan"), "sampler.guidance_scale: 'nan' will not do"),
+        (("--score.log-snr-min", "-1"), "score: log_snr_min is -1.0, not below log_snr_max, -1.7"),
+        (("--score.antithetic", "true", "--score.num-samples", "5"), "score: num_samples is 5, and antithetic"),
+        (("--score.sampling", "logistic", "--score.logistic-loc", "9"), "logistic_loc 9.0 with its clip reaches"),
+        (("--resources.num_actors", "3,2"), "resources: num_actors is (least, most)"),
+        (("--resources.train_workers", "3,2"), "resources: train_workers is (least, most)"),
+        (("--resources.train_workers", "2,64"), "gradient_accumulation is 50, which leaves some of 64 workers"),
+        (("--select.by", "pmi"), "select.by is 'pmi', which score.names lacks"),
+        (("--select.by", "oracle"), "needs generate.alignment: oracle"),
+        (("--evaluation.controls", "oracle"), "needs generate.alignment: oracle"),
+        (("--select.top-k", "50"), "leaves nothing to choose from 50 candidates"),
+    ],
+)
+def test_values_that_will_not_do(arguments, expected):
+    (fault,) = faults(*LEAST, *arguments)
+    assert expected in fault
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("run_dir: [", "is not YAML"),
+        ("- a\n- b", "holds no mapping"),
+        ("run_dir: a\nprompts: p.txt", "prompts: 'p.txt' will not do; it holds fields of its own"),
+        (None, "cannot be read"),
+    ],
+)
+def test_config_files_that_will_not_do(config_file, tmp_path, content, expected):
+    file = str(tmp_path / "none.yaml") if content is None else config_file(content)
+    (fault,) = faults("--config", file)
+    assert expected in fault
+
+
+# ------------------------------------------------------------------------------------------ the command
+def pipeline(*arguments: str) -> subprocess.CompletedProcess:
+    code = (
+        "from mi_ray.config.command_line import run_command; run_command(lambda config, dry_run: print(config.run_dir))"
+    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_lists_every_field():
+    done = pipeline("--help")
+    assert done.returncode == 0
+    for name in fields():
+        flag = "--" + name.replace("_", "-")
+        assert re.search(rf"^  {re.escape(flag)}\s", done.stdout, re.MULTILINE), flag
+
+
+def test_every_field_is_described():
+    def undescribed(model, prefix=""):
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from undescribed(field.annotation, f"{prefix}{name}.")
+            elif not field.description:
+                yield prefix + name
+
+    assert list(undescribed(RunConfig)) == []
+
+
+def test_exit_codes_and_messages():
+    done = pipeline(*LEAST)
+    assert (done.returncode, done.stdout) == (0, "runs/test\n")
+    done = pipeline("--run-dirr", "a", "--seed", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line.split()[:2] for line in done.stderr.splitlines()] == [
+        ["error:", "--run-dirr:"], ["error:", "run_dir:"], ["error:", "seed:"], ["error:", "prompts.file:"]
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ the hash
+def test_the_hash_ignores_where_and_how_fast():
+    base = load(*LEAST).hash()
+    assert re.fullmatch("[0-9a-f]{12}", base)
+    moved = ("--run-dir", "elsewhere", "--prompts.file", "prompts.txt", "--resources.batch-size", "3")
+    assert load(*moved, "--resources.num_actors", "2,4").hash() == base
+    assert load(*LEAST, "--seed", "1").hash() != base
+    assert load(*LEAST, "--evaluation.sampler.num-inference-steps", "10").hash() != base
+
+
+def test_the_hash_survives_a_round_trip_through_yaml(config_file):
+    config = load(*LEAST, "--score.names", "pmi,mitune", "--finetune.learning-rate", "3e-5")
+    file = config_file(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load("--config", file) == config
+    assert load("--config", file).hash() == config.hash()
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        load(*LEAST).seed = 3
+
+
+def test_flatten():
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
+
+
+@pytest.mark.parametrize("uri", ["s3://id:word@bucket/x", "s3://id:wo/rd@bucket/x", "s3://bucket/x?session_token=word"])
+def test_credentials_are_refused_and_not_repeated(uri):
+    with pytest.raises(ConfigError) as told:
+        load_config(["--run-dir", uri, "--prompts.file", "prompts.txt"])
+    assert "credentials" in str(told.value)
+    assert "rd@" not in str(told.value)
+    assert "word" not in str(told.value)

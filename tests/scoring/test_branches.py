@@ -1,0 +1,92 @@
+"""Branches by candidate: each prompt's own number of them, and only the likeliest at all probes."""
+
+import pytest
+import torch
+
+from mi_ray.config import ScoreConfig
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.information.pointwise import Design, denoising_errors, draw_probes, log_density, pmi_contrastive
+from mi_ray.scoring.branches import branch_errors, encode_each, likeliest_errors
+from mi_ray.scoring.scorer import probed_band
+
+TEXTS = [["a red circle", "a blue circle", "two hearts", "a star"], [], ["a cross", "a heart"]]
+INDEX = torch.tensor([0, 0, 1, 2, 2])
+
+
+@pytest.fixture(scope="module")
+def world(tiny_pipeline):
+    denoiser = load_denoiser(str(tiny_pipeline))
+    latents = torch.randn(len(INDEX), *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
+    return denoiser, latents, encode_each(denoiser, TEXTS)
+
+
+def probes(denoiser, count=8, **design):
+    return draw_probes([1, 2, 3], count, -5.0, 1.0, denoiser.latent_shape, Design(**design))
+
+
+def test_each_candidate_meets_the_branches_of_its_own_prompt(world):
+    denoiser, latents, branches = world
+    found = branch_errors(denoiser, latents, INDEX, branches, probes(denoiser), 5)
+    assert [len(errors) for errors in found] == [4, 4, 0, 2, 2]
+    for row, prompt in enumerate(INDEX.tolist()):
+        if TEXTS[prompt]:
+            one = denoising_errors(
+                denoiser.predict_epsilon,
+                denoiser.schedule,
+                latents[row : row + 1],
+                torch.tensor([0]),
+                branches[prompt][None],
+                probes(denoiser).of(torch.tensor([prompt])),
+                5,
+            )
+            torch.testing.assert_close(found[row], one[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_the_likeliest_are_those_of_the_first_probes_and_meet_all(world, antithetic):
+    denoiser, latents, branches = world
+    drawn = probes(denoiser, antithetic=antithetic)
+    whole = branch_errors(denoiser, latents, INDEX, branches, drawn, 5)
+    errors, kept, spent = likeliest_errors(denoiser, latents, INDEX, branches, drawn, 5, count=2, first=4)
+    early, late = drawn.spread(4)
+    assert spent == sum(4 * len(TEXTS[p]) + 4 * min(2, len(TEXTS[p])) for p in INDEX.tolist())
+    for all_of_them, likeliest, which in zip(whole, errors, kept, strict=True):
+        best = log_density(all_of_them[:, early], drawn.at(early)).topk(min(2, len(all_of_them))).indices
+        torch.testing.assert_close(likeliest, all_of_them[best], rtol=1e-4, atol=1e-3)
+        assert torch.equal(which, best)
+    assert sorted([*early.tolist(), *late.tolist()]) == list(range(8))
+
+
+def test_with_no_probe_left_over_nothing_is_dropped(world):
+    denoiser, latents, branches = world
+    drawn = probes(denoiser, 3)
+    whole = branch_errors(denoiser, latents, INDEX, branches, drawn, 5)
+    left, kept, spent = likeliest_errors(denoiser, latents, INDEX, branches, drawn, 5, count=1, first=3)
+    assert spent == sum(errors.numel() for errors in whole)
+    assert all(torch.equal(a, b) for a, b in zip(whole, left, strict=True))
+    assert [len(which) for which in kept] == [len(errors) for errors in whole]
+
+
+def test_the_first_probes_are_spread_over_the_band_in_whole_pairs(world):
+    denoiser, *_ = world
+    assert probes(denoiser).spread(3)[0].tolist() == [2, 4, 6]
+    assert probes(denoiser).spread(1)[0].tolist() == [4]
+    assert probes(denoiser, antithetic=True).spread(2)[0].tolist() == [4, 5]
+
+
+def test_the_marginal_is_over_all_prompts_though_few_are_left(world):
+    drawn = probes(world[0])
+    own, others = torch.rand(2, 8), torch.rand(2, 3, 8)
+    far = torch.full((2, 5, 8), 1e4)  # impossible
+    whole = pmi_contrastive(own, torch.cat([others, far], 1), drawn)
+    torch.testing.assert_close(pmi_contrastive(own, others, drawn, total=8), whole)
+
+
+def test_a_band_is_cut_to_the_models_noise_levels():
+    schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "clip_sample": False})
+    noisiest, clearest = schedule.log_snr[[-1, 0]].tolist()
+    assert probed_band(ScoreConfig(log_snr_min=-99, log_snr_max=0), schedule) == (noisiest, 0)
+    assert probed_band(ScoreConfig(log_snr_min=1, log_snr_max=99), schedule) == (1, clearest)
+    with pytest.raises(ValueError, match="is not among the model's noise levels"):
+        probed_band(ScoreConfig(log_snr_min=-99, log_snr_max=-98), schedule)

@@ -1,0 +1,109 @@
+"""A denoiser that cannot take large batches: halved, remembered, and no candidate changed by it."""
+
+import platform
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mi_ray.config import SamplerConfig, ScoreConfig
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.fitting import fitting
+from mi_ray.scoring.machine import take_share
+from mi_ray.scoring.sampler import Sampler
+from mi_ray.scoring.scorer import Scorer
+from mi_ray.scoring.work import Work
+
+PROMPTS = ["a red circle", "two hearts"]
+SEEDS = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+DDPM = SamplerConfig(solver="ddpm", num_inference_steps=6, guidance_scale=3.0)
+
+
+@pytest.fixture
+def small_memory(tiny_pipeline):
+    """A denoiser that runs out of memory at more than 8 rows, in the middle of sampling too; and the sizes it saw."""
+    denoiser = load_denoiser(str(tiny_pipeline))
+    sizes = []
+
+    def limited(unet, arguments):
+        sizes.append(len(arguments[0]))
+        if len(arguments[0]) > 8 and len(sizes) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    denoiser.unet.register_forward_pre_hook(limited)
+    return denoiser, sizes
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_good_and_changes_no_candidate(tiny_pipeline, small_memory):
+    denoiser, sizes = small_memory
+    sampler = Sampler(denoiser, DDPM, 10)
+    embeddings = denoiser.encode_prompts(PROMPTS)
+    sampled = sampler(embeddings, SEEDS, work := Work())
+    assert work.batch_halvings >= 1
+    whole = Sampler(load_denoiser(str(tiny_pipeline)), DDPM, 10)(embeddings, SEEDS, Work())
+    torch.testing.assert_close(sampled.latents, whole.latents, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sampled.delta_sq, whole.delta_sq, rtol=1e-3, atol=1e-3)
+    assert sampler.batch_size <= 4  # both branches of 4 candidates are 8 rows
+    before = len(sizes)
+    sampler(embeddings, SEEDS, Work())
+    assert max(sizes[before:]) <= 8
+
+
+def test_scores_are_computed_in_smaller_batches(tiny_pipeline, small_memory):
+    denoiser, _ = small_memory
+    config = ScoreConfig(names=("pmi",), num_samples=3)
+    embeddings = denoiser.encode_prompts(PROMPTS)
+    sampled = Sampler(denoiser, DDPM, 2)(embeddings, SEEDS, Work())
+    index = torch.arange(2).repeat_interleave(5)
+    scorer = Scorer(denoiser, config, 16, 0, [])
+    scores = scorer(PROMPTS, embeddings, index, sampled, Work())
+    whole = Scorer(load_denoiser(str(tiny_pipeline)), config, 16, 0, [])(PROMPTS, embeddings, index, sampled, Work())
+    assert scores["score_pmi"] == pytest.approx(whole["score_pmi"], rel=1e-3, abs=1e-3)
+    assert scorer.batch_size <= 4
+
+
+def test_a_single_row_that_does_not_fit_is_an_error():
+    def never():
+        raise torch.OutOfMemoryError("out of memory")
+
+    worker = SimpleNamespace(batch_size=8)
+    with pytest.raises(torch.OutOfMemoryError):
+        fitting(worker, never, work := Work())
+    assert (worker.batch_size, work.batch_halvings) == (1, 3)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_memory_of_a_freed_tensor_is_kept_for_the_next():
+    """Told by page faults: a tensor in new memory has one for each page. It is larger than 32 MiB, above which glibc
+    never learns by itself to keep a block; and a heap that keeps it may first move it a few times.
+    """
+    program = """
+        import resource, torch
+        from mi_ray.scoring.machine import keep_memory
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(2**24)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        torch.set_num_threads(1)
+        before = min(faults() for _ in range(5))
+        keep_memory()
+        print(before, min(faults() for _ in range(100)))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < given_back / 4
+
+
+def test_a_gpu_that_torch_does_not_see_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    take_share(1, 0)
+    with pytest.raises(RuntimeError, match=r"built for CUDA 13\.0; see with nvidia-smi"):
+        take_share(1, 0.5)
+    monkeypatch.setattr(torch.version, "cuda", None)  # who installs torch for the CPU wants it
+    take_share(1, 0.5)

@@ -1,0 +1,121 @@
+"""Ranking and selection against orders known beforehand."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mi_ray import storage
+from mi_ray.config import RunConfig, SelectConfig
+from mi_ray.config.section import ConfigError
+from mi_ray.storage import tables
+from mi_ray.training.select import keeps, ranks, select
+
+COLUMNS = {
+    "prompt_id": ["p"] * 4,
+    "candidate_index": [0, 1, 2, 3],
+    "score_pmi": [0.5, float("nan"), 2.0, -1.0],
+    "exact": [0.0, 1.0, 0.0, 0.0],
+    "objects": [0.5, 1.0, 1.0, 0.5],
+    "attributes": [0.9, 1.0, 1.0, 0.5],
+    "relation": [None, 1.0, 0.0, None],
+}
+
+
+def test_the_highest_score_ranks_first_and_what_is_not_finite_last():
+    assert ranks(COLUMNS, "pmi", 0) == [1, 3, 0, 2]
+
+
+def test_the_oracle_puts_exact_images_first():
+    assert ranks(COLUMNS, "oracle", 0) == [2, 0, 1, 3]
+
+
+def test_random_is_fair_and_repeatable():
+    firsts = [ranks({**COLUMNS, "prompt_id": [f"p{i}"] * 4}, "random", 0).index(0) for i in range(400)]
+    assert ranks(COLUMNS, "random", 3) == ranks(COLUMNS, "random", 3)
+    assert np.bincount(firsts, minlength=4).min() > 70
+
+
+@pytest.mark.parametrize(
+    ("by", "min_score", "kept"),
+    [
+        ("pmi", None, [0, 2, 3]),
+        ("pmi", 0.0, [0, 2]),
+        ("pmi", 1.0, [2]),
+        ("random", 9.0, None),
+        ("oracle", 9.0, [1, 2, 0]),
+    ],
+)
+def test_a_lowest_score_holds_for_scores_and_not_for_controls(by, min_score, kept):
+    columns = COLUMNS | {"error": [None] * 4}
+    found = keeps(columns, ranks(columns, by, 0), by, SelectConfig(by="pmi", top_k=3, min_score=min_score))
+    assert found.sum() == (3 if kept is None else len(kept))
+    assert kept is None or found.nonzero()[0].tolist() == sorted(kept)
+
+
+@pytest.mark.parametrize("by", ["pmi", "random"])
+def test_select_writes_the_kept_of_every_prompt_and_no_error_rows(tmp_path, by):
+    schema = tables.candidates_schema(("pmi",))
+    blank = dict.fromkeys(schema.names)
+    rows = [
+        blank
+        | {
+            "prompt_id": f"p{p}",
+            "prompt": f"prompt {p}",
+            "candidate_index": c,
+            "score_pmi": float(c),
+            "latents": [p, c],
+        }
+        | {"latents_shape": [2]}
+        for p in range(3)
+        for c in range(5)
+    ]
+    rows.append(blank | {"prompt_id": "bad", "prompt": "bad", "error": "no"})
+    storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist(rows, schema=schema))
+    config = RunConfig.model_validate(
+        {
+            "run_dir": str(tmp_path),
+            "prompts": {"file": "unused"},
+            "score": {"names": ["pmi"]},
+            "select": {"by": "pmi", "top_k": 2},
+        }
+    )
+    destination = str(tmp_path / "selected.parquet")
+    assert select(config, str(tmp_path / "candidates"), destination, by) == {"prompts": 3, "kept": 6}
+    kept = storage.read_table(destination).to_pandas()
+    assert kept["prompt_id"].value_counts().to_dict() == {"p0": 2, "p1": 2, "p2": 2}
+    if by == "pmi":
+        assert sorted(kept["candidate_index"]) == [3, 3, 3, 4, 4, 4]
+
+
+def test_nothing_good_enough_is_said(tmp_path):
+    schema = tables.candidates_schema(("pmi",))
+    row = dict.fromkeys(schema.names) | {"prompt_id": "p", "prompt": "a", "candidate_index": 0, "score_pmi": 0.5}
+    storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist([row], schema=schema))
+    config = RunConfig.model_validate(
+        {
+            "run_dir": str(tmp_path),
+            "prompts": {"file": "unused"},
+            "score": {"names": ["pmi"]},
+            "select": {"by": "pmi", "min_score": 1},
+        }
+    )
+    with pytest.raises(ConfigError, match=r"select\.min_score: no candidate reaches 1\.0"):
+        select(config, str(tmp_path / "candidates"), str(tmp_path / "selected.parquet"), "pmi")
+
+
+def test_a_prompt_with_few_kept_weighs_as_much_as_one_with_many(tmp_path):
+    schema = tables.candidates_schema(("pmi",))
+    blank = dict.fromkeys(schema.names) | {"prompt": "a", "latents": [0.0], "latents_shape": [1]}
+    rows = [
+        blank | {"prompt_id": prompt, "candidate_index": i, "score_pmi": score}
+        for prompt, scores in (("p", (3.0, 2.0, 1.0)), ("q", (1.0, -1.0, -2.0)))
+        for i, score in enumerate(scores)
+    ]
+    storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist(rows, schema=schema))
+    chosen = {"by": "pmi", "top_k": 2, "min_score": 0, "balance": True}
+    given = {"run_dir": str(tmp_path), "prompts": {"file": "unused"}, "score": {"names": ["pmi"]}, "select": chosen}
+    destination = str(tmp_path / "selected.parquet")
+    select(RunConfig.model_validate(given), str(tmp_path / "candidates"), destination, "pmi")
+    table = storage.read_table(destination).to_pandas()
+    assert table.groupby("prompt_id")["weight"].sum().to_dict() == pytest.approx({"p": 1.5, "q": 1.5})
+    assert table["weight"].mean() == pytest.approx(1)

@@ -1,0 +1,80 @@
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mi_ray.config.section import ConfigError
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.storage import tables
+from mi_ray.training.training_set import (
+    TrainingSet,
+    draw_microbatch,
+    read_training_set,
+    sample_indices,
+    trained_timesteps,
+)
+
+
+@pytest.mark.parametrize(("count", "batch_size", "accumulation"), [(7, 2, 6), (12, 3, 2), (2, 5, 2)])
+def test_every_epoch_holds_each_sample_once(count, batch_size, accumulation):
+    microbatches = range(count * accumulation)  # a whole number of epochs
+    drawn = torch.cat([sample_indices(5, m, batch_size, count) for m in microbatches]).view(-1, count)
+    assert all(Counter(epoch) == Counter(range(count)) for epoch in drawn.tolist())
+    assert count < 5 or not torch.equal(drawn[0], drawn[1])
+
+
+def test_prompt_dropout_takes_the_null_prompt_and_weights_follow_their_samples():
+    count = 20
+    data = TrainingSet(
+        rows=torch.arange(count),
+        count=count,
+        latents=torch.arange(count).float().view(-1, 1, 1, 1),
+        weights=torch.arange(count) / 10,
+        prompts=torch.arange(count),
+        embeddings=torch.arange(count + 1).float().view(-1, 1, 1),
+    )
+    batches = [draw_microbatch(data, 0, m, 50, range(1000), 0.3) for m in range(40)]
+    latents, noise, timesteps, embeddings, weights = (
+        torch.cat(parts).flatten() for parts in zip(*batches, strict=True)
+    )
+    dropped = embeddings == count
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.05)  # 2000 draws: 5 standard errors
+    assert torch.equal(embeddings[~dropped], latents[~dropped])
+    assert torch.equal(weights, latents / 10)
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    assert timesteps.min() < 20
+    assert timesteps.max() > 980
+
+
+def test_only_what_is_drawn_is_read(tiny_pipeline, tmp_path):
+    denoiser, count = load_denoiser(str(tiny_pipeline)), 60
+    shape = list(denoiser.latent_shape)
+    rows = {
+        "prompt_id": [str(row) for row in range(count)],
+        "prompt": [f"{row % 50} stars" for row in range(count)],
+        "latents": [np.full(np.prod(shape), row, np.float16) for row in range(count)],
+        "latents_shape": [shape] * count,
+        "weight": [float(row) for row in range(count)],
+    }
+    columns = {name: rows.get(name, [None] * count) for name in tables.SELECTED.names}
+    uri = str(tmp_path / "selected.parquet")
+    pq.write_table(pa.table(columns, schema=tables.SELECTED), uri, row_group_size=7)
+    microbatches, batch_size = 4, 3
+    some, whole = (read_training_set(uri, denoiser, 5, drawn) for drawn in (microbatches * batch_size, 10**6))
+    assert (len(some.latents), len(whole.latents), some.count) == (12, count, count)
+    assert len(some.embeddings) <= 13
+    for microbatch in range(microbatches):
+        batches = [draw_microbatch(data, 5, microbatch, batch_size, range(1000), 0.3) for data in (some, whole)]
+        for found, expected in zip(*batches, strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_only_timesteps_up_to_a_log_snr_are_trained():
+    log_snr = torch.tensor([3.0, 1.0, 0.0, -4.0])
+    assert trained_timesteps(log_snr, None) == range(4)
+    assert trained_timesteps(log_snr, 0.0) == range(2, 4)
+    with pytest.raises(ConfigError, match=r"finetune.log_snr_max: -5.0 is below"):
+        trained_timesteps(log_snr, -5.0)
