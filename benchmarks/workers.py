@@ -23,7 +23,7 @@ from gates import Benchmark
 from pydantic import Field, PositiveInt
 
 from mi_ray import storage
-from mi_ray.config import ModelConfig, PruneConfig, RunConfig, SamplerConfig
+from mi_ray.config import FinetuneConfig, ModelConfig, PruneConfig, RunConfig, SamplerConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.diffusion.adapters import attach_adapter
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
@@ -33,8 +33,8 @@ from mi_ray.scoring.machine import keep_memory
 from mi_ray.scoring.work import Work
 from mi_ray.stages.generate import CandidateGenerator
 from mi_ray.storage import tables
-from mi_ray.training.loop import optimizer_step
-from mi_ray.training.losses import DenoisingLoss
+from mi_ray.training.losses import Objective
+from mi_ray.training.optimization import optimizer_step
 from mi_ray.training.training_set import TrainingSet, draw_microbatch
 
 PROMPTS = Path(__file__).parent.parent / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
@@ -217,20 +217,20 @@ class Trainer:
         model = attach_adapter(denoiser.unet, rank=16, alpha=16, target_modules=TARGETS)
         if checkpointing:
             denoiser.unet.enable_gradient_checkpointing()
-        self.objective = DenoisingLoss(model, denoiser.schedule, None, half_of(denoiser))
+        self.objective = Objective(model, denoiser.schedule, FinetuneConfig(), half_of(denoiser))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
         self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=half_of(denoiser) == torch.float16)
 
         def draw(step: int):
             batch = draw_microbatch(data, 0, step, rows, range(len(self.objective.alpha)), 0.0)
-            return tuple(tensor.to(denoiser.device) for tensor in batch)
+            return batch.to(denoiser.device)
 
         self.draw = draw
 
     def run(self):
         for step in range(self.steps):
-            microbatch = [lambda step=step: self.draw(step)]
+            microbatch = [(lambda step=step: self.draw(step), 1.0)]
             loss, _ = optimizer_step(self.objective, microbatch, self.parameters, self.optimizer, self.scaler, 1.0)
             loss.item()
 

@@ -3,7 +3,7 @@
 This room imports nothing else of the package and must not know how a field is used.
 """
 
-from mi_ray.config.finetune import FinetuneConfig
+from mi_ray.config.finetune import BETA, FinetuneConfig, MethodName, OnlineConfig
 from mi_ray.config.generation import (
     MODEL,
     POINTWISE_SCORES,
@@ -23,6 +23,7 @@ from mi_ray.config.generation import (
 from mi_ray.config.run import EvaluationConfig, ResourcesConfig, RunConfig
 
 __all__ = [
+    "BETA",
     "MODEL",
     "POINTWISE_SCORES",
     "TRAJECTORY_SCORES",
@@ -30,7 +31,9 @@ __all__ = [
     "EvaluationConfig",
     "FinetuneConfig",
     "GenerateConfig",
+    "MethodName",
     "ModelConfig",
+    "OnlineConfig",
     "PromptsConfig",
     "PruneConfig",
     "ResourcesConfig",

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mi_ray.config.finetune import FinetuneConfig
+from mi_ray.config.finetune import FinetuneConfig, OnlineConfig
 from mi_ray.config.generation import (
     POINTWISE_SCORES,
     TRAJECTORY_SCORES,
@@ -71,7 +71,9 @@ class ResourcesConfig(Section):
         (1, 1),
         description="data-parallel workers of the fine-tuning; least,most: as many as the cluster has room for",
     )
-    train_cpus: Annotated[float, Field(ge=0)] = Field(1, description="per worker")
+    train_cpus: Annotated[float, Field(ge=0)] = Field(
+        1, description="per worker; 0: it shares the CPUs of the generating actors (online, on a small machine)"
+    )
     train_gpus: Annotated[float, Field(ge=0)] = Field(0, description="per worker: 0 or 1")
     price_per_gpu_hour: float | None = Field(None, ge=0, description="in any currency: --dry-run then tells the cost")
 
@@ -98,6 +100,7 @@ class RunConfig(Section):
     prune: PruneConfig = PruneConfig()
     select: SelectConfig = SelectConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    online: OnlineConfig = OnlineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -117,7 +120,8 @@ class RunConfig(Section):
         faults += self._speed_faults(by_oracle)
         if self.finetune.baseline and self.finetune.adapter == "dora":
             faults.append("finetune.baseline subtracts updates, and DoRA's do not add up: set finetune.adapter: lora")
-        if self.finetune.gradient_accumulation < self.resources.train_workers[1]:
+        faults += self._online_faults()
+        if not self.online.updates and self.finetune.gradient_accumulation < self.resources.train_workers[1]:
             faults.append(
                 f"finetune.gradient_accumulation is {self.finetune.gradient_accumulation}, which leaves some of"
                 f" {self.resources.train_workers[1]} workers without a batch: raise it or lower"
@@ -126,6 +130,26 @@ class RunConfig(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _online_faults(self) -> list[str]:
+        """What online training needs and forbids."""
+        tuning, faults = self.finetune, []
+        if not self.online.updates:
+            if tuning.method != "supervised":
+                faults.append(
+                    f"finetune.method is {tuning.method}, which learns from fresh candidates: set online.updates, or"
+                    " finetune.method: supervised"
+                )
+            return faults
+        if tuning.method == "supervised":
+            faults.append("online.updates needs a method that learns from losers too: set finetune.method: nft")
+        if self.rounds > 1:
+            faults.append(f"rounds is {self.rounds}, and an online run has none: set rounds: 1, or online.updates: 0")
+        if tuning.baseline or tuning.ema_decay:
+            faults.append("finetune.baseline and finetune.ema_decay are for rounds: leave them out (see online.decay)")
+        if self.prune.by:
+            faults.append("prune.by is for rounds: an online update keeps all its candidates; set it to none")
+        return faults
 
     def _speed_faults(self, by_oracle: bool) -> list[str]:
         """What pruning and the guidance interval forbid."""

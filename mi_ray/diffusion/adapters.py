@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -71,6 +72,31 @@ def load_adapter_state(model: PeftModel, state: dict[str, Tensor]):
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
         raise ValueError("the adapter's weights do not fit: it was trained with another adapter, rank or targets")
     set_peft_model_state_dict(model, state)
+
+
+class MergedAdapter:
+    """A denoiser whose adapter is merged into its weights, so that inference pays nothing for it, and can be exchanged.
+
+    The weights of the adapted layers are kept and restored before each merge: the result depends on the last adapter
+    alone.
+
+    Args:
+        model: as `attach_adapter` leaves it.
+    """
+
+    def __init__(self, model: PeftModel):
+        self.model = model
+        self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self._weights = [layer.get_base_layer().weight.detach().clone() for layer in self._layers]
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]):
+        """Exchange the adapter for one with these weights, as `adapter_state` names them."""
+        for layer, weight in zip(self._layers, self._weights, strict=True):
+            layer.get_base_layer().weight.copy_(weight)
+            layer.merged_adapters = []
+        load_adapter_state(self.model, state)
+        self.model.merge_adapter()
 
 
 def save_adapter(model: PeftModel, folder: Path, base_model: str):

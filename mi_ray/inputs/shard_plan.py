@@ -50,8 +50,12 @@ class ShardPlan:
     def __len__(self) -> int:
         return len(self._digests)
 
+    def digest(self, index: int) -> str:
+        """12 hexadecimal digits of the shard's prompts and of what the results depend on."""
+        return self._digests[index].decode()
+
     def name(self, index: int) -> str:
-        return f"part-{index:05d}-{self._digests[index].decode()}.parquet"
+        return f"part-{index:05d}-{self.digest(index)}.parquet"
 
     def size(self, index: int) -> int:
         """Prompts of a shard."""

@@ -9,6 +9,9 @@ from mi_ray.config.section import ConfigError
 REFERENCE = "reference"  # real renders, evaluated like a model
 SUMMARY = "summary.json"  # of an adapter's folder, written last: it marks the adapter complete
 LESS_BASELINE = "adapter-less-baseline"
+ONLINE = "online"  # of an arm: what an online run leaves in the place of rounds
+CANDIDATES = "candidates"
+POLICIES = "policies"  # of an online arm: the versions that were validated
 SCORES = "scores"  # of a run of jobs/score.py
 
 
@@ -81,6 +84,18 @@ def baseline_folder(run_dir: str, arm: str, r: int) -> str:
 
 def final_adapter(config: RunConfig, arm: str) -> str:
     """The folder of the adapter with which a finished run evaluates an arm."""
+    if config.online.updates:
+        return storage.join(online_folder(config.run_dir, arm), "adapter")
     last = config.rounds - 1
     name = LESS_BASELINE if takes_baseline(config, last, selects_by(config, arm)) else "adapter"
     return storage.join(home_of(config.run_dir, arm), f"round-{last}", name)
+
+
+def online_folder(run_dir: str, arm: str) -> str:
+    """Where an arm of an online run lies."""
+    return storage.join(home_of(run_dir, arm), ONLINE)
+
+
+def policy_folder(online: str, version: int) -> str:
+    """Where an online arm keeps a version of its policy, as an adapter's folder."""
+    return storage.join(online, POLICIES, f"version-{version:05d}")

@@ -29,6 +29,7 @@ from mi_ray.runs.layout import (
     as_it_began,
     baseline_folder,
     home_of,
+    online_folder,
     selects_by,
     takes_baseline,
 )
@@ -37,9 +38,11 @@ from mi_ray.runs.status import rough_duration, run_status
 from mi_ray.scoring.scorer import NEIGHBOUR_POOL, probed_band
 from mi_ray.stages.evaluate import evaluate
 from mi_ray.stages.generate import generate
+from mi_ray.stages.online import online
 from mi_ray.stages.trial import settle
+from mi_ray.training.baseline import take_off_baseline
 from mi_ray.training.log import check_loggers
-from mi_ray.training.loop import check_targets, finetune, take_off_baseline
+from mi_ray.training.loop import check_targets, finetune
 from mi_ray.training.select import select
 
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "numpy")
@@ -238,6 +241,11 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
     and from then on generates with its own adapters, so that arms differ in nothing but the selection.
     """
     config, run_dir = plan.config, plan.config.run_dir
+    if config.online.updates:
+        rewards = config.online.rewards if arm == "tuned" else (arm,)
+        learnt = config.model_copy(update={"online": config.online.model_copy(update={"rewards": rewards})})
+        with timed(config, "online" if arm == "tuned" else f"online_{arm}"):
+            return online(learnt, plan.shards.source, online_folder(run_dir, arm), arm)
     home, by = home_of(run_dir, arm), selects_by(config, arm)
     suffix = "" if arm == "tuned" else f"_{arm}"
     previews = plan.train.read(0, config.generate.preview_prompts)["prompt_id"].to_pylist()

@@ -332,6 +332,8 @@ def write_missing(
         rows = [shards.row(index) for index in todo]
         for done in stream(actor, constructor, rows, resources) if rows else ():
             lease.confirm(run_dir)
+            if not done["shard"]:  # it is no longer needed
+                continue
             run_folder.log_event(run_dir, "shard_written", **what, **done)
             progress.update(shards.size(done["index"]))
     lease.confirm(run_dir)

@@ -68,6 +68,17 @@ def candidates_schema(score_names: tuple[str, ...]) -> pa.Schema:
     )
 
 
+def online_schema(score_names: tuple[str, ...]) -> pa.Schema:
+    """One row a candidate of an online update; latents of what is trained, images of some of the validations."""
+    return pa.schema(
+        [
+            *candidates_schema(score_names),
+            _field("update", pa.int32(), "the update that trains it, or the version of the policy that is validated"),
+            _field("advantage", pa.float32(), "of the candidate within its prompt, -1 to 1; null: it is not trained"),
+        ]
+    )
+
+
 SELECTED = pa.schema(
     [
         _field("prompt_id", pa.string(), "hash of the prompt's text"),

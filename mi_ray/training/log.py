@@ -144,9 +144,11 @@ class TrainingLog:
             for tracker in self.trackers:
                 tracker.close()
 
-    def step(self, step: int, loss: float, grad_norm: float, learning_rate: float):
-        """Record optimiser step `step`, counted from 1. A norm that overflowed (fp16) is written as null."""
-        values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+    def step(self, step: int, values: dict[str, float]):
+        """Record optimiser step `step`, counted from 1: loss, grad_norm, learning_rate and what else there is.
+
+        A value that is not finite (a norm that overflowed in fp16) is written as null.
+        """
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self.lines.append({"step": step, **dict.fromkeys(values), **finite})
         for tracker in self.trackers:
@@ -155,11 +157,9 @@ class TrainingLog:
         if now - self.shown >= PROGRESS_SECONDS or step == self.total_steps:
             self.shown = now
             left = (self.total_steps - step) * (now - self.began) / (step - self.first)
-            print(
-                f"fine-tuning {step}/{self.total_steps}: loss {loss:.4f}, gradient norm {grad_norm:.3f},"
-                f" {left:.0f} s left",
-                flush=True,
-            )
+            shown = [f"loss {values['loss']:.4f}", f"gradient norm {values['grad_norm']:.3f}"]
+            shown += [f"reward {finite['reward']:.3f}"] if "reward" in finite else []
+            print(f"fine-tuning {step}/{self.total_steps}: {', '.join(shown)}, {left:.0f} s left", flush=True)
             self.flush()
 
     def flush(self):

@@ -1,4 +1,7 @@
-"""Fine-tuning on Ray Train: an adapter learns the kept (latents, prompt) pairs, data-parallel and resumable."""
+"""Fine-tuning on Ray Train: one loop for every method, data-parallel and resumable.
+
+A `Source` says what a step learns from: the kept candidates of a round, or the fresh candidates of an online update.
+"""
 
 import hashlib
 import json
@@ -8,9 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow.fs as pafs
 import ray.train
@@ -18,25 +21,23 @@ import torch
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from peft import PeftModel
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from mi_ray.config import FinetuneConfig, RunConfig, without_revision
+from mi_ray.config import RunConfig, without_revision
 from mi_ray.config.section import ConfigError, flatten
 from mi_ray.diffusion.adapters import (
-    adapter_state,
     attach_adapter,
     load_adapter_state,
     save_adapter,
-    save_weighted_sum,
     target_faults,
 )
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.folders import resolve_model, unet_config
+from mi_ray.inputs.online_plan import plan_of
 from mi_ray.runs import lease
 from mi_ray.runs.layout import SUMMARY
 from mi_ray.scoring.machine import take_cpus
@@ -44,16 +45,18 @@ from mi_ray.storage import (
     exists,
     filesystem,
     join,
-    local_folder,
     read_bytes,
     read_json,
     write_bytes,
     write_json,
 )
 from mi_ray.training.log import TrainingLog, check_loggers
-from mi_ray.training.losses import DenoisingLoss
-from mi_ray.training.training_set import TrainingSet, draw_microbatch, read_training_set, trained_timesteps
+from mi_ray.training.losses import Batch, Objective, weights_of
+from mi_ray.training.online import OnlineSource, RunAway
+from mi_ray.training.optimization import Training, learning_rate_at, optimizer_step
+from mi_ray.training.training_set import KeptCandidates, read_training_set, trained_timesteps
 
+CHECKPOINTS = "checkpoints"  # in the folder of an adapter, while it is trained
 CHANGED = 1e-6  # relative; what floating-point noise alone may move an output by
 _QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray's tee prints every line twice
@@ -64,59 +67,48 @@ _QUIET = {
 }
 
 
-def learning_rate_at(step: int, config: FinetuneConfig) -> float:
-    """Of the step-th step, from 0: linear warm-up, then as `lr_schedule` says."""
-    if step < config.lr_warmup_steps:
-        return config.learning_rate * (step + 1) / config.lr_warmup_steps
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    done = (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+class Source(Protocol):
+    """What the optimiser steps of a training learn from; every worker holds one and all do the same."""
+
+    steps: int  # in all
+
+    def open(self, step: int) -> bool:
+        """Make the batches of a step ready. False: the training ends before it.
+
+        Raises:
+            RunAway: the policy can no longer be trusted.
+        """
+
+    def parts(self, step: int, rank: int, workers: int) -> list[tuple[Callable[[], Batch], float]]:
+        """The microbatches of a worker, as `optimizer_step` takes them; none: there is nothing to learn."""
+
+    def close(self, step: int) -> dict[str, float]:
+        """What follows a step; returns figures for the log."""
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step."""
+
+    def probe(self) -> Batch | None:
+        """The first batch of the first step, at any time; None: there was none."""
+
+    def state(self) -> dict:
+        """What a checkpoint holds beside the training's own state."""
+
+    def load(self, state: dict, lines: list[dict]):
+        """Continue from a checkpoint with these lines of the log."""
 
 
-# ---------------------------------------------------------------------------------------------- training
-def optimizer_step(
-    objective: torch.nn.Module,
-    microbatches: list[Callable[[], tuple[Tensor, ...]]],
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    max_grad_norm: float,
-    share: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One optimiser step over accumulated microbatches; workers exchange gradients once, at the last.
-
-    Args:
-        share: weight of each microbatch in this worker's loss; None: their mean is taken. Workers with unequal numbers
-            of microbatches all take workers / microbatches of the step, so that the mean over them is the step's.
-
-    Returns:
-        This worker's loss, and the norm of the gradient before it was clipped to `max_grad_norm`.
-    """
-    share = share or 1 / len(microbatches)
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=parameters[0].device)
-    for number, draw in enumerate(microbatches, 1):
-        hold = isinstance(objective, torch.nn.parallel.DistributedDataParallel) and number < len(microbatches)
-        with objective.no_sync() if hold else nullcontext():
-            loss = objective(*draw()) * share
-            scaler.scale(loss).backward()
-        total += loss.detach()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    return total, norm
-
-
-def _prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[DenoisingLoss, TrainingSet]:
-    """The model under its starting adapter and its data; the text encoder and the VAE are let go."""
+# ---------------------------------------------------------------------------------------------- one worker
+def _prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Training, Objective, Source]:
+    """The model under its starting adapter, and its data."""
     tuning = config.finetune
     # Half precision is for GPUs, under autocast; on a CPU it would be slow and coarse.
     denoiser = load_denoiser(settings["model"], config.model.dtype if device.type == "cuda" else "float32", str(device))
     denoiser.specialise(channels_last=config.model.channels_last, compiled=None, rows=())
-    drawn = tuning.steps * tuning.gradient_accumulation * tuning.batch_size
-    data = read_training_set(settings["selected"], denoiser, config.seed, drawn)
+    kept = None
+    if settings["online"] is None:
+        drawn = tuning.steps * tuning.gradient_accumulation * tuning.batch_size
+        kept = read_training_set(settings["selected"], denoiser, config.seed, drawn)
     torch.manual_seed(config.seed)  # of the adapter's random A: the same on every worker and after a restart
     model = attach_adapter(
         denoiser.unet,
@@ -125,45 +117,41 @@ def _prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[D
         target_modules=tuning.target_modules,
         use_dora=tuning.adapter == "dora",
     )
+    half = denoiser.unet.dtype if denoiser.unet.dtype != torch.float32 else None
+    null = denoiser.encode_prompts([""]) if tuning.anchor_guidance > 1 else None
+    objective = Objective(model, denoiser.schedule, tuning, half, null)
     if settings["previous_adapter"]:
         weights = read_bytes(join(settings["previous_adapter"], "adapter_model.safetensors"))
         load_adapter_state(model, load_safetensors(weights))
+    objective.start = [p.detach().clone() for p in objective.parameters_trained]
+    if settings["online"] is not None:
+        objective.old = [p.detach().clone() for p in objective.parameters_trained]
     if tuning.activation_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
-    half = denoiser.unet.dtype if denoiser.unet.dtype != torch.float32 else None
-    return DenoisingLoss(model, denoiser.schedule, tuning.min_snr_gamma, half), data
+    parameters = objective.parameters_trained
+    optimizer = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
+    average = EMAModel(parameters, decay=tuning.ema_decay) if tuning.ema_decay and kept is not None else None
+    training = Training(model, optimizer, scaler, average, objective.old)
+    timesteps = trained_timesteps(2 * torch.log(objective.alpha / objective.sigma), tuning.log_snr_max)
+    if kept is not None:
+        return training, objective, KeptCandidates(kept, config, timesteps, device)
+    online = settings["online"]
+    plan = plan_of(config, online["prompts"])
+    source = OnlineSource(config, plan, online["folder"], online["board"], denoiser, objective, timesteps)
+    return training, objective, source
 
 
-@dataclass
-class _Training:
-    """What a checkpoint holds: the adapter, the average of its weights if there is one, and the optimiser's state."""
-
-    model: PeftModel
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: EMAModel | None
-
-    def state(self) -> dict:
-        state = {"adapter": adapter_state(self.model), "optimizer": self.optimizer.state_dict()}
-        state |= {"scaler": self.scaler.state_dict()}
-        return state | ({"average": self.average.state_dict()} if self.average else {})
-
-    def load(self, state: dict):
-        load_adapter_state(self.model, state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
-
-
-def _restore(training: _Training) -> list[dict]:
+def _restore(training: Training, source: Source) -> list[dict]:
     """Continue from the run's last checkpoint, if there is one; returns the log's lines up to it."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
+        source.load({}, [])
         return []
     with checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
     training.load(state)
+    source.load(state["source"], state["lines"])
     return state["lines"]
 
 
@@ -183,97 +171,104 @@ def train_loop(settings: dict) -> dict | None:
         return None
     refuse = partial(lease.refuse_if_superseded, settings["run_dir"], settings["token"], "the training's state")
     cores = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-    take_cpus(min(config.resources.train_cpus, cores))
+    take_cpus(min(config.resources.train_cpus or cores, cores))
     began = time.monotonic()
 
-    objective, data = _prepare(config, settings, device)
-    parameters = [p for p in objective.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast_dtype == torch.float16)
-    average = EMAModel(parameters, decay=tuning.ema_decay) if tuning.ema_decay else None
-    training = _Training(objective.model, optimizer, scaler, average)
-    timesteps = trained_timesteps(2 * torch.log(objective.alpha / objective.sigma), tuning.log_snr_max)
-
-    def draw(microbatch: int) -> tuple[Tensor, ...]:
-        batch = draw_microbatch(data, config.seed, microbatch, tuning.batch_size, timesteps, tuning.prompt_dropout)
-        return tuple(tensor.to(device) for tensor in batch)
-
-    probe = draw(0)[:4]
-    with torch.no_grad():
-        before = objective.predict(*probe)
-    lines = _restore(training)
+    training, objective, source = _prepare(config, settings, device)
+    parameters = objective.parameters_trained
+    save = partial(_upload_adapter, objective, without_revision(config.model.path))
+    if rank == 0 and settings["online"] is not None:
+        source.save = save
+    lines = _restore(training, source)
     parallel = prepare_model(objective)
-
-    log, notice = nullcontext(), None
+    log, notice, stopped = nullcontext(), None, None
     if rank == 0:
         shown = flatten(config.results_config())
-        log = TrainingLog(settings["destination"], settings["run"], tuning.steps, tuning.log_to, shown, lines, refuse)
+        log = TrainingLog(settings["destination"], settings["run"], source.steps, tuning.log_to, shown, lines, refuse)
     with log:
-        for step in range(len(lines), tuning.steps):
-            rate = learning_rate_at(step, tuning)
-            for group in optimizer.param_groups:
+        for step in range(len(lines), source.steps):
+            try:
+                if not source.open(step):
+                    stopped = "the candidates have ended"
+                    break
+            except RunAway as reason:
+                stopped = str(reason)
+                break
+            rate = learning_rate_at(step, tuning, source.steps)
+            for group in training.optimizer.param_groups:
                 group["lr"] = rate
-            first = step * tuning.gradient_accumulation
-            turns = range(first + rank, first + tuning.gradient_accumulation, workers)
-            loss, norm = optimizer_step(
-                parallel,
-                [lambda turn=turn: draw(turn) for turn in turns],
-                parameters,
-                optimizer,
-                scaler,
-                tuning.max_grad_norm,
-                workers / tuning.gradient_accumulation,
-            )
-            if average:
-                average.step(parameters)
-            if workers > 1:
-                dist.all_reduce(loss)
-            mean_loss = loss.item() / workers
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {mean_loss} at step {step + 1}: lower finetune.learning_rate")
+            parts = source.parts(step, rank, workers)
+            mean_loss = norm = math.nan
+            if parts:
+                arguments = parameters, training.optimizer, training.scaler, tuning.max_grad_norm
+                loss, norm = optimizer_step(parallel, parts, *arguments)
+                if workers > 1:
+                    dist.all_reduce(loss)
+                mean_loss, norm = loss.item() / workers, norm.item()
+                if not math.isfinite(mean_loss):
+                    raise FloatingPointError(
+                        f"the loss is {mean_loss} at step {step + 1}: lower finetune.learning_rate"
+                    )
+            if training.average:
+                training.average.step(parameters)
+            figures = objective.figures | source.close(step)
             if rank == 0:
-                log.step(step + 1, mean_loss, norm.item(), rate)
+                log.step(step + 1, {"loss": mean_loss, "grad_norm": norm, "learning_rate": rate, **figures})
             earlier, notice = notice, ray.train.get_preemption_info()  # of a node that will go: the same on every rank
-            due = (step + 1) % tuning.checkpoint_every == 0 or notice != earlier
             # Reporting takes about two seconds of Ray's time and halts every worker: at checkpoints only.
-            if due and step + 1 < tuning.steps:
+            if (source.due(step) or notice != earlier) and step + 1 < source.steps:
                 refuse()
-                _report(training, log.lines if rank == 0 else None)
+                _report(training, source, log.lines if rank == 0 else None)
     if rank != 0:
         return None
-    if average:
-        average.copy_to(parameters)
-    with torch.no_grad():
-        after = objective.predict(*probe)
-    change = float((after - before).norm() / before.norm())
+    if training.average:
+        training.average.copy_to(parameters)
+    final = training.old or [p.data for p in parameters]
+    change = _output_change(objective, source.probe(), final)
     if change <= CHANGED:
-        print(
-            f"warning: fine-tuning changed no output of the model (by {change:.1e}); raise finetune.learning_rate",
-            flush=True,
-        )
+        advice = "raise finetune.learning_rate"
+        print(f"warning: fine-tuning changed no output of the model (by {change:.1e}); {advice}", flush=True)
     refuse()
-    _upload_adapter(objective.model, without_revision(config.model.path), settings["destination"])
+    if settings["online"] is None:
+        save(settings["destination"], None)
     return {
-        "steps": tuning.steps,
+        "steps": len(log.lines),
         "trainable_parameters": sum(p.numel() for p in parameters),
         "outputs_changed": change > CHANGED,
-        "output_change": change,
+        "output_change": change if math.isfinite(change) else None,
         "seconds": time.monotonic() - began,
+        "stopped": stopped,
     }
 
 
-def _report(training: _Training, lines: list[dict] | None):
+@torch.no_grad()
+def _output_change(objective: Objective, probe: Batch | None, final: list[Tensor]) -> float:
+    """Relative L2 distance of the predictions before and after the training, on one batch; NaN without a batch."""
+    if probe is None:
+        return math.nan
+    outputs = []
+    for values in (objective.start, final):
+        with weights_of(values, objective.parameters_trained):
+            outputs.append(objective.predict(probe))
+    before, after = outputs
+    return float((after - before).norm() / before.norm())
+
+
+def _report(training: Training, source: Source, lines: list[dict] | None):
     """Checkpoint; every worker calls it, the one with the log's lines uploads."""
     if lines is None:
         return ray.train.report({})
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(training.state() | {"lines": lines}, Path(folder) / "state.pt")
+        torch.save(training.state() | {"source": source.state(), "lines": lines}, Path(folder) / "state.pt")
         ray.train.report(lines[-1], checkpoint=Checkpoint.from_directory(folder))
 
 
-def _upload_adapter(model: PeftModel, base_model: str, destination: str):
+def _upload_adapter(objective: Objective, base_model: str, destination: str, values: list[Tensor] | None):
+    """Write the adapter with these values of its parameters; None: with its own."""
+    parameters = objective.parameters_trained
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, Path(folder), base_model)
+        with weights_of(values or [p.data for p in parameters], parameters):
+            save_adapter(objective.model, Path(folder), base_model)
         for file in sorted(Path(folder).iterdir()):
             write_bytes(join(destination, file.name), file.read_bytes())
 
@@ -295,12 +290,22 @@ def _absolute(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).absolute())
 
 
-def loop_settings(config: RunConfig, selected: str, destination: str, previous_adapter: str | None, name: str) -> dict:
+def loop_settings(
+    config: RunConfig,
+    selected: str | None,
+    destination: str,
+    previous_adapter: str | None,
+    name: str,
+    online: dict | None = None,
+) -> dict:
     """What `train_loop` takes: paths made absolute, for they run elsewhere, and the name that a rerun finds again."""
     model = str(resolve_model(config.model.path))
+    sections = {"seed", "model", "finetune"} | (
+        {"online", "sampler", "score", "generate", "select"} if online else set()
+    )
     inputs = {
-        "config": config.model_dump(mode="json", include={"seed", "model", "finetune"}),
-        "selected": _absolute(selected),
+        "config": config.model_dump(mode="json", include=sections),
+        "selected": selected and _absolute(selected),
         "previous_adapter": previous_adapter and _absolute(previous_adapter),
     }
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
@@ -312,6 +317,7 @@ def loop_settings(config: RunConfig, selected: str, destination: str, previous_a
         "run": f"{name}-{key}",
         "run_dir": _absolute(config.run_dir),
         "token": lease.current_token(config.run_dir),
+        "online": online,
     }
 
 
@@ -337,59 +343,52 @@ def finetune(config: RunConfig, selected: str, destination: str, previous_adapte
         lease.Lost: another driver has taken over the run.
         ray.train.TrainingFailedError: more than `finetune.max_failures` failures.
     """
-    summary, checkpoints = join(destination, SUMMARY), _absolute(join(destination, "checkpoints"))
-    system, storage_path = filesystem(checkpoints)
+    summary = join(destination, SUMMARY)
     if not exists(summary):
-        check_loggers(config.finetune.log_to)
-        check_targets(config)
-        settings, resources = loop_settings(config, selected, destination, previous_adapter, name), config.resources
-        least, most = resources.train_workers
-        result = TorchTrainer(
-            train_loop,
-            train_loop_config=settings,
-            scaling_config=ScalingConfig(
-                num_workers=least if least == most else (least, most),
-                use_gpu=resources.train_gpus > 0,
-                resources_per_worker={"CPU": resources.train_cpus}
-                | ({"GPU": resources.train_gpus} if resources.train_gpus else {}),
-            ),
-            run_config=RayRunConfig(
-                name=settings["run"],
-                storage_path=storage_path,
-                storage_filesystem=system,
-                failure_config=FailureConfig(max_failures=config.finetune.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=1),
-                worker_runtime_env={"env_vars": _QUIET},
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        ).fit()
-        # Also where the workers have ended because of it, and there is no summary.
-        lease.refuse_if_superseded(settings["run_dir"], settings["token"], summary)
-        write_json(summary, result.return_value)
-    if system.get_file_info(storage_path).type != pafs.FileType.NotFound:
-        with suppress(FileNotFoundError):  # of GCS, at the end, for a folder that is only in the names of its files
-            system.delete_dir(storage_path)
+        write_json(summary, train(config, loop_settings(config, selected, destination, previous_adapter, name)))
+    remove_checkpoints(destination)
     return read_json(summary)
 
 
-def take_off_baseline(config: RunConfig, adapter: str, baseline: str, start: str | None, destination: str):
-    """Write the adapter less `finetune.baseline` of what the baseline learnt: adapter - share (baseline - start).
+def train(config: RunConfig, settings: dict) -> dict:
+    """Run `train_loop` on the workers of the run; returns its summary.
 
-    Learning from one's own images moves a model whatever is chosen among them. An adapter that learnt from a random
-    selection of the same pool has made that move and no other, so what is left is due to the choice: the baseline of a
-    policy gradient (Williams 1992, section 4), as task arithmetic.
-
-    Args:
-        adapter, baseline: URIs of two adapters' folders that started from the same one.
-        start: URI of that one's folder; None: from none.
-        destination: URI of the folder to write, like an adapter's, without its log.
+    Raises:
+        ConfigError, lease.Lost, ray.train.TrainingFailedError: as `finetune`.
     """
-    if exists(join(destination, SUMMARY)):
-        return
-    share = config.finetune.baseline
-    terms = [(1.0, adapter), (-share, baseline), *([(share, start)] if start else [])]
-    with tempfile.TemporaryDirectory() as folder:
-        save_weighted_sum([(weight, Path(local_folder(uri))) for weight, uri in terms], Path(folder))
-        for file in sorted(Path(folder).iterdir()):
-            write_bytes(join(destination, file.name), file.read_bytes())
-    write_json(join(destination, SUMMARY), read_json(join(adapter, SUMMARY)) | {"baseline": share})
+    check_loggers(config.finetune.log_to)
+    check_targets(config)
+    resources = config.resources
+    system, storage_path = filesystem(join(settings["destination"], CHECKPOINTS))
+    least, most = resources.train_workers
+    result = TorchTrainer(
+        train_loop,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=least if least == most else (least, most),
+            use_gpu=resources.train_gpus > 0,
+            # Ray places no worker that asks for nothing: one without CPUs of its own asks for a byte of memory.
+            resources_per_worker=({"CPU": resources.train_cpus} if resources.train_cpus else {"memory": 1})
+            | ({"GPU": resources.train_gpus} if resources.train_gpus else {}),
+        ),
+        run_config=RayRunConfig(
+            name=settings["run"],
+            storage_path=storage_path,
+            storage_filesystem=system,
+            failure_config=FailureConfig(max_failures=config.finetune.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            worker_runtime_env={"env_vars": _QUIET},
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    ).fit()
+    # Also where the workers have ended because of it, and there is no summary.
+    lease.refuse_if_superseded(settings["run_dir"], settings["token"], join(settings["destination"], SUMMARY))
+    return result.return_value
+
+
+def remove_checkpoints(destination: str):
+    """Remove the checkpoints of a training that has ended."""
+    system, path = filesystem(_absolute(join(destination, CHECKPOINTS)))
+    if system.get_file_info(path).type != pafs.FileType.NotFound:
+        with suppress(FileNotFoundError):  # of GCS, at the end, for a folder that is only in the names of its files
+            system.delete_dir(path)

@@ -1,13 +1,150 @@
-"""The losses of fine-tuning, one function a method."""
+"""The losses of fine-tuning, one function a method, on one module that predicts what they need.
 
-from contextlib import nullcontext
+Every loss sees the squared errors of predictions of the model's own target (epsilon, v or x0) at one noise level a row.
+Below, l is the mean squared error of a row, `new` the policy in training, `old` the policy that drew the candidates,
+`reference` the frozen base model, A the advantage of a candidate within its prompt, in [-1, 1].
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
+from mi_ray.config import BETA, FinetuneConfig
 from mi_ray.diffusion.schedules import NoiseSchedule, prediction_from
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one forward pass of a loss sees: n rows, those of one prompt's candidates together."""
+
+    x0: Tensor  # (n, *latent_shape) fp32, clean latents
+    noise: Tensor  # (n, *latent_shape) fp32
+    timesteps: Tensor  # (n,) long
+    conditioning: Tensor  # of n prompts
+    weights: Tensor  # (n,) of the rows in the mean
+    advantages: Tensor | None = None  # (n,) in [-1, 1], mean about zero within a prompt
+    rewards: Tensor | None = None  # (n,) in [0, 1]
+    group: Tensor | None = None  # (n,) long: rows of one prompt at one noise level have the same number, from 0
+    null: Tensor | None = None  # (n,) bool: rows whose prompt was dropped, held to the base model
+
+    def to(self, device: torch.device) -> "Batch":
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predictions (n, *latent_shape) fp32 of the same noised latents; None where a method needs none."""
+
+    target: Tensor
+    new: Tensor
+    old: Tensor | None
+    reference: Tensor | None
+
+    def error(self, prediction: Tensor) -> Tensor:
+        """Mean squared error of each row, (n,)."""
+        return _mean_square(prediction - self.target)
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    return difference.square().flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------- the methods
+def supervised(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
+    """l(new): Ho et al. 2020, eq. 14. MI-TUNE's loss on the kept candidates."""
+    return p.error(p.new)
+
+
+def nft(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
+    """DiffusionNFT (arXiv 2509.16117, eq. 5): (r l(old + b d) + (1 - r) l(old - b d)) / b with d = new - old,
+    r = (1 + A) / 2, b = `beta`. A winner pulls the prediction to itself, a loser pushes it away."""
+    beta, r = config.beta or BETA["nft"], (1 + batch.advantages) / 2
+    move = beta * (p.new - p.old)
+    return (r * p.error(p.old + move) + (1 - r) * p.error(p.old - move)) / beta
+
+
+def awm(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
+    """Advantage-weighted matching (arXiv 2509.25050): -A exp(l(old) - l(new)) + ||new - old||^2. The exponential is the
+    likelihood ratio of the two policies; the last term keeps the step small (its KL_EMA)."""
+    ratio = (p.error(p.old) - p.error(p.new)).exp()
+    return _mean_square(p.new - p.old) - batch.advantages * ratio
+
+
+def dgpo(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
+    """Group DPO (arXiv 2510.08425): log(1 + exp(b sum_i A_i (l_i(new) - l_i(reference)))) over a prompt's candidates,
+    b = `beta`. With two candidates it is Diffusion-DPO."""
+    gained = batch.advantages * (p.error(p.new) - p.error(p.reference))
+    return softplus((config.beta or BETA["dgpo"]) * _sum_of_group(gained, batch.group)) / (config.beta or BETA["dgpo"])
+
+
+def crd(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
+    """Centred reward distillation (arXiv 2603.14128): (b (r_i - mean r) - A_i)^2 with the policy's own reward
+    r = l(old) - l(new) times the number of latents, b = `beta`. Its anchor is `anchor` at `anchor_guidance`."""
+    implied = (p.error(p.old) - p.error(p.new)) * p.new[0].numel()
+    centred = implied - _mean_of_group(implied, batch.group)
+    return ((config.beta or BETA["crd"]) * centred - batch.advantages).square()
+
+
+def gors(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
+    """GORS (T2I-CompBench, arXiv 2307.06350, eq. 1): reward times l(new), of candidates above the mean of their prompt.
+
+    The published thresholds are of its own metrics; a score of ours has none, so the prompt's mean stands for it.
+    """
+    return batch.rewards * (batch.advantages > 0) * p.error(p.new)
+
+
+def hn_itm(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
+    """HN-ITM (arXiv 2305.16397, eq. 3): l(best) - min(l(worst), l(best)) of a prompt's candidates, at the same noise;
+    the l(best) inside the minimum takes no gradient. The worst candidate stands for the negative image."""
+    error, size = p.error(p.new), int(batch.group.max()) + 1
+    best, worst = (_extreme_of_group(sign * batch.advantages, batch.group, size) for sign in (1, -1))
+    value = error[best] - torch.minimum(error[worst], error[best].detach())
+    return value[batch.group]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss (predictions, batch, config) -> (n,), and which frozen predictions it needs."""
+
+    loss: Callable[[Predictions, Batch, FinetuneConfig], Tensor]
+    old: bool = False
+    reference: bool = False
+
+
+METHODS = {
+    "supervised": Method(supervised),
+    "nft": Method(nft, old=True),
+    "awm": Method(awm, old=True),
+    "dgpo": Method(dgpo, reference=True),
+    "crd": Method(crd, old=True),
+    "gors": Method(gors),
+    "hn-itm": Method(hn_itm),
+}
+
+
+def _sum_of_group(values: Tensor, group: Tensor) -> Tensor:
+    """Of each row the sum over its group, (n,)."""
+    return torch.zeros(int(group.max()) + 1, device=values.device).index_add(0, group, values)[group]
+
+
+def _mean_of_group(values: Tensor, group: Tensor) -> Tensor:
+    return _sum_of_group(values, group) / _sum_of_group(torch.ones_like(values), group)
+
+
+def _extreme_of_group(values: Tensor, group: Tensor, size: int) -> Tensor:
+    """The row with the greatest value of each group, (size,)."""
+    rows = torch.arange(len(values), device=values.device)
+    greatest = torch.full((size,), -torch.inf, device=values.device).scatter_reduce(0, group, values, "amax")
+    first = torch.full((size,), len(values), device=values.device)
+    return first.scatter_reduce(0, group, torch.where(values == greatest[group], rows, len(values)), "amin")
+
+
+# ---------------------------------------------------------------------------------------------- the module
 def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """Loss weights min(SNR, gamma) of the x0-loss (Hang et al. 2023, eq. 5) as weights of the model's own loss.
 
@@ -24,47 +161,103 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     return snr.clamp(max=gamma) / (snr + 1) if prediction_type == "v_prediction" else snr.clamp(max=gamma)
 
 
-class DenoisingLoss(nn.Module):
-    """The weighted squared error of the model's own prediction target (Ho et al. 2020, eq. 14; Salimans & Ho 2022).
+@contextmanager
+def weights_of(values: Sequence[Tensor], parameters: Sequence[nn.Parameter]):
+    """Within, the parameters have these values; afterwards their own again. Nothing is copied."""
+    own = [parameter.data for parameter in parameters]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = value
+    try:
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
 
-    A module, so that data-parallel training sees one forward pass. Corruption and error are fp32; the model alone
-    runs in `autocast_dtype`.
+
+class Objective(nn.Module):
+    """The model with its adapter and the loss of a method: a batch in, a scalar out.
+
+    A module, so that data-parallel training sees one forward pass. Corruption and errors are fp32; the model alone runs
+    in `autocast_dtype`.
+
+    Args:
+        model: the denoiser under a PEFT adapter that is still fresh: it computes what the base model does.
+        null: conditioning of one empty prompt, for a guided anchor.
     """
 
     def __init__(
         self,
         model: nn.Module,
         schedule: NoiseSchedule,
-        min_snr_gamma: float | None = None,
+        config: FinetuneConfig,
         autocast_dtype: torch.dtype | None = None,
+        null: Tensor | None = None,
     ):
         super().__init__()
-        self.model, self.autocast_dtype = model, autocast_dtype
+        self.model, self.config, self.autocast_dtype = model, config, autocast_dtype
+        self.method, self.null = METHODS[config.method], null
+        self.parameters_trained = [p for p in model.parameters() if p.requires_grad]
+        # Values of these parameters, set by the loop: where training starts, and of the policy that draws candidates.
+        self.start: list[Tensor] = []
+        self.old: list[Tensor] = []
+        self.base = [p.detach().clone() for p in self.parameters_trained] if config.method != "supervised" else []
         self.prediction_type = schedule.prediction_type
         alpha_sq = schedule.alphas_cumprod
-        snr = alpha_sq / (1 - alpha_sq)
-        weights = min_snr_weights(snr, min_snr_gamma, self.prediction_type) if min_snr_gamma else torch.ones_like(snr)
+        snr, gamma = alpha_sq / (1 - alpha_sq), config.min_snr_gamma
+        weights = min_snr_weights(snr, gamma, self.prediction_type) if gamma else torch.ones_like(snr)
         # Plain tensors, since buffers would be sent to every worker again before each forward pass.
         device = next(model.parameters(), weights).device
         self.alpha, self.sigma, self.snr_weights = (
             values.float().to(device) for values in (alpha_sq.sqrt(), (1 - alpha_sq).sqrt(), weights)
         )
+        self.figures: dict[str, float] = {}  # of the last forward pass
 
-    def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (-1, *[1] * (like.ndim - 1))
-        return self.alpha[timesteps].view(shape), self.sigma[timesteps].view(shape)
+    def _coefficients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        shape = (-1, *[1] * (batch.x0.ndim - 1))
+        return self.alpha[batch.timesteps].view(shape), self.sigma[batch.timesteps].view(shape)
 
-    def predict(self, x0: Tensor, noise: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        """The model's fp32 output at alpha x0 + sigma noise; x0 and noise (n, *latent_shape), timesteps (n,)."""
-        alpha, sigma = self._coefficients(timesteps, x0)
+    def predict(self, batch: Batch, conditioning: Tensor | None = None) -> Tensor:
+        """The model's fp32 output (n, *latent_shape) at alpha x0 + sigma noise."""
+        alpha, sigma = self._coefficients(batch)
         dtype = self.autocast_dtype
-        with torch.autocast(x0.device.type, dtype) if dtype else nullcontext():
-            prediction = self.model(alpha * x0 + sigma * noise, timesteps, encoder_hidden_states=embeddings).sample
+        embeds = batch.conditioning if conditioning is None else conditioning
+        with torch.autocast(batch.x0.device.type, dtype) if dtype else nullcontext():
+            x_t = alpha * batch.x0 + sigma * batch.noise
+            prediction = self.model(x_t, batch.timesteps, encoder_hidden_states=embeds).sample
         return prediction.float()
 
-    def forward(self, x0: Tensor, noise: Tensor, timesteps: Tensor, embeddings: Tensor, weights: Tensor) -> Tensor:
-        """Mean over the batch of weights (n,) times min-SNR weight times squared error: a scalar."""
-        alpha, sigma = self._coefficients(timesteps, x0)
-        target = prediction_from(self.prediction_type, x0, noise, alpha, sigma)
-        error = (self.predict(x0, noise, timesteps, embeddings) - target).square().flatten(1).mean(1)
-        return (weights * self.snr_weights[timesteps] * error).mean()
+    @torch.no_grad()
+    def reference(self, batch: Batch) -> Tensor:
+        """The base model's prediction, guided by `anchor_guidance` (Ho & Salimans 2022, eq. 6)."""
+        w = self.config.anchor_guidance
+        with weights_of(self.base, self.parameters_trained):
+            prediction = self.predict(batch)
+            if w == 1:
+                return prediction
+            null = self.predict(batch, self.null.expand_as(batch.conditioning))
+        guided = null + w * (prediction - null)
+        return guided if batch.null is None else torch.where(_like(batch.null, guided), prediction, guided)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss: the mean over rows of weight times min-SNR weight times the method's value, plus the anchor."""
+        config, method = self.config, self.method
+        target = prediction_from(self.prediction_type, batch.x0, batch.noise, *self._coefficients(batch))
+        anchored = config.method != "supervised" and config.anchor > 0
+        old = None
+        if method.old:
+            with torch.no_grad(), weights_of(self.old, self.parameters_trained):
+                old = self.predict(batch)
+        reference = self.reference(batch) if anchored or method.reference else None
+        p = Predictions(target, self.predict(batch), old, reference)
+        values = method.loss(p, batch, config)
+        if reference is not None:
+            distance = _mean_square(p.new - reference)
+            self.figures["distance_to_base"] = distance.detach().mean().item()
+            values = values + config.anchor * distance
+            if batch.null is not None:  # the empty prompt keeps the base model's prediction
+                values = torch.where(batch.null, distance, values)
+        return (batch.weights * self.snr_weights[batch.timesteps] * values).mean()
+
+
+def _like(rows: Tensor, values: Tensor) -> Tensor:
+    return rows.view(-1, *[1] * (values.ndim - 1))

@@ -1,6 +1,7 @@
 """What the fine-tuning learns from: the kept candidates, and which of them, at which noise, a microbatch holds."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,9 +10,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from mi_ray.config import RunConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.storage import ParquetRows
+from mi_ray.training.losses import Batch
 
 ENCODED_AT_ONCE = 1024  # prompts, whose embeddings are then moved to the CPU
 
@@ -95,8 +98,8 @@ def sample_indices(seed: int, microbatch: int, batch_size: int, count: int) -> T
 
 def draw_microbatch(
     data: TrainingSet, seed: int, microbatch: int, batch_size: int, timesteps: range, prompt_dropout: float
-) -> tuple[Tensor, ...]:
-    """(x0, noise, timesteps, embeddings, weights) of a microbatch: a pure function of (seed, microbatch)."""
+) -> Batch:
+    """The rows of a microbatch: a pure function of (seed, microbatch)."""
     chosen = torch.searchsorted(data.rows, sample_indices(seed, microbatch, batch_size, data.count))
     generator = _generator("noise", seed, microbatch)
     latents = data.latents[chosen]
@@ -104,7 +107,7 @@ def draw_microbatch(
     drawn = torch.randint(timesteps.start, timesteps.stop, (batch_size,), generator=generator)
     dropped = torch.rand(batch_size, generator=generator) < prompt_dropout
     prompts = torch.where(dropped, len(data.embeddings) - 1, data.prompts[chosen])
-    return latents, noise, drawn, data.embeddings[prompts], data.weights[chosen]
+    return Batch(latents, noise, drawn, data.embeddings[prompts], data.weights[chosen])
 
 
 def trained_timesteps(log_snr: Tensor, log_snr_max: float | None) -> range:
@@ -118,3 +121,39 @@ def trained_timesteps(log_snr: Tensor, log_snr_max: float | None) -> range:
         lowest = float(log_snr[-1])
         raise ConfigError([f"finetune.log_snr_max: {log_snr_max} is below all of the model's ({lowest:.2f}); raise it"])
     return range(first, len(log_snr))
+
+
+class KeptCandidates:
+    """The batches of every optimiser step of a training on kept candidates: a `Source` of the loop."""
+
+    def __init__(self, data: TrainingSet, config: RunConfig, timesteps: range, device: torch.device):
+        self.data, self.seed, self.tuning = data, config.seed, config.finetune
+        self.timesteps, self.device, self.steps = timesteps, device, config.finetune.steps
+
+    def _draw(self, microbatch: int) -> Batch:
+        tuning = self.tuning
+        drawn = self.data, self.seed, microbatch, tuning.batch_size, self.timesteps, tuning.prompt_dropout
+        return draw_microbatch(*drawn).to(self.device)
+
+    def open(self, step: int) -> bool:
+        return True
+
+    def parts(self, step: int, rank: int, workers: int) -> list[tuple[Callable[[], Batch], float]]:
+        each = self.tuning.gradient_accumulation
+        turns = range(step * each + rank, (step + 1) * each, workers)
+        return [(lambda turn=turn: self._draw(turn), workers / each) for turn in turns]
+
+    def close(self, step: int) -> dict[str, float]:
+        return {}
+
+    def due(self, step: int) -> bool:
+        return (step + 1) % self.tuning.checkpoint_every == 0
+
+    def probe(self) -> Batch:
+        return self._draw(0)
+
+    def state(self) -> dict:
+        return {}
+
+    def load(self, state: dict, lines: list[dict]):
+        pass

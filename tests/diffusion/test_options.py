@@ -4,11 +4,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mi_ray.config import RunConfig
+from mi_ray.config import FinetuneConfig, RunConfig
 from mi_ray.diffusion.adapters import attach_adapter
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import candidate_noise, sample, sampling_steps, solver_plan
-from mi_ray.training.losses import DenoisingLoss
+from mi_ray.training.losses import Batch, Objective
 
 PROMPTS = ["a red circle", "a blue star and a green square", "two hearts"]
 INTERVAL = (-3.0, 1.0)
@@ -149,9 +149,10 @@ def test_activation_checkpointing_computes_again_and_gives_the_same_gradients(ti
             denoiser.unet.enable_gradient_checkpointing()
         calls = []
         denoiser.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: calls.append(1))
-        objective = DenoisingLoss(model, denoiser.schedule)
+        objective = Objective(model, denoiser.schedule, FinetuneConfig())
         x0, noise = torch.randn(2, 3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(1))
-        objective(x0, noise, torch.tensor([10, 400, 900]), denoiser.encode_prompts(PROMPTS), torch.ones(3)).backward()
+        timesteps = torch.tensor([10, 400, 900])
+        objective(Batch(x0, noise, timesteps, denoiser.encode_prompts(PROMPTS), torch.ones(3))).backward()
         return [p.grad for p in model.parameters() if p.requires_grad], len(calls)
 
     (plain, once), (again, twice) = gradients(False), gradients(True)

@@ -19,14 +19,14 @@ from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 
 from mi_ray import storage
-from mi_ray.config import RunConfig
+from mi_ray.config import FinetuneConfig, RunConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.adapters import adapter_state, attach_adapter, load_adapter_state, save_adapter, save_weighted_sum
 from mi_ray.diffusion.schedules import NoiseSchedule, epsilon_from, prediction_from, x0_from_epsilon
 from mi_ray.runs import lease
 from mi_ray.storage import tables
 from mi_ray.training import loop as stage
-from mi_ray.training.losses import DenoisingLoss, min_snr_weights
+from mi_ray.training.losses import Batch, Objective, min_snr_weights
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -145,8 +145,8 @@ def test_loss_of_a_perfect_model_is_zero_and_a_sample_counts_by_its_weight(predi
     schedule = NoiseSchedule.from_config(scheduler.config)
     x0, noise = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     timesteps, oracle = torch.tensor([3, 900]), Oracle()
-    objective = DenoisingLoss(oracle, schedule)
-    loss = objective(x0, noise, timesteps, torch.zeros(2, 1, 1), torch.tensor([1.0, 0.5]))
+    objective = Objective(oracle, schedule, FinetuneConfig())
+    loss = objective(Batch(x0, noise, timesteps, torch.zeros(2, 1, 1), torch.tensor([1.0, 0.5])))
     assert loss.item() == pytest.approx(0.5 * 4 / 2, rel=1e-5)
     torch.testing.assert_close(oracle.x_t, scheduler.add_noise(x0, noise, timesteps))
 
@@ -165,7 +165,7 @@ def test_clipping_clips_what_the_optimiser_sees_and_accumulation_is_a_mean():
     before = [p.detach().clone() for p in parameters]
     mean, norm = stage.optimizer_step(
         loss,
-        [lambda x=x: (x,) for x in data],
+        [(lambda x=x: x, 1 / len(data)) for x in data],
         parameters,
         optimizer,
         torch.amp.GradScaler("cpu", enabled=False),
@@ -213,9 +213,9 @@ def run_config(tiny_pipeline, *, workers: int | tuple[int, int], **finetune) -> 
 
 def test_learning_rate_rises_and_falls():
     constant = run_config("unused", workers=1, steps=6, lr_schedule="constant").finetune
-    assert [stage.learning_rate_at(s, constant) for s in range(4)] == [0.5e-2, 1e-2, 1e-2, 1e-2]
+    assert [stage.learning_rate_at(s, constant, 6) for s in range(4)] == [0.5e-2, 1e-2, 1e-2, 1e-2]
     cosine = run_config("unused", workers=1, steps=6).finetune
-    rates = [stage.learning_rate_at(s, cosine) for s in range(7)]
+    rates = [stage.learning_rate_at(s, cosine, 6) for s in range(7)]
     assert rates[2] == 1e-2
     assert rates[4] == pytest.approx(0.5e-2)
     assert rates[6] == pytest.approx(0)

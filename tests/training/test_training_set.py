@@ -38,7 +38,8 @@ def test_prompt_dropout_takes_the_null_prompt_and_weights_follow_their_samples()
     )
     batches = [draw_microbatch(data, 0, m, 50, range(1000), 0.3) for m in range(40)]
     latents, noise, timesteps, embeddings, weights = (
-        torch.cat(parts).flatten() for parts in zip(*batches, strict=True)
+        torch.cat([getattr(batch, name) for batch in batches]).flatten()
+        for name in ("x0", "noise", "timesteps", "conditioning", "weights")
     )
     dropped = embeddings == count
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.05)  # 2000 draws: 5 standard errors
@@ -68,7 +69,8 @@ def test_only_what_is_drawn_is_read(tiny_pipeline, tmp_path):
     assert len(some.embeddings) <= 13
     for microbatch in range(microbatches):
         batches = [draw_microbatch(data, 5, microbatch, batch_size, range(1000), 0.3) for data in (some, whole)]
-        for found, expected in zip(*batches, strict=True):
+        for name in ("x0", "noise", "timesteps", "conditioning", "weights"):
+            found, expected = (getattr(batch, name) for batch in batches)
             torch.testing.assert_close(found, expected)
 
 

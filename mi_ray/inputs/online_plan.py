@@ -1,0 +1,92 @@
+"""The order in which an online run draws its prompts: the shards of every update and of every validation."""
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+
+from mi_ray.config import OnlineConfig, RunConfig
+from mi_ray.config.section import ConfigError
+from mi_ray.inputs.shard_plan import ShardPlan
+
+
+class OnlinePlan:
+    """Parts of the table of candidates, in the order in which they are made. A part is one shard of prompts, drawn by
+    one version of the policy; version v is the policy after v updates, version 0 the base model.
+
+    Update u draws the next shards of the list, whose order is permuted anew in every epoch, by version max(0, u - lag).
+    The shards at the end of the list are never trained: every `validate_every` updates, and after the last one, the
+    newest version is scored on them, with the same seeds each time.
+
+    Raises:
+        ConfigError: the list is too short.
+    """
+
+    def __init__(self, shards: ShardPlan, config: OnlineConfig, seed: int):
+        self.shards, self.config, self.seed = shards, config, seed
+        per_shard = shards.prompts_per_shard
+        self.groups = -(-config.prompts_per_update // per_shard)
+        self.held = -(-config.validation_prompts // per_shard)
+        self.trained = len(shards) - self.held
+        if self.trained < self.groups:
+            raise ConfigError(
+                [
+                    f"prompts.file: {shards.prompts} prompts are too few: one update takes {self.groups * per_shard}"
+                    f" and {self.held * per_shard} are held out; give more, or lower online.prompts_per_update"
+                ]
+            )
+        parts = []
+        for update in range(config.updates):
+            if update % config.validate_every == 0:
+                parts += [(update, -1, chunk) for chunk in range(self.held)]
+            parts += [(update, 1, group) for group in range(self.groups)]
+        parts += [(config.updates, -1, chunk) for chunk in range(self.held)]
+        self._parts = np.array(parts, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def _chunk(self, index: int) -> int:
+        """The shard of prompts of a part."""
+        update, kind, number = self._parts[index].tolist()
+        if kind < 0:
+            return self.trained + number
+        position = update * self.groups + number
+        return int(_permutation(self.seed, position // self.trained, self.trained)[position % self.trained])
+
+    def name(self, index: int) -> str:
+        update, kind, number = self._parts[index].tolist()
+        what = "validation" if kind < 0 else "update"
+        return f"{what}-{update:05d}-{number:03d}-{self.shards.digest(self._chunk(index))}.parquet"
+
+    def size(self, index: int) -> int:
+        """Prompts of a part."""
+        return self.shards.size(self._chunk(index))
+
+    def row(self, index: int) -> dict:
+        """What the actor takes: as `ShardPlan.row`, with the update, the version that draws, and whether it is a
+        validation."""
+        update, kind, _ = self._parts[index].tolist()
+        version = update if kind < 0 else max(0, update - self.config.lag)
+        row = self.shards.row(self._chunk(index)) | {"index": index, "name": self.name(index)}
+        return row | {"update": update, "version": version, "validation": kind < 0}
+
+    def of_update(self, update: int) -> list[int]:
+        """Indices of the parts that an update trains."""
+        return np.flatnonzero((self._parts[:, 0] == update) & (self._parts[:, 1] > 0)).tolist()
+
+    def of_validation(self, version: int) -> list[int]:
+        """Indices of the parts on which a version of the policy is scored; none between checkpoints."""
+        return np.flatnonzero((self._parts[:, 0] == version) & (self._parts[:, 1] < 0)).tolist()
+
+
+def plan_of(config: RunConfig, source: str) -> OnlinePlan:
+    """The parts of an online run, from the URI of its stored table of prompts."""
+    shards = ShardPlan(source, config.generate.prompts_per_shard, config.hash())
+    return OnlinePlan(shards, config.online, config.seed)
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    digest = hashlib.sha256(f"online order/{seed}/{epoch}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(count)

@@ -1,0 +1,105 @@
+"""What one actor of an online run does with a shard: draw by the policy, judge by the frozen base model."""
+
+import copy
+import time
+
+import numpy as np
+import torch
+
+from mi_ray.config import RunConfig
+from mi_ray.diffusion.adapters import MergedAdapter, attach_adapter
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.inputs.shard_plan import Shard
+from mi_ray.scoring.images import encode_png, measured
+from mi_ray.scoring.rewards import RANDOM, candidate_advantages, rewards_of
+from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
+from mi_ray.scoring.scorer import Scorer
+from mi_ray.scoring.work import Work
+
+
+class PolicySampler:
+    """Draws, scores and rewards candidates. The policy starts as the base model; `load` exchanges it.
+
+    The judge is always the base model: a policy that judged itself could raise its score by judging worse.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config, tuning, batch_size = config, config.finetune, config.resources.batch_size
+        self.base = load_denoiser(config.model.path, config.model.dtype)
+        self.drawing = copy.copy(self.base)
+        self.drawing.unet = copy.deepcopy(self.base.unet)
+        adapted = attach_adapter(
+            self.drawing.unet,
+            rank=tuning.rank,
+            alpha=tuning.alpha,
+            target_modules=tuning.target_modules,
+            use_dora=tuning.adapter == "dora",
+        )
+        self.adapter = MergedAdapter(adapted)
+        self.drawing.unet = adapted.base_model.model
+        for denoiser in (self.base, self.drawing):
+            specialise(denoiser, config.model, batch_size)
+        self.sampler = Sampler(self.drawing, config.sampler, batch_size, config.model.kernel)
+        self.rewards = rewards_of(config.online, config.select.by)
+        self.random = all(reward.name == RANDOM for reward in self.rewards)
+        self.scorer = Scorer(self.base, config.score, batch_size, config.seed, [])
+
+    @property
+    def calls(self) -> int:
+        return self.base.calls + self.drawing.calls
+
+    def load(self, state: dict[str, torch.Tensor]):
+        """Exchange the policy for one with these weights of the adapter."""
+        self.adapter.load(state)
+
+    def rows(self, shard: Shard, positions: list[int], update: int, validation: bool, work: Work) -> list[dict]:
+        """The candidates' rows of some of the shard's prompts, of an update or of a validation.
+
+        A validation has the same seeds for every version of the policy, an update its own.
+        """
+        config, online = self.config, self.config.online
+        each = online.validation_candidates if validation else config.generate.candidates_per_prompt
+        prompts, ids = ([of_shard[p] for p in positions] for of_shard in (shard.prompts, shard.prompt_ids))
+        purpose = "online validation" if validation else f"online update {update}"
+        seeds = [[derived_seed(config.seed, purpose, i, c) for c in range(each)] for i in ids]
+        embeddings = self.base.encode_prompts(prompts)
+        index = torch.arange(len(prompts)).repeat_interleave(each)
+        sampled = self.sampler(embeddings, seeds, work)
+        latents = sampled.latents.cpu().numpy()
+        owner = index.tolist()
+        columns = {
+            "prompt_id": [ids[p] for p in owner],
+            "prompt": [prompts[p] for p in owner],
+            "category": [shard.categories[positions[p]] for p in owner],
+            "candidate_index": list(range(each)) * len(prompts),
+            "seed": [seed for of_prompt in seeds for seed in of_prompt],
+            "delta_sq": sampled.delta_sq.cpu().tolist(),
+            "cross": sampled.cross.cpu().tolist(),
+            "update": [update] * len(owner),
+            "latents_shape": [list(latents.shape[1:])] * len(owner),
+        }
+        finite = np.isfinite(latents.reshape(len(latents), -1)).all(1)
+        columns["error"] = [None if ok else "the latents are not finite" for ok in finite]
+        if not self.random or validation:
+            columns |= self.scorer(prompts, embeddings, index, sampled, work)
+        columns |= self._measured(sampled.latents, columns["prompt"], validation, columns, work)
+        if not validation:
+            columns["advantage"] = candidate_advantages(self.rewards, columns, config)
+            half = latents.astype(np.float16).reshape(len(latents), -1)
+            trained = [advantage is not None for advantage in columns["advantage"]]
+            columns["latents"] = [row if kept else None for row, kept in zip(half, trained, strict=True)]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _measured(self, latents, prompts: list[str], validation: bool, columns: dict, work: Work) -> dict[str, list]:
+        """Metrics of all, where they are asked for; of a validation the first image of each prompt."""
+        alignment, began = self.config.generate.alignment, time.perf_counter()
+        firsts = [i for i, number in enumerate(columns["candidate_index"]) if number == 0] if validation else []
+        wanted = list(range(len(prompts))) if alignment else firsts
+        if not wanted:
+            return {}
+        images = self.base.decode(latents[wanted])
+        work.timed("decode", began)
+        shown: list[dict | None] = [None] * len(prompts)
+        for row in firsts:
+            shown[row] = encode_png(images[wanted.index(row)])
+        return {"image": shown} | (measured(images, prompts, alignment) if alignment else {})

@@ -1,0 +1,111 @@
+"""Rewards of the candidates of an update: any scores or metrics, made advantages within each prompt."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mi_ray.config import OnlineConfig, RunConfig
+from mi_ray.config.section import ConfigError
+
+RANDOM = "random"
+MEASURED = 1e-4  # the least spread of rewards without a standard error
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One rewarded column of the table of candidates."""
+
+    name: str  # of a score, of a metric's column, or `random`
+    weight: float
+
+    def columns(self, present: Sequence[str]) -> tuple[str, str | None]:
+        """Its column among those present, and that of its standard error if there is one."""
+        column = f"score_{self.name}" if f"score_{self.name}" in present else self.name
+        error = f"{column}_se"
+        return column, error if error in present else None
+
+
+def rewards_of(config: OnlineConfig, by: str) -> tuple[Reward, ...]:
+    """The rewards of `online.rewards`; `by`, the selecting score, where it names none.
+
+    Raises:
+        ConfigError: a weight is no number.
+    """
+    found, faults = [], []
+    for text in config.rewards or (by,):
+        name, colon, weight = text.partition(":")
+        try:
+            found.append(Reward(name, float(weight) if colon else 1.0))
+        except ValueError:
+            faults.append(f"online.rewards: {text!r} is not name:weight; give a number after the colon")
+    if faults:
+        raise ConfigError(faults)
+    return tuple(found)
+
+
+def raw_rewards(rewards: tuple[Reward, ...], columns: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """The weighted sum of the rewarded columns of n candidates, (n,) fp64; NaN where one is missing."""
+    total = 0.0
+    for reward in rewards:
+        column, _ = reward.columns(list(columns))
+        total = total + reward.weight * np.array(columns[column], np.float64)
+    return total
+
+
+def advantages(
+    rewards: tuple[Reward, ...], columns: Mapping[str, Sequence[float]], seeds: Sequence[int], config: OnlineConfig
+) -> np.ndarray:
+    """Advantages of the candidates of one prompt, (n,) fp64 in [-1, 1]; NaN of what is not trained.
+
+    Each rewarded column is centred and divided by its spread plus `reward_floor`; the weighted sum of them is cut at
+    `reward_clip` and divided by it. A column whose spread is below its own standard error says nothing and counts as
+    zero; a prompt of which no column says anything is dropped, and so is a candidate without a finite reward.
+
+    Args:
+        columns: of the candidates of one prompt; `error` may be among them.
+        seeds: of the candidates, which the reward `random` depends on alone.
+    """
+    count = len(seeds)
+    sound = np.array([error is None for error in columns.get("error", [None] * count)])
+    total, said = np.zeros(count), False
+    for reward in rewards:
+        if reward.name == RANDOM:
+            values, error = np.array([np.random.default_rng(seed).standard_normal() for seed in seeds]), MEASURED
+        else:
+            column, error_column = reward.columns(list(columns))
+            values = np.array(columns[column], np.float64)
+            errors = np.array(columns[error_column], np.float64) if error_column else np.full(count, MEASURED)
+            error = np.nanmean(np.where(np.isfinite(errors), errors, np.nan)) if np.isfinite(errors).any() else np.inf
+        sound &= np.isfinite(values)
+        if sound.sum() < 2:
+            break
+        spread = values[sound].std(ddof=1)
+        if spread <= error:
+            continue
+        said = True
+        floor = config.reward_floor if error > MEASURED else 0.0  # of scores, whose spread is partly their error
+        total += reward.weight * (values - values[sound].mean()) / (spread + floor)
+    if not said or sound.sum() < 2:
+        return np.full(count, np.nan)
+    total -= total[sound].mean()
+    return np.where(sound, np.clip(total, -config.reward_clip, config.reward_clip) / config.reward_clip, np.nan)
+
+
+def prompts_of(ids: Sequence[str]) -> list[tuple[int, int]]:
+    """Where the rows of each prompt start and stop; a prompt's rows are one after the other."""
+    starts = [i for i, prompt in enumerate(ids) if i == 0 or prompt != ids[i - 1]]
+    return list(zip(starts, [*starts[1:], len(ids)], strict=True))
+
+
+def candidate_advantages(
+    rewards: tuple[Reward, ...], columns: dict[str, list], config: RunConfig
+) -> list[float | None]:
+    """The advantages of the candidates of some prompts, for the table: None of what is not trained."""
+    found: list[float | None] = []
+    for start, stop in prompts_of(columns["prompt_id"]):
+        of_prompt = {name: values[start:stop] for name, values in columns.items()}
+        values = advantages(rewards, of_prompt, of_prompt["seed"], config.online)
+        found += [float(value) if math.isfinite(value) else None for value in values]
+    return found

@@ -1,0 +1,309 @@
+"""What an online training draws from: the candidates of each update, as the run folder holds them.
+
+Nothing here knows how candidates are made. Whoever makes them is a `Board` to this file: it tells when the parts of an
+update are there, and takes the policy after each update.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+from mi_ray.diffusion.adapters import adapter_state
+from mi_ray.diffusion.denoisers import Denoiser
+from mi_ray.inputs.online_plan import OnlinePlan
+from mi_ray.runs.layout import CANDIDATES, policy_folder
+from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, rewards_of
+from mi_ray.training.losses import Batch, Objective, weights_of
+
+PROBE_ROWS = 32  # on which the effective guidance is measured
+READ = ("prompt_id", "prompt", "advantage", "latents")  # of a part, beside the rewarded columns
+
+
+class Board(Protocol):
+    """Where generation and training meet."""
+
+    def wait(self, indices: Sequence[int], deadline_s: float | None) -> list[int] | None:
+        """Wait for parts to be committed, or, so long after the first, for some; returns those. None: the run ends."""
+
+    def publish(self, version: int, policy: dict[str, Tensor]):
+        """Give the actors a version of the policy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The candidates of one prompt that are trained."""
+
+    prompt_id: str
+    prompt: str
+    latents: Tensor  # (m, *latent_shape) fp32
+    advantages: Tensor  # (m,)
+
+
+class RunAway(Exception):
+    """The policy has left the region in which it can be trusted."""
+
+
+def decay_at(update: int, decay: tuple[float, float, float]) -> float:
+    """Of the average of the trained weights that draws the candidates, after an update (DiffusionNFT, section 4)."""
+    first, rise, most = decay
+    return min(most, first + rise * update)
+
+
+class OnlineSource:
+    """The batches of every optimiser step of an online run, and what happens between updates.
+
+    All workers hold the same state and read the same parts; what a step learns from does not depend on their number.
+
+    Args:
+        folder: URI of the arm's folder, as `runs.layout` has it.
+        timesteps: that are trained.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: OnlinePlan,
+        folder: str,
+        board: Board,
+        denoiser: Denoiser,
+        objective: Objective,
+        timesteps: range,
+    ):
+        self.config, self.plan, self.folder, self.board = config, plan, folder, board
+        self.candidates = storage.join(folder, CANDIDATES)
+        self.denoiser, self.objective, self.timesteps = denoiser, objective, timesteps
+        self.rewards: tuple[Reward, ...] = rewards_of(config.online, config.select.by)
+        self.steps = config.online.updates * config.online.inner_steps
+        self.save: Callable[[str, list[Tensor]], None] | None = None  # rank 0: writes an adapter's folder
+        self.recent: dict[int, dict[str, Tensor]] = {}  # the last lag + 1 versions, which a restart publishes again
+        self.scores: dict[int, np.ndarray] = {}  # by validated version: mean reward of each held-out prompt
+        self.groups: list[Group] = []
+        self.figures: dict[str, float] = {}
+        self.first: dict[str, float] | None = None  # the figures of the first update, which later ones are held against
+        self.update = -1
+
+    # ------------------------------------------------------------------------------------------ reading
+    def open(self, step: int) -> bool:
+        update = step // self.config.online.inner_steps
+        if update == self.update:
+            return True
+        self._judge(update)
+        return self._read(update)
+
+    def _read(self, update: int) -> bool:
+        """Wait for the candidates of an update and read them; False: the run ends here."""
+        online = self.config.online
+        arrived = self.board.wait(self.plan.of_update(update), online.deadline_s)
+        if arrived is None:
+            return False
+        tables = [storage.read_table(storage.join(self.candidates, self.plan.name(i))) for i in sorted(arrived)]
+        rows = {name: [value for table in tables for value in table[name].to_pylist()] for name in READ}
+        scores = [
+            name for name in tables[0].column_names if any(name in reward.columns([name]) for reward in self.rewards)
+        ]
+        rows |= {name: [value for table in tables for value in table[name].to_pylist()] for name in scores}
+        self.groups = []
+        for start, stop in prompts_of(rows["prompt_id"]):
+            kept = [i for i in range(start, stop) if rows["advantage"][i] is not None]
+            if kept:
+                latents = np.stack([rows["latents"][i] for i in kept]).astype(np.float32)
+                x0 = torch.from_numpy(latents).view(-1, *self.denoiser.latent_shape)
+                advantage = torch.tensor([rows["advantage"][i] for i in kept], dtype=torch.float32)
+                self.groups.append(Group(rows["prompt_id"][start], rows["prompt"][start], x0, advantage))
+        self.update = update
+        values = raw_rewards(self.rewards, rows) if scores else np.full(1, np.nan)
+        self._look(values[np.isfinite(values)], len(prompts_of(rows["prompt_id"])))
+        return True
+
+    def _look(self, rewards: np.ndarray, prompts: int):
+        """What the log tells of an update, and whether it has run away."""
+        self.figures = {"update": self.update, "trained_prompts": len(self.groups) / max(1, prompts)}
+        if len(rewards):
+            self.figures["reward"] = float(rewards.mean())
+        if not self.groups:
+            return
+        latents = torch.cat([group.latents for group in self.groups])
+        within = [group.latents.flatten(1).std(0).mean().item() for group in self.groups]
+        self.figures |= {
+            "latent_mean": latents.mean().item(),
+            "latent_std": latents.std().item(),
+            "diversity": float(np.mean(within)),
+        }
+        self.first = first = self.first or dict(self.figures)
+        drift = abs(self.figures["latent_std"] / first["latent_std"] - 1)
+        if drift > self.config.online.max_latent_drift:
+            raise RunAway(f"the standard deviation of the latents is {drift:.0%} off the first update's")
+        share = self.figures["diversity"] / first["diversity"]
+        if share < self.config.online.min_diversity:
+            raise RunAway(f"the diversity of a prompt's candidates is {share:.0%} of the first update's")
+
+    # ------------------------------------------------------------------------------------------ batches
+    def parts(self, step: int, rank: int, workers: int) -> list[tuple[Callable[[], Batch], float]]:
+        """The microbatches of a worker, each with its share of the step's loss; the same number for every worker.
+
+        A microbatch holds whole prompts, as many as `finetune.batch_size` rows have room for. A worker without one of
+        its own takes the first with share zero, so that all exchange gradients equally often.
+        """
+        inner, levels = step % self.config.online.inner_steps, self.config.online.noise_levels
+        batches, rows = [[]], 0
+        for group in self.groups:
+            more = len(group.latents) * levels
+            if batches[-1] and rows + more > self.config.finetune.batch_size:
+                batches, rows = [*batches, []], 0
+            batches[-1].append(group)
+            rows += more
+        total = sum(len(group.latents) for group in self.groups)
+        if not total:
+            return []
+        mine = batches[rank::workers]
+        share = [sum(len(group.latents) for group in batch) / total * workers for batch in mine]
+        missing = -(-len(batches) // workers) - len(mine)
+        mine, share = mine + [batches[0]] * missing, share + [0.0] * missing
+        return [(lambda batch=batch: self._draw(batch, inner), part) for batch, part in zip(mine, share, strict=True)]
+
+    def _draw(self, groups: list[Group], inner: int) -> Batch:
+        """The rows of some prompts at their noise levels: a pure function of (seed, update, inner step, prompt)."""
+        online, tuning, parts = self.config.online, self.config.finetune, []
+        count = len(self.timesteps)
+        for group in groups:
+            key = f"online noise/{self.config.seed}/{self.update}/{inner}/{group.prompt_id}"
+            generator = _generator(key)
+            m, levels = len(group.latents), online.noise_levels
+            # One level of each of equal strata: together they cover the band.
+            places = (torch.arange(levels) + torch.rand(levels, generator=generator)) / levels
+            drawn = self.timesteps.start + (places * count).long().clamp(max=count - 1)
+            dropped = torch.rand(levels, generator=generator) < tuning.prompt_dropout
+            for level in range(levels):
+                noise = torch.randn(1 if online.shared_noise else m, *group.latents.shape[1:], generator=generator)
+                parts.append((group, drawn[level], noise.expand_as(group.latents), dropped[level]))
+        sizes = torch.tensor([len(group.latents) for group, *_ in parts])
+        null = torch.stack([dropped for *_, dropped in parts]).repeat_interleave(sizes)
+        prompts = ["" if dropped else group.prompt for group, _, _, dropped in parts]
+        advantage = torch.cat([group.advantages for group, *_ in parts])
+        batch = Batch(
+            x0=torch.cat([group.latents for group, *_ in parts]),
+            noise=torch.cat([noise for _, _, noise, _ in parts]),
+            timesteps=torch.stack([level for _, level, _, _ in parts]).repeat_interleave(sizes),
+            conditioning=self._encoded(prompts, sizes),
+            weights=torch.ones(int(sizes.sum())),
+            advantages=advantage,
+            rewards=(advantage + 1) / 2,
+            group=torch.arange(len(parts)).repeat_interleave(sizes),
+            null=null if tuning.prompt_dropout else None,
+        )
+        return batch.to(self.denoiser.device)
+
+    def _encoded(self, prompts: list[str], sizes: Tensor) -> Tensor:
+        """The conditioning of each row, of prompts with so many rows each."""
+        distinct = list(dict.fromkeys(prompts))
+        number = torch.tensor([distinct.index(prompt) for prompt in prompts]).repeat_interleave(sizes)
+        encoded = self.denoiser.encode_prompts(distinct)
+        return encoded[number.to(encoded.device)]
+
+    # ------------------------------------------------------------------------------------------ between updates
+    def close(self, step: int) -> dict[str, float]:
+        """After the last step of an update the policy moves towards the trained weights and is published."""
+        online, figures = self.config.online, self.figures
+        update, inner = divmod(step, online.inner_steps)
+        if inner + 1 < online.inner_steps:
+            return {"update": update}
+        if update % online.validate_every == 0:
+            figures |= {"effective_guidance": self.effective_guidance()}
+        keep = decay_at(update, online.decay)
+        with torch.no_grad():
+            for average, parameter in zip(self.objective.old, self.objective.parameters_trained, strict=True):
+                average.lerp_(parameter, 1 - keep)
+        self._publish(update + 1)
+        return figures
+
+    def _publish(self, version: int):
+        """Give a version to the actors; those that are validated are also saved."""
+        with weights_of(self.objective.old, self.objective.parameters_trained):
+            self.recent[version] = adapter_state(self.objective.model)
+        self.recent = {v: state for v, state in self.recent.items() if v > version - 1 - self.config.online.lag}
+        if self.save:  # rank 0
+            if self.plan.of_validation(version):
+                self.save(policy_folder(self.folder, version), self.objective.old)
+            self.board.publish(version, self.recent[version])
+
+    def due(self, step: int) -> bool:
+        update, inner = divmod(step, self.config.online.inner_steps)
+        last = inner + 1 == self.config.online.inner_steps
+        return last and (update + 1) % self.config.online.validate_every == 0
+
+    def probe(self) -> Batch | None:
+        self.update = -1
+        return self._draw(self.groups, 0) if self._read(0) and self.groups else None
+
+    def state(self) -> dict:
+        return {"recent": self.recent}
+
+    def load(self, state: dict, lines: list[dict]):
+        if not lines:
+            self._publish(0)
+            return
+        self.first = next((line for line in lines if line.get("latent_std") is not None), None)
+        self.recent = state["recent"]
+        if self.save:
+            for version, policy in sorted(self.recent.items()):
+                self.board.publish(version, policy)
+
+    def _judge(self, update: int):
+        """Hold the last version but one that was validated against the best before it, on the same prompts and seeds.
+
+        One interval late, so that nobody waits for a validation and a rerun judges at the same place.
+
+        Raises:
+            RunAway: its self-score is worse by more than three standard errors.
+        """
+        version = update - self.config.online.validate_every
+        if version <= 0 or not self.plan.of_validation(version):
+            return
+        for v in range(0, version + 1, self.config.online.validate_every):
+            if v not in self.scores and self.board.wait(self.plan.of_validation(v), None) is not None:
+                self.scores[v] = validation_rewards(self.plan, self.candidates, v, self.rewards)
+        if version not in self.scores or not len(self.scores[version]):
+            return
+        best = max(self.scores, key=lambda v: self.scores[v].mean())
+        lost = self.scores[best] - self.scores[version]
+        if lost.mean() > 3 * lost.std(ddof=1) / math.sqrt(len(lost)) > 0:
+            raise RunAway(f"the self-score of held-out prompts fell by {lost.mean():.2f} since update {best}")
+
+    def effective_guidance(self) -> float:
+        """gamma = <eps_policy(y) - eps(), Delta> / ||Delta||^2 with Delta = eps(y) - eps() of the base model, on the
+        update's candidates: the guidance scale of the base model that the unguided policy is most like (1: itself)."""
+        if not self.groups:
+            return math.nan
+        batch = self._draw(self.groups[: max(1, PROBE_ROWS // len(self.groups[0].latents))], 0)
+        objective, parameters = self.objective, self.objective.parameters_trained
+        null = self.denoiser.encode_prompts([""]).expand_as(batch.conditioning)
+        with torch.no_grad():
+            with weights_of(objective.base, parameters):
+                base, empty = objective.predict(batch), objective.predict(batch, null)
+            with weights_of(objective.old, parameters):
+                policy = objective.predict(batch)
+        delta = base - empty
+        return float(((policy - empty) * delta).sum() / delta.square().sum())
+
+
+def validation_rewards(plan: OnlinePlan, candidates: str, version: int, rewards: tuple[Reward, ...]) -> np.ndarray:
+    """The mean reward of each held-out prompt under a version of the policy, in the prompts' order; NaN: no reward."""
+    found = []
+    for index in plan.of_validation(version):
+        rows = storage.read_table(storage.join(candidates, plan.name(index))).to_pydict()
+        values = raw_rewards(rewards, rows)
+        found += [np.nanmean(values[start:stop]) for start, stop in prompts_of(rows["prompt_id"])]
+    return np.array(found)
+
+
+def _generator(key: str) -> torch.Generator:
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
