@@ -14,20 +14,26 @@ from mi_ray.storage import write_bytes
 SPLITS = ("train", "test", "ood")
 
 
-def draw(split: str, count: int, seed: int) -> list[list[dict[str, str]]]:
-    """Rounds of rows, one of each category in every round; the prompts of a category are distinct."""
+def draw(split: str, count: int, *seed: int, without: frozenset[str] = frozenset()) -> list[list[dict[str, str]]]:
+    """Rounds of rows, one of each category in every round; the prompts of a category are distinct.
+
+    Args:
+        without: prompts that are left out.
+    """
     streams = []
     for index, category in enumerate(CATEGORIES):
-        rng = np.random.default_rng((seed, SPLITS.index(split), index))
-        prompts = sample_prompts(category, split, count, rng)
+        rng = np.random.default_rng((*seed, SPLITS.index(split), index))
+        drawn = sample_prompts(category, split, 2 * count if without else count, rng)
+        prompts = [prompt for prompt in drawn if prompt not in without][:count]
         streams.append([{"prompt": prompt, "category": category, "split": split} for prompt in prompts])
     return [list(rows) for rows in zip(*streams, strict=True)]
 
 
 class Command(BaseSettings):
-    """Write shapes-train.jsonl and shapes-test.jsonl, ordered so that the first so many take all categories evenly.
+    """Write shapes-train.jsonl, shapes-test.jsonl and shapes-online.jsonl, which take all categories in turn.
 
-    The test file takes in turn two prompts of the held-out tenth and one that is out of distribution.
+    The test file takes in turn two prompts of the held-out tenth and one that is out of distribution. The online file
+    takes in turn prompts of the kinds that pre-training saw and of the kinds that it did not; none is in another file.
     """
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
@@ -36,12 +42,16 @@ class Command(BaseSettings):
     seed: int = 0
     train_per_category: PositiveInt = 100
     ood_per_category: PositiveInt = 20  # and twice as many in distribution
+    online_per_category: PositiveInt = 100  # of each of the two kinds
 
     def cli_cmd(self):
         train = draw("train", self.train_per_category, self.seed)
         test, ood = draw("test", 2 * self.ood_per_category, self.seed), draw("ood", self.ood_per_category, self.seed)
         in_turn = zip(test[0::2], test[1::2], ood, strict=True)
         files = {"train": list(chain(*train)), "test": [row for rounds in in_turn for rows in rounds for row in rows]}
+        others = frozenset(row["prompt"] for rows in files.values() for row in rows)
+        kinds = [draw(kind, self.online_per_category, self.seed, 1, without=others) for kind in ("train", "ood")]
+        files["online"] = [row for rounds in zip(*kinds, strict=True) for rows in rounds for row in rows]
         if len({row["prompt"] for rows in files.values() for row in rows}) < sum(map(len, files.values())):
             raise ValueError(f"two categories say the same with seed {self.seed}; take another seed")
         for name, rows in files.items():

@@ -129,7 +129,7 @@ METHODS = {
 
 def _sum_of_group(values: Tensor, group: Tensor) -> Tensor:
     """Of each row the sum over its group, (n,)."""
-    return torch.zeros(int(group.max()) + 1, device=values.device).index_add(0, group, values)[group]
+    return values.new_zeros(int(group.max()) + 1).index_add(0, group, values)[group]
 
 
 def _mean_of_group(values: Tensor, group: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _mean_of_group(values: Tensor, group: Tensor) -> Tensor:
 def _extreme_of_group(values: Tensor, group: Tensor, size: int) -> Tensor:
     """The row with the greatest value of each group, (size,)."""
     rows = torch.arange(len(values), device=values.device)
-    greatest = torch.full((size,), -torch.inf, device=values.device).scatter_reduce(0, group, values, "amax")
+    greatest = values.new_full((size,), -torch.inf).scatter_reduce(0, group, values, "amax")
     first = torch.full((size,), len(values), device=values.device)
     return first.scatter_reduce(0, group, torch.where(values == greatest[group], rows, len(values)), "amin")
 

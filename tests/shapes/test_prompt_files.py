@@ -17,18 +17,22 @@ def rows(name: str) -> list[dict[str, str]]:
 
 def test_the_shipped_files_are_what_the_job_makes(tmp_path):
     subprocess.run([sys.executable, ROOT / "jobs" / "make_shapes_prompts.py", "--folder", tmp_path], check=True)
-    for name in ("shapes-train.jsonl", "shapes-test.jsonl"):
+    for name in ("shapes-train.jsonl", "shapes-test.jsonl", "shapes-online.jsonl"):
         assert (tmp_path / name).read_bytes() == (FILES / name).read_bytes()
 
 
-def test_no_prompt_is_in_both_files():
-    train, test = ({row["prompt"] for row in rows(name)} for name in ("shapes-train.jsonl", "shapes-test.jsonl"))
-    assert (len(train), len(test)) == (600, 360)
+def test_no_prompt_is_in_two_files():
+    names = ("shapes-train.jsonl", "shapes-test.jsonl", "shapes-online.jsonl")
+    train, test, online = ({row["prompt"] for row in rows(name)} for name in names)
+    assert (len(train), len(test), len(online)) == (600, 360, 1200)
     assert not train & test
-    assert all(parse(prompt) for prompt in train | test)
+    assert not online & (train | test)
+    assert all(parse(prompt) for prompt in train | test | online)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("shapes-train.jsonl", 96), ("shapes-test.jsonl", 36)])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("shapes-train.jsonl", 96), ("shapes-test.jsonl", 36), ("shapes-online.jsonl", 48)]
+)
 def test_the_first_so_many_take_all_categories_evenly(name, limit):
     first = [row["category"] for row in rows(name)[:limit]]
     assert {first.count(category) for category in CATEGORIES} == {limit // 6}

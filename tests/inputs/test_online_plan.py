@@ -1,0 +1,53 @@
+"""Which prompts an online run draws when."""
+
+from collections import Counter
+
+import pyarrow as pa
+import pytest
+
+from mi_ray.config import OnlineConfig
+from mi_ray.config.section import ConfigError
+from mi_ray.inputs.online_plan import OnlinePlan
+from mi_ray.inputs.prompts import PROMPTS
+from mi_ray.inputs.shard_plan import ShardPlan, write_prompts
+
+
+def plan_of(tmp_path, prompts: int = 40, **settings) -> OnlinePlan:
+    rows = {"prompt_id": [f"{i:016x}" for i in range(prompts)], "prompt": [f"prompt {i}" for i in range(prompts)]}
+    rows |= {name: [None] * prompts for name in PROMPTS.names if name not in rows}
+    uri = str(tmp_path / "prompts.parquet")
+    write_prompts(uri, pa.table(rows, schema=PROMPTS).to_batches())
+    online = {"updates": 8, "prompts_per_update": 8, "validate_every": 3, "validation_prompts": 8, "lag": 1}
+    return OnlinePlan(ShardPlan(uri, 4, "key"), OnlineConfig(**(online | settings)), seed=5)
+
+
+def test_every_prompt_once_an_epoch_and_the_held_out_never(tmp_path):
+    plan = plan_of(tmp_path)
+    trained = Counter(plan.row(index)["start"] for update in range(8) for index in plan.of_update(update))
+    assert set(trained) == set(range(0, 32, 4))
+    assert set(trained.values()) == {2}  # 8 updates of 2 shards are two epochs of 8
+    held = {plan.row(index)["start"] for version in (0, 3, 6, 8) for index in plan.of_validation(version)}
+    assert held == {32, 36}
+    assert plan.of_validation(1) == []
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_each_part_names_the_version_that_draws_it_and_comes_after_what_that_needs(tmp_path, lag):
+    plan = plan_of(tmp_path, lag=lag)
+    for index in range(len(plan)):
+        row = plan.row(index)
+        assert row["version"] == (row["update"] if row["validation"] else max(0, row["update"] - lag))
+        if row["version"]:
+            assert max(plan.of_update(row["version"] - 1)) < index
+    assert len({plan.name(index) for index in range(len(plan))}) == len(plan)
+
+
+def test_names_are_the_same_when_read_again(tmp_path):
+    assert [plan_of(tmp_path).name(i) for i in range(20)] == [plan_of(tmp_path).name(i) for i in range(20)]
+
+
+def test_too_few_prompts_are_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"prompts.file: 12 prompts are too few: one update takes 8 and 8 are held out"
+    ):
+        plan_of(tmp_path, prompts=12)

@@ -1,0 +1,81 @@
+"""Advantages: centred within a prompt, silent where the score says nothing."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mi_ray.config import OnlineConfig, RunConfig
+from mi_ray.config.section import ConfigError
+from mi_ray.scoring.rewards import advantages, candidate_advantages, raw_rewards, rewards_of
+
+SEEDS = [1, 2, 3, 4]
+
+
+def of(columns: dict, *rewards: str, **settings) -> np.ndarray:
+    online = OnlineConfig(updates=1, rewards=rewards, **settings)
+    return advantages(rewards_of(online, "pmi"), columns, SEEDS, online)
+
+
+def test_a_score_is_centred_divided_by_its_spread_and_cut():
+    values = np.array([0.0, 1.0, 2.0, 5.0])
+    found = of({"score_pmi": values, "score_pmi_se": [0.1] * 4}, reward_floor=0.5, reward_clip=1.0)
+    expected = np.clip((values - 2) / (values.std(ddof=1) + 0.5), -1, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_a_prompt_whose_spread_is_within_the_error_is_dropped():
+    columns = {"score_pmi": [0.0, 0.1, 0.2, 0.1], "score_pmi_se": [0.5] * 4}
+    assert np.isnan(of(columns)).all()
+    assert np.isnan(of({"exact": [1.0] * 4}, "exact")).all()
+    assert np.isfinite(of({"exact": [1.0, 0.0, 1.0, 1.0]}, "exact")).all()
+
+
+def test_of_two_rewards_the_silent_one_counts_nothing():
+    loud, silent = [0.0, 1.0, 2.0, 5.0], [1.0] * 4
+    one = of({"score_pmi": loud, "score_pmi_se": [0.1] * 4}, "pmi")
+    both = of({"score_pmi": loud, "score_pmi_se": [0.1] * 4, "exact": silent}, "pmi", "exact:3")
+    np.testing.assert_allclose(one, both)
+
+
+def test_a_failed_candidate_is_left_out_and_the_others_are_centred_without_it():
+    columns = {"exact": [1.0, 0.0, math.nan, 0.0], "error": [None] * 4}
+    found = of(columns, "exact", reward_clip=10.0)
+    assert np.isnan(found[2])
+    assert np.nansum(found) == pytest.approx(0)
+    columns = {"exact": [1.0, 0.0, 1.0, 0.0], "error": [None, None, "broken", None]}
+    assert np.isnan(of(columns, "exact")[2])
+
+
+def test_random_rewards_depend_on_the_seeds_alone():
+    online = OnlineConfig(updates=1, rewards=("random",))
+    first, again = (advantages(rewards_of(online, "pmi"), {}, SEEDS, online) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, advantages(rewards_of(online, "pmi"), {}, [5, 6, 7, 8], online))
+    assert first.sum() == pytest.approx(0, abs=1)
+
+
+def test_the_table_holds_none_for_what_is_not_trained():
+    config = RunConfig.model_validate(
+        {
+            "run_dir": "x",
+            "prompts": {"file": "x"},
+            "finetune": {"method": "nft"},
+            "online": {"updates": 1, "rewards": ["exact"]},
+        }
+    )
+    columns = {"prompt_id": ["a", "a", "b", "b"], "seed": SEEDS, "exact": [1.0, 0.0, 1.0, 1.0], "error": [None] * 4}
+    found = candidate_advantages(rewards_of(config.online, "pmi"), columns, config)
+    assert found[2:] == [None, None]
+    assert found[0] == -found[1] > 0
+
+
+def test_a_weight_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match=r"online.rewards: 'pmi:much' is not name:weight"):
+        rewards_of(OnlineConfig(updates=1, rewards=("pmi:much",)), "pmi")
+
+
+def test_raw_rewards_are_the_weighted_sum():
+    online = OnlineConfig(updates=1, rewards=("pmi:0.5", "exact"))
+    columns = {"score_pmi": [1.0, 2.0], "exact": [0.0, 1.0]}
+    assert raw_rewards(rewards_of(online, "pmi"), columns).tolist() == [0.5, 2.0]
