@@ -30,7 +30,7 @@ from mi_ray.scoring.work import Work
 
 CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 PROMPTS = CONFIGS / "prompts" / "shapes-train.jsonl"
-DEMO, _ = load_config(["--config", str(CONFIGS / "shapes.yaml")])
+DEMO, _ = load_config(["--config", str(CONFIGS / "shapes-paper.yaml")])
 PAPER, PAPER_SCORE = ("ddpm", 100), "mitune"  # MI-TUNE's released code
 SETTINGS = (PAPER, ("ddim", 50), ("dpm++2m", 20), ("dpm++2m-sde", 20))
 SMOKE_SETTINGS = (("ddpm", 10), ("dpm++2m", 5))

@@ -38,7 +38,7 @@ from mi_ray.training.optimization import optimizer_step
 from mi_ray.training.training_set import TrainingSet, draw_microbatch
 
 PROMPTS = Path(__file__).parent.parent / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
-DEMO, _ = load_config(["--config", str(PROMPTS.parents[1] / "shapes.yaml")])
+DEMO, _ = load_config(["--config", str(PROMPTS.parents[1] / "shapes-paper.yaml")])
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 OURS = ("scored", "unscored", "bare denoiser")
 STAGE = "stage, with decoding and Parquet"

@@ -4,6 +4,7 @@ from mi_ray.config import POINTWISE_SCORES, RunConfig, ScoreConfig
 from mi_ray.runs.layout import baselines
 
 TRAINING_COST = 3  # a training pass in denoiser evaluations: forward, and backward at twice that
+ONLINE_TRAINING_COST = TRAINING_COST + 2  # and forward passes of the policy that drew, and of the base model
 
 
 def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int]:
@@ -12,6 +13,10 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     Steps outside sampler.guidance_interval cost half of what is counted here.
     """
     arms = 1 + len(config.evaluation.controls)
+    images = held_out * config.evaluation.images_per_prompt * (1 + arms)
+    per_image = 2 * config.evaluation.sampler.num_inference_steps + 2 * config.score.num_samples * config.evaluation.pmi
+    if config.online.updates:
+        return _online(config, arms) | {"evaluate": images * per_image}
     pools = 1 + (config.rounds - 1) * arms  # the first round's pool serves all arms
     each, steps = config.generate.candidates_per_prompt, config.sampler.num_inference_steps
     cuts = config.prune.cuts(steps, each)
@@ -20,13 +25,25 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     at_the_end = left[-1] * score_evaluations(config.score, set(config.score.names), config.score.num_samples)
     finetune = config.finetune
     samples = finetune.steps * finetune.batch_size * finetune.gradient_accumulation
-    images = held_out * config.evaluation.images_per_prompt * (1 + arms)
-    per_image = 2 * config.evaluation.sampler.num_inference_steps + 2 * config.score.num_samples * config.evaluation.pmi
     return {
         "generate": prompts * pools * 2 * config.prune.candidate_steps(steps, each),
         "score": prompts * pools * (at_cuts + at_the_end),
         "finetune": samples * TRAINING_COST * (config.rounds * arms + len(baselines(config))),
         "evaluate": images * per_image,
+    }
+
+
+def _online(config: RunConfig, arms: int) -> dict[str, int]:
+    """Denoiser evaluations of all arms of an online run, up to the evaluation."""
+    online = config.online
+    trained = online.updates * online.prompts_per_update * config.generate.candidates_per_prompt
+    checkpoints = -(-online.updates // online.validate_every) + 1
+    drawn = trained + checkpoints * online.validation_prompts * online.validation_candidates
+    score = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
+    return {
+        "generate": drawn * 2 * config.sampler.num_inference_steps * arms,
+        "score": drawn * score * arms,
+        "finetune": trained * online.inner_steps * online.noise_levels * ONLINE_TRAINING_COST * arms,
     }
 
 

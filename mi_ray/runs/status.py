@@ -10,7 +10,17 @@ from mi_ray import storage
 from mi_ray.config import RunConfig
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs.cost import evaluations
-from mi_ray.runs.layout import REFERENCE, SCORES, SUMMARY, baselines, home_of, read_content, read_run
+from mi_ray.runs.layout import (
+    CANDIDATES,
+    REFERENCE,
+    SCORES,
+    SUMMARY,
+    baselines,
+    home_of,
+    online_folder,
+    read_content,
+    read_run,
+)
 from mi_ray.runs.lease import latest
 
 RECENT = 50  # shards whose pace counts
@@ -132,6 +142,19 @@ def _finetune(folder: str, model: str, steps: int) -> StageStatus:
     return StageStatus("finetune", model, "steps", done, steps - done)
 
 
+def _online(config: RunConfig, arm: str, events: _Events) -> list[StageStatus]:
+    """Of an arm of an online run: its candidates and its training, which go on side by side."""
+    folder = online_folder(config.run_dir, arm)
+    candidates = storage.join(folder, CANDIDATES)
+    planned = events.planned.get(storage.relative(candidates, config.run_dir))
+    drawn = _shards(candidates, "online", arm, planned, events, config.run_dir)
+    steps = config.online.updates * config.online.inner_steps
+    done = len(storage.read_lines(storage.join(folder, "training.jsonl")))
+    if storage.exists(storage.join(folder, "adapter", SUMMARY)):  # it may have stopped early
+        drawn, done, steps = StageStatus("online", arm, "shards", drawn.done, 0, drawn.errors, 0.0), done, done
+    return [drawn, StageStatus("finetune", arm, "steps", done, steps - done, 0, 0.0)]
+
+
 def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
     run_dir = config.run_dir
     per_shard = config.generate.prompts_per_shard
@@ -139,6 +162,9 @@ def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
     stages = []
     for arm in ("tuned", *config.evaluation.controls):
         home = home_of(run_dir, arm)
+        if config.online.updates:
+            stages += _online(config, arm, events)
+            continue
         for r in range(config.rounds):
             model = f"{arm}, round {r}"
             if r or arm == "tuned":
@@ -148,7 +174,7 @@ def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
             stages.append(StageStatus("select", model, "table", int(selected), int(not selected)))
             adapter = storage.join(home, f"round-{r}", "adapter")
             stages.append(_finetune(adapter, model, config.finetune.steps))
-    for model, folder in baselines(config):
+    for model, folder in [] if config.online.updates else baselines(config):
         selected = storage.exists(storage.join(folder, "selected.parquet"))
         stages.append(StageStatus("select", model, "table", int(selected), int(not selected)))
         stages.append(_finetune(storage.join(folder, "adapter"), model, config.finetune.steps))
@@ -176,6 +202,7 @@ def _with_estimates(stages: list[StageStatus], config: RunConfig, events: _Event
         return stages
     counts = evaluations(config, prompts["train"], prompts.get("evaluation", 0))
     cost = {
+        "online": counts["generate"] + counts["score"] + counts["finetune"],
         "generate": counts["generate"] + counts["score"],
         "finetune": counts["finetune"],
         "evaluate": counts["evaluate"],

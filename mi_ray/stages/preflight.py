@@ -40,8 +40,7 @@ def describe(plan: Plan, until: str = "report") -> str:
         f"prompts       {prompts} to train on, {held_out} held out, {skipped} skipped",
         f"shards        {len(plan.shards)} of up to {config.generate.prompts_per_shard} prompts,"
         f" {len(plan.evaluation_shards)} for evaluation",
-        f"candidates    {prompts * config.generate.candidates_per_prompt} a round, {rounds} round(s),"
-        f" {config.select.top_k} kept per prompt by {arms}",
+        _candidates(config, prompts, rounds, arms),
         f"actors        {machines['generate'].processes}, batches of {mine.batch_size} candidates{less},"
         f" about {mine.memory_gib:.1f} GiB each",
         f"speed         {1e3 * each:.2f} ms a denoiser evaluation, measured here; by precision and batch size:",
@@ -56,6 +55,14 @@ def describe(plan: Plan, until: str = "report") -> str:
         if hours and denoiser.device.type == "cpu":
             lines.append("              at the speed of this machine's CPU: a machine with that GPU tells its own")
     return "\n".join(lines)
+
+
+def _candidates(config: RunConfig, prompts: int, rounds: int, arms: str) -> str:
+    each, online = config.generate.candidates_per_prompt, config.online
+    if online.updates:
+        update = f"{online.prompts_per_update} prompts x {each} candidates, {online.inner_steps} optimiser steps"
+        return f"updates       {online.updates} online, each of {update}, by {config.finetune.method}"
+    return f"candidates    {prompts * each} a round, {rounds} round(s), {config.select.top_k} kept per prompt by {arms}"
 
 
 @dataclass(frozen=True)
