@@ -14,7 +14,7 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise
 from mi_ray.information.closed_form import SCHEDULE, JointGaussian, LabelledMixture
-from mi_ray.information.pointwise import Design, Probes, draw_probes
+from mi_ray.information.probes import Design, Probes, adaptive_logistic, draw_probes, effective_sample_size
 from mi_ray.shapes.grammar import CATEGORIES, draw_scene, parse, sample_prompts
 from mi_ray.shapes.scenes import render
 
@@ -62,7 +62,7 @@ class Case:
         errors = pointwise.denoising_errors(
             self.predict_epsilon, self.schedule, self.latents, index, self.branches[:, :1], probes, self.batch_size
         )
-        loc, scale = pointwise.adaptive_logistic(errors[:, 0], probes.log_snr, self.latents[0].numel())
+        loc, scale = adaptive_logistic(errors[:, 0], probes.log_snr, self.latents[0].numel())
         return Design(loc=loc, scale=scale, levels="random")
 
 
@@ -134,7 +134,7 @@ def measure(
         "variance x evaluations": (variance.mean() * 2 * num_samples).item(),
         "squared error x evaluations": ((value - truth[0]).square().mean() * 2 * num_samples).item(),
         "claimed / true error": (claimed.square().mean() / variance.mean()).sqrt().item(),
-        "effective samples": pointwise.effective_sample_size(probes.weight),
+        "effective samples": effective_sample_size(probes.weight),
         "bias / error": bias.square().mean().sqrt().item(),
     }
 

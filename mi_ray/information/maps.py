@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mi_ray.diffusion.schedules import NoiseSchedule
-from mi_ray.information.pointwise import PredictEpsilon, Probes, predictions
+from mi_ray.information.pointwise import PredictEpsilon, predictions
+from mi_ray.information.probes import Probes
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _FUNCTION_WORDS = "a an the and or of to in on at is are there with by as it its"

@@ -8,7 +8,8 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from mi_ray.diffusion.schedules import NoiseSchedule
-from mi_ray.information.pointwise import PredictEpsilon, Probes, degrees_of_freedom, denoising_errors, integrate
+from mi_ray.information.pointwise import PredictEpsilon, degrees_of_freedom, denoising_errors, integrate
+from mi_ray.information.probes import Probes
 
 
 @dataclass(frozen=True, eq=False)

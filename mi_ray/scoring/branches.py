@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mi_ray.diffusion.denoisers import Denoiser
-from mi_ray.information.pointwise import Probes, denoising_errors, log_density
+from mi_ray.information.pointwise import denoising_errors, log_density
+from mi_ray.information.probes import Probes
 from mi_ray.language.negatives import Negative, chosen
 from mi_ray.language.sources import MakeNegatives
 

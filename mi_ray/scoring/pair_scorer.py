@@ -14,7 +14,8 @@ from mi_ray.config import ScoreConfig
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.information.maps import InformationMaps, information_maps, without_each_word
 from mi_ray.information.negatives import margin, posteriors
-from mi_ray.information.pointwise import Probes, denoising_errors, log_odds, pmi
+from mi_ray.information.pointwise import denoising_errors, log_odds, pmi
+from mi_ray.information.probes import Probes
 from mi_ray.inputs.pair_config import Fit
 from mi_ray.language.negatives import Negative
 from mi_ray.language.sources import negatives_by

@@ -13,6 +13,7 @@ from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise, trajectory
+from mi_ray.information.probes import Design, Probes, draw_probes
 from mi_ray.language.sources import negatives_by
 from mi_ray.scoring.branches import encode_each, hard_negatives, likeliest_errors
 from mi_ray.scoring.sampler import derived_seed
@@ -65,19 +66,19 @@ def known_band(low: float, high: float, schedule: NoiseSchedule) -> tuple[float,
     return max(low, noisiest), min(high, clearest)
 
 
-def probe_design(config: ScoreConfig) -> pointwise.Design:
+def probe_design(config: ScoreConfig) -> Design:
     """How the configured probes are spread over their band."""
     loc = config.logistic_loc if config.sampling == "logistic" else None
-    return pointwise.Design(loc, config.logistic_scale, config.levels, config.antithetic)
+    return Design(loc, config.logistic_scale, config.levels, config.antithetic)
 
 
-def draw_probes_of(prompts: list[str], config: ScoreConfig, seed: int, denoiser: Denoiser) -> pointwise.Probes:
+def draw_probes_of(prompts: list[str], config: ScoreConfig, seed: int, denoiser: Denoiser) -> Probes:
     """The probes that all candidates and branches of each prompt meet; a prompt's depend on it and the seed alone.
 
     Raises:
         ValueError: the configured band reaches none of the model's noise levels.
     """
-    return pointwise.draw_probes(
+    return draw_probes(
         [derived_seed(seed, "probes", prompt) for prompt in prompts],
         config.num_samples,
         *probed_band(config, denoiser.schedule),
@@ -165,11 +166,11 @@ class Scorer:
     def _against(
         self,
         branches: list[Tensor],
-        score: Callable[[Tensor, Tensor, pointwise.Probes], pointwise.Estimate],
+        score: Callable[[Tensor, Tensor, Probes], pointwise.Estimate],
         index: Tensor,
         latents: Tensor,
         own: Tensor,
-        probes: pointwise.Probes,
+        probes: Probes,
         work: Work,
     ) -> pointwise.Estimate:
         """A score of each candidate's prompt against others, (N,).

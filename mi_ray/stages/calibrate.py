@@ -20,7 +20,8 @@ from mi_ray.config.section import ConfigError, Positive, Section, check_band, co
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
 from mi_ray.information.calibration import Band, judge_bands
-from mi_ray.information.pointwise import denoising_errors, draw_probes
+from mi_ray.information.pointwise import denoising_errors
+from mi_ray.information.probes import draw_probes
 from mi_ray.inputs.prompts import read_prompts
 from mi_ray.runs import folder as run_folder
 from mi_ray.scoring.images import encode_png, measured

@@ -6,7 +6,8 @@ from pixel_world import BAND, SCHEDULE, PixelGaussians, embedded
 
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.information.maps import information_maps, upsampled, without_each_word
-from mi_ray.information.pointwise import denoising_errors, draw_probes, pmi
+from mi_ray.information.pointwise import denoising_errors, pmi
+from mi_ray.information.probes import draw_probes
 
 PLACE = (slice(None), slice(1, 3), slice(4, 7))  # rows and columns that the prompt speaks of
 

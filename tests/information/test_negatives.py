@@ -5,7 +5,8 @@ import torch
 from pixel_world import BAND, SCHEDULE, PixelGaussians, embedded
 
 from mi_ray.information.negatives import margin, posteriors
-from mi_ray.information.pointwise import denoising_errors, draw_probes, log_odds
+from mi_ray.information.pointwise import denoising_errors, log_odds
+from mi_ray.information.probes import draw_probes
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from mi_ray.diffusion.schedules import (
 )
 from mi_ray.information import pointwise
 from mi_ray.information.closed_form import SCHEDULE, JointGaussian, LabelledMixture
-from mi_ray.information.pointwise import Design, draw_probes
+from mi_ray.information.probes import Design, adaptive_logistic, draw_probes, effective_sample_size, logistic_band
 
 BAND = (-11.0, 11.0)
 LOGISTIC = {"loc": 0.7, "scale": 1.5}
@@ -311,7 +311,7 @@ def test_weights_integrate_the_band(design):
 def test_logistic_weights_are_the_published_ones():
     """Kong et al.: weight = scale tanh(c / 2) / (sigmoid(z) sigmoid(-z)) on loc -+ c scale."""
     loc, scale, clip = 1.0, 2.0, 3.0
-    band = pointwise.logistic_band(loc, scale, clip)
+    band = logistic_band(loc, scale, clip)
     assert band == (-5.0, 7.0)
     probes = draw_probes([0], 50, *band, (1,), Design(loc=loc, scale=scale, levels="random"))
     z = (probes.log_snr - loc) / scale
@@ -353,21 +353,21 @@ def test_the_adaptive_location_is_where_the_conditional_error_crosses_half(corre
     x, prompts = world.draw(32)
     pilot = draw_probes(list(range(32)), 30, *BAND, (64,))
     errors, _ = statistics(world, x, prompts, pilot)
-    found = pointwise.adaptive_logistic(errors[:, 0], pilot.log_snr, 64)
+    found = adaptive_logistic(errors[:, 0], pilot.log_snr, 64)
     assert found == (pytest.approx(loc, abs=0.2), pytest.approx(1.0, abs=0.2))
 
 
 def test_an_error_that_never_crosses_puts_the_location_at_the_end():
-    low = pointwise.adaptive_logistic(torch.full((3, 5), 0.1), torch.arange(5.0), 1)
+    low = adaptive_logistic(torch.full((3, 5), 0.1), torch.arange(5.0), 1)
     assert low == (4.0, 1.0)
-    assert pointwise.adaptive_logistic(torch.full((3, 5), 0.9), torch.arange(5.0), 1) == (0.0, 1.0)
+    assert adaptive_logistic(torch.full((3, 5), 0.9), torch.arange(5.0), 1) == (0.0, 1.0)
 
 
 def test_effective_sample_size():
-    assert pointwise.effective_sample_size(torch.full((7,), 0.3)) == pytest.approx(7)
-    assert pointwise.effective_sample_size(torch.tensor([1.0, 0, 0])) == pytest.approx(1)
+    assert effective_sample_size(torch.full((7,), 0.3)) == pytest.approx(7)
+    assert effective_sample_size(torch.tensor([1.0, 0, 0])) == pytest.approx(1)
     probes = draw_probes([0], 40, -8.0, 8.0, (1,), Design(loc=0.0, scale=1.0))
-    assert 1 < pointwise.effective_sample_size(probes.weight) < 20
+    assert 1 < effective_sample_size(probes.weight) < 20
 
 
 # ------------------------------------------------------------------------------------------ probing

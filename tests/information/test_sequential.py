@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mi_ray.information.closed_form import SCHEDULE, JointGaussian
-from mi_ray.information.pointwise import Design, draw_probes
+from mi_ray.information.probes import Design, draw_probes
 from mi_ray.information.sequential import choose
 
 BAND = (-8.0, 8.0)

@@ -6,7 +6,8 @@ import torch
 from mi_ray.config import ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.schedules import NoiseSchedule
-from mi_ray.information.pointwise import Design, denoising_errors, draw_probes, log_density, pmi_contrastive
+from mi_ray.information.pointwise import denoising_errors, log_density, pmi_contrastive
+from mi_ray.information.probes import Design, draw_probes
 from mi_ray.scoring.branches import branch_errors, encode_each, likeliest_errors
 from mi_ray.scoring.scorer import probed_band
 
