@@ -20,8 +20,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from mi_ray import storage
-from mi_ray.runs import folder as run_folder
 from mi_ray.config.section import ConfigError
+from mi_ray.runs import folder as run_folder
 
 _held: dict[str, "Lease"] = {}  # by run folder: what this process holds
 MAX_ERROR = 2000  # characters of an error that are logged

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from mi_ray import storage
-from mi_ray.runs import folder as run_folder
 from mi_ray.config import RunConfig
+from mi_ray.runs import folder as run_folder
 from mi_ray.runs.cost import evaluations
 from mi_ray.runs.layout import REFERENCE, SCORES, SUMMARY, baselines, home_of, read_content, read_run
 from mi_ray.runs.lease import latest

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mi_ray import storage
-from mi_ray.runs import folder as run_folder
 from mi_ray.config import RunConfig
 from mi_ray.config.section import ConfigError
+from mi_ray.runs import folder as run_folder
 from mi_ray.runs import lease
 from mi_ray.runs.cost import evaluations
 from mi_ray.runs.status import _pace, run_status, status_text
