@@ -24,13 +24,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information.probes import Probes
 
-PredictEpsilon = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, timesteps, embeddings) -> epsilon, batch first
+PredictEpsilon = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x_t, timesteps, conditioning) -> epsilon
 
 
 # ---------------------------------------------------------------------------------------------- probing
+def beside(conditioning: Conditioning, reference: Conditioning) -> tuple[Conditioning, Tensor]:
+    """Two branches of each of P prompts, itself and a reference, as `denoising_errors` takes them.
+
+    Args:
+        conditioning: of the prompts, P rows.
+        reference: P rows, or one for all: the null prompt's.
+
+    Returns:
+        The conditioning of all texts, and branches (P, 2).
+    """
+    count = len(conditioning)
+    other = torch.arange(count, count + len(reference)).expand(count)
+    return Conditioning.cat([conditioning, reference]), torch.stack([torch.arange(count), other], 1)
+
+
 class Chunk(NamedTuple):
     """Some pairs: candidate (u,), probe (u,), noise (u, *latent_shape), predicted (u, B, *latent_shape)."""
 
@@ -46,19 +62,20 @@ def predictions(
     schedule: NoiseSchedule,
     latents: Tensor,
     prompt_index: Tensor,
-    embeddings: Tensor,
+    conditioning: Conditioning,
+    branches: Tensor,
     probes: Probes,
     batch_size: int,
 ) -> Iterator[Chunk]:
     """The denoiser's answers for every candidate, branch and probe, a chunk at a time. The arguments are
     `denoising_errors`'; memory depends on batch_size alone."""
-    device, count, branches = latents.device, len(latents), embeddings.shape[1]
-    embeddings, owner = embeddings.to(device), prompt_index.cpu()
+    device, count, width = latents.device, len(latents), branches.shape[1]
+    conditioning, branches, owner = conditioning.to(device), branches.to(device), prompt_index.cpu()
     signal = torch.sigmoid(probes.log_snr).sqrt().to(device)
     sigma = torch.sigmoid(-probes.log_snr).sqrt().to(device)
     timesteps = schedule.timestep_at(probes.log_snr).float().to(device)
     tail = (1,) * (latents.dim() - 1)
-    for rows in torch.arange(count * len(probes.log_snr)).split(max(1, batch_size // branches)):
+    for rows in torch.arange(count * len(probes.log_snr)).split(max(1, batch_size // width)):
         candidate, probe = rows % count, rows // count
         prompt = owner[candidate]
         needed, which = (prompt * len(timesteps) + probe).unique(return_inverse=True)
@@ -66,11 +83,10 @@ def predictions(
         noise = noise.to(device)[which.to(device)]
         candidate, probe, prompt = candidate.to(device), probe.to(device), prompt.to(device)
         x_t = signal[probe].view(-1, *tail) * latents[candidate] + sigma[probe].view(-1, *tail) * noise
-        inputs = x_t, timesteps[probe], embeddings[prompt].flatten(0, 1)
-        inputs = (*(part.repeat_interleave(branches, 0) for part in inputs[:2]), inputs[2])
+        inputs = x_t.repeat_interleave(width, 0), timesteps[probe].repeat_interleave(width), branches[prompt].flatten()
         parts = zip(*(part.split(batch_size) for part in inputs), strict=True)
-        predicted = torch.cat([predict_epsilon(*part) for part in parts])
-        yield Chunk(candidate, probe, noise, predicted.unflatten(0, (-1, branches)))
+        predicted = torch.cat([predict_epsilon(x, t, conditioning.rows(texts)) for x, t, texts in parts])
+        yield Chunk(candidate, probe, noise, predicted.unflatten(0, (-1, width)))
 
 
 def denoising_errors(
@@ -78,21 +94,24 @@ def denoising_errors(
     schedule: NoiseSchedule,
     latents: Tensor,
     prompt_index: Tensor,
-    embeddings: Tensor,
+    conditioning: Conditioning,
+    branches: Tensor,
     probes: Probes,
     batch_size: int,
 ) -> Tensor:
     """||eps - eps_hat||^2 of every candidate under every branch at every probe: (N, B, K) fp32 on the latents' device.
 
     Args:
-        predict_epsilon: (x_t, timesteps, embeddings) -> epsilon, each with a leading batch dimension.
+        predict_epsilon: (x_t, timesteps, conditioning) -> epsilon, each with a leading batch dimension.
         latents: (N, *latent_shape) clean latents.
-        prompt_index: (N,) the prompt of each, an index into embeddings and the probes' noise.
-        embeddings: (P, B, tokens, dim) the branches of each prompt: itself, null, others to contrast with.
+        prompt_index: (N,) the prompt of each, an index into branches and the probes' noise.
+        conditioning: of all texts that occur, one row each.
+        branches: (P, B) the rows of `conditioning` under which the candidates of each prompt are probed: the prompt
+            itself, the null prompt, others to contrast with.
         batch_size: denoiser evaluations at a time; memory does not depend on N, B or K but for the result.
     """
     return denoising_statistics(
-        predict_epsilon, schedule, latents, prompt_index, embeddings, probes, batch_size, reference=None
+        predict_epsilon, schedule, latents, prompt_index, conditioning, branches, probes, batch_size, reference=None
     )[0]
 
 
@@ -101,7 +120,8 @@ def denoising_statistics(
     schedule: NoiseSchedule,
     latents: Tensor,
     prompt_index: Tensor,
-    embeddings: Tensor,
+    conditioning: Conditioning,
+    branches: Tensor,
     probes: Probes,
     batch_size: int,
     reference: int | None,
@@ -111,10 +131,11 @@ def denoising_statistics(
     Returns:
         (N, B, K) fp32 each; the second is None where reference is.
     """
-    shape = len(latents), embeddings.shape[1], len(probes.log_snr)
+    shape = len(latents), branches.shape[1], len(probes.log_snr)
     errors = torch.empty(shape, device=latents.device)
     distances = None if reference is None else torch.empty_like(errors)
-    for chunk in predictions(predict_epsilon, schedule, latents, prompt_index, embeddings, probes, batch_size):
+    arguments = (predict_epsilon, schedule, latents, prompt_index, conditioning, branches, probes, batch_size)
+    for chunk in predictions(*arguments):
         predicted = chunk.predicted.flatten(2)
         errors[chunk.candidate, :, chunk.probe] = (chunk.noise.flatten(1)[:, None] - predicted).square().sum(2)
         if distances is not None:

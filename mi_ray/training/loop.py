@@ -196,7 +196,7 @@ def train_loop(settings: dict) -> dict | None:
 
     def draw(microbatch: int) -> tuple[Tensor, ...]:
         batch = draw_microbatch(data, config.seed, microbatch, tuning.batch_size, timesteps, tuning.prompt_dropout)
-        return tuple(tensor.to(device) for tensor in batch)
+        return tuple(part.to(device) for part in batch)
 
     probe = draw(0)[:4]
     with torch.no_grad():

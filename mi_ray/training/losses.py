@@ -5,6 +5,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from mi_ray.diffusion.conditioning import Conditioning
+from mi_ray.diffusion.denoisers import unet_arguments
 from mi_ray.diffusion.schedules import NoiseSchedule, prediction_from
 
 
@@ -54,17 +56,19 @@ class DenoisingLoss(nn.Module):
         shape = (-1, *[1] * (like.ndim - 1))
         return self.alpha[timesteps].view(shape), self.sigma[timesteps].view(shape)
 
-    def predict(self, x0: Tensor, noise: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+    def predict(self, x0: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's fp32 output at alpha x0 + sigma noise; x0 and noise (n, *latent_shape), timesteps (n,)."""
         alpha, sigma = self._coefficients(timesteps, x0)
         dtype = self.autocast_dtype
         with torch.autocast(x0.device.type, dtype) if dtype else nullcontext():
-            prediction = self.model(alpha * x0 + sigma * noise, timesteps, encoder_hidden_states=embeddings).sample
+            prediction = self.model(alpha * x0 + sigma * noise, timesteps, **unet_arguments(conditioning)).sample
         return prediction.float()
 
-    def forward(self, x0: Tensor, noise: Tensor, timesteps: Tensor, embeddings: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        self, x0: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning, weights: Tensor
+    ) -> Tensor:
         """Mean over the batch of weights (n,) times min-SNR weight times squared error: a scalar."""
         alpha, sigma = self._coefficients(timesteps, x0)
         target = prediction_from(self.prediction_type, x0, noise, alpha, sigma)
-        error = (self.predict(x0, noise, timesteps, embeddings) - target).square().flatten(1).mean(1)
+        error = (self.predict(x0, noise, timesteps, conditioning) - target).square().flatten(1).mean(1)
         return (weights * self.snr_weights[timesteps] * error).mean()
