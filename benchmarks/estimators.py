@@ -1,7 +1,6 @@
 """What each way of probing is worth: python benchmarks/estimators.py [--model shapes] [--out FILE.json] [--check]"""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +9,12 @@ from gates import Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise
 from mi_ray.information.closed_form import SCHEDULE, JointGaussian, LabelledMixture
-from mi_ray.information.pointwise import Design, Probes, draw_probes
+from mi_ray.information.probes import Design, Probes, adaptive_logistic, draw_probes, effective_sample_size
 from mi_ray.shapes.grammar import CATEGORIES, draw_scene, parse, sample_prompts
 from mi_ray.shapes.scenes import render
 
@@ -26,13 +26,14 @@ SEED = 30_000
 
 @dataclass(frozen=True)
 class Case:
-    """Pairs of an image and a prompt, whose i_s is estimated: (n, *latent_shape), branches (n, 2, tokens, dim)."""
+    """Pairs of an image and a prompt, whose i_s is estimated."""
 
     name: str
-    predict_epsilon: Callable[[Tensor, Tensor, Tensor], Tensor]
+    predict_epsilon: pointwise.PredictEpsilon
     schedule: NoiseSchedule
-    latents: Tensor
-    branches: Tensor
+    latents: Tensor  # (n, *latent_shape)
+    prompts: Conditioning  # n rows
+    null: Conditioning  # one row
     band: tuple[float, float]
     batch_size: int
     known: Tensor | None = None  # (n,) the band's i_s, in closed form
@@ -49,8 +50,9 @@ class Case:
     def gains(self, probes: Probes) -> Tensor:
         """The integrand of i_s, (n, K); probes hold a set of noise for each."""
         index = torch.arange(len(self.latents))
+        branches = pointwise.beside(self.prompts, self.null)
         errors = pointwise.denoising_errors(
-            self.predict_epsilon, self.schedule, self.latents, index, self.branches, probes, self.batch_size
+            self.predict_epsilon, self.schedule, self.latents, index, *branches, probes, self.batch_size
         )
         return 0.5 * (errors[:, 1] - errors[:, 0])
 
@@ -60,9 +62,16 @@ class Case:
         probes = draw_probes(seeds, PILOT, *self.band, self.latents.shape[1:])
         index = torch.arange(len(self.latents))
         errors = pointwise.denoising_errors(
-            self.predict_epsilon, self.schedule, self.latents, index, self.branches[:, :1], probes, self.batch_size
+            self.predict_epsilon,
+            self.schedule,
+            self.latents,
+            index,
+            self.prompts,
+            index[:, None],
+            probes,
+            self.batch_size,
         )
-        loc, scale = pointwise.adaptive_logistic(errors[:, 0], probes.log_snr, self.latents[0].numel())
+        loc, scale = adaptive_logistic(errors[:, 0], probes.log_snr, self.latents[0].numel())
         return Design(loc=loc, scale=scale, levels="random")
 
 
@@ -134,7 +143,7 @@ def measure(
         "variance x evaluations": (variance.mean() * 2 * num_samples).item(),
         "squared error x evaluations": ((value - truth[0]).square().mean() * 2 * num_samples).item(),
         "claimed / true error": (claimed.square().mean() / variance.mean()).sqrt().item(),
-        "effective samples": pointwise.effective_sample_size(probes.weight),
+        "effective samples": effective_sample_size(probes.weight),
         "bias / error": bias.square().mean().sqrt().item(),
     }
 
@@ -145,16 +154,15 @@ def closed_forms(pairs: int) -> list[Case]:
     for dim, correlation in ((2, 0.9), (16, 0.6), (64, 0.3)):
         world = JointGaussian(dim, correlation)
         x, prompts = world.draw(pairs)
-        branches = torch.stack([prompts, world.null.expand(pairs, 1, -1)], 1)
         truth = world.pmi(x, prompts, *BAND)
         name = f"gaussian d={dim} rho={correlation}"
-        cases.append(Case(name, world.predict_epsilon, SCHEDULE, x, branches, BAND, 2**14, truth))
+        cases.append(Case(name, world.predict_epsilon, SCHEDULE, x, prompts, world.null, BAND, 2**14, truth))
     world = LabelledMixture(4, 16, 0.5)
     x = torch.cat([world.draw(label % 4, 1, seed=label) for label in range(pairs)])
     labels = world.embed(*(label % 4 for label in range(pairs)))
-    branches = torch.stack([labels, world.null.expand(pairs, 1, -1)], 1)
     truth = torch.cat([world.pmi(x[[i]], i % 4) for i in range(pairs)])
-    return [*cases, Case("mixture of 4, d=16", world.predict_epsilon, SCHEDULE, x, branches, BAND, 2**14, truth)]
+    case = Case("mixture of 4, d=16", world.predict_epsilon, SCHEDULE, x, labels, world.null, BAND, 2**14, truth)
+    return [*cases, case]
 
 
 def of_model(path: str, pairs: int) -> Case:
@@ -166,12 +174,11 @@ def of_model(path: str, pairs: int) -> Case:
     rng = np.random.default_rng(SEED)
     texts = [sample_prompts(CATEGORIES[i % len(CATEGORIES)], "test", 1, rng)[0] for i in range(pairs)]
     images = np.stack([render(draw_scene(parse(text), rng)) for text in texts])
-    prompts = denoiser.encode_prompts(texts)
-    branches = torch.stack([prompts, denoiser.encode_prompts([""]).expand_as(prompts)], 1)
+    prompts, null = denoiser.encode_prompts(texts), denoiser.encode_prompts([""])
     log_snr = denoiser.schedule.log_snr
     band = math.ceil(10 * log_snr[-1].item()) / 10, math.floor(10 * log_snr[0].item()) / 10
     latents = denoiser.encode_images(images)
-    return Case(path, denoiser.predict_epsilon, denoiser.schedule, latents, branches, band, 128)
+    return Case(path, denoiser.predict_epsilon, denoiser.schedule, latents, prompts, null, band, 128)
 
 
 if __name__ == "__main__":

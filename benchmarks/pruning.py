@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mi_ray.alignment.oracle import measure
 from mi_ray.config import PruneConfig, SamplerConfig, ScoreConfig, ScoreName
 from mi_ray.config.command_line import load_config
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.inputs.prompts import read_prompts
 from mi_ray.scoring.machine import keep_memory
@@ -116,13 +117,13 @@ class PruningBenchmark(Benchmark):
         at_a_time = max(1, self.batch_size // each)
         for start in tqdm(range(0, len(prompts), at_a_time), desc=f"{solver} {steps}"):
             chunk = prompts[start : start + at_a_time]
-            embeddings = denoiser.encode_prompts(chunk)
+            conditioning = denoiser.encode_prompts(chunk)
             seeds = [[derived_seed(self.seed, prompt, c) for c in range(each)] for prompt in chunk]
-            recorder = Recorder(cut, chunk, embeddings, cut_steps(steps, each))
-            sampled = sampler(embeddings, seeds, Work(), recorder)
+            recorder = Recorder(cut, chunk, conditioning, cut_steps(steps, each))
+            sampled = sampler(conditioning, seeds, Work(), recorder)
             owner, work = torch.arange(len(chunk)).repeat_interleave(each), Work()
-            scores = final(chunk, embeddings, owner, sampled, work)[f"score_{self.select_by}"]
-            free = paper(chunk, embeddings, owner, sampled, Work())[f"score_{PAPER_SCORE}"]
+            scores = final(chunk, conditioning, owner, sampled, work)[f"score_{self.select_by}"]
+            free = paper(chunk, conditioning, owner, sampled, Work())[f"score_{PAPER_SCORE}"]
             exact = measure(denoiser.decode(sampled.latents), [p for p in chunk for _ in range(each)])["exact"]
             cost = work.score_evaluations / len(scores)
             chunks.append({"exact": exact, "final": scores, "paper": free, "cost": cost, "recorder": recorder})
@@ -149,8 +150,10 @@ class PruningBenchmark(Benchmark):
 class Recorder:
     """Cuts that cut nothing: the scores that every candidate has at each of them, and what each score costs."""
 
-    def __init__(self, scorers: dict[str, Scorer], prompts: list[str], embeddings: Tensor, after: tuple[int, ...]):
-        self.after, self._scorers, self._prompts, self._embeddings = after, scorers, prompts, embeddings
+    def __init__(
+        self, scorers: dict[str, Scorer], prompts: list[str], conditioning: Conditioning, after: tuple[int, ...]
+    ):
+        self.after, self._scorers, self._prompts, self._conditioning = after, scorers, prompts, conditioning
         self.scores: dict[tuple[str, int], list[float]] = {}
         self.costs: dict[str, float] = {}  # evaluations a candidate
 
@@ -158,7 +161,7 @@ class Recorder:
         sampled = pool.so_far(rows, steps)
         for name, scorer in self._scorers.items():
             work = Work()
-            columns = scorer(self._prompts, self._embeddings, pool.owner, sampled, work)
+            columns = scorer(self._prompts, self._conditioning, pool.owner, sampled, work)
             self.scores[name, steps] = columns[f"score_{scorer.config.names[0]}"]
             self.costs[name] = work.score_evaluations / len(rows)
         return rows

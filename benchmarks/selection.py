@@ -88,10 +88,10 @@ class SelectionBenchmark(Benchmark):
         for start in tqdm(range(0, len(everything), PROMPTS_AT_A_TIME), unit_scale=PROMPTS_AT_A_TIME, unit=" prompts"):
             prompts = everything[start : start + PROMPTS_AT_A_TIME]
             ids = table["prompt_id"].to_pylist()[start : start + PROMPTS_AT_A_TIME]
-            embeddings = denoiser.encode_prompts(prompts)
+            conditioning = denoiser.encode_prompts(prompts)
             index = torch.arange(len(prompts)).repeat_interleave(each)
             seeds = [[derived_seed(self.seed, "round-0", i, c) for c in range(each)] for i in ids]
-            trajectory = sampler(embeddings, seeds, sampled)
+            trajectory = sampler(conditioning, seeds, sampled)
             flat = [p for p in prompts for _ in range(each)]
             columns = {
                 "prompt_id": np.repeat(ids, each),
@@ -101,7 +101,7 @@ class SelectionBenchmark(Benchmark):
             }
             for name, scorer in scorers.items():
                 work = Work()
-                columns |= scorer(prompts, embeddings, index, trajectory, work)
+                columns |= scorer(prompts, conditioning, index, trajectory, work)
                 spent[name] += work.score_evaluations
             parts.append(pd.DataFrame(columns))
         candidates = pd.concat(parts, ignore_index=True)

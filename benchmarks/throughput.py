@@ -109,7 +109,7 @@ class World:
         self.denoiser = load_denoiser(settings.model, settings.dtype)
         self.prompts = read_prompts(str(PROMPTS), field="prompts", limit=settings.prompts)[0]["prompt"].to_pylist()
         self.seeds = [[derived_seed(prompt, c) for c in range(settings.candidates)] for prompt in self.prompts]
-        self.embeddings = self.denoiser.encode_prompts(self.prompts)
+        self.conditioning = self.denoiser.encode_prompts(self.prompts)
         self.pool = len(self.prompts) * settings.candidates
         self.evaluations = 2 * self.pool * settings.sampler.num_inference_steps
 
@@ -222,7 +222,7 @@ class World:
         """The bare denoiser at each batch size."""
         count = 2 * max(self.settings.sweep)
         sizes = [size for size in self.settings.sweep if size <= 2 * self.pool]
-        ways = {str(b): (lambda b=b: bare_calls(self.denoiser, self.embeddings, b, -(-count // b))) for b in sizes}
+        ways = {str(b): (lambda b=b: bare_calls(self.denoiser, self.conditioning, b, -(-count // b))) for b in sizes}
         seconds = alternate(ways, self.settings.repeats)
         return [
             {
@@ -265,8 +265,8 @@ class World:
         rows = self.settings.training_batch
         latents = torch.randn(rows, *self.denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
         prompts = torch.arange(rows) % len(self.prompts)
-        embeddings = self.denoiser.encode_prompts([*self.prompts, ""]).cpu()
-        return TrainingSet(torch.arange(rows), rows, latents, torch.ones(rows), prompts, embeddings)
+        conditioning = self.denoiser.encode_prompts([*self.prompts, ""]).cpu()
+        return TrainingSet(torch.arange(rows), rows, latents, torch.ones(rows), prompts, conditioning)
 
     def _plain(self, cached: bool) -> Callable[[], None]:
         """diffusers' text-to-image LoRA example on latents: its scheduler, its optimiser, its order."""
@@ -285,7 +285,7 @@ class World:
         tokens = pipeline.tokenizer(
             texts, padding="max_length", max_length=self.denoiser.max_tokens, truncation=True, return_tensors="pt"
         ).input_ids.to(device)
-        known = data.embeddings[data.prompts].to(device)
+        known = data.conditioning.rows(data.prompts).to(device)["embeds"]
 
         def run():
             for _ in range(settings.training_steps):

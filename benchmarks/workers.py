@@ -26,6 +26,7 @@ from mi_ray import storage
 from mi_ray.config import FinetuneConfig, ModelConfig, PruneConfig, RunConfig, SamplerConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.diffusion.adapters import attach_adapter
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.inputs.prompts import prompt_id
 from mi_ray.inputs.shard_plan import Shard
@@ -142,7 +143,7 @@ class Actor:
         self.generator = self._generator(prompts)
         self.denoiser, self.sampler = self.generator.denoiser, self.generator.sampler
         self.prompts, self.seeds, self.pool = prompts, seeds, sum(map(len, seeds))
-        self.embeddings = self.denoiser.encode_prompts(prompts)
+        self.conditioning = self.denoiser.encode_prompts(prompts)
         self.batch = min(2 * settings.batch_size, 2 * self.pool)
         self.ways = {
             "scored": self.scored,
@@ -173,20 +174,20 @@ class Actor:
         return share_inside(self.ways[way], generator.denoiser, "predict"), peak_memory_gib()
 
     def scored(self):
-        sampled = self.sampler(self.embeddings, self.seeds, Work())
+        sampled = self.sampler(self.conditioning, self.seeds, Work())
         owner = torch.arange(len(self.prompts)).repeat_interleave(torch.tensor([len(s) for s in self.seeds]))
-        self.generator.scorer(self.prompts, self.embeddings, owner, sampled, Work())
+        self.generator.scorer(self.prompts, self.conditioning, owner, sampled, Work())
 
     def unscored(self):
         """The step in PyTorch, which can leave the statistics out; the fused one cannot."""
         with patch("mi_ray.diffusion.kernels._record"), patch.object(self.sampler, "kernel", "eager"):
-            self.sampler(self.embeddings, self.seeds, Work())
+            self.sampler(self.conditioning, self.seeds, Work())
 
     @torch.no_grad()
     def bare(self):
         """As many denoiser evaluations and nothing else."""
         evaluations = 2 * self.pool * self.config.sampler.num_inference_steps
-        bare_calls(self.denoiser, self.embeddings, self.batch, -(-evaluations // self.batch))
+        bare_calls(self.denoiser, self.conditioning, self.batch, -(-evaluations // self.batch))
 
     def stage(self, generator: CandidateGenerator):
         """What is done with a shard, its Parquet file included."""
@@ -198,12 +199,12 @@ class Actor:
 
 
 @torch.no_grad()
-def bare_calls(denoiser: Denoiser, embeddings: torch.Tensor, batch: int, count: int):
+def bare_calls(denoiser: Denoiser, conditioning: Conditioning, batch: int, count: int):
     x_t = torch.randn(batch, *denoiser.latent_shape, device=denoiser.device)
     timesteps = torch.full((batch,), 500, device=denoiser.device)
-    embeddings = embeddings[:1].expand(batch, -1, -1)
+    conditioning = conditioning.rows(slice(1)).expand(batch)
     for _ in range(count):
-        denoiser.predict(x_t, timesteps, embeddings)
+        denoiser.predict(x_t, timesteps, conditioning)
 
 
 class Trainer:

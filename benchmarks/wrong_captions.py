@@ -110,8 +110,8 @@ def score_all(
         told += judge(images, captions, judged)
         latents = denoiser.encode_images(images)
         nowhere = Trajectory(latents, torch.empty(0), *2 * [torch.empty(len(chunk), 0)])  # no sampling, no curves
-        embeddings, index = denoiser.encode_prompts(captions), torch.arange(len(chunk))
-        contrastive += contrast(captions, embeddings, index, nowhere, contrasted)["score_pmi_contrastive"]
+        conditioning, index = denoiser.encode_prompts(captions), torch.arange(len(chunk))
+        contrastive += contrast(captions, conditioning, index, nowhere, contrasted)["score_pmi_contrastive"]
     whole = round(judged.score_evaluations / len(pairs))
     costs = {"pmi": 2 * config.num_samples, "pmi_negatives": whole - config.num_samples, "margin": whole}
     costs["pmi_contrastive"] = round(contrasted.score_evaluations / len(pairs))

@@ -20,7 +20,7 @@ ARROWS = {
     "inputs": ("config", "storage"),
     "runs": ("config", "storage"),
     "diffusion": (),
-    "information": ("diffusion.schedules",),
+    "information": ("diffusion.schedules", "diffusion.conditioning"),
     "shapes": (),
     "language": ("shapes",),
     "alignment": ("shapes",),

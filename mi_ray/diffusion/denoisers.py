@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.folders import check_adapter, fetch_model, read_config
 from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at, epsilon_from
@@ -36,19 +37,22 @@ class Denoiser(Protocol):
     def token_ids(self, prompt: str) -> list[int]:
         """Tokens of the whole prompt, with those of start and end, uncut."""
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Embeddings (n, tokens, dim); what exceeds `max_tokens` is cut."""
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """One row a prompt; what exceeds `max_tokens` is cut, and shorter prompts are padded to one length."""
 
-    def predict(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+    def prompt_distances(self, some: Conditioning, others: Conditioning) -> Tensor:
+        """Euclidean distances (n, m) fp32 between n and m prompts in the text encoder's space."""
+
+    def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's own prediction (n, *latent_shape), of `schedule.prediction_type` and in the model's dtype.
 
         Args:
             x_t: (n, *latent_shape) fp32.
             timesteps: (n,) whole or fractional.
-            embeddings: (n, tokens, dim).
+            conditioning: n rows.
         """
 
-    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Predicted noise (n, *latent_shape) fp32, whatever the model predicts; the arguments are `predict`'s."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -56,6 +60,11 @@ class Denoiser(Protocol):
 
     def encode_images(self, images: np.ndarray) -> Tensor:
         """Images (n, h, w, 3) uint8 -> latents (n, *latent_shape) fp32: posterior mode times scaling factor."""
+
+
+def unet_arguments(conditioning: Conditioning) -> dict[str, Tensor]:
+    """What the UNet is called with beside x_t and timesteps, by keyword: in `UNetDenoiser`, and where it is trained."""
+    return {"encoder_hidden_states": conditioning["embeds"]}
 
 
 class UNetDenoiser:
@@ -109,28 +118,35 @@ class UNetDenoiser:
             return self.tokenizer(prompt, verbose=False).input_ids
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
         with self._tokenizing:
             ids = self.tokenizer(
                 prompts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
             ).input_ids
-        return torch.cat([self.text_encoder(part.to(self.device)).last_hidden_state for part in ids.split(CHUNK)])
+        states = [self.text_encoder(part.to(self.device)).last_hidden_state for part in ids.split(CHUNK)]
+        return Conditioning({"embeds": torch.cat(states)})
 
-    def predict(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+    def prompt_distances(self, some: Conditioning, others: Conditioning) -> Tensor:
+        return torch.cdist(*(prompts["embeds"].flatten(1).float() for prompts in (some, others)))
+
+    def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         self.calls += 1
-        inputs = x_t.to(self.dtype), timesteps, embeddings.to(self.dtype)
-        size = next((size for size in self._rows if size >= len(x_t)), None)
+        count, x_t, conditioning = len(x_t), x_t.to(self.dtype), conditioning.to(dtype=self.dtype)
+        size = next((size for size in self._rows if size >= count), None)
         if size is None:
-            return self.unet(*inputs).sample
-        if size > len(x_t):
-            inputs = [torch.cat([values, values[-1:].expand(size - len(x_t), *values.shape[1:])]) for values in inputs]
-        else:
-            inputs = [values.contiguous() for values in inputs]  # a layout of its own would be compiled anew
-        torch.compiler.cudagraph_mark_step_begin()
-        return self._compiled(*inputs).sample[: len(x_t)]
+            return self.unet(x_t, timesteps, **unet_arguments(conditioning)).sample
 
-    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        prediction = self.predict(x_t, timesteps, embeddings).float()
+        def filled(rows: Tensor) -> Tensor:
+            if size == count:
+                return rows.contiguous()  # another memory layout would be compiled anew
+            return torch.cat([rows, rows[-1:].expand(size - count, *rows.shape[1:])])
+
+        torch.compiler.cudagraph_mark_step_begin()
+        inputs = filled(x_t), filled(timesteps)
+        return self._compiled(*inputs, **unet_arguments(conditioning.map(filled))).sample[:count]
+
+    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        prediction = self.predict(x_t, timesteps, conditioning).float()
         alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma_at(self._log_snr, timesteps))
         return epsilon_from(self.schedule.prediction_type, prediction, x_t, alpha, sigma)
 

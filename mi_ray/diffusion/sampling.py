@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.kernels import Kernel, guided_step, statistics_parts
 from mi_ray.diffusion.schedules import PREDICTION_TYPES, TIMESTEP_SPACINGS, NoiseSchedule
@@ -191,8 +192,8 @@ class State:
 def sampling_steps(
     denoiser: Denoiser,
     plan: SolverPlan,
-    embeddings: Tensor,
-    null_embeddings: Tensor,
+    conditioning: Conditioning,
+    null: Conditioning,
     latents: Tensor,
     guidance_scale: float | Tensor,
     step_noise: StepNoise | None = None,
@@ -219,8 +220,8 @@ def sampling_steps(
     prediction_type = denoiser.schedule.prediction_type
     table = plan.table(prediction_type).float().to(device)
     noisy, guided = (plan.coefficients[:, 3] != 0).tolist(), plan.guided(guidance_interval)
-    embeddings = embeddings.to(device)
-    both = torch.cat([embeddings, null_embeddings.to(device).expand_as(embeddings)])
+    conditional = conditioning.to(device)
+    both = Conditioning.cat([conditional, null.to(device).expand(n)])
     if kernel == "triton" and not isinstance(guidance_scale, Tensor):
         guidance_scale = torch.full((1,), guidance_scale, device=device)
     x_t, x0 = latents.to(device, torch.float32), previous_x0
@@ -229,7 +230,7 @@ def sampling_steps(
     for i in range(count) if steps is None else steps:
         branches = 2 if guided[i] else 1
         prediction = denoiser.predict(
-            torch.cat([x_t] * branches), timesteps[i].expand(branches * n), both[: branches * n]
+            torch.cat([x_t] * branches), timesteps[i].expand(branches * n), both if guided[i] else conditional
         )
         x_t, x0 = guided_step(
             *(prediction.chunk(2) if guided[i] else (prediction, None)),
@@ -249,8 +250,8 @@ def sampling_steps(
 def sample(
     denoiser: Denoiser,
     plan: SolverPlan,
-    embeddings: Tensor,
-    null_embeddings: Tensor,
+    conditioning: Conditioning,
+    null: Conditioning,
     latents: Tensor,
     guidance_scale: float | Tensor,
     step_noise: StepNoise | None = None,
@@ -261,8 +262,8 @@ def sample(
     """Sample n candidates, each with its own prompt.
 
     Args:
-        embeddings: (n, tokens, dim), from `denoiser.encode_prompts`.
-        null_embeddings: (n, tokens, dim) or (1, tokens, dim), of the empty prompt.
+        conditioning: n rows, from `denoiser.encode_prompts`.
+        null: of the empty prompt, n rows or one for all.
         latents: (n, *latent_shape) standard normal, on any device.
         guidance_scale: one for all, or each candidate's own, (n,) fp32 on the device.
         step_noise: standard normal noise of a step; asked in order, and only where the plan is stochastic.
@@ -273,7 +274,7 @@ def sample(
     Raises:
         ValueError: if the plan is stochastic and step_noise is None.
     """
-    arguments = (denoiser, plan, embeddings, null_embeddings, latents, guidance_scale, step_noise)
+    arguments = (denoiser, plan, conditioning, null, latents, guidance_scale, step_noise)
     steps = sampling_steps(*arguments, guidance_interval=guidance_interval, kernel=kernel, x0_at=())
     last = deque(steps, maxlen=1).pop()
     return Trajectory(last.latents, plan.timesteps, last.delta_sq, last.cross)

@@ -1,6 +1,6 @@
 """Worlds in which every likelihood and every optimal denoiser is known: the estimators' truth, with no network.
 
-A prompt is an embedding (tokens=1, dim); the null prompt is the embedding of zeros.
+A prompt is a row of numbers, `embeds` (n, dim) of its conditioning; the null prompt is the row of zeros.
 """
 
 import math
@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at
 
 SCHEDULE = NoiseSchedule(alphas_cumprod=torch.linspace(14, -14, 1000, dtype=torch.float64).sigmoid())
@@ -20,17 +21,17 @@ class JointGaussian:
     def __init__(self, dim: int, correlation: float):
         self.dim, self.correlation = dim, correlation
         self.information = -dim / 2 * math.log(1 - correlation**2)  # I(x; y), nats
-        self.null = torch.zeros(1, dim + 1)
+        self.null = Conditioning({"embeds": torch.zeros(1, dim + 1)})
 
-    def draw(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """x (count, d) and the embeddings (count, 1, d + 1) of its y."""
+    def draw(self, count: int, seed: int = 0) -> tuple[Tensor, Conditioning]:
+        """x (count, d) and the conditioning of its y: y and a one that says that it is known, (count, d + 1)."""
         y, rest = torch.randn(2, count, self.dim, generator=torch.Generator().manual_seed(seed))
         x = self.correlation * y + (1 - self.correlation**2) ** 0.5 * rest
-        return x, torch.cat([y, torch.ones(count, 1)], 1)[:, None]
+        return x, Conditioning({"embeds": torch.cat([y, torch.ones(count, 1)], 1)})
 
-    def pmi(self, x: Tensor, embeddings: Tensor, low: float = -40.0, high: float = 40.0) -> Tensor:
+    def pmi(self, x: Tensor, conditioning: Conditioning, low: float = -40.0, high: float = 40.0) -> Tensor:
         """log p(x|y) - log p(x), or what a band of log SNR contributes to it: (count,)."""
-        mean, variance = self._given(embeddings)
+        mean, variance = self._given(conditioning)
         distance = (x - mean).double().square().sum(1), x.double().square().sum(1)
         conditional, marginal = self._error(variance[0], low, high), self._error(1.0, low, high)
         error = [c * self.dim + s * r for (c, s), r in zip((conditional, marginal), distance, strict=True)]
@@ -48,34 +49,34 @@ class JointGaussian:
         noise = torch.trapezoid((signal_sq * float(variance) / total).square(), alpha)
         return noise.item(), torch.trapezoid(signal_sq * sigma_sq / total.square(), alpha).item()
 
-    def _given(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (n, d) and variance (n, 1) of x given each embedding."""
-        known = embeddings[:, 0, -1:]
-        return self.correlation * embeddings[:, 0, :-1] * known, 1 - known * self.correlation**2
+    def _given(self, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Mean (n, d) and variance (n, 1) of x given each prompt."""
+        y, known = conditioning["embeds"][:, :-1], conditioning["embeds"][:, -1:]
+        return self.correlation * y * known, 1 - known * self.correlation**2
 
-    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """E[eps | x_t, y], or of the marginal."""
         signal, sigma = (a[:, None] for a in alpha_sigma_at(_LOG_SNR, timesteps))
-        mean, variance = self._given(embeddings)
+        mean, variance = self._given(conditioning)
         return sigma * (x_t - signal * mean) / (signal.square() * variance + sigma.square())
 
 
 class LabelledMixture:
-    """x | label k ~ N(means[k], spread^2 I), labels equally likely; an embedding holds 1 + the label."""
+    """x | label k ~ N(means[k], spread^2 I), labels equally likely; a prompt's row holds 1 + the label."""
 
     def __init__(self, labels: int, dim: int, distance: float, spread: float = 0.5):
         self.dim, self.spread = dim, spread
         self.means = distance * torch.randn(labels, dim, generator=torch.Generator().manual_seed(1))
-        self.null = torch.zeros(1, 1)
+        self.null = Conditioning({"embeds": torch.zeros(1, 1)})
 
     def draw(self, label: int, count: int, seed: int = 0) -> Tensor:
         noise = torch.randn(count, self.dim, generator=torch.Generator().manual_seed(seed))
         return self.means[label] + self.spread * noise
 
     @staticmethod
-    def embed(*labels: int) -> Tensor:
-        """(len(labels), 1, 1)."""
-        return torch.tensor(labels, dtype=torch.float32).view(-1, 1, 1) + 1
+    def embed(*labels: int) -> Conditioning:
+        """One row a label."""
+        return Conditioning({"embeds": torch.tensor(labels, dtype=torch.float32)[:, None] + 1})
 
     def log_likelihood(self, x: Tensor) -> Tensor:
         """log p(x|label), up to a constant: (count, labels)."""
@@ -86,13 +87,13 @@ class LabelledMixture:
         logits = self.log_likelihood(x)
         return logits[:, label] - logits.logsumexp(1) + math.log(len(self.means))
 
-    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+    def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """E[eps | x_t, label], or under the mixture."""
         signal, sigma = (a[:, None] for a in alpha_sigma_at(_LOG_SNR, timesteps))
         total = signal.square() * self.spread**2 + sigma.square()
         residual = x_t[:, None] - signal[..., None] * self.means
         posterior = (-residual.square().sum(-1) / (2 * total)).softmax(1)
-        label = embeddings[:, 0, 0].long()
+        label = conditioning["embeds"][:, 0].long()
         known = torch.nn.functional.one_hot((label - 1).clamp(min=0), len(self.means)).float()
         weights = torch.where(label[:, None] > 0, known, posterior)
         return sigma / total * (weights[..., None] * residual).sum(1)

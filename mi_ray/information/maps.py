@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.schedules import NoiseSchedule
-from mi_ray.information.pointwise import PredictEpsilon, Probes, predictions
+from mi_ray.information.pointwise import PredictEpsilon, beside, predictions
+from mi_ray.information.probes import Probes
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _FUNCTION_WORDS = "a an the and or of to in on at is are there with by as it its"
@@ -37,25 +39,25 @@ def information_maps(
     schedule: NoiseSchedule,
     latents: Tensor,
     prompt_index: Tensor,
-    embeddings: Tensor,
-    reference: Tensor,
+    conditioning: Conditioning,
+    reference: Conditioning,
     probes: Probes,
     batch_size: int,
 ) -> InformationMaps:
     """The maps of what each image's prompt says beyond a reference: the null prompt, or the prompt without a word.
 
     Args:
-        predict_epsilon: (x_t, timesteps, embeddings) -> epsilon, each with a leading batch dimension.
+        predict_epsilon: (x_t, timesteps, conditioning) -> epsilon, each with a leading batch dimension.
         latents: (N, channels, h, w) clean latents.
-        prompt_index: (N,) the prompt of each, an index into embeddings, reference and the probes' noise.
-        embeddings: (P, tokens, dim) of the prompts.
-        reference: (P, tokens, dim) of what each is held against, or (1, tokens, dim) for all.
+        prompt_index: (N,) the prompt of each, an index into conditioning, reference and the probes' noise.
+        conditioning: of the prompts, P rows.
+        reference: of what each is held against, P rows, or one for all.
         batch_size: denoiser evaluations at a time, two for each noised latent; memory does not depend on N or K.
     """
-    branches = torch.stack([embeddings, reference.expand_as(embeddings)], 1)
+    branches = beside(conditioning, reference)
     weight = probes.weight.to(latents.device)
     direct, orthogonal = (latents.new_zeros(len(latents), *latents.shape[2:]) for _ in range(2))
-    for chunk in predictions(predict_epsilon, schedule, latents, prompt_index, branches, probes, batch_size):
+    for chunk in predictions(predict_epsilon, schedule, latents, prompt_index, *branches, probes, batch_size):
         known, blind = chunk.predicted.unbind(1)
         half = 0.5 * weight[chunk.probe].view(-1, 1, 1)
         gain = (chunk.noise - blind).square() - (chunk.noise - known).square()

@@ -13,7 +13,8 @@ prompt is wrong.
 import torch
 from torch import Tensor
 
-from mi_ray.information.pointwise import Estimate, Probes, integrate, log_density
+from mi_ray.information.pointwise import Estimate, integrate, log_density
+from mi_ray.information.probes import Probes
 
 
 def margin(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Estimate:

@@ -7,8 +7,10 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.schedules import NoiseSchedule
-from mi_ray.information.pointwise import PredictEpsilon, Probes, degrees_of_freedom, denoising_errors, integrate
+from mi_ray.information.pointwise import PredictEpsilon, degrees_of_freedom, denoising_errors, integrate
+from mi_ray.information.probes import Probes
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ def choose(
     predict_epsilon: PredictEpsilon,
     schedule: NoiseSchedule,
     latents: Tensor,
-    embeddings: Tensor,
+    conditioning: Conditioning,
     draw_round: Callable[[int], Probes],
     top_k: int,
     confidence: float,
@@ -43,7 +45,7 @@ def choose(
 
     Args:
         latents: (N, *latent_shape) the candidates of one prompt.
-        embeddings: (2, tokens, dim): the prompt, the null prompt.
+        conditioning: of the prompt and the null prompt, two rows.
         draw_round: round 0, 1, .. -> its probes, for one prompt; independent of the other rounds'.
 
     Raises:
@@ -56,12 +58,13 @@ def choose(
     pair_total, pair_variance = torch.zeros(2, count, count, device=latents.device)
     rounds = torch.zeros(count, dtype=torch.long)
     level = (1 - confidence) / (top_k * (count - top_k) * max_rounds)
+    branches = torch.tensor([[0, 1]])
     undecided, winners, evaluations, freedom = torch.arange(count), [], 0, 0
     for number in range(max_rounds):
         probes = draw_round(number)
         index = torch.zeros(len(undecided), dtype=torch.long)
         errors = denoising_errors(
-            predict_epsilon, schedule, latents[undecided], index, embeddings[None], probes, batch_size
+            predict_epsilon, schedule, latents[undecided], index, conditioning, branches, probes, batch_size
         )
         evaluations += errors.numel()
         freedom += degrees_of_freedom(probes)

@@ -1,5 +1,7 @@
 """Denoising errors under branches whose number differs from prompt to prompt: other prompts, hard negatives, prompts
 without a word. Where only the likeliest count, the others are dropped after a few probes.
+
+The branches of P prompts are a conditioning of all their texts and, for each prompt, which of its rows are its own.
 """
 
 from typing import NamedTuple
@@ -7,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
-from mi_ray.information.pointwise import Probes, denoising_errors, log_density
+from mi_ray.information.pointwise import denoising_errors, log_density
+from mi_ray.information.probes import Probes
 from mi_ray.language.negatives import Negative, chosen
 from mi_ray.language.sources import MakeNegatives
 
@@ -23,15 +27,21 @@ def hard_negatives(denoiser: Denoiser, make: MakeNegatives, prompt: str, limit: 
     return chosen(made, limit)
 
 
-def encode_each(denoiser: Denoiser, texts: list[list[str]]) -> list[Tensor]:
-    """Of each prompt's J texts the embeddings (J, tokens, dim)."""
+def encode_each(denoiser: Denoiser, texts: list[list[str]]) -> tuple[Conditioning, list[Tensor]]:
+    """The texts of each prompt as its branches: the conditioning of all, and which rows (J,) are each prompt's."""
     flat = [text for of_prompt in texts for text in of_prompt]
-    encoded = denoiser.encode_prompts(flat or [""])  # one of nothing still says the shape
-    return list(encoded[: len(flat)].split([len(of_prompt) for of_prompt in texts]))
+    rows = torch.arange(len(flat)).split([len(of_prompt) for of_prompt in texts])
+    return denoiser.encode_prompts(flat or [""]), list(rows)  # a conditioning has at least one row
 
 
 def branch_errors(
-    denoiser: Denoiser, latents: Tensor, index: Tensor, branches: list[Tensor], probes: Probes, batch_size: int
+    denoiser: Denoiser,
+    latents: Tensor,
+    index: Tensor,
+    conditioning: Conditioning,
+    branches: list[Tensor],
+    probes: Probes,
+    batch_size: int,
 ) -> list[Tensor]:
     """||eps - eps_hat||^2 of every candidate under each of its prompt's branches, at the probes of the prompt itself.
 
@@ -40,7 +50,8 @@ def branch_errors(
     Args:
         latents: (N, *latent_shape) clean latents.
         index: (N,) the prompt of each.
-        branches: embeddings (J, tokens, dim) of each of the P prompts.
+        conditioning: of all texts, one row each.
+        branches: of each of the P prompts, the rows (J,) that are its branches.
 
     Returns:
         For each candidate (J, K) fp32 on the latents' device, J the number of its prompt's branches.
@@ -55,6 +66,7 @@ def branch_errors(
             denoiser.schedule,
             latents[rows.to(latents.device)],
             torch.searchsorted(prompts, index[rows]),
+            conditioning,
             torch.stack([branches[p] for p in prompts.tolist()]),
             probes.of(prompts),
             batch_size,
@@ -76,6 +88,7 @@ def likeliest_errors(
     denoiser: Denoiser,
     latents: Tensor,
     index: Tensor,
+    conditioning: Conditioning,
     branches: list[Tensor],
     probes: Probes,
     batch_size: int,
@@ -91,13 +104,15 @@ def likeliest_errors(
     """
     early, late = probes.spread(first)
     if not len(late):
-        errors = branch_errors(denoiser, latents, index, branches, probes, batch_size)
+        errors = branch_errors(denoiser, latents, index, conditioning, branches, probes, batch_size)
         return Likeliest(errors, [torch.arange(len(e)) for e in errors], sum(e.numel() for e in errors))
-    seen = branch_errors(denoiser, latents, index, branches, probes.at(early), batch_size)
+    seen = branch_errors(denoiser, latents, index, conditioning, branches, probes.at(early), batch_size)
     likely = [log_density(e, probes.at(early)).topk(min(count, len(e))).indices for e in seen]
-    go_on = [branches[p][kept] for p, kept in zip(index.tolist(), likely, strict=True)]
+    kept = [places.cpu() for places in likely]
+    go_on = [branches[p][places] for p, places in zip(index.tolist(), kept, strict=True)]
     each = torch.arange(len(latents))
-    rest = branch_errors(denoiser, latents, each, go_on, probes.of(index.cpu()).at(late), batch_size)
+    remaining = probes.of(index.cpu()).at(late)
+    rest = branch_errors(denoiser, latents, each, conditioning, go_on, remaining, batch_size)
     order = torch.cat([early, late]).argsort()
-    errors = [torch.cat([a[kept], b], 1)[:, order] for a, b, kept in zip(seen, rest, likely, strict=True)]
-    return Likeliest(errors, [kept.cpu() for kept in likely], sum(e.numel() for e in (*seen, *rest)))
+    errors = [torch.cat([a[places], b], 1)[:, order] for a, b, places in zip(seen, rest, likely, strict=True)]
+    return Likeliest(errors, kept, sum(e.numel() for e in (*seen, *rest)))

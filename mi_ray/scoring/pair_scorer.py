@@ -11,10 +11,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mi_ray.config import ScoreConfig
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.information.maps import InformationMaps, information_maps, without_each_word
 from mi_ray.information.negatives import margin, posteriors
-from mi_ray.information.pointwise import Probes, denoising_errors, log_odds, pmi
+from mi_ray.information.pointwise import beside, denoising_errors, log_odds, pmi
+from mi_ray.information.probes import Probes
 from mi_ray.inputs.pair_config import Fit
 from mi_ray.language.negatives import Negative
 from mi_ray.language.sources import negatives_by
@@ -69,7 +71,7 @@ class _Encoded(NamedTuple):
     """n pairs, ready for the denoiser."""
 
     latents: Tensor  # (n, *latent_shape)
-    embeddings: Tensor  # (n, tokens, dim)
+    conditioning: Conditioning  # n rows
     index: Tensor  # (n,), each pair is its own prompt
     probes: Probes
 
@@ -89,13 +91,12 @@ class PairScorer:
         """Score images (n, h, w, 3) uint8 with their prompts: a row of the scored columns for each."""
         began = time.perf_counter()
         encoded = self._encode(images, prompts)
-        branches = torch.stack([encoded.embeddings, self.null.expand_as(encoded.embeddings)], 1)
         errors = denoising_errors(
             self.denoiser.predict_epsilon,
             self.denoiser.schedule,
             encoded.latents,
             encoded.index,
-            branches,
+            *beside(encoded.conditioning, self.null),
             encoded.probes,
             2 * self.batch_size,
         )
@@ -109,7 +110,7 @@ class PairScorer:
             self.denoiser,
             encoded.latents,
             encoded.index,
-            encode_each(self.denoiser, [[n.prompt for n in of_prompt] for of_prompt in negatives]),
+            *encode_each(self.denoiser, [[n.prompt for n in of_prompt] for of_prompt in negatives]),
             encoded.probes,
             2 * self.batch_size,
             count=self.config.shortlist or self.config.max_negatives,
@@ -119,7 +120,7 @@ class PairScorer:
             self.denoiser,
             encoded.latents,
             encoded.index,
-            encode_each(self.denoiser, [[text for _, text in words] for words in left_out]),
+            *encode_each(self.denoiser, [[text for _, text in words] for words in left_out]),
             encoded.probes,
             2 * self.batch_size,
         )
@@ -141,7 +142,7 @@ class PairScorer:
             self.denoiser.schedule,
             encoded.latents,
             encoded.index,
-            encoded.embeddings,
+            encoded.conditioning,
             self.null,
             encoded.probes,
             2 * self.batch_size,
@@ -149,8 +150,8 @@ class PairScorer:
 
     def _encode(self, images: np.ndarray, prompts: list[str]) -> _Encoded:
         probes = draw_probes_of(prompts, self.config, self.seed, self.denoiser)
-        latents, embeddings = self.denoiser.encode_images(images), self.denoiser.encode_prompts(prompts)
-        return _Encoded(latents, embeddings, torch.arange(len(prompts)), probes)
+        latents, conditioning = self.denoiser.encode_images(images), self.denoiser.encode_prompts(prompts)
+        return _Encoded(latents, conditioning, torch.arange(len(prompts)), probes)
 
 
 def _verdict(own: Tensor, null: Tensor, against: Tensor, negatives: list[Negative], probes: Probes) -> dict:

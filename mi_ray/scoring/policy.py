@@ -62,9 +62,9 @@ class PolicySampler:
         prompts, ids = ([of_shard[p] for p in positions] for of_shard in (shard.prompts, shard.prompt_ids))
         purpose = "online validation" if validation else f"online update {update}"
         seeds = [[derived_seed(config.seed, purpose, i, c) for c in range(each)] for i in ids]
-        embeddings = self.base.encode_prompts(prompts)
+        conditioning = self.base.encode_prompts(prompts)
         index = torch.arange(len(prompts)).repeat_interleave(each)
-        sampled = self.sampler(embeddings, seeds, work)
+        sampled = self.sampler(conditioning, seeds, work)
         latents = sampled.latents.cpu().numpy()
         owner = index.tolist()
         columns = {
@@ -81,7 +81,7 @@ class PolicySampler:
         finite = np.isfinite(latents.reshape(len(latents), -1)).all(1)
         columns["error"] = [None if ok else "the latents are not finite" for ok in finite]
         if not self.random or validation:
-            columns |= self.scorer(prompts, embeddings, index, sampled, work)
+            columns |= self.scorer(prompts, conditioning, index, sampled, work)
         columns |= self._measured(sampled.latents, columns["prompt"], validation, columns, work)
         if not validation:
             columns["advantage"] = candidate_advantages(self.rewards, columns, config)

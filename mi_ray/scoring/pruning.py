@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mi_ray.config import RunConfig
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.scoring.sampler import Pool
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
@@ -31,12 +32,12 @@ class Halving:
         counts: dict[int, int],
         scorer: Scorer,
         prompts: list[str],
-        embeddings: Tensor,
+        conditioning: Conditioning,
         carried: np.ndarray,
         work: Work,
     ):
         self.after, self._counts = tuple(counts), counts
-        self._scorer, self._prompts, self._embeddings, self._work = scorer, prompts, embeddings, work
+        self._scorer, self._prompts, self._conditioning, self._work = scorer, prompts, conditioning, work
         self._carried = torch.from_numpy(carried)
         self.pruned_after = np.zeros(len(carried), np.int64)  # number of steps; 0: it was not
         self.scores = np.full(len(carried), np.nan)  # at the last cut that it faced
@@ -46,7 +47,7 @@ class Halving:
         running = torch.from_numpy(self.pruned_after == 0)
         racing = rows[running[rows]]
         sampled = pool.so_far(racing, steps)
-        columns = self._scorer(self._prompts, self._embeddings, pool.owner[racing], sampled, self._work)
+        columns = self._scorer(self._prompts, self._conditioning, pool.owner[racing], sampled, self._work)
         (by,) = self._scorer.config.names
         self.scores[racing.numpy()] = columns[f"score_{by}"]
         for prompt in range(len(self._prompts)):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mi_ray.config import ModelConfig, SamplerConfig
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.kernels import choose_kernel
@@ -90,10 +91,13 @@ class Sampler:
         self.guided = self.plan.guided(config.guidance_interval)
         self.null = denoiser.encode_prompts([""])
 
-    def __call__(self, embeddings: Tensor, seeds: list[list[int]], work: Work, cuts: Cuts | None = None) -> Trajectory:
-        """Sample seeds[p] for each of the P prompts of embeddings (P, tokens, dim): sum of len(seeds[p]) candidates.
+    def __call__(
+        self, conditioning: Conditioning, seeds: list[list[int]], work: Work, cuts: Cuts | None = None
+    ) -> Trajectory:
+        """Sample seeds[p] for each of P prompts: N candidates, the sum of len(seeds[p]).
 
         Args:
+            conditioning: of the prompts, P rows.
             cuts: where candidates drop out. Those that are left are packed into full batches again, whatever their
                 prompts; a dropped one's latents are those of its last step, its curves NaN from there on.
         """
@@ -107,7 +111,7 @@ class Sampler:
             began = time.perf_counter()
             left = rows
             while len(left):
-                advance = partial(self._advance, pool, left, range(start, stop), embeddings, noise)
+                advance = partial(self._advance, pool, left, range(start, stop), conditioning, noise)
                 done = fitting(self, advance, work)
                 left = left[done:]
             work.denoiser_evaluations += len(rows) * sum(1 + guided for guided in self.guided[start:stop])
@@ -116,7 +120,9 @@ class Sampler:
                 rows, start = cuts.survivors(pool, rows, stop), stop
         return pool.finished()
 
-    def _advance(self, pool: Pool, rows: Tensor, steps: range, embeddings: Tensor, noise: CandidateNoise) -> int:
+    def _advance(
+        self, pool: Pool, rows: Tensor, steps: range, conditioning: Conditioning, noise: CandidateNoise
+    ) -> int:
         """Take the first batch of some candidates through some steps; returns how many it held."""
         rows = even_batches(rows, self.batch_size)[0]
         on_device = rows.to(pool.latents.device)
@@ -124,7 +130,7 @@ class Sampler:
         states = sampling_steps(
             self.denoiser,
             self.plan,
-            embeddings[pool.owner[rows].to(embeddings.device)],
+            conditioning.rows(pool.owner[rows]),
             self.null,
             pool.latents[on_device],
             self.config.guidance_scale,

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from mi_ray.config import POINTWISE_SCORES, ScoreConfig
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.information import pointwise, trajectory
+from mi_ray.information.probes import Design, Probes, draw_probes
 from mi_ray.language.sources import negatives_by
 from mi_ray.scoring.branches import encode_each, hard_negatives, likeliest_errors
 from mi_ray.scoring.sampler import derived_seed
@@ -65,19 +67,19 @@ def known_band(low: float, high: float, schedule: NoiseSchedule) -> tuple[float,
     return max(low, noisiest), min(high, clearest)
 
 
-def probe_design(config: ScoreConfig) -> pointwise.Design:
+def probe_design(config: ScoreConfig) -> Design:
     """How the configured probes are spread over their band."""
     loc = config.logistic_loc if config.sampling == "logistic" else None
-    return pointwise.Design(loc, config.logistic_scale, config.levels, config.antithetic)
+    return Design(loc, config.logistic_scale, config.levels, config.antithetic)
 
 
-def draw_probes_of(prompts: list[str], config: ScoreConfig, seed: int, denoiser: Denoiser) -> pointwise.Probes:
+def draw_probes_of(prompts: list[str], config: ScoreConfig, seed: int, denoiser: Denoiser) -> Probes:
     """The probes that all candidates and branches of each prompt meet; a prompt's depend on it and the seed alone.
 
     Raises:
         ValueError: the configured band reaches none of the model's noise levels.
     """
-    return pointwise.draw_probes(
+    return draw_probes(
         [derived_seed(seed, "probes", prompt) for prompt in prompts],
         config.num_samples,
         *probed_band(config, denoiser.schedule),
@@ -96,20 +98,23 @@ class Scorer:
         self.negatives = negatives_by(config.negatives)
         self.pool = pool[:NEIGHBOUR_POOL] if "pmi_contrastive" in config.names else []
         chunks = [self.pool[i : i + 256] for i in range(0, len(self.pool), 256)]
-        self.pool_embeddings = torch.cat([denoiser.encode_prompts(chunk) for chunk in chunks]) if chunks else None
+        self.pool_conditioning = Conditioning.cat(map(denoiser.encode_prompts, chunks)) if chunks else None
 
-    def neighbours(self, prompts: list[str], embeddings: Tensor) -> Tensor:
-        """Embeddings (P, J, tokens, dim) of the J other prompts nearest to each in the text encoder's space."""
-        distance = torch.cdist(embeddings.flatten(1).float(), self.pool_embeddings.flatten(1).float())
+    def neighbours(self, prompts: list[str], conditioning: Conditioning) -> Tensor:
+        """The J other prompts nearest to each in the text encoder's space: rows (P, J) of `pool_conditioning`."""
+        distance = self.denoiser.prompt_distances(conditioning, self.pool_conditioning)
         for row, prompt in enumerate(prompts):
             distance[row, [column for column, other in enumerate(self.pool) if other == prompt]] = torch.inf
-        nearest = distance.topk(min(self.config.neighbours, len(self.pool) - 1), largest=False).indices
-        return self.pool_embeddings[nearest]
+        return distance.topk(min(self.config.neighbours, len(self.pool) - 1), largest=False).indices
 
     def __call__(
-        self, prompts: list[str], embeddings: Tensor, index: Tensor, sampled: Trajectory, work: Work
+        self, prompts: list[str], conditioning: Conditioning, index: Tensor, sampled: Trajectory, work: Work
     ) -> dict[str, list[float]]:
-        """Score the N candidates of P prompts; index (N,) says whose each is.
+        """Score the N candidates of P prompts.
+
+        Args:
+            conditioning: of the prompts, P rows.
+            index: (N,) the prompt of each candidate.
 
         Returns:
             {score_<name>: N values in nats}, and of the pointwise ones {score_<name>_se: their standard errors}.
@@ -118,25 +123,25 @@ class Scorer:
         scores = trajectory_scores(config, sampled.delta_sq, sampled.timesteps, self.denoiser.schedule)
         columns = {f"score_{name}": values.cpu().tolist() for name, values in scores.items()}
         if any(name in POINTWISE_SCORES for name in config.names):
-            args = (prompts, embeddings, index, sampled.latents, work)
+            args = (prompts, conditioning, index, sampled.latents, work)
             for name, (value, standard_error) in fitting(self, partial(self._pointwise, *args), work).items():
                 columns[f"score_{name}"] = value.cpu().tolist()
                 columns[f"score_{name}_se"] = standard_error.cpu().tolist()
         return columns
 
-    def _pointwise(self, prompts: list[str], embeddings: Tensor, index: Tensor, latents: Tensor, work: Work):
+    def _pointwise(self, prompts: list[str], conditioning: Conditioning, index: Tensor, latents: Tensor, work: Work):
         began = time.perf_counter()
         config = self.config
-        branches = [embeddings[:, None]]
+        branches = conditioning, torch.arange(len(prompts))[:, None]
         if "pmi" in config.names or "pmi_orthogonal" in config.names:
-            branches.append(self.null.expand(len(prompts), -1, -1)[:, None])
+            branches = pointwise.beside(conditioning, self.null)
         probes = draw_probes_of(prompts, config, self.seed, self.denoiser)
         errors, distances = pointwise.denoising_statistics(
             self.denoiser.predict_epsilon,
             self.denoiser.schedule,
             latents,
             index,
-            torch.cat(branches, 1),
+            *branches,
             probes,
             2 * self.batch_size,
             reference=1 if "pmi_orthogonal" in config.names else None,
@@ -149,46 +154,50 @@ class Scorer:
             scores["pmi_orthogonal"] = pointwise.pmi_orthogonal(distances[:, 0], probes)
         own = errors[:, 0]
         if "pmi_contrastive" in config.names:
-            others = list(self.neighbours(prompts, embeddings))
-            contrast = partial(pointwise.pmi_contrastive, total=len(others[0]))
-            scores["pmi_contrastive"] = self._against(others, contrast, index, latents, own, probes, work)
+            nearest = self.neighbours(prompts, conditioning).cpu()
+            contrast = partial(pointwise.pmi_contrastive, total=nearest.shape[1])
+            others = self.pool_conditioning, list(nearest)
+            scores["pmi_contrastive"] = self._against(*others, contrast, index, latents, own, probes, work)
         if "pmi_negatives" in config.names:
             negatives = [
                 hard_negatives(self.denoiser, self.negatives, prompt, config.max_negatives) for prompt in prompts
             ]
             # A prompt of which nothing can be changed is held against none at all.
             others = encode_each(self.denoiser, [[n.prompt for n in of_prompt] or [""] for of_prompt in negatives])
-            scores["pmi_negatives"] = self._against(others, pointwise.log_odds, index, latents, own, probes, work)
+            scores["pmi_negatives"] = self._against(*others, pointwise.log_odds, index, latents, own, probes, work)
         work.timed("score", began)
         return scores
 
     def _against(
         self,
+        others: Conditioning,
         branches: list[Tensor],
-        score: Callable[[Tensor, Tensor, pointwise.Probes], pointwise.Estimate],
+        score: Callable[[Tensor, Tensor, Probes], pointwise.Estimate],
         index: Tensor,
         latents: Tensor,
         own: Tensor,
-        probes: pointwise.Probes,
+        probes: Probes,
         work: Work,
     ) -> pointwise.Estimate:
         """A score of each candidate's prompt against others, (N,).
 
         Args:
-            branches: of each prompt, the embeddings (J, tokens, dim) of the others, at least one.
+            others: of all other prompts, one row each.
+            branches: of each prompt, the rows (J,) of the others that it is held against, at least one.
             own: (N, K) errors under the prompts themselves, at the probes that the others meet too.
         """
         config = self.config
-        others = likeliest_errors(
+        found = likeliest_errors(
             self.denoiser,
             latents,
             index,
+            others,
             branches,
             probes,
             2 * self.batch_size,
             count=config.shortlist or max(map(len, branches)),
             first=config.shortlist_samples if config.shortlist else config.num_samples,
         )
-        work.score_evaluations += others.evaluations
-        scored = [score(e[None], against[None], probes) for e, against in zip(own, others.errors, strict=True)]
+        work.score_evaluations += found.evaluations
+        scored = [score(e[None], against[None], probes) for e, against in zip(own, found.errors, strict=True)]
         return pointwise.Estimate(*map(torch.cat, zip(*scored, strict=True)))

@@ -17,10 +17,12 @@ from mi_ray import storage
 from mi_ray.alignment.oracle import foreign_prompts
 from mi_ray.config import ModelConfig, PromptsConfig, SamplerConfig, ScoreConfig, pinned
 from mi_ray.config.section import ConfigError, Positive, Section, check_band, collecting, config_hash
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
 from mi_ray.information.calibration import Band, judge_bands
-from mi_ray.information.pointwise import denoising_errors, draw_probes
+from mi_ray.information.pointwise import denoising_errors
+from mi_ray.information.probes import draw_probes
 from mi_ray.inputs.prompts import read_prompts
 from mi_ray.runs import folder as run_folder
 from mi_ray.scoring.images import encode_png, measured
@@ -204,11 +206,14 @@ def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) 
     errors, exact, written = [], [], []
     for start in tqdm(range(0, len(prompts), PROMPTS_AT_A_TIME), unit=" prompts", unit_scale=PROMPTS_AT_A_TIME):
         some = slice(start, start + PROMPTS_AT_A_TIME)
-        embeddings = denoiser.encode_prompts(prompts[some])
+        conditioning = denoiser.encode_prompts(prompts[some])
         seeds = [[derived_seed(config.seed, "calibration", i, c) for c in range(each)] for i in ids[some]]
-        latents = sampler(embeddings, seeds, Work()).latents
-        branches = torch.cat([embeddings[:, None], scorer.neighbours(prompts[some], embeddings)], 1)
-        errors.append(_halves(config, denoiser, latents, branches, ids[some]))
+        latents = sampler(conditioning, seeds, Work()).latents
+        nearest = scorer.neighbours(prompts[some], conditioning)
+        texts = Conditioning.cat([conditioning, scorer.pool_conditioning.rows(nearest.flatten())])
+        own, others = torch.arange(len(texts)).split([len(conditioning), nearest.numel()])
+        branches = torch.cat([own[:, None], others.view_as(nearest)], 1)
+        errors.append(_halves(config, denoiser, latents, texts, branches, ids[some]))
         repeated = [prompt for prompt in prompts[some] for _ in range(each)]
         images = denoiser.decode(latents) if config.alignment or config.pool else None
         if config.alignment:
@@ -234,18 +239,35 @@ def _write_images(folder: str, images: np.ndarray, prompts: list[str], places: l
     return lines
 
 
-def _halves(config: CalibrationConfig, denoiser: Denoiser, latents: Tensor, branches: Tensor, ids: list[str]) -> Tensor:
-    """Errors at the middle of every level, from two independent draws: (n, 1 + J, levels, 2) on the CPU."""
+def _halves(
+    config: CalibrationConfig,
+    denoiser: Denoiser,
+    latents: Tensor,
+    conditioning: Conditioning,
+    branches: Tensor,
+    ids: list[str],
+) -> Tensor:
+    """Errors at the middle of every level, from two independent draws: (n, 1 + J, levels, 2) on the CPU.
+
+    Args:
+        conditioning, branches: as `denoising_errors` takes them, branches (P, 1 + J) with the prompt itself first.
+    """
     index = torch.arange(len(ids)).repeat_interleave(len(latents) // len(ids))
     halves = []
     for half in range(2):
         seeds = [derived_seed(config.seed, f"calibration-half-{half}", i) for i in ids]
         probes = draw_probes(seeds, config.levels, config.log_snr_min, config.log_snr_max, denoiser.latent_shape)
-        halves.append(
-            denoising_errors(
-                denoiser.predict_epsilon, denoiser.schedule, latents, index, branches, probes, 2 * config.batch_size
-            ).cpu()
+        errors = denoising_errors(
+            denoiser.predict_epsilon,
+            denoiser.schedule,
+            latents,
+            index,
+            conditioning,
+            branches,
+            probes,
+            2 * config.batch_size,
         )
+        halves.append(errors.cpu())
     return torch.stack(halves, -1)
 
 

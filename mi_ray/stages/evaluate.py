@@ -67,11 +67,11 @@ class Evaluator:
             images = np.stack([draw(p, seed) for p, seed in zip(prompts, flat_seeds, strict=True)])
         else:
             distinct = [shard.prompts[p] for p in positions]
-            embeddings = self.base.encode_prompts(distinct)
-            sampled = self.sampler(embeddings, seeds, work)
+            conditioning = self.base.encode_prompts(distinct)
+            sampled = self.sampler(conditioning, seeds, work)
             index = torch.arange(len(positions)).repeat_interleave(each)
             if self.scorer:
-                scores = self.scorer(distinct, embeddings, index, sampled, work)
+                scores = self.scorer(distinct, conditioning, index, sampled, work)
             began = time.perf_counter()
             images = self.base.decode(sampled.latents)
             work.timed("decode", began)

@@ -4,10 +4,10 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mi_ray import storage
 from mi_ray.config import RunConfig
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
@@ -64,17 +64,17 @@ class CandidateGenerator:
         ids = [shard.prompt_ids[p] for p in positions]
         each = config.generate.candidates_per_prompt
         seeds = [[derived_seed(config.seed, f"round-{self.round}", i, c) for c in range(each)] for i in ids]
-        embeddings = self.denoiser.encode_prompts(prompts)
+        conditioning = self.denoiser.encode_prompts(prompts)
         index = torch.arange(len(prompts)).repeat_interleave(each)
-        halving = self._halving(prompts, ids, embeddings, work) if self.cuts else None
-        sampled = self.sampler(embeddings, seeds, work, halving)
+        halving = self._halving(prompts, ids, conditioning, work) if self.cuts else None
+        sampled = self.sampler(conditioning, seeds, work, halving)
         rows = torch.arange(len(index)) if halving is None else torch.from_numpy(halving.finished).nonzero()[:, 0]
-        scores = self.scorer(prompts, embeddings, index[rows], sampled.of(rows), work)
+        scores = self.scorer(prompts, conditioning, index[rows], sampled.of(rows), work)
         scores = {name: _spread(values, rows.tolist(), len(index)) for name, values in scores.items()}
         columns = self._columns(shard, positions, seeds, sampled, scores, halving, work)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-    def _halving(self, prompts: list[str], ids: list[str], embeddings: Tensor, work: Work) -> Halving:
+    def _halving(self, prompts: list[str], ids: list[str], conditioning: Conditioning, work: Work) -> Halving:
         """The cuts; what the random control keeps is carried, since a control must not depend on a score."""
         each, top_k = self.config.generate.candidates_per_prompt, self.config.select.top_k
         carried = np.zeros((len(ids), each), bool)
@@ -82,7 +82,7 @@ class CandidateGenerator:
             for row, prompt in zip(carried, ids, strict=True):
                 lots = {"candidate_index": list(range(each)), "prompt_id": [prompt] * each}
                 row[:] = np.array(ranks(lots, "random", self.config.seed)) < top_k
-        return Halving(self.cuts, self.cut_scorer, prompts, embeddings, carried.ravel(), work)
+        return Halving(self.cuts, self.cut_scorer, prompts, conditioning, carried.ravel(), work)
 
     def _columns(
         self, shard, positions, seeds, sampled: Trajectory, scores: dict, halving: Halving | None, work: Work

@@ -37,14 +37,14 @@ class Trial:
 
 def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Trial:
     """Run denoiser batches, after one to warm up, for at least so many seconds and at least once."""
-    embeddings = denoiser.encode_prompts([""]).expand(2 * batch_size, -1, -1)
+    conditioning = denoiser.encode_prompts([""]).expand(2 * batch_size)
     latents = torch.randn(2 * batch_size, *denoiser.latent_shape, device=denoiser.device)
     timesteps = torch.full((2 * batch_size,), 500, device=denoiser.device)
     on_gpu = denoiser.device.type == "cuda"
 
     def run() -> float:
         with torch.inference_mode():
-            denoiser.predict_epsilon(latents, timesteps, embeddings)
+            denoiser.predict_epsilon(latents, timesteps, conditioning)
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from mi_ray.config import BETA, FinetuneConfig
+from mi_ray.diffusion.conditioning import Conditioning
+from mi_ray.diffusion.denoisers import unet_arguments
 from mi_ray.diffusion.schedules import NoiseSchedule, prediction_from
 
 
@@ -24,7 +26,7 @@ class Batch:
     x0: Tensor  # (n, *latent_shape) fp32, clean latents
     noise: Tensor  # (n, *latent_shape) fp32
     timesteps: Tensor  # (n,) long
-    conditioning: Tensor  # of n prompts
+    conditioning: Conditioning  # of n prompts
     weights: Tensor  # (n,) of the rows in the mean
     advantages: Tensor | None = None  # (n,) in [-1, 1], mean about zero within a prompt
     rewards: Tensor | None = None  # (n,) in [0, 1]
@@ -191,7 +193,7 @@ class Objective(nn.Module):
         schedule: NoiseSchedule,
         config: FinetuneConfig,
         autocast_dtype: torch.dtype | None = None,
-        null: Tensor | None = None,
+        null: Conditioning | None = None,
     ):
         super().__init__()
         self.model, self.config, self.autocast_dtype = model, config, autocast_dtype
@@ -216,14 +218,14 @@ class Objective(nn.Module):
         shape = (-1, *[1] * (batch.x0.ndim - 1))
         return self.alpha[batch.timesteps].view(shape), self.sigma[batch.timesteps].view(shape)
 
-    def predict(self, batch: Batch, conditioning: Tensor | None = None) -> Tensor:
+    def predict(self, batch: Batch, conditioning: Conditioning | None = None) -> Tensor:
         """The model's fp32 output (n, *latent_shape) at alpha x0 + sigma noise."""
         alpha, sigma = self._coefficients(batch)
         dtype = self.autocast_dtype
-        embeds = batch.conditioning if conditioning is None else conditioning
+        arguments = unet_arguments(batch.conditioning if conditioning is None else conditioning)
         with torch.autocast(batch.x0.device.type, dtype) if dtype else nullcontext():
             x_t = alpha * batch.x0 + sigma * batch.noise
-            prediction = self.model(x_t, batch.timesteps, encoder_hidden_states=embeds).sample
+            prediction = self.model(x_t, batch.timesteps, **arguments).sample
         return prediction.float()
 
     @torch.no_grad()
@@ -234,7 +236,7 @@ class Objective(nn.Module):
             prediction = self.predict(batch)
             if w == 1:
                 return prediction
-            null = self.predict(batch, self.null.expand_as(batch.conditioning))
+            null = self.predict(batch, self.null.expand(len(batch.x0)))
         guided = null + w * (prediction - null)
         return guided if batch.null is None else torch.where(_like(batch.null, guided), prediction, guided)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mi_ray import storage
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.adapters import adapter_state
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.inputs.online_plan import OnlinePlan
 from mi_ray.runs.layout import CANDIDATES, policy_folder
@@ -201,12 +202,11 @@ class OnlineSource:
         )
         return batch.to(self.denoiser.device)
 
-    def _encoded(self, prompts: list[str], sizes: Tensor) -> Tensor:
+    def _encoded(self, prompts: list[str], sizes: Tensor) -> Conditioning:
         """The conditioning of each row, of prompts with so many rows each."""
         distinct = list(dict.fromkeys(prompts))
         number = torch.tensor([distinct.index(prompt) for prompt in prompts]).repeat_interleave(sizes)
-        encoded = self.denoiser.encode_prompts(distinct)
-        return encoded[number.to(encoded.device)]
+        return self.denoiser.encode_prompts(distinct).rows(number)
 
     # ------------------------------------------------------------------------------------------ between updates
     def close(self, step: int) -> dict[str, float]:
@@ -284,7 +284,7 @@ class OnlineSource:
             return math.nan
         batch = self._draw(self.groups[: max(1, PROBE_ROWS // len(self.groups[0].latents))], 0)
         objective, parameters = self.objective, self.objective.parameters_trained
-        null = self.denoiser.encode_prompts([""]).expand_as(batch.conditioning)
+        null = self.denoiser.encode_prompts([""]).expand(len(batch.x0))
         with torch.no_grad():
             with weights_of(objective.base, parameters):
                 base, empty = objective.predict(batch), objective.predict(batch, null)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mi_ray.config import RunConfig
 from mi_ray.config.section import ConfigError
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.storage import ParquetRows
 from mi_ray.training.losses import Batch
 
-ENCODED_AT_ONCE = 1024  # prompts, whose embeddings are then moved to the CPU
+ENCODED_AT_ONCE = 1024  # prompts, whose conditioning is then moved to the CPU
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class TrainingSet:
     """The kept candidates that a training draws, encoded once and held in memory.
 
     rows (n,): their numbers in the table of `count` rows, rising; latents (n, *latent_shape) fp32, weights (n,),
-    prompts (n,): rows of embeddings (prompts + 1, tokens, dim), whose last row is the null prompt's.
+    prompts (n,): rows of conditioning, which has one for each distinct prompt and the null prompt's last.
     """
 
     rows: Tensor
@@ -32,7 +33,7 @@ class TrainingSet:
     latents: Tensor
     weights: Tensor
     prompts: Tensor
-    embeddings: Tensor
+    conditioning: Conditioning
 
 
 def read_training_set(uri: str, denoiser: Denoiser, seed: int, drawn: int) -> TrainingSet:
@@ -71,7 +72,7 @@ def read_training_set(uri: str, denoiser: Denoiser, seed: int, drawn: int) -> Tr
         latents=torch.from_numpy(latents).float().view(-1, *denoiser.latent_shape),
         weights=torch.tensor(table["weight"].to_pylist()),
         prompts=torch.tensor([numbers[text] for text in texts]),
-        embeddings=torch.cat([denoiser.encode_prompts(chunk).cpu() for chunk in chunks]),
+        conditioning=Conditioning.cat(denoiser.encode_prompts(chunk).cpu() for chunk in chunks),
     )
 
 
@@ -106,8 +107,8 @@ def draw_microbatch(
     noise = torch.randn(latents.shape, generator=generator)
     drawn = torch.randint(timesteps.start, timesteps.stop, (batch_size,), generator=generator)
     dropped = torch.rand(batch_size, generator=generator) < prompt_dropout
-    prompts = torch.where(dropped, len(data.embeddings) - 1, data.prompts[chosen])
-    return Batch(latents, noise, drawn, data.embeddings[prompts], data.weights[chosen])
+    prompts = torch.where(dropped, len(data.conditioning) - 1, data.prompts[chosen])
+    return Batch(latents, noise, drawn, data.conditioning.rows(prompts), data.weights[chosen])
 
 
 def trained_timesteps(log_snr: Tensor, log_snr_max: float | None) -> range:

@@ -45,7 +45,7 @@ def _inputs(denoiser, n: int = 3):
 def test_shapes_and_tokens(denoiser):
     assert denoiser.latent_shape == (4, 8, 8)
     assert denoiser.max_tokens == 24
-    assert denoiser.encode_prompts(["a red circle"] * 70).shape == (70, 24, 16)
+    assert denoiser.encode_prompts(["a red circle"] * 70)["embeds"].shape == (70, 24, 16)
     assert len(denoiser.token_ids("a red circle")) == 5  # with start and end
     assert len(denoiser.token_ids("a red circle " * 20)) == 62
     assert not any(p.requires_grad for p in denoiser.unet.parameters())
@@ -55,18 +55,18 @@ def test_prompts_are_encoded_as_by_the_pipeline(denoiser, tiny_pipeline):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     prompts = ["a red circle", "a blue star " * 20]
     theirs, null = pipeline.encode_prompt(prompts, "cpu", 1, True)
-    torch.testing.assert_close(denoiser.encode_prompts(prompts), theirs)
-    torch.testing.assert_close(denoiser.encode_prompts([""]), null[:1])
+    torch.testing.assert_close(denoiser.encode_prompts(prompts)["embeds"], theirs)
+    torch.testing.assert_close(denoiser.encode_prompts([""])["embeds"], null[:1])
 
 
 def test_v_prediction_becomes_epsilon(tiny_v_pipeline):
     denoiser = load_denoiser(str(tiny_v_pipeline), device="cpu")
-    x_t, timesteps, embeddings = _inputs(denoiser)
-    v = denoiser.unet(x_t, timesteps, embeddings).sample
+    x_t, timesteps, conditioning = _inputs(denoiser)
+    v = denoiser.unet(x_t, timesteps, conditioning["embeds"]).sample
     abar = denoiser.schedule.alphas_cumprod[timesteps].float().view(-1, 1, 1, 1)
     expected = abar.sqrt() * v + (1 - abar).sqrt() * x_t
-    torch.testing.assert_close(denoiser.predict_epsilon(x_t, timesteps, embeddings), expected)
-    between = denoiser.predict_epsilon(x_t, timesteps + 0.5, embeddings)
+    torch.testing.assert_close(denoiser.predict_epsilon(x_t, timesteps, conditioning), expected)
+    between = denoiser.predict_epsilon(x_t, timesteps + 0.5, conditioning)
     assert not torch.equal(between, expected)
     torch.testing.assert_close(between, expected, rtol=0.05, atol=0.05)
 
@@ -116,12 +116,12 @@ def test_a_merged_adapter_equals_the_unmerged_model(tiny_pipeline, tmp_path, den
     unmerged = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
 
     tuned = load_denoiser(str(tiny_pipeline), device="cpu", adapter=tmp_path)
-    x_t, timesteps, embeddings = _inputs(tuned)
+    x_t, timesteps, conditioning = _inputs(tuned)
     with torch.no_grad():
-        expected = unmerged(x_t, timesteps, embeddings).sample
-    predicted = tuned.predict_epsilon(x_t, timesteps, embeddings)
+        expected = unmerged(x_t, timesteps, conditioning["embeds"]).sample
+    predicted = tuned.predict_epsilon(x_t, timesteps, conditioning)
     torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-4)
-    assert (predicted - denoiser.predict_epsilon(x_t, timesteps, embeddings)).abs().max() > 1e-2
+    assert (predicted - denoiser.predict_epsilon(x_t, timesteps, conditioning)).abs().max() > 1e-2
     assert isinstance(tuned.unet, UNet2DConditionModel)
     assert not any("lora" in name for name, _ in tuned.unet.named_modules())
 

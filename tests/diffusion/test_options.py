@@ -35,7 +35,7 @@ def _arguments(denoiser, solver="ddim", steps=8):
 # ---------------------------------------------------------------------------------------------- guidance interval
 def test_outside_the_interval_one_branch_is_evaluated_and_followed(denoiser):
     arguments = _arguments(denoiser)
-    plan, embeddings, null, latents = arguments[1:5]
+    plan, conditioning, null, latents = arguments[1:5]
     log_snr = denoiser.schedule.log_snr[plan.timesteps]
     guided = ((log_snr >= INTERVAL[0]) & (log_snr <= INTERVAL[1])).tolist()
     assert plan.guided(INTERVAL) == guided
@@ -44,9 +44,9 @@ def test_outside_the_interval_one_branch_is_evaluated_and_followed(denoiser):
 
     x_t = latents
     for i, t in enumerate(plan.timesteps):  # by the formulas, with guidance 1 where there is none
-        epsilon = denoiser.predict_epsilon(x_t, t.expand(3), embeddings)
+        epsilon = denoiser.predict_epsilon(x_t, t.expand(3), conditioning)
         if guided[i]:
-            without = denoiser.predict_epsilon(x_t, t.expand(3), null.expand_as(embeddings))
+            without = denoiser.predict_epsilon(x_t, t.expand(3), null.expand(3))
             epsilon = without + 4.0 * (epsilon - without)
         keep, clean, _, _, alpha, sigma = plan.coefficients[i].float()
         x_t = keep * x_t + clean * (x_t - sigma * epsilon) / alpha
@@ -84,21 +84,21 @@ def test_scores_that_need_both_branches_forbid_an_interval():
 
 # ---------------------------------------------------------------------------------------------- the denoiser
 def test_each_candidate_may_have_its_own_guidance(denoiser):
-    denoiser, plan, embeddings, null, latents, _, noise = _arguments(denoiser, "dpm++2m")
+    denoiser, plan, conditioning, null, latents, _, noise = _arguments(denoiser, "dpm++2m")
     scales = torch.tensor([1.5, 3.0, 7.5])
-    ours = sample(denoiser, plan, embeddings, null, latents, scales, noise)
+    ours = sample(denoiser, plan, conditioning, null, latents, scales, noise)
     for i, scale in enumerate(scales.tolist()):
-        alone = sample(denoiser, plan, embeddings[i : i + 1], null, latents[i : i + 1], scale, noise)
+        alone = sample(denoiser, plan, conditioning.rows(slice(i, i + 1)), null, latents[i : i + 1], scale, noise)
         torch.testing.assert_close(ours.latents[i], alone.latents[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "dpm++2m", "dpm++2m-sde"])
 def test_sampling_goes_on_where_it_was_left(denoiser, solver):
     whole = sample(*_arguments(denoiser, solver))
-    denoiser, plan, embeddings, null, latents, scale, noise = _arguments(denoiser, solver)
-    *_, state = sampling_steps(denoiser, plan, embeddings, null, latents, scale, noise, steps=range(3))
+    denoiser, plan, conditioning, null, latents, scale, noise = _arguments(denoiser, solver)
+    *_, state = sampling_steps(denoiser, plan, conditioning, null, latents, scale, noise, steps=range(3))
     rest = {"steps": range(3, 8), "previous_x0": state.x0}
-    *_, last = sampling_steps(denoiser, plan, embeddings, null, state.latents, scale, noise, **rest)
+    *_, last = sampling_steps(denoiser, plan, conditioning, null, state.latents, scale, noise, **rest)
     torch.testing.assert_close(last.latents, whole.latents, rtol=1e-5, atol=1e-5)
     assert state.delta_sq[:, 3:].isnan().all()
     assert last.delta_sq[:, :3].isnan().all()

@@ -145,9 +145,9 @@ def denoiser(folder):
 
 def _sample(denoiser, solver: str, prompts: list[str], seeds: list[int], steps: int = 8):
     latents, step_noise = candidate_noise(seeds, denoiser.latent_shape)
-    embeddings, null = denoiser.encode_prompts(prompts), denoiser.encode_prompts([""])
+    conditioning, null = denoiser.encode_prompts(prompts), denoiser.encode_prompts([""])
     plan = solver_plan(denoiser.schedule, solver, steps)
-    return sample(denoiser, plan, embeddings, null, latents, 4.0, step_noise)
+    return sample(denoiser, plan, conditioning, null, latents, 4.0, step_noise)
 
 
 @pytest.mark.parametrize("solver", SCHEDULERS)
@@ -187,14 +187,14 @@ def test_noise_of_a_candidate_is_its_own():
 
 
 def test_recorded_statistics_are_those_of_the_branches(denoiser):
-    embeddings, null = denoiser.encode_prompts(PROMPTS), denoiser.encode_prompts([""])
+    conditioning, null = denoiser.encode_prompts(PROMPTS), denoiser.encode_prompts([""])
     plan = solver_plan(denoiser.schedule, "ddim", 6)
     latents, _ = candidate_noise(SEEDS, denoiser.latent_shape)
     x_t = latents
-    for state in sampling_steps(denoiser, plan, embeddings, null, latents, 4.0):
+    for state in sampling_steps(denoiser, plan, conditioning, null, latents, 4.0):
         t = plan.timesteps[state.step].expand(3)
-        conditional = denoiser.predict_epsilon(x_t, t, embeddings).double()
-        delta = conditional - denoiser.predict_epsilon(x_t, t, null.expand_as(embeddings)).double()
+        conditional = denoiser.predict_epsilon(x_t, t, conditioning).double()
+        delta = conditional - denoiser.predict_epsilon(x_t, t, null.expand(3)).double()
         of_step = state.delta_sq[:, state.step].double(), state.cross[:, state.step].double()
         torch.testing.assert_close(of_step[0], delta.square().flatten(1).sum(1), rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(of_step[1], (conditional * delta).flatten(1).sum(1), rtol=1e-3, atol=1e-4)
@@ -204,10 +204,10 @@ def test_recorded_statistics_are_those_of_the_branches(denoiser):
 
 
 def test_ddpm_without_noise_is_refused(denoiser):
-    embeddings = denoiser.encode_prompts([""])
+    conditioning = denoiser.encode_prompts([""])
     plan = solver_plan(denoiser.schedule, "ddpm", 4)
     with pytest.raises(ValueError, match="step_noise"):
-        sample(denoiser, plan, embeddings, embeddings, torch.zeros(1, *denoiser.latent_shape), 4.0)
+        sample(denoiser, plan, conditioning, conditioning, torch.zeros(1, *denoiser.latent_shape), 4.0)
 
 
 @pytest.mark.parametrize("solver", SCHEDULERS)

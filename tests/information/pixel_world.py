@@ -2,6 +2,7 @@
 
 import torch
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at
 
 BAND = (-11.0, 11.0)
@@ -11,7 +12,7 @@ SCHEDULE = NoiseSchedule(alphas_cumprod=torch.linspace(12, -12, 1000, dtype=torc
 
 
 class PixelGaussians:
-    """x | label k ~ N(means[k], SPREAD^2 I) on (channels, h, w); an embedding (tokens=1, dim=1) holds the label."""
+    """x | label k ~ N(means[k], SPREAD^2 I) on (channels, h, w); a prompt's row holds the label."""
 
     def __init__(self, means: torch.Tensor):
         self.means = means
@@ -26,14 +27,14 @@ class PixelGaussians:
         distance = (x[:, None] - self.means).square().sum(2) / (2 * SPREAD**2)
         return distance[:, other] - distance[:, label]
 
-    def predict_epsilon(self, x_t, timesteps, embeddings):
+    def predict_epsilon(self, x_t, timesteps, conditioning):
         """E[eps | x_t, label], Gaussian conditioning."""
         signal, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma_at(self._log_snr, timesteps))
-        mean = self.means[embeddings[:, 0, 0].long()]
+        mean = self.means[conditioning["embeds"].long()]
         gain = signal * SPREAD**2 / (signal.square() * SPREAD**2 + sigma.square())
         return (x_t - signal * (mean + gain * (x_t - signal * mean))) / sigma
 
 
-def embedded(*labels: int) -> torch.Tensor:
-    """(len(labels), tokens, dim)."""
-    return torch.tensor(labels, dtype=torch.float32).view(-1, 1, 1)
+def embedded(*labels: int) -> Conditioning:
+    """One row a label."""
+    return Conditioning({"embeds": torch.tensor(labels, dtype=torch.float32)})

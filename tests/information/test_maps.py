@@ -6,7 +6,8 @@ from pixel_world import BAND, SCHEDULE, PixelGaussians, embedded
 
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.information.maps import information_maps, upsampled, without_each_word
-from mi_ray.information.pointwise import denoising_errors, draw_probes, pmi
+from mi_ray.information.pointwise import beside, denoising_errors, pmi
+from mi_ray.information.probes import draw_probes
 
 PLACE = (slice(None), slice(1, 3), slice(4, 7))  # rows and columns that the prompt speaks of
 
@@ -94,12 +95,12 @@ class TestOnTheShippedModel:
         return latents, index, denoiser.encode_prompts(prompts), denoiser.encode_prompts([""]), probes
 
     def test_maps_have_the_latents_shape_and_sum_to_the_values(self, denoiser, case):
-        latents, index, embeddings, null, probes = case
+        latents, index, conditioning, null, probes = case
         maps = information_maps(
-            denoiser.predict_epsilon, denoiser.schedule, latents, index, embeddings, null, probes, 16
+            denoiser.predict_epsilon, denoiser.schedule, latents, index, conditioning, null, probes, 16
         )
-        branches = torch.stack([embeddings, null.expand_as(embeddings)], 1)
-        errors = denoising_errors(denoiser.predict_epsilon, denoiser.schedule, latents, index, branches, probes, 16)
+        branches = beside(conditioning, null)
+        errors = denoising_errors(denoiser.predict_epsilon, denoiser.schedule, latents, index, *branches, probes, 16)
         value, _ = pmi(errors[:, 0], errors[:, 1], probes)
         assert maps.direct.shape == maps.orthogonal.shape == (3, *denoiser.latent_shape[1:])
         torch.testing.assert_close(maps.direct.sum((1, 2)), value, rtol=1e-3, atol=1e-3)

@@ -5,7 +5,8 @@ import torch
 from pixel_world import BAND, SCHEDULE, PixelGaussians, embedded
 
 from mi_ray.information.negatives import margin, posteriors
-from mi_ray.information.pointwise import denoising_errors, draw_probes, log_odds
+from mi_ray.information.pointwise import denoising_errors, log_odds
+from mi_ray.information.probes import draw_probes
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,8 @@ def world():
 def errors_of(world, x, labels, num_samples, seed=0):
     probes = draw_probes([seed], num_samples, *BAND, x.shape[1:])
     index = torch.zeros(len(x), dtype=torch.long)
-    errors = denoising_errors(world.predict_epsilon, SCHEDULE, x, index, embedded(*labels)[None], probes, 4096)
+    branches = embedded(*labels), torch.arange(len(labels))[None]
+    errors = denoising_errors(world.predict_epsilon, SCHEDULE, x, index, *branches, probes, 4096)
     return errors[:, 0], errors[:, 1:], probes
 
 

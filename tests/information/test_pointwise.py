@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.special import stdtrit
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import UNetDenoiser
 from mi_ray.diffusion.schedules import (
     NoiseSchedule,
@@ -18,7 +19,7 @@ from mi_ray.diffusion.schedules import (
 )
 from mi_ray.information import pointwise
 from mi_ray.information.closed_form import SCHEDULE, JointGaussian, LabelledMixture
-from mi_ray.information.pointwise import Design, draw_probes
+from mi_ray.information.probes import Design, adaptive_logistic, draw_probes, effective_sample_size, logistic_band
 
 BAND = (-11.0, 11.0)
 LOGISTIC = {"loc": 0.7, "scale": 1.5}
@@ -40,9 +41,9 @@ DESIGNS = UNBIASED | {
 def statistics(world, x, prompts, probes, batch_size=2**14):
     """Errors and distances (n, 2, K) of each x under its own prompt and the null prompt; noise one set each, or one."""
     probes = replace(probes, noise_seeds=probes.noise_seeds.expand(len(x), -1))
-    branches = torch.stack([prompts, world.null.expand(len(prompts), 1, -1)], 1)
+    branches = pointwise.beside(prompts, world.null)
     return pointwise.denoising_statistics(
-        world.predict_epsilon, SCHEDULE, x, torch.arange(len(x)), branches, probes, batch_size, reference=1
+        world.predict_epsilon, SCHEDULE, x, torch.arange(len(x)), *branches, probes, batch_size, reference=1
     )
 
 
@@ -50,7 +51,7 @@ def estimates(world, x, prompts, design, num_samples, replicates, band=BAND):
     """i_s and its standard error of each of n candidates in so many independent draws: (replicates, n) each."""
     count, found = len(x), []
     each = 10  # sets of noise for one set of levels
-    x, prompts = x.repeat(each, 1), prompts.repeat(each, 1, 1)
+    x, prompts = x.repeat(each, 1), Conditioning.cat([prompts] * each)
     for seed in range(replicates // each):
         seeds = [1000 * seed + i // count for i in range(each * count)]
         probes = draw_probes(seeds, num_samples, *band, x.shape[1:], design, level_seed=seed)
@@ -83,7 +84,7 @@ def test_pmi_of_a_mixture_equals_the_analytic_value(labels, dim, distance, desig
     world = LabelledMixture(labels, dim, distance)
     x = world.draw(0, 4)
     for label in (0, 1):
-        draws, _ = estimates(world, x, world.embed(label).expand(4, 1, 1), DESIGNS[design], 64, 120)
+        draws, _ = estimates(world, x, world.embed(label).expand(4), DESIGNS[design], 64, 120)
         means = draws.view(12, 10, -1).mean(1)
         deviation = means.mean(0) - world.pmi(x, label)
         assert (deviation.abs() < 3.5 * means.std(0) / 12**0.5 + 0.01).all()
@@ -111,7 +112,7 @@ def test_averages_over_a_mixture_agree_with_the_analytic_information(labels, dim
     """All labels equally likely, and all other things as above: the analytic point-wise values are the control."""
     world, each = LabelledMixture(labels, dim, distance), 1200
     x = torch.cat([world.draw(label, each) for label in range(labels)])
-    prompts = torch.cat([world.embed(label).expand(each, 1, 1) for label in range(labels)])
+    prompts = Conditioning.cat(world.embed(label).expand(each) for label in range(labels))
     truth = torch.cat([world.pmi(x[label * each :][:each], label) for label in range(labels)])
     probes = draw_probes(list(range(len(x))), 16, *BAND, (dim,), Design(loc=1.0, scale=2.0, antithetic=True))
     errors, distances = statistics(world, x, prompts, probes)
@@ -139,11 +140,11 @@ def test_both_are_zero_where_the_prompt_says_nothing(world, design):
 def test_contrastive_equals_the_analytic_value():
     world = LabelledMixture(4, 8, 0.4)
     x = world.draw(2, 4)
-    draws = []
+    draws, branches = [], (world.embed(2, 0, 1, 3), torch.arange(4)[None])
     for seed in range(24):
         probes = draw_probes([seed], 200, *BAND, (8,))
         errors = pointwise.denoising_errors(
-            world.predict_epsilon, SCHEDULE, x, torch.zeros(4).long(), world.embed(2, 0, 1, 3)[None], probes, 4096
+            world.predict_epsilon, SCHEDULE, x, torch.zeros(4).long(), *branches, probes, 4096
         )
         draws.append(pointwise.pmi_contrastive(errors[:, 0], errors[:, 1:], probes).value)
     draws = torch.stack(draws)
@@ -161,8 +162,9 @@ class Predicting(torch.nn.Module):
         self.world, self.prediction_type = world, prediction_type
         self.config = SimpleNamespace(sample_size=2, in_channels=2)
 
-    def forward(self, x_t, timesteps, embeddings):
-        epsilon = self.world.predict_epsilon(x_t.flatten(1), timesteps, embeddings).view_as(x_t)
+    def forward(self, x_t, timesteps, encoder_hidden_states):
+        conditioning = Conditioning({"embeds": encoder_hidden_states})
+        epsilon = self.world.predict_epsilon(x_t.flatten(1), timesteps, conditioning).view_as(x_t)
         alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma_at(SCHEDULE.log_snr.float(), timesteps))
         x0 = x0_from_epsilon(epsilon, x_t, alpha, sigma)
         return SimpleNamespace(sample=prediction_from(self.prediction_type, x0, epsilon, alpha, sigma))
@@ -183,18 +185,18 @@ def of_unet(world, prediction_type):
 def of_rectified_flow(world):
     """u = epsilon - x0 at x_t = (1 - t) x0 + t epsilon, brought to epsilon on the log-SNR axis."""
 
-    def velocity(x_t, t, embeddings):
+    def velocity(x_t, t, conditioning):
         log_snr = 2 * torch.logit(1 - t)
         alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
         x_alpha = x_t * (alpha + sigma)
-        epsilon = world.predict_epsilon(x_alpha.flatten(1), SCHEDULE.timestep_at(log_snr[:, 0, 0, 0]), embeddings)
+        epsilon = world.predict_epsilon(x_alpha.flatten(1), SCHEDULE.timestep_at(log_snr[:, 0, 0, 0]), conditioning)
         epsilon = epsilon.view_as(x_t)
         return epsilon - x0_from_epsilon(epsilon, x_alpha, alpha, sigma)
 
-    def predict_epsilon(x_alpha, timesteps, embeddings):
+    def predict_epsilon(x_alpha, timesteps, conditioning):
         alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma_at(SCHEDULE.log_snr.float(), timesteps))
         t, x_t = sigma / (alpha + sigma), x_alpha / (alpha + sigma)
-        return epsilon_from_flow(velocity(x_t, t, embeddings), x_alpha, alpha, sigma)
+        return epsilon_from_flow(velocity(x_t, t, conditioning), x_alpha, alpha, sigma)
 
     return predict_epsilon
 
@@ -207,10 +209,10 @@ def test_every_parameterisation_gives_the_same_values(kind):
     flat = draw_probes([0], 40, -8.0, 8.0, (8,))
     errors, distances = statistics(world, x, prompts, flat)
     predict_epsilon = of_rectified_flow(world) if kind == "flow" else of_unet(world, kind)
-    branches = torch.stack([prompts, world.null.expand(5, 1, -1)], 1)
+    branches = pointwise.beside(prompts, world.null)
     probes = replace(probes, noise_seeds=probes.noise_seeds.expand(5, -1))
     found_errors, found_distances = pointwise.denoising_statistics(
-        predict_epsilon, SCHEDULE, x.view(5, 2, 2, 2), torch.arange(5), branches, probes, 64, reference=1
+        predict_epsilon, SCHEDULE, x.view(5, 2, 2, 2), torch.arange(5), *branches, probes, 64, reference=1
     )
     for truth, found in (
         (pointwise.pmi(*errors.unbind(1), flat), pointwise.pmi(*found_errors.unbind(1), probes)),
@@ -246,7 +248,7 @@ def test_paired_differences_are_tighter_than_the_values_and_calibrated(design):
     world = JointGaussian(16, 0.6)
     x, prompts = world.draw(1, seed=2)
     pair = torch.cat([x, x + 0.3 * torch.randn(1, 16, generator=torch.Generator().manual_seed(5))])
-    prompts = prompts.expand(2, 1, -1)
+    prompts = prompts.expand(2)
     found = []
     for seed in range(150):
         probes = draw_probes([seed], 96, *BAND, (16,), DESIGNS[design], level_seed=seed)
@@ -311,7 +313,7 @@ def test_weights_integrate_the_band(design):
 def test_logistic_weights_are_the_published_ones():
     """Kong et al.: weight = scale tanh(c / 2) / (sigmoid(z) sigmoid(-z)) on loc -+ c scale."""
     loc, scale, clip = 1.0, 2.0, 3.0
-    band = pointwise.logistic_band(loc, scale, clip)
+    band = logistic_band(loc, scale, clip)
     assert band == (-5.0, 7.0)
     probes = draw_probes([0], 50, *band, (1,), Design(loc=loc, scale=scale, levels="random"))
     z = (probes.log_snr - loc) / scale
@@ -353,21 +355,21 @@ def test_the_adaptive_location_is_where_the_conditional_error_crosses_half(corre
     x, prompts = world.draw(32)
     pilot = draw_probes(list(range(32)), 30, *BAND, (64,))
     errors, _ = statistics(world, x, prompts, pilot)
-    found = pointwise.adaptive_logistic(errors[:, 0], pilot.log_snr, 64)
+    found = adaptive_logistic(errors[:, 0], pilot.log_snr, 64)
     assert found == (pytest.approx(loc, abs=0.2), pytest.approx(1.0, abs=0.2))
 
 
 def test_an_error_that_never_crosses_puts_the_location_at_the_end():
-    low = pointwise.adaptive_logistic(torch.full((3, 5), 0.1), torch.arange(5.0), 1)
+    low = adaptive_logistic(torch.full((3, 5), 0.1), torch.arange(5.0), 1)
     assert low == (4.0, 1.0)
-    assert pointwise.adaptive_logistic(torch.full((3, 5), 0.9), torch.arange(5.0), 1) == (0.0, 1.0)
+    assert adaptive_logistic(torch.full((3, 5), 0.9), torch.arange(5.0), 1) == (0.0, 1.0)
 
 
 def test_effective_sample_size():
-    assert pointwise.effective_sample_size(torch.full((7,), 0.3)) == pytest.approx(7)
-    assert pointwise.effective_sample_size(torch.tensor([1.0, 0, 0])) == pytest.approx(1)
+    assert effective_sample_size(torch.full((7,), 0.3)) == pytest.approx(7)
+    assert effective_sample_size(torch.tensor([1.0, 0, 0])) == pytest.approx(1)
     probes = draw_probes([0], 40, -8.0, 8.0, (1,), Design(loc=0.0, scale=1.0))
-    assert 1 < pointwise.effective_sample_size(probes.weight) < 20
+    assert 1 < effective_sample_size(probes.weight) < 20
 
 
 # ------------------------------------------------------------------------------------------ probing
@@ -375,7 +377,7 @@ def test_batches_change_nothing_and_stay_within_their_size():
     world = LabelledMixture(3, 8, 0.5)
     x = world.draw(0, 5)
     index = torch.tensor([0, 1, 0, 1, 1])
-    embeddings = torch.stack([torch.cat([world.embed(0, 1), world.null[None]])] * 2)
+    branches = Conditioning.cat([world.embed(0, 1), world.null]), torch.tensor([[0, 1, 2]] * 2)
     probes = draw_probes([7, 8], 7, *BAND, (8,), Design(antithetic=False))
     sizes = []
 
@@ -383,12 +385,12 @@ def test_batches_change_nothing_and_stay_within_their_size():
         sizes.append(len(x_t))
         return world.predict_epsilon(x_t, timesteps, prompts)
 
-    whole = pointwise.denoising_errors(counting, SCHEDULE, x, index, embeddings, probes, 4096)
+    whole = pointwise.denoising_errors(counting, SCHEDULE, x, index, *branches, probes, 4096)
     assert whole.shape == (5, 3, 7)
     assert sizes == [5 * 3 * 7]
     for batch_size in (16, 4, 2):  # the last holds fewer than the branches of one candidate
         sizes.clear()
-        pieces = pointwise.denoising_errors(counting, SCHEDULE, x, index, embeddings, probes, batch_size)
+        pieces = pointwise.denoising_errors(counting, SCHEDULE, x, index, *branches, probes, batch_size)
         torch.testing.assert_close(whole, pieces)
         assert max(sizes) <= batch_size
         assert sum(sizes) == 5 * 3 * 7
@@ -398,9 +400,9 @@ def test_every_candidate_of_a_prompt_meets_the_same_noise():
     world = LabelledMixture(3, 8, 0.5)
     x = world.draw(0, 1).expand(4, -1)
     probes = draw_probes([0, 1], 6, *BAND, (8,))
-    embeddings = world.embed(0)[None].expand(2, 1, 1, 1)
+    branches = world.embed(0), torch.zeros(2, 1).long()
     index = torch.tensor([0, 0, 0, 1])
-    errors = pointwise.denoising_errors(world.predict_epsilon, SCHEDULE, x, index, embeddings, probes, 5)
+    errors = pointwise.denoising_errors(world.predict_epsilon, SCHEDULE, x, index, *branches, probes, 5)
     torch.testing.assert_close(errors[:3], errors[:1].expand(3, -1, -1))
     assert not torch.allclose(errors[3], errors[0])
 
@@ -411,8 +413,9 @@ def test_more_samples_take_no_more_memory():
     probes = draw_probes([0], 30_000, *BAND, (2,))
     held = sum(t.numel() for t in vars(probes).values() if isinstance(t, torch.Tensor))
     assert held == 3 * 30_000  # a level, a weight and a seed each, however big a latent is
+    branches = world.embed(0, 1), torch.tensor([[0, 1]])
     chunks = pointwise.predictions(
-        world.predict_epsilon, SCHEDULE, world.draw(0, 1), torch.zeros(1).long(), world.embed(0, 1)[None], probes, 64
+        world.predict_epsilon, SCHEDULE, world.draw(0, 1), torch.zeros(1).long(), *branches, probes, 64
     )
     first = next(iter(chunks))
     assert (first.noise.shape, first.predicted.shape) == ((32, 2), (32, 2, 2))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.information.closed_form import SCHEDULE, JointGaussian
-from mi_ray.information.pointwise import Design, draw_probes
+from mi_ray.information.probes import Design, draw_probes
 from mi_ray.information.sequential import choose
 
 BAND = (-8.0, 8.0)
@@ -17,8 +18,8 @@ def pool_of(count: int, seed: int, spread: float = 1.0):
     """Candidates about one image, more or less like it, their branches, and their true scores in the band."""
     x, prompts = WORLD.draw(1, seed)
     x = x + spread * torch.randn(count, WORLD.dim, generator=torch.Generator().manual_seed(seed))
-    branches = torch.cat([prompts, WORLD.null[None]])
-    return x, branches, WORLD.pmi(x, prompts.expand(count, 1, -1), *BAND)
+    branches = Conditioning.cat([prompts, WORLD.null])
+    return x, branches, WORLD.pmi(x, prompts.expand(count), *BAND)
 
 
 def chosen_from(x, branches, top_k, confidence=0.95, seed=0, max_rounds=MOST):

@@ -6,7 +6,8 @@ import torch
 from mi_ray.config import ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.schedules import NoiseSchedule
-from mi_ray.information.pointwise import Design, denoising_errors, draw_probes, log_density, pmi_contrastive
+from mi_ray.information.pointwise import denoising_errors, log_density, pmi_contrastive
+from mi_ray.information.probes import Design, draw_probes
 from mi_ray.scoring.branches import branch_errors, encode_each, likeliest_errors
 from mi_ray.scoring.scorer import probed_band
 
@@ -18,7 +19,7 @@ INDEX = torch.tensor([0, 0, 1, 2, 2])
 def world(tiny_pipeline):
     denoiser = load_denoiser(str(tiny_pipeline))
     latents = torch.randn(len(INDEX), *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
-    return denoiser, latents, encode_each(denoiser, TEXTS)
+    return denoiser, latents, *encode_each(denoiser, TEXTS)
 
 
 def probes(denoiser, count=8, **design):
@@ -26,8 +27,8 @@ def probes(denoiser, count=8, **design):
 
 
 def test_each_candidate_meets_the_branches_of_its_own_prompt(world):
-    denoiser, latents, branches = world
-    found = branch_errors(denoiser, latents, INDEX, branches, probes(denoiser), 5)
+    denoiser, latents, conditioning, branches = world
+    found = branch_errors(denoiser, latents, INDEX, conditioning, branches, probes(denoiser), 5)
     assert [len(errors) for errors in found] == [4, 4, 0, 2, 2]
     for row, prompt in enumerate(INDEX.tolist()):
         if TEXTS[prompt]:
@@ -36,6 +37,7 @@ def test_each_candidate_meets_the_branches_of_its_own_prompt(world):
                 denoiser.schedule,
                 latents[row : row + 1],
                 torch.tensor([0]),
+                conditioning,
                 branches[prompt][None],
                 probes(denoiser).of(torch.tensor([prompt])),
                 5,
@@ -45,10 +47,10 @@ def test_each_candidate_meets_the_branches_of_its_own_prompt(world):
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_the_likeliest_are_those_of_the_first_probes_and_meet_all(world, antithetic):
-    denoiser, latents, branches = world
+    denoiser, latents, conditioning, branches = world
     drawn = probes(denoiser, antithetic=antithetic)
-    whole = branch_errors(denoiser, latents, INDEX, branches, drawn, 5)
-    errors, kept, spent = likeliest_errors(denoiser, latents, INDEX, branches, drawn, 5, count=2, first=4)
+    whole = branch_errors(denoiser, latents, INDEX, conditioning, branches, drawn, 5)
+    errors, kept, spent = likeliest_errors(denoiser, latents, INDEX, conditioning, branches, drawn, 5, count=2, first=4)
     early, late = drawn.spread(4)
     assert spent == sum(4 * len(TEXTS[p]) + 4 * min(2, len(TEXTS[p])) for p in INDEX.tolist())
     for all_of_them, likeliest, which in zip(whole, errors, kept, strict=True):
@@ -59,10 +61,10 @@ def test_the_likeliest_are_those_of_the_first_probes_and_meet_all(world, antithe
 
 
 def test_with_no_probe_left_over_nothing_is_dropped(world):
-    denoiser, latents, branches = world
+    denoiser, latents, conditioning, branches = world
     drawn = probes(denoiser, 3)
-    whole = branch_errors(denoiser, latents, INDEX, branches, drawn, 5)
-    left, kept, spent = likeliest_errors(denoiser, latents, INDEX, branches, drawn, 5, count=1, first=3)
+    whole = branch_errors(denoiser, latents, INDEX, conditioning, branches, drawn, 5)
+    left, kept, spent = likeliest_errors(denoiser, latents, INDEX, conditioning, branches, drawn, 5, count=1, first=3)
     assert spent == sum(errors.numel() for errors in whole)
     assert all(torch.equal(a, b) for a, b in zip(whole, left, strict=True))
     assert [len(which) for which in kept] == [len(errors) for errors in whole]

@@ -40,27 +40,27 @@ def small_memory(tiny_pipeline):
 def test_a_batch_that_does_not_fit_is_halved_for_good_and_changes_no_candidate(tiny_pipeline, small_memory):
     denoiser, sizes = small_memory
     sampler = Sampler(denoiser, DDPM, 10)
-    embeddings = denoiser.encode_prompts(PROMPTS)
-    sampled = sampler(embeddings, SEEDS, work := Work())
+    conditioning = denoiser.encode_prompts(PROMPTS)
+    sampled = sampler(conditioning, SEEDS, work := Work())
     assert work.batch_halvings >= 1
-    whole = Sampler(load_denoiser(str(tiny_pipeline)), DDPM, 10)(embeddings, SEEDS, Work())
+    whole = Sampler(load_denoiser(str(tiny_pipeline)), DDPM, 10)(conditioning, SEEDS, Work())
     torch.testing.assert_close(sampled.latents, whole.latents, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(sampled.delta_sq, whole.delta_sq, rtol=1e-3, atol=1e-3)
     assert sampler.batch_size <= 4  # both branches of 4 candidates are 8 rows
     before = len(sizes)
-    sampler(embeddings, SEEDS, Work())
+    sampler(conditioning, SEEDS, Work())
     assert max(sizes[before:]) <= 8
 
 
 def test_scores_are_computed_in_smaller_batches(tiny_pipeline, small_memory):
     denoiser, _ = small_memory
     config = ScoreConfig(names=("pmi",), num_samples=3)
-    embeddings = denoiser.encode_prompts(PROMPTS)
-    sampled = Sampler(denoiser, DDPM, 2)(embeddings, SEEDS, Work())
+    conditioning = denoiser.encode_prompts(PROMPTS)
+    sampled = Sampler(denoiser, DDPM, 2)(conditioning, SEEDS, Work())
     index = torch.arange(2).repeat_interleave(5)
     scorer = Scorer(denoiser, config, 16, 0, [])
-    scores = scorer(PROMPTS, embeddings, index, sampled, Work())
-    whole = Scorer(load_denoiser(str(tiny_pipeline)), config, 16, 0, [])(PROMPTS, embeddings, index, sampled, Work())
+    scores = scorer(PROMPTS, conditioning, index, sampled, Work())
+    whole = Scorer(load_denoiser(str(tiny_pipeline)), config, 16, 0, [])(PROMPTS, conditioning, index, sampled, Work())
     assert scores["score_pmi"] == pytest.approx(whole["score_pmi"], rel=1e-3, abs=1e-3)
     assert scorer.batch_size <= 4
 

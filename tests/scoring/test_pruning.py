@@ -47,14 +47,14 @@ def denoiser(tiny_pipeline):
 
 def sampled(denoiser, config, prompts, batch_size, carried=None, cuts=True):
     """(trajectory, halving, work) of seeds that belong to the prompts, as generation's do."""
-    work, embeddings = Work(), denoiser.encode_prompts(prompts)
+    work, conditioning = Work(), denoiser.encode_prompts(prompts)
     seeds = [[1000 * PROMPTS.index(prompt) + c for c in range(EACH)] for prompt in prompts]
     scorer = Scorer(denoiser, config.score, batch_size, 0, PROMPTS)
     carried = np.zeros(len(prompts) * EACH, bool) if carried is None else carried
     counts = config.prune.cuts(STEPS, EACH)
-    halving = Halving(counts, cut_scorer(config, scorer, PROMPTS), prompts, embeddings, carried, work)
+    halving = Halving(counts, cut_scorer(config, scorer, PROMPTS), prompts, conditioning, carried, work)
     sampler = Sampler(denoiser, config.sampler, batch_size)
-    return sampler(embeddings, seeds, work, halving if cuts else None), halving, work
+    return sampler(conditioning, seeds, work, halving if cuts else None), halving, work
 
 
 # ------------------------------------------------------------------------------------------ the schedule

@@ -94,10 +94,10 @@ def test_scores_are_those_of_the_estimators(tiny):
         others = negatives(prompt)
         texts = [prompt, "", *(other.prompt for other in others), " ".join(prompt.split()[:-1])]
         probes = draw_probes_of([prompt], config, 5, tiny)
-        branches = tiny.encode_prompts(texts)[None]
+        branches = tiny.encode_prompts(texts), torch.arange(len(texts))[None]
         latents = tiny.encode_images(image[None])
         errors = pointwise.denoising_errors(
-            tiny.predict_epsilon, tiny.schedule, latents, torch.zeros(1, dtype=torch.long), branches, probes, 64
+            tiny.predict_epsilon, tiny.schedule, latents, torch.zeros(1, dtype=torch.long), *branches, probes, 64
         )[0]
         density = dict(zip(texts, pointwise.log_density(errors, probes).tolist(), strict=True))
         assert row["score_pmi"] == pytest.approx(density[prompt] - density[""], abs=2e-3)
@@ -278,7 +278,7 @@ def test_two_threads_may_ask_for_tokens(tiny):
     thread = threading.Thread(target=count)
     thread.start()
     while thread.is_alive():
-        shapes.append(tiny.encode_prompts(["a red circle", "two hearts"]).shape[1])
+        shapes.append(tiny.encode_prompts(["a red circle", "two hearts"])["embeds"].shape[1])
     thread.join()
     assert set(counts) == {62}
     assert set(shapes) <= {tiny.max_tokens}

@@ -22,6 +22,7 @@ from mi_ray import storage
 from mi_ray.config import FinetuneConfig, RunConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.adapters import adapter_state, attach_adapter, load_adapter_state, save_adapter, save_weighted_sum
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.schedules import NoiseSchedule, epsilon_from, prediction_from, x0_from_epsilon
 from mi_ray.runs import lease
 from mi_ray.storage import tables
@@ -146,7 +147,9 @@ def test_loss_of_a_perfect_model_is_zero_and_a_sample_counts_by_its_weight(predi
     x0, noise = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     timesteps, oracle = torch.tensor([3, 900]), Oracle()
     objective = Objective(oracle, schedule, FinetuneConfig())
-    loss = objective(Batch(x0, noise, timesteps, torch.zeros(2, 1, 1), torch.tensor([1.0, 0.5])))
+    loss = objective(
+        Batch(x0, noise, timesteps, Conditioning({"embeds": torch.zeros(2, 1, 1)}), torch.tensor([1.0, 0.5]))
+    )
     assert loss.item() == pytest.approx(0.5 * 4 / 2, rel=1e-5)
     torch.testing.assert_close(oracle.x_t, scheduler.add_noise(x0, noise, timesteps))
 

@@ -9,6 +9,7 @@ from torch.nn.functional import logsigmoid
 
 from mi_ray.config import FinetuneConfig
 from mi_ray.diffusion.adapters import attach_adapter
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.training.losses import METHODS, Batch, Objective, Predictions, weights_of
 
@@ -23,10 +24,9 @@ def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 6, 4, 3, 3, generator=generator, dtype=torch.float64)
     advantages = torch.tensor([0.5, -0.75, 0.25, -0.1, 1.0, -0.9], dtype=torch.float64)
-    return Batch(
-        x0, noise, torch.full((6,), 500), torch.zeros(6, 1, 1), torch.ones(6), advantages, (advantages + 1) / 2,
-        torch.tensor([0, 0, 0, 1, 1, 1]),
-    )  # fmt: skip
+    conditioning, group = Conditioning({"embeds": torch.zeros(6, 1, 1)}), torch.tensor([0, 0, 0, 1, 1, 1])
+    rewards, timesteps = (advantages + 1) / 2, torch.full((6,), 500)
+    return Batch(x0, noise, timesteps, conditioning, torch.ones(6), advantages, rewards, group)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_awm_starts_with_the_gradient_of_the_weighted_error(batch, predictions):
 def test_dgpo_of_two_candidates_is_diffusion_dpo(batch, predictions):
     """Wallace et al. 2023, eq. 14, of a winner and a loser with advantages 1 and -1."""
     pair = Batch(
-        batch.x0[:2], batch.noise[:2], batch.timesteps[:2], batch.conditioning[:2], batch.weights[:2],
+        batch.x0[:2], batch.noise[:2], batch.timesteps[:2], batch.conditioning.rows(slice(2)), batch.weights[:2],
         torch.tensor([1.0, -1.0], dtype=torch.float64), None, torch.tensor([0, 0]),
     )  # fmt: skip
     p = Predictions(
@@ -144,9 +144,9 @@ def test_the_reference_is_the_base_model_guided_as_asked(denoiser, adapter):
     objective, batch = objective_of(denoiser, adapter, method="nft", anchor_guidance=3.0), rows(denoiser)
     a = denoiser.schedule.alphas_cumprod[batch.timesteps].float().view(-1, 1, 1, 1)
     x_t = a.sqrt() * batch.x0 + (1 - a).sqrt() * batch.noise
-    null = denoiser.encode_prompts([""]).expand_as(batch.conditioning)
+    null = denoiser.encode_prompts([""]).expand(4)
     with torch.no_grad():
-        prompt, empty = (denoiser.unet(x_t, batch.timesteps, e).sample for e in (batch.conditioning, null))
+        prompt, empty = (denoiser.unet(x_t, batch.timesteps, e["embeds"]).sample for e in (batch.conditioning, null))
         with weights_of(moved(objective), objective.parameters_trained):
             assert (objective.predict(batch) - prompt).abs().max() > 1e-3
             found = objective.reference(batch)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mi_ray.config.section import ConfigError
+from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.storage import tables
 from mi_ray.training.training_set import (
@@ -34,16 +35,17 @@ def test_prompt_dropout_takes_the_null_prompt_and_weights_follow_their_samples()
         latents=torch.arange(count).float().view(-1, 1, 1, 1),
         weights=torch.arange(count) / 10,
         prompts=torch.arange(count),
-        embeddings=torch.arange(count + 1).float().view(-1, 1, 1),
+        conditioning=Conditioning({"embeds": torch.arange(count + 1).float()}),
     )
     batches = [draw_microbatch(data, 0, m, 50, range(1000), 0.3) for m in range(40)]
-    latents, noise, timesteps, embeddings, weights = (
+    latents, noise, timesteps, weights = (
         torch.cat([getattr(batch, name) for batch in batches]).flatten()
-        for name in ("x0", "noise", "timesteps", "conditioning", "weights")
+        for name in ("x0", "noise", "timesteps", "weights")
     )
-    dropped = embeddings == count
+    embeds = Conditioning.cat(batch.conditioning for batch in batches)["embeds"]
+    dropped = embeds == count
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.05)  # 2000 draws: 5 standard errors
-    assert torch.equal(embeddings[~dropped], latents[~dropped])
+    assert torch.equal(embeds[~dropped], latents[~dropped])
     assert torch.equal(weights, latents / 10)
     assert noise.std().item() == pytest.approx(1, abs=0.1)
     assert timesteps.min() < 20
@@ -66,11 +68,13 @@ def test_only_what_is_drawn_is_read(tiny_pipeline, tmp_path):
     microbatches, batch_size = 4, 3
     some, whole = (read_training_set(uri, denoiser, 5, drawn) for drawn in (microbatches * batch_size, 10**6))
     assert (len(some.latents), len(whole.latents), some.count) == (12, count, count)
-    assert len(some.embeddings) <= 13
+    assert len(some.conditioning) <= 13
     for microbatch in range(microbatches):
         batches = [draw_microbatch(data, 5, microbatch, batch_size, range(1000), 0.3) for data in (some, whole)]
         for name in ("x0", "noise", "timesteps", "conditioning", "weights"):
             found, expected = (getattr(batch, name) for batch in batches)
+            if name == "conditioning":
+                found, expected = found["embeds"], expected["embeds"]
             torch.testing.assert_close(found, expected)
 
 

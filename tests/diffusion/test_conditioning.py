@@ -1,0 +1,93 @@
+"""One value for all that a prompt becomes: rows are picked, joined, repeated and moved together."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mi_ray.diffusion.conditioning import Conditioning
+
+
+@pytest.fixture
+def three() -> Conditioning:
+    """As a family with a mask and a pooled vector would have it."""
+    embeds = torch.arange(24.0).view(3, 4, 2)
+    return Conditioning({"embeds": embeds, "mask": torch.tensor([[1, 1, 0, 0]] * 3), "pooled": torch.eye(3)})
+
+
+def equal(ours: Conditioning, theirs: Conditioning) -> bool:
+    assert list(ours.tensors) == list(theirs.tensors)
+    return all(torch.equal(ours[name], theirs[name]) for name in ours.tensors)
+
+
+def test_rows_are_picked_together_in_any_order_and_number(three):
+    assert len(three) == 3
+    picked = three.rows(torch.tensor([2, 0, 2, 2]))
+    assert picked["embeds"].shape == (4, 4, 2)
+    assert picked["mask"].shape == (4, 4)
+    assert torch.equal(picked["pooled"], three["pooled"][[2, 0, 2, 2]])
+    assert equal(three.rows(slice(1, 2)), three.rows(torch.tensor([1])))
+    assert len(three.rows(torch.empty(0, dtype=torch.long))) == 0
+
+
+def test_parts_join_to_the_whole(three):
+    parts = [three.rows(slice(0, 1)), three.rows(slice(1, 3))]
+    assert equal(Conditioning.cat(parts), three)
+    assert equal(Conditioning.cat(iter(parts)), three)
+
+
+def test_one_row_stands_for_many_without_a_copy(three):
+    one = three.rows(slice(1, 2))
+    many = one.expand(5)
+    assert len(many) == 5
+    assert equal(many, one.rows(torch.zeros(5, dtype=torch.long)))
+    assert many["embeds"].data_ptr() == one["embeds"].data_ptr()
+    assert equal(three.expand(3), three)
+    with pytest.raises(ValueError, match="of 3 prompts cannot stand for 5"):
+        three.expand(5)
+
+
+def test_precision_changes_numbers_and_not_masks(three):
+    half = three.to(dtype=torch.bfloat16)
+    assert {name: tensor.dtype for name, tensor in half.tensors.items()} == {
+        "embeds": torch.bfloat16,
+        "mask": torch.int64,
+        "pooled": torch.bfloat16,
+    }
+    elsewhere = three.to("meta")
+    assert all(tensor.is_meta for tensor in elsewhere.tensors.values())
+    assert elsewhere.rows(torch.tensor([0]))["embeds"].shape == (1, 4, 2)
+    assert equal(three.cpu(), three)
+
+
+def test_what_does_not_belong_together_is_refused(three):
+    with pytest.raises(ValueError, match=r"one row a prompt each; these are: embeds \(3, 2\), pooled \(2, 2\)"):
+        Conditioning({"embeds": torch.zeros(3, 2), "pooled": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="no tensor"):
+        Conditioning({})
+    with pytest.raises(ValueError, match="they hold embeds and embeds, mask, pooled"):
+        Conditioning.cat([three, Conditioning({"embeds": three["embeds"]})])
+    longer = three.map(lambda tensor: torch.cat([tensor, tensor], 1))
+    with pytest.raises(ValueError, match=r"rows of embeds have the shapes \(4, 2\) and \(8, 2\)"):
+        Conditioning.cat([three, longer])
+
+
+class Pooling(torch.nn.Module):
+    """A network that a conditioning is an argument of."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, conditioning: Conditioning) -> torch.Tensor:
+        return (conditioning["embeds"] @ self.weight * conditioning["mask"]).sum()
+
+
+def test_data_parallel_training_hands_it_on(three, tmp_path):
+    alone, parallel = Pooling(), Pooling()
+    alone(three).backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        torch.nn.parallel.DistributedDataParallel(parallel)(three).backward()
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(alone.weight.grad, parallel.weight.grad)
