@@ -10,6 +10,7 @@ from mi_ray.language.recombine import Templates, TextTemplates
 from mi_ray.language.shapes_templates import ShapesTemplates
 
 MakeNegatives = Callable[[str], list[Negative]]
+MakeTemplates = Callable[[Sequence[str], Sequence[float]], Templates]
 
 
 def negatives_by(source: str) -> MakeNegatives:
@@ -36,12 +37,11 @@ def negatives_by(source: str) -> MakeNegatives:
     raise ValueError(f"{source!r} makes no negatives: one of auto, shapes, text, spacy, spacy:MODEL")
 
 
-def templates_by(source: str, prompts: Sequence[str], weights: Sequence[float], split: str) -> Templates:
-    """The templates of a list of prompts.
+def templates_by(source: str, split: str) -> MakeTemplates:
+    """The function that makes the templates of a list of prompts, given the weights of their fillers.
 
     Args:
-        source: who reads them, as for `negatives_by`.
-        weights: of the prompts, for their fillers.
+        source: who reads the prompts, as for `negatives_by`.
         split: of the grammar, which its prompts shall be of.
 
     Raises:
@@ -51,17 +51,15 @@ def templates_by(source: str, prompts: Sequence[str], weights: Sequence[float], 
     if name not in ("auto", "shapes", "text", "spacy"):
         raise ValueError(f"{source!r} reads no prompts: one of auto, shapes, text, spacy, spacy:MODEL")
     find_phrases = text.spacy_phrases(model or "en_core_web_sm") if name == "spacy" else text.plain_phrases
-    by_grammar = [i for i, prompt in enumerate(prompts) if name in ("auto", "shapes") and shapes.reads(prompt)]
-    others = [] if name == "shapes" else sorted({*range(len(prompts))} - {*by_grammar})
-    return _Shared(
-        [
-            (some, read([prompts[i] for i in some], [weights[i] for i in some]))
-            for some, read in (
-                (by_grammar, partial(ShapesTemplates, split=split)),
-                (others, partial(TextTemplates, find_phrases=find_phrases)),
-            )
-        ]
-    )
+
+    def make(prompts: Sequence[str], weights: Sequence[float]) -> Templates:
+        read = [name in ("auto", "shapes") and shapes.reads(prompt) for prompt in prompts]
+        by_grammar = [i for i, is_read in enumerate(read) if is_read]
+        others = [i for i, is_read in enumerate(read) if not is_read and name != "shapes"]
+        of = [([prompts[i] for i in some], [weights[i] for i in some]) for some in (by_grammar, others)]
+        return _Shared([(by_grammar, ShapesTemplates(*of[0], split)), (others, TextTemplates(*of[1], find_phrases))])
+
+    return make
 
 
 class _Shared:

@@ -23,7 +23,7 @@ NAMES = ("color_train", "spatial_train", "numeracy_val", "complex_val")
 
 def made(prompts: list[str], count: int | None = None, seed: int = 0, weights=None, source: str = "text") -> list[str]:
     weights = weights or [1.0] * len(prompts)
-    templates = templates_by(source, prompts, weights, "train")
+    templates = templates_by(source, "train")(prompts, weights)
     return [prompt for _, prompt in islice(recombined(templates, weights, seed, prompts), count)]
 
 
