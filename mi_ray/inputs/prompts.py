@@ -1,4 +1,4 @@
-"""Prompt files to prompt tables, as a stream: what is held in memory is a chunk of the file.
+"""Prompt files to prompt tables, as a stream: what is held in memory is a chunk of the file. And new prompt files.
 
 A prompt table has the columns prompt_id, prompt, category and split (the last two may be null).
 """
@@ -314,6 +314,16 @@ def read_prompts(
     """
     reader = PromptReader(file, field, limit, duplicates, overlong, broken, token_count, max_tokens)
     return pa.Table.from_batches(reader.batches(), PROMPTS), reader.skipped
+
+
+def write_prompts(uri: str, rows: list[dict[str, str]]):
+    """Write rows {"prompt", maybe "category", "split"} in the format that the extension says, whole or not at all."""
+    if uri.lower().endswith(".parquet"):
+        storage.write_table(uri, pa.Table.from_pylist(rows, pa.schema(list(PROMPTS)[1:])))
+        return
+    plain = uri.lower().endswith(".txt")
+    lines = (row["prompt"] if plain else json.dumps(row, ensure_ascii=False) for row in rows)
+    storage.write_bytes(uri, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _lines(uri: str) -> Iterator[tuple[int, bytes, bool]]:

@@ -87,6 +87,9 @@ RELATIONS: dict[str, str] = {  # a directed relation and its opposite, the longe
     "inside": "outside",
     "outside": "inside",
 }
+NEARNESS: tuple[str, ...] = (  # relations that have no opposite
+    *("on the side of", "on side of", "adjacent to", "close to", "next to", "near", "beside"),
+)
 _DETERMINERS = "a an the this that these those some its his her their my your our another each every"
 _BOUNDARIES = """
 and or but with without in on at of to from by for near next beside between against over under above below behind inside
@@ -100,3 +103,16 @@ BOUNDARIES = frozenset(_BOUNDARIES.split())  # words that end a noun phrase
 MUTUAL = frozenset(
     ("facing", "meeting", "touching", "kissing", "hugging", "fighting", "adjoining", "resembling", "including")
 )
+
+# Past forms that neither -ed nor -ing tells, as captions have them after the noun that does it.
+_VERBS = """
+lay sat stood hung rose fell swam spun grew shone cast lit flew ran slid sank shook drove rode stuck swept crept hid
+held wore ate drank slept leapt lept blew broke kept made met read sang sought struck swung threw told took wound wrote
+sped led left found felt bent built burnt shot
+"""
+_PRONOUNS = "its his her their he she it they him them who whose himself herself itself themselves"
+_PICTURES = "photo photograph picture image painting drawing sketch illustration rendering render"
+VERBS = frozenset(_VERBS.split())
+PRONOUNS = frozenset(_PRONOUNS.split())
+PICTURES = frozenset(_PICTURES.split())
+SHADES = frozenset(("dark", "bright", "light", "pale", "deep"))  # before a colour they are part of it

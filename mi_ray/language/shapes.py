@@ -44,13 +44,13 @@ def negatives(prompt: str) -> list[Negative]:
         ValueError: the prompt is not of the grammar.
     """
     spec = parse(prompt)
-    form = _form(prompt, spec)
+    form = form_of(prompt, spec)
     made, meanings = [], {_meaning(spec)}
     for kind, attribute, said, instead, other in _changes(prompt, spec):
         if other.total > MAX_OBJECTS or _meaning(other) in meanings or can_both_hold(spec, other):
             continue
         meanings.add(_meaning(other))
-        made.append(Negative(_worded(other, _adapted(form, spec, other)), kind, attribute, said, instead))
+        made.append(Negative(worded(other, _adapted(form, spec, other)), kind, attribute, said, instead))
     return made
 
 
@@ -178,13 +178,14 @@ def _forms(structure: str) -> tuple[str, ...]:
     return FORMS[structure] + UNSEEN_FORMS.get(structure, ())
 
 
-def _form(prompt: str, spec: SceneSpec) -> str:
+def form_of(prompt: str, spec: SceneSpec) -> str:
     """The form that the prompt is said in; the plainest one if its numerals and articles are mixed."""
     words = prompt.lower().replace(".", " ").split()
     return next((f for f in _forms(spec.structure) if sentence(spec, f).split() == words), _forms(spec.structure)[0])
 
 
-def _worded(spec: SceneSpec, form: str) -> str:
+def worded(spec: SceneSpec, form: str) -> str:
+    """The sentence, its verb in agreement."""
     text = sentence(spec, form)
     return text if spec.objects[0].count == 1 else re.sub(rf"^there is (?={'|'.join(_PLURAL)})", "there are ", text)
 

@@ -1,12 +1,16 @@
-"""Who makes the hard negatives of a prompt: the grammar of the embedded world, or rules for free English."""
+"""Who reads a prompt, to change or to recombine it: the grammar of the embedded world, or rules for free English."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from mi_ray.language import shapes, text
 from mi_ray.language.negatives import Negative
+from mi_ray.language.recombine import Templates, TextTemplates
+from mi_ray.language.shapes_templates import ShapesTemplates
 
 MakeNegatives = Callable[[str], list[Negative]]
+MakeTemplates = Callable[[Sequence[str], Sequence[float]], Templates]
 
 
 def negatives_by(source: str) -> MakeNegatives:
@@ -31,3 +35,43 @@ def negatives_by(source: str) -> MakeNegatives:
         case "spacy":
             return partial(text.negatives, find_phrases=text.spacy_phrases(model or "en_core_web_sm"))
     raise ValueError(f"{source!r} makes no negatives: one of auto, shapes, text, spacy, spacy:MODEL")
+
+
+def templates_by(source: str, split: str) -> MakeTemplates:
+    """The function that makes the templates of a list of prompts, given the weights of their fillers.
+
+    Args:
+        source: who reads the prompts, as for `negatives_by`.
+        split: of the grammar, which its prompts shall be of.
+
+    Raises:
+        ValueError: the source is unknown, or spaCy or its model is not installed.
+    """
+    name, _, model = source.partition(":")
+    if name not in ("auto", "shapes", "text", "spacy"):
+        raise ValueError(f"{source!r} reads no prompts: one of auto, shapes, text, spacy, spacy:MODEL")
+    find_phrases = text.spacy_phrases(model or "en_core_web_sm") if name == "spacy" else text.plain_phrases
+
+    def make(prompts: Sequence[str], weights: Sequence[float]) -> Templates:
+        read = [name in ("auto", "shapes") and shapes.reads(prompt) for prompt in prompts]
+        by_grammar = [i for i, is_read in enumerate(read) if is_read]
+        others = [i for i, is_read in enumerate(read) if not is_read and name != "shapes"]
+        of = [([prompts[i] for i in some], [weights[i] for i in some]) for some in (by_grammar, others)]
+        return _Shared([(by_grammar, ShapesTemplates(*of[0], split)), (others, TextTemplates(*of[1], find_phrases))])
+
+    return make
+
+
+class _Shared:
+    """A list of which each part has templates of its own; prompts of no part have none."""
+
+    def __init__(self, parts: list[tuple[list[int], Templates]]):
+        self._where = {index: (part, place) for some, part in parts for place, index in enumerate(some)}
+
+    def varies(self, index: int) -> bool:
+        part, place = self._where.get(index, (None, 0))
+        return part is not None and part.varies(place)
+
+    def draw(self, index: int, rng: random.Random) -> str | None:
+        part, place = self._where[index]
+        return part.draw(place, rng)

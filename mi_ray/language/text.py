@@ -23,9 +23,10 @@ from mi_ray.language.lexicon import (
 )
 from mi_ray.language.negatives import Negative, shuffled
 
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _RELATION = re.compile(r"\b(?:" + "|".join(RELATIONS).replace(" ", r"\s+") + r")\b", re.IGNORECASE)
 _AND = re.compile(r"(,?\s+and\s+)(?:[a-z]+\s+)?", re.IGNORECASE)
+_VOWEL = re.compile(r"(?!uni|us[aeiu]|eu|one(?:\b|-)|once)(?:[aeiou]|hour|hon(?:est|our|or)|heir)", re.IGNORECASE)
 _MAX_MODIFIERS = 4
 
 
@@ -46,18 +47,19 @@ _Change = tuple[str, str, str, str, list[_Edit]]  # kind, attribute, said, inste
 # ---------------------------------------------------------------------------------------------- noun phrases
 def plain_phrases(prompt: str) -> list[Phrase]:
     """Noun phrases as the words between a determiner or number and the next boundary, comma or form in -ing."""
-    words = list(_WORD.finditer(prompt))
+    words = list(WORD.finditer(prompt))
     relations = [match.span() for match in _RELATION.finditer(prompt)]
     phrases, index = [], 0
     while index < len(words):
         opener = words[index].group().lower()
         index += 1
-        if not _is_opener(opener):
+        if not is_opener(opener):
             continue
         end = index
         while end < len(words) and end - index <= _MAX_MODIFIERS:
             word, gap = words[end].group().lower(), prompt[words[end - 1].end() : words[end].start()]
-            ends = word in BOUNDARIES or word in DETERMINERS or (word.endswith("ing") and end > index)
+            ends = word in BOUNDARIES or word in DETERMINERS or word in NUMBERS
+            ends = ends or (word.endswith("ing") and end > index)
             if ends or gap.strip() or any(a <= words[end].start() < b for a, b in relations):
                 break
             end += 1
@@ -116,7 +118,7 @@ def _meaning(prompt: str, phrases: list[Phrase]) -> tuple:
     """The same where two noun phrases have changed places that no relation tells apart."""
     text = " ".join(prompt.lower().split())
     gaps = _gaps(prompt, phrases)[1:-1]
-    if _RELATION.search(text) or any(len(_WORD.findall(gap)) > 1 or _is_deed(gap) for gap in gaps):
+    if _RELATION.search(text) or any(len(WORD.findall(gap)) > 1 or _is_deed(gap) for gap in gaps):
         return (text,)
     named = sorted(prompt[p.start : p.end].lower() for p in phrases)
     return (*named, *(" ".join(_without_articles(gap)) for gap in _gaps(prompt, phrases)))
@@ -138,16 +140,16 @@ def _without_articles(text: str) -> list[str]:
 def _edited(prompt: str, edits: list[_Edit]) -> str:
     for start, end, text in sorted(edits, reverse=True):
         prompt = prompt[:start] + text + prompt[end:]
-    return _with_right_articles(prompt)
+    return with_right_articles(prompt)
 
 
-def _with_right_articles(text: str) -> str:
-    """a before consonants, an before vowels; by the letter, as the lexicon's words allow."""
-    return re.sub(r"\b([Aa])n?(?=\s+(\w))", lambda m: m.group(1) + ("n" if m.group(2).lower() in "aeiou" else ""), text)
+def with_right_articles(text: str) -> str:
+    """a before consonants, an before vowels; by the letters of the next word."""
+    return re.sub(r"\b([Aa])n?(?=\s+(\w+))", lambda m: m.group(1) + "n" * bool(_VOWEL.match(m.group(2))), text)
 
 
 def _changes(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
-    words = [(m.start(), m.end(), m.group()) for m in _WORD.finditer(prompt)]
+    words = [(m.start(), m.end(), m.group()) for m in WORD.finditer(prompt)]
     heads = {phrase.head for phrase in phrases}  # an orange is no attribute
     attributes = [
         (kind, start, end, word)
@@ -157,7 +159,7 @@ def _changes(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
         if word.lower() in values
     ]
     for (kind, s1, e1, one), (other_kind, s2, e2, two) in combinations(attributes, 2):
-        if kind == other_kind and not _synonymous(one, two) and not _about_one(prompt, e1, s2, e2):
+        if kind == other_kind and not synonymous(one, two) and not _about_one(prompt, e1, s2, e2):
             said, instead = f"{one} … {two}", f"{two} … {one}"
             yield "attribute swap", kind, said, instead, [(s1, e1, _cased(two, one)), (s2, e2, _cased(one, two))]
     related = list(_RELATION.finditer(prompt))
@@ -175,9 +177,9 @@ def _about_one(prompt: str, end: int, start: int, after: int) -> bool:
     """Whether nothing changes where two attributes, one up to `end`, one from `start` to `after`, change places: those
     of one noun (a red, white and blue flag), or of like nouns that are only counted up (red cars and blue cars).
     """
-    between = [m.group().lower() for m in _WORD.finditer(prompt, end, start)]
+    between = [m.group().lower() for m in WORD.finditer(prompt, end, start)]
     between = [word for word in between if word not in ("and", "or", "a", "an")]
-    noun = _WORD.search(prompt, after)
+    noun = WORD.search(prompt, after)
     of_lists = {value for values in ATTRIBUTES.values() for value in values}
     return all(word in of_lists for word in between) or (noun is not None and between == [noun.group().lower()])
 
@@ -199,7 +201,7 @@ def _object_swaps(prompt: str, phrases: list[Phrase], related: list[re.Match]) -
 
 def _is_deed(gap: str) -> bool:
     """What one noun phrase does to the next: an astronaut riding a horse."""
-    words = [word for word in _WORD.findall(gap.lower()) if word not in DETERMINERS]
+    words = [word for word in WORD.findall(gap.lower()) if word not in DETERMINERS]
     return len(words) == 1 and words[0].endswith("ing") and words[0] not in MUTUAL
 
 
@@ -209,14 +211,14 @@ def _omissions(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
         joined = _AND.fullmatch(prompt, a.end, b.start)
         if not joined or re.match(r"\s+(?:are|were|both)\b", prompt[b.end :]):
             continue
-        opened = list(_WORD.finditer(prompt, 0, a.start))
+        opened = list(WORD.finditer(prompt, 0, a.start))
         first = opened[-1].start() if opened else a.start  # with its determiner or number
         yield "object omission", "object", prompt[b.start : b.end], "", [(a.end, b.end, "")]
-        if opened and _is_opener(opened[-1].group()):
+        if opened and is_opener(opened[-1].group()):
             yield "object omission", "object", prompt[a.start : a.end], "", [(first, joined.end(1), "")]
 
 
-def _is_opener(word: str) -> bool:
+def is_opener(word: str) -> bool:
     return word.lower() in DETERMINERS or word.lower() in NUMBERS or word.isdigit()
 
 
@@ -224,7 +226,7 @@ def _replacements(prompt: str, attributes: list[tuple[str, int, int, str]]) -> I
     """Every attribute once, then every one again: another one of the prompt first, then any of its list."""
     queues = []
     for kind, start, end, word in attributes:
-        others = [v for v in ATTRIBUTES[kind] if not _synonymous(v, word)]
+        others = [v for v in ATTRIBUTES[kind] if not synonymous(v, word)]
         if word.lower() in CONTRARIES:
             others = [CONTRARIES[word.lower()]]
         said = {w.lower() for k, *_, w in attributes if k == kind}
@@ -247,7 +249,7 @@ def _counts(start: int, end: int, word: str, after: str) -> Iterator[_Change]:
             yield "count change", "count", word, text, [(start, end, text)]
 
 
-def _synonymous(one: str, two: str) -> bool:
+def synonymous(one: str, two: str) -> bool:
     one, two = one.lower(), two.lower()
     return one == two or any(one in group and two in group for group in SYNONYMS)
 

@@ -162,6 +162,13 @@ def is_unseen_combination(obj: ObjectSpec | SceneObject) -> bool:
     return (obj.color, obj.shape) in UNSEEN_COLOR_SHAPE or (obj.texture, obj.shape) in UNSEEN_TEXTURE_SHAPE
 
 
+def split_of(spec: SceneSpec, form: str) -> str:
+    """train, test or ood: the split that a specification belongs to when it is said in a form."""
+    if form in UNSEEN_FORMS.get(spec.structure, ()) or any(map(is_unseen_combination, spec.objects)):
+        return "ood"
+    return "test" if is_held_out(spec) else "train"
+
+
 def sample_spec(category: str, rng: np.random.Generator) -> SceneSpec:
     """Draw a specification of one category, unseen combinations and held-out ones included."""
 

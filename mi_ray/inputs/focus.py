@@ -1,0 +1,77 @@
+"""Prompts that a model fails on, with the weight that they fail: from a file, or from the evaluation of a run."""
+
+import math
+from collections import defaultdict
+
+import pyarrow as pa
+
+from mi_ray import storage
+from mi_ray.config.section import ConfigError
+from mi_ray.inputs.prompts import read_prompts
+
+Focus = dict[str, tuple[float, str | None]]  # prompt -> weight above 0, category
+
+
+def read_focus(uri: str, metric: str, below: float) -> Focus:
+    """The prompts that fail.
+
+    A table's column `weight` is taken as it is, summed by prompt; else the metric is averaged by prompt, and a prompt
+    below `below` weighs 1 less its average. A file with neither, .txt always, gives every prompt the weight 1.
+
+    Raises:
+        ConfigError: it cannot be read, or no prompt fails.
+    """
+    try:
+        rows = _rows(uri, metric)
+        if rows is None:
+            prompts, _ = read_prompts(uri, "focus", duplicates="drop", broken="skip")
+            rows = [row | {"weight": 1.0} for row in prompts.select(["prompt", "category"]).to_pylist()]
+        focus = _weighted(rows, metric, below)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ConfigError([f"focus: {uri!r} {error}"]) from error
+    if not focus:
+        reason = f"no prompt with a weight above 0 or an average of {metric} below {below:g}"
+        raise ConfigError([f"focus: {uri!r} holds {reason}; raise focus_below, or leave focus out"])
+    return focus
+
+
+def _rows(uri: str, metric: str) -> list[dict] | None:
+    """Rows with prompt, category and either weight or the metric; None if the file has neither."""
+    if uri.endswith(".txt"):
+        return None
+    if uri.endswith(".jsonl"):
+        rows = [row for row in storage.iter_lines(uri) if isinstance(row, dict) and isinstance(row.get("prompt"), str)]
+        return rows if any({"weight", metric} & row.keys() for row in rows) else None
+    folder = not uri.endswith(".parquet")
+    parts = [storage.join(uri, name) for name in storage.list_tables(uri)] if folder else [uri]
+    if not parts:
+        raise ValueError("is no folder of tables; give a .jsonl, .parquet or .txt file, or evaluation/<model> of a run")
+    schemas = [storage.ParquetRows(part).schema.names for part in parts]
+    wanted = ("prompt", "category", "weight", metric)
+    columns = [name for name in wanted if all(name in names for names in schemas)]
+    if "prompt" in columns and {"weight", metric} & {*columns}:
+        return [row for part in parts for row in storage.read_table(part, columns).to_pylist()]
+    if folder:
+        raise ValueError(f"has no column {metric!r} among {', '.join(schemas[0])}; set --focus-metric to one of them")
+    return None
+
+
+def _weighted(rows: list[dict], metric: str, below: float) -> Focus:
+    name = "weight" if any("weight" in row for row in rows) else metric
+    values, categories = defaultdict(list), {}
+    for row in rows:
+        value, prompt = row.get(name), (row.get("prompt") or "").strip()
+        if value is None or not prompt:
+            continue
+        most = math.inf if name == "weight" else 1
+        if isinstance(value, str) or not (0 <= value <= most and value < math.inf):
+            asked = "a number from 0" if name == "weight" else "a metric between 0 and 1"
+            raise ValueError(f"has {name} {value!r} for the prompt {prompt!r}; give {asked}")
+        values[prompt].append(float(value))
+        categories.setdefault(prompt, row.get("category"))
+    if name == "weight":
+        weights = {prompt: sum(some) for prompt, some in values.items()}
+    else:
+        averages = {prompt: sum(some) / len(some) for prompt, some in values.items()}
+        weights = {prompt: 1 - average for prompt, average in averages.items() if average < below}
+    return {prompt: (weight, categories[prompt]) for prompt, weight in weights.items() if weight > 0}

@@ -1,0 +1,210 @@
+"""A prompt as a template: its noun phrases, with their attributes and counts, and its relations are slots.
+
+What is not understood stays as it is. A noun phrase that stands alone, in an enumeration or beside a relation may be
+any that stands so; one beside other words (The blanket draped over the couch) only one that was seen beside the same
+words; one beside a mere preposition (a bathroom with a sink), or in a prompt with a pronoun, keeps its noun.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from mi_ray.language.lexicon import (
+    ATTRIBUTES,
+    BOUNDARIES,
+    DETERMINERS,
+    NEARNESS,
+    NUMBERS,
+    PICTURES,
+    PRONOUNS,
+    RELATIONS,
+    SHADES,
+    VERBS,
+)
+from mi_ray.language.nouns import is_plural, singular
+from mi_ray.language.text import WORD, FindPhrases, Phrase, is_opener, plain_phrases
+
+_KINDS = {word: kind for kind, words in reversed(ATTRIBUTES.items()) for word in words}
+# What is inside another must fit: such words do not change places with others.
+_PLACES = [relation for relation in (*RELATIONS, *NEARNESS) if relation not in ("inside", "outside")]
+_ANY_RELATION = "|".join(sorted(_PLACES, key=len, reverse=True)).replace(" ", r"\s+")
+_BESIDE_RELATION = re.compile(rf"(\s+(?:(?:is|are|was|were)\s+)?)({_ANY_RELATION})(\s+)", re.IGNORECASE)
+_JOINED = re.compile(r"\s*,\s+|\s*,?\s+and\s+", re.IGNORECASE)
+_THERE = re.compile(r"there\s+(?:is|are|was|were)", re.IGNORECASE)
+_RELATION = "<relation>"  # in a context
+_COPULAS = ("is", "are", "was", "were")
+
+Context = tuple[str, str]  # what stands before and after, as `_said_between` says it
+FREE: Context = ("", "")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A noun phrase without its opener: its words, and what sort of attribute each is. The noun comes last."""
+
+    words: tuple[str, ...]
+    kinds: tuple[str | None, ...]
+
+    @property
+    def noun(self) -> str:
+        """The last word in the singular, which tells objects apart."""
+        word = self.words[-1].lower()
+        return (singular(word) or word) if is_plural(word) else word
+
+    @property
+    def signature(self) -> tuple[str, ...]:
+        return tuple(kind for kind in self.kinds if kind)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A noun phrase in its place."""
+
+    opener: str  # the determiner or number as the prompt has it; empty: none
+    form: Form  # after a number in the singular
+    count: int | None = None
+    context: Context | None = None  # where other phrases with this context may stand; None: the noun stays
+    group: int = 1  # noun phrases in the same enumeration
+    agrees: bool = False  # a verb agrees with it, so that one stays one and many stay many
+
+    @property
+    def grammar(self) -> str:
+        """Phrases with the same can stand in the same places: what the determiner and number ask for."""
+        if self.count is not None:
+            return "number"
+        opener = "a" if self.opener.lower() in ("a", "an") else self.opener.lower()
+        return f"{opener} {'plural' if is_plural(self.form.words[-1]) else 'singular'}"
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A relation word or phrase between two noun phrases."""
+
+    said: str
+
+
+Template = tuple[str | Slot | Relation, ...]
+
+
+def template_of(prompt: str, find_phrases: FindPhrases = plain_phrases) -> Template:
+    """The prompt in pieces, without a slot where nothing is understood; all in capitals, it is read in small letters."""
+    prompt = prompt.lower() if prompt.isupper() else prompt
+    found = list(_slots(prompt, find_phrases(prompt)))
+    edges = [0, *(edge for start, end, _ in found for edge in (start, end)), len(prompt)]
+    between = [prompt[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    slots = _placed([slot for *_, slot in found], between, prompt)
+    pieces: list[str | Slot | Relation] = [between[0]]
+    for slot, text in zip(slots, between[1:], strict=True):
+        pieces.append(slot)
+        match = _BESIDE_RELATION.fullmatch(text)
+        pieces += [match[1], Relation(" ".join(match[2].lower().split())), match[3]] if match else [text]
+    return tuple(piece for piece in pieces if piece)
+
+
+# ---------------------------------------------------------------------------------------------- noun phrases
+def _slots(prompt: str, phrases: list[Phrase]) -> Iterator[tuple[int, int, Slot]]:
+    """(start, end, slot) of each noun phrase that is understood, its opener included."""
+    for phrase in sorted(phrases, key=lambda phrase: phrase.start):
+        before = re.search(r"[\w'’-]+(?=\s+$)", prompt[: phrase.start])
+        opener = before.group() if before and is_opener(before.group()) else ""
+        count = NUMBERS.get(opener.lower()) or (int(opener) if opener.isdigit() else None)
+        words = list(WORD.finditer(prompt, phrase.start, phrase.end))
+        words = _without_verb(prompt, words, opener.lower(), count)
+        if not words or words[-1].group().isdigit() or _goes_on(prompt, words):
+            continue
+        if count is not None and not 1 <= count <= 12:
+            continue
+        form = _form([word.group() for word in words])
+        if count is not None and count > 1:
+            form = replace(form, words=(*form.words[:-1], singular(form.words[-1]) or form.words[-1]))
+        yield before.start() if opener else phrase.start, words[-1].end(), Slot(opener, form, count)
+
+
+def _without_verb(prompt: str, words: list[re.Match], opener: str, count: int | None) -> list[re.Match]:
+    """The words of the phrase before a verb or adverb that was taken for a part of it."""
+    said = [word.group().lower() for word in words]
+    after = re.match(r"\s+([\w'’-]+)", prompt[words[-1].end() :])
+    follows = after[1].lower() if after else ""
+    end = len(words)
+    for i in range(1, end):
+        deed = said[i].endswith("ed") and said[i] not in _KINDS and (i + 1 == end or said[i + 1].endswith("ly"))
+        past = said[i] in VERBS and follows not in ("", "and", "or", "with", "of", *_COPULAS)
+        if said[i].endswith("ly") or deed or (past and not all(word in _KINDS for word in said[:i])):
+            end = i
+            break
+    if end == len(words) > 1:
+        third_person = opener in ("a", "an", "one") and is_plural(said[-1]) and said[-1].endswith("s")
+        if third_person or (follows and is_opener(follows)):  # a man rides a horse
+            end -= 1
+    if count is not None and count > 1 and not is_plural(said[end - 1]):  # two cars stuck on the road
+        end = next((i + 1 for i in reversed(range(end)) if is_plural(said[i])), 0)
+    return words[:end]
+
+
+def _goes_on(prompt: str, words: list[re.Match]) -> bool:
+    """Whether the phrase is not whole: its last word is an adjective, or more nouns follow."""
+    last, rest = words[-1].group().lower(), prompt[words[-1].end() :]
+    following = re.match(r"(\s*,|\s+and\b|\s*,\s+and\b)?\s+([\w'’-]+)", rest)
+    if not following:
+        return bool(re.match(r"['’/]", rest))
+    joined, word = following[1], following[2].lower()
+    if joined:
+        listed = is_opener(word) or (word == "and" and not re.match(r"\s*,\s+and\s+\w+\s*$", rest))
+        return not listed and (joined.strip() == "," or last in _KINDS or word in _KINDS)
+    return last in _KINDS and word not in BOUNDARIES and not is_opener(word) and not word.endswith(("ed", "ing"))
+
+
+def _form(words: list[str]) -> Form:
+    """The words with what they are; a shade before its colour is one with it (dark grey)."""
+    kinds = [_KINDS.get(word.lower()) for word in words[:-1]] + [None]
+    for i in reversed(range(len(words) - 1)):
+        if words[i].lower() in SHADES and kinds[i + 1] == "color":
+            words[i : i + 2], kinds[i : i + 2] = [f"{words[i]} {words[i + 1]}"], ["color"]
+    said = (word.lower() if kind else word for word, kind in zip(words, kinds, strict=True))
+    return Form(tuple(said), tuple(kinds))
+
+
+# ---------------------------------------------------------------------------------------------- contexts
+def _placed(slots: list[Slot], between: list[str], prompt: str) -> list[Slot]:
+    """The slots with what they may be exchanged for: those joined by commas and `and` share their context."""
+    if not slots:
+        return []
+    said = [_said_between(text) for text in between]
+    if not _opens(said[0]):
+        of_picture = False
+    else:
+        said[0] = ""
+        of_picture = slots[0].form.noun in PICTURES and said[1] == "of"
+    if of_picture:
+        said[0], said[1] = "of", ""
+    keeps_nouns = any(word.group().lower() in PRONOUNS for word in WORD.finditer(prompt))
+    borders = [i for i in range(1, len(slots)) if not _JOINED.fullmatch(between[i])]
+    placed = []
+    for first, last in pairwise([0, *borders, len(slots)]):
+        sides = said[first], said[last]
+        free = all(side in ("", _RELATION) for side in sides)
+        context = FREE if free else sides
+        if keeps_nouns or any(_is_mere_preposition(side) for side in sides):
+            context = None
+        agrees = not free or (first == 0 and bool(_THERE.search(between[0])))
+        placed += [replace(s, context=context, group=last - first, agrees=agrees) for s in slots[first:last]]
+    return placed
+
+
+def _said_between(text: str) -> str:
+    """The words of a text between noun phrases; a relation is not told from another."""
+    match = _BESIDE_RELATION.fullmatch(text)
+    if match:
+        return " ".join([*match[1].lower().split(), _RELATION])
+    return " ".join(text.lower().split()).strip(" .,;:!")
+
+
+def _opens(said: str) -> bool:
+    return not said or bool(_THERE.fullmatch(said))
+
+
+def _is_mere_preposition(said: str) -> bool:
+    """Words that say too little of what may stand beside them."""
+    words = [word for word in said.split() if word not in DETERMINERS]
+    return bool(words) and _RELATION not in words and all(word in BOUNDARIES for word in words)

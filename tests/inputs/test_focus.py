@@ -1,0 +1,71 @@
+"""Prompts that fail, from files of every kind and from a run's evaluation."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from mi_ray import storage
+from mi_ray.config.section import ConfigError
+from mi_ray.inputs.focus import read_focus
+
+
+def lines(path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def evaluation(folder, **metrics: list[float | None]) -> str:
+    """Two parts of an evaluation, of the prompts a and b in turn."""
+    for number in (0, 1):
+        table = {name: values[number::2] for name, values in metrics.items()}
+        prompts = ["a", "b"] * 4
+        table |= {"prompt": prompts[number::2], "category": ["color"] * 4}
+        storage.write_table(str(folder / f"part-{number}.parquet"), pa.table(table))
+    return str(folder)
+
+
+def test_a_run_evaluation_is_averaged_by_prompt(tmp_path):
+    folder = evaluation(tmp_path, exact=[0, 1, 0, 1, 1, 1, 0, 1], relation=[None, 0.0, None, 0, None, 1, None, 1])
+    assert read_focus(folder, "exact", 1.0) == {"a": (0.75, "color")}
+    assert read_focus(folder, "relation", 0.6) == {"b": (0.5, "color")}
+    with pytest.raises(ConfigError, match=r"no prompt with a weight above 0 or an average of exact below 0\.2"):
+        read_focus(folder, "exact", 0.2)
+
+
+def test_weights_are_taken_as_they_are(tmp_path):
+    rows = [{"prompt": "a", "weight": 2}, {"prompt": "b", "weight": 0}, {"prompt": "c", "weight": 0.5, "category": "x"}]
+    assert read_focus(lines(tmp_path / "f.jsonl", rows), "exact", 0.5) == {"a": (2.0, None), "c": (0.5, "x")}
+    storage.write_table(str(tmp_path / "f.parquet"), pa.Table.from_pylist(rows))
+    assert read_focus(str(tmp_path / "f.parquet"), "exact", 0.5).keys() == {"a", "c"}
+
+
+@pytest.mark.parametrize("name", ["f.txt", "f.jsonl"])
+def test_a_plain_list_weighs_one_each(tmp_path, name):
+    text = "a\nb\nb\n" if name == "f.txt" else '{"prompt": "a"}\n{"prompt": "b"}\n'
+    (tmp_path / name).write_text(text)
+    assert read_focus(str(tmp_path / name), "exact", 0.5) == {"a": (1.0, None), "b": (1.0, None)}
+
+
+@pytest.mark.parametrize(
+    ("row", "metric", "said"),
+    [
+        ({"prompt": "a", "weight": -1}, "exact", "weight -1 for the prompt 'a'; give a number from 0"),
+        ({"prompt": "a", "weight": "much"}, "exact", "weight 'much'"),
+        ({"prompt": "a", "score_pmi": 7.5}, "score_pmi", "give a metric between 0 and 1"),
+    ],
+)
+def test_values_that_are_no_weights(tmp_path, row, metric, said):
+    with pytest.raises(ConfigError, match=f"^focus: .*{said}"):
+        read_focus(lines(tmp_path / "f.jsonl", [row]), metric, 1.0)
+
+
+def test_files_that_will_not_do(tmp_path):
+    folder = evaluation(tmp_path / "run", exact=[0.0] * 8)
+    with pytest.raises(ConfigError, match=r"no column 'exactly' among .*--focus-metric"):
+        read_focus(folder, "exactly", 1.0)
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_focus(str(tmp_path / "none.jsonl"), "exact", 1.0)
+    (tmp_path / "broken.parquet").write_bytes(b"no table")
+    with pytest.raises(ConfigError, match=r"^focus: "):
+        read_focus(str(tmp_path / "broken.parquet"), "exact", 1.0)
