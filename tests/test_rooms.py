@@ -140,6 +140,6 @@ def test_all_but_the_stages_work_without_ray():
 
 def test_help_wrong_flags_and_the_status_wait_for_no_model():
     block = "import sys; sys.modules['torch'] = sys.modules['ray'] = None; "
-    names = ("config.command_line", "config", "inputs.pair_config", "runs.status")
+    names = ("config.command_line", "config", "inputs.pair_config", "inputs.more_prompts_config", "runs.status")
     code = block + "; ".join(f"import mi_ray.{name}" for name in names)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

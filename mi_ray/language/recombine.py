@@ -1,8 +1,8 @@
 """More prompts from a list: the template of one prompt, filled with phrases, attributes, counts and relations of all.
 
 A filler has the grammar of what it replaces and was seen where it comes to stand (`templates`). A colour may go to
-every noun that has one somewhere in the list; any other attribute to nouns that have it, or that share two with a noun
-that does.
+every noun that has one somewhere in the list; any other attribute to nouns that have it, or that have two others of its
+kind in common with a noun that does (a plastic fork, if spoons and forks are both wooden and metal in the list).
 """
 
 import random
@@ -120,12 +120,11 @@ class TextTemplates:
 
     def _attributes(self, kind: str, noun: str) -> Weighted[str]:
         if (kind, noun) not in self._cache:
-            weights, own = self._values[kind], self._seen[kind, noun]
-            fit = set(weights) if kind == "color" else set(own)
-            if kind != "color":
-                for (other, _), values in self._seen.items():
-                    fit |= values if other == kind and len(values & own) > 1 else set()
-            found = {value: weight for value, weight in weights.items() if value in fit and weight}
+            own, fit = self._seen[kind, noun], set()
+            for (other, _), values in self._seen.items():
+                if other == kind and (kind == "color" or values is own or len(values & own) > 1):
+                    fit |= values
+            found = {value: weight for value, weight in self._values[kind].items() if value in fit and weight}
             self._cache[kind, noun] = Weighted(found)
         return self._cache[kind, noun]
 

@@ -25,9 +25,7 @@ from mi_ray.language.lexicon import (
 from mi_ray.language.nouns import is_plural, singular
 from mi_ray.language.text import WORD, FindPhrases, Phrase, is_opener, plain_phrases
 
-_KINDS = {
-    word: "texture" if kind == "material" else kind for kind, words in reversed(ATTRIBUTES.items()) for word in words
-}
+_KINDS = {word: kind for kind, words in reversed(ATTRIBUTES.items()) for word in words}
 # What is inside another must fit: such words do not change places with others.
 _PLACES = [relation for relation in (*RELATIONS, *NEARNESS) if relation not in ("inside", "outside")]
 _ANY_RELATION = "|".join(sorted(_PLACES, key=len, reverse=True)).replace(" ", r"\s+")
@@ -90,7 +88,8 @@ Template = tuple[str | Slot | Relation, ...]
 
 
 def template_of(prompt: str, find_phrases: FindPhrases = plain_phrases) -> Template:
-    """The prompt in pieces; without a slot where nothing of it is understood."""
+    """The prompt in pieces, with no slot where nothing is understood; all in capitals, it is read in small letters."""
+    prompt = prompt.lower() if prompt.isupper() else prompt
     found = list(_slots(prompt, find_phrases(prompt)))
     edges = [0, *(edge for start, end, _ in found for edge in (start, end)), len(prompt)]
     between = [prompt[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]

@@ -38,7 +38,7 @@ def test_every_slot_is_typed():
     )
     assert (a.opener, a.form.words, a.form.signature) == ("a", ("small", "dark grey", "cat"), ("size", "color"))
     assert relation == Relation("on top of")
-    assert (b.count, b.form.words, b.form.signature) == (2, ("wooden", "table"), ("texture",))
+    assert (b.count, b.form.words, b.form.signature) == (2, ("wooden", "table"), ("material",))
 
 
 @pytest.mark.parametrize(
@@ -123,15 +123,23 @@ def test_all_combinations_and_no_more():
 
 
 def test_attributes_go_where_they_were_seen():
-    found = made(["a wooden spoon and a red cat", "a metal fork and a blue dog", "a metal spoon and a green cat"])
-    assert found
-    assert not [p for p in found if re.search(r"(wooden|metal) (cat|dog)|(red|blue|green) (spoon|fork)|wooden fork", p)]
+    spoons = ["a wooden spoon and a red cat", "a metal spoon", "a plastic spoon", "a fluffy pillow and a blue dog"]
+    found = " / ".join(made([*spoons, "a wooden fork", "a metal fork", "a glass bowl"]))
+    assert "plastic fork" in found  # as spoons and forks have two materials in common
+    assert not re.search("(wooden|metal|plastic) (cat|dog|pillow|bowl)|(red|blue) (spoon|fork|pillow|bowl)", found)
+    assert not re.search("(fluffy|glass) (spoon|fork)", found)
+    assert made(["an old man", "a new car"]) == []
 
 
 def test_a_verb_agrees_and_a_phrase_stays_by_its_verb():
     found = made(["one dog is asleep on a bed", "two cats are asleep on a sofa", "three cats are asleep on a rug"])
     assert found
     assert all(p.startswith("one dog is") or re.match("(two|three) cats are", p) for p in found)
+
+
+def test_capitals():
+    assert made(["A RED CAR", "A BLUE DOG"]) == made(["a red car", "a blue dog"])
+    assert {"An orange SUV", "A red iPhone"} <= set(made(["A red SUV", "An orange iPhone"]))
 
 
 def test_the_sentence_keeps_its_form():
