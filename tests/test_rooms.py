@@ -17,7 +17,7 @@ DATA = ("config", "storage", "inputs", "runs")
 ARROWS = {
     "config": (),
     "storage": ("config",),
-    "inputs": ("config", "storage"),
+    "inputs": ("config", "storage", "language", "shapes.grammar", "diffusion.folders"),
     "runs": ("config", "storage"),
     "diffusion": (),
     "information": ("diffusion.schedules", "diffusion.conditioning"),

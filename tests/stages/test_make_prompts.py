@@ -10,9 +10,9 @@ import pytest
 
 from mi_ray import storage
 from mi_ray.config.section import ConfigError
+from mi_ray.inputs.make_prompts import make_prompts
 from mi_ray.inputs.more_prompts_config import MorePromptsConfig
 from mi_ray.inputs.prompts import read_prompts
-from mi_ray.stages.make_prompts import make_prompts
 
 ROOT = Path(__file__).parents[2]
 LIST = ROOT / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
