@@ -28,6 +28,7 @@ from mi_ray.runs.layout import (
     REFERENCE,
     as_it_began,
     baseline_folder,
+    began_hash,
     home_of,
     online_folder,
     selects_by,
@@ -98,9 +99,9 @@ class Plan:
             faults.append("score.names: pmi_contrastive holds a prompt against others; give two, or leave it out")
         if faults:
             raise ConfigError(faults)
-        key, per_shard = config.hash(), config.generate.prompts_per_shard
-        self.shards = ShardPlan(self.train.uri, per_shard, key)
-        self.evaluation_shards = ShardPlan(self.held_out.uri, per_shard, key)
+        self.hash, per_shard = began_hash(config.run_dir, config.hash()), config.generate.prompts_per_shard
+        self.shards = ShardPlan(self.train.uri, per_shard, self.hash)
+        self.evaluation_shards = ShardPlan(self.held_out.uri, per_shard, self.hash)
         for uri, field, shards in self.stored:
             with collecting(faults):
                 shards.check_stored(uri, field)
@@ -220,10 +221,10 @@ def open_run(plan: Plan):
     config = plan.config
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions = {"mi_ray": __version__, "python": platform.python_version(), **versions}
-    content = {"config": config.results_config(), "config_hash": config.hash(), "versions": versions}
+    content = {"config": config.results_config(), "config_hash": plan.hash, "versions": versions}
     content |= {"model_commit": plan.model_commit, "resources": config.resources.model_dump(mode="json")}
     storage.write_json(storage.join(config.run_dir, "run.json"), content)
-    run_folder.log_event(config.run_dir, "run_started", config_hash=config.hash())
+    run_folder.log_event(config.run_dir, "run_started", config_hash=plan.hash)
     for stage, (uri, field, shards) in zip(("train", "evaluation"), plan.stored, strict=True):
         shards.store(uri, field)
         used, skipped = shards.prompts, plan.skipped_count(stage)
