@@ -12,7 +12,6 @@ from itertools import islice
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from mi_ray import __version__, storage
 from mi_ray.alignment.oracle import foreign_prompts
@@ -37,6 +36,7 @@ from mi_ray.runs.layout import (
 from mi_ray.runs.lease import confirm, held
 from mi_ray.runs.status import rough_duration, run_status
 from mi_ray.scoring.scorer import NEIGHBOUR_POOL, probed_band
+from mi_ray.stages.cluster import check_room, start_ray
 from mi_ray.stages.evaluate import evaluate
 from mi_ray.stages.generate import generate
 from mi_ray.stages.online import online
@@ -300,7 +300,9 @@ def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
 
 
 def _run(plan: Plan, until: str) -> str | None:
-    ray.init(logging_level="warning", ignore_reinit_error=True)
+    start_ray()
+    if not storage.exists(storage.join(plan.config.run_dir, "report", "report.json")):  # else nothing is left to do
+        check_room(plan.config.resources, until != "generate")
     plan.settle()
     config = plan.config
     open_run(plan)

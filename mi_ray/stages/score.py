@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from mi_ray import __version__, storage
 from mi_ray.config import ModelConfig, pinned
@@ -34,6 +33,7 @@ from mi_ray.scoring.machine import take_cpus, take_share
 from mi_ray.scoring.pair_scorer import PairScorer, finite, model_image_size, read_image
 from mi_ray.scoring.scorer import probed_band
 from mi_ray.scoring.work import Work
+from mi_ray.stages.cluster import check_room, start_ray
 from mi_ray.stages.shards import Committer, Patience, whole_or_one_by_one, write_missing
 from mi_ray.stages.trial import settle, try_fitting
 from mi_ray.storage import tables
@@ -230,7 +230,8 @@ def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
     folder, resources = storage.join(config.run_dir, SCORES), config.resources
     names = [shard.name for shard in shards]
     if run_folder.missing_parts(folder, names):
-        ray.init(logging_level="warning", ignore_reinit_error=True)
+        start_ray()
+        check_room(resources, train=False)
         resources = settle(ModelConfig(path=config.model, dtype=config.dtype), resources)
     constructor = {"config": config.model_copy(update={"resources": resources}).model_dump(mode="json")}
     write_missing(
