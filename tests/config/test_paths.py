@@ -13,6 +13,7 @@ from mi_ray.config.command_line import load_config
 from mi_ray.config.paths import SHIPPED
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion import folders
+from mi_ray.inputs.more_prompts_config import MorePromptsConfig
 from mi_ray.inputs.pair_config import ScorePairsConfig
 from mi_ray.runs.folder import check_run_dir
 from mi_ray.stages.calibrate import CalibrationConfig
@@ -21,7 +22,17 @@ from mi_ray.stages.rescore import RescoreConfig
 from mi_ray.training.pretrain import PretrainConfig
 
 LEAST = ["--run-dir", "runs/test", "--prompts.file", "prompts.txt"]
-NO_PATHS = {"prompt", "image_column", "caption_column", "negatives", "target_modules"}  # texts that name no file
+MODELS = [RunConfig, ScorePairsConfig, CalibrationConfig, RescoreConfig, PretrainConfig, MorePromptsConfig]
+NO_PATHS = {
+    "prompt",
+    "image_column",
+    "caption_column",
+    "negatives",
+    "target_modules",
+    "phrases",
+    "focus_metric",
+    "rewards",
+}
 
 
 def load(*arguments: str, model: type[BaseModel] = RunConfig):
@@ -55,7 +66,7 @@ def texts(model: type[BaseModel]) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("model", [RunConfig, ScorePairsConfig, CalibrationConfig, RescoreConfig, PretrainConfig])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_text_is_declared_a_path_or_known_to_be_none(model):
     plain = {name for name, field in texts(model).items() if "AfterValidator" not in repr(field)}
     assert plain <= NO_PATHS
