@@ -8,8 +8,9 @@ import numpy as np
 from pydantic import PositiveInt
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
+from mi_ray.config.paths import LocalOrUri
 from mi_ray.shapes.grammar import CATEGORIES, sample_prompts
-from mi_ray.storage import write_bytes
+from mi_ray.storage import join, write_bytes
 
 SPLITS = ("train", "test", "ood")
 
@@ -38,7 +39,7 @@ class Command(BaseSettings):
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
 
-    folder: Path = Path(__file__).parent / "configs" / "prompts"
+    folder: LocalOrUri = str(Path(__file__).parent / "configs" / "prompts")
     seed: int = 0
     train_per_category: PositiveInt = 100
     ood_per_category: PositiveInt = 20  # and twice as many in distribution
@@ -55,8 +56,8 @@ class Command(BaseSettings):
         if len({row["prompt"] for rows in files.values() for row in rows}) < sum(map(len, files.values())):
             raise ValueError(f"two categories say the same with seed {self.seed}; take another seed")
         for name, rows in files.items():
-            path = self.folder / f"shapes-{name}.jsonl"
-            write_bytes(str(path), "".join(json.dumps(row) + "\n" for row in rows).encode())
+            path = join(self.folder, f"shapes-{name}.jsonl")
+            write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
             print(f"{len(rows)} prompts are in {path}")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
+from mi_ray.config.paths import SharedPath
 from mi_ray.training.pretrain import PretrainConfig, pretrain
 
 
@@ -12,11 +13,11 @@ class Command(BaseSettings, PretrainConfig):
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, cli_implicit_flags=True, extra="forbid")
 
-    folder: Path  # where checkpoints, logs and the finished model go
+    folder: SharedPath  # where checkpoints, logs and the finished model go
 
     def cli_cmd(self):
         config = PretrainConfig(**self.model_dump(exclude={"folder"}))
-        print(f"The model is in {pretrain(config, self.folder)}")
+        print(f"The model is in {pretrain(config, Path(self.folder))}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliToggleFlag, SettingsConfigDict
 
+from mi_ray.config.paths import LocalOrUri
 from mi_ray.config.section import ConfigError
 from mi_ray.runs.status import run_status, status_text
 
@@ -15,7 +16,7 @@ class Command(BaseSettings):
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
 
-    run_dir: CliPositionalArg[str] = Field(description="folder of the run, local, s3:// or gs://")
+    run_dir: CliPositionalArg[LocalOrUri] = Field(description="folder of the run, local, s3:// or gs://")
     json_: CliToggleFlag[bool] = Field(False, alias="json", description="as JSON, for programs")
 
     def cli_cmd(self):

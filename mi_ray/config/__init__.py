@@ -17,9 +17,8 @@ from mi_ray.config.generation import (
     ScoreConfig,
     ScoreName,
     SelectConfig,
-    pinned,
-    without_revision,
 )
+from mi_ray.config.paths import pinned, without_revision
 from mi_ray.config.run import EvaluationConfig, ResourcesConfig, RunConfig
 
 __all__ = [

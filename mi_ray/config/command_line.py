@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from mi_ray.config import RunConfig
+from mi_ray.config.paths import absolute
 from mi_ray.config.section import ConfigError, Section
 
 Config = TypeVar("Config", bound=Section)
@@ -68,8 +69,8 @@ def _faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 def _read_yaml(path: str) -> dict:
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
+        tree = yaml.safe_load(Path(absolute(path)).read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError) as error:
         raise ConfigError([f"--config: {path!r} cannot be read ({error}); give a YAML file"]) from error
     except yaml.YAMLError as error:
         raise ConfigError([f"--config: {path!r} is not YAML: {' '.join(str(error).split())}"]) from error

@@ -1,11 +1,11 @@
 """The configuration of what is generated: prompts, model, sampler, scores, pools, pruning, selection."""
 
 import math
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from mi_ray.config.paths import LocalOrUri, ModelPath
 from mi_ray.config.section import Positive, Section, Share, check_band
 
 TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "asd", "trajectory_banded")
@@ -21,21 +21,10 @@ MODEL = (
 )
 
 
-def without_revision(path: str) -> str:
-    """A hub id without the revision that it is pinned to; any other model as it is."""
-    name, _, revision = path.partition("@")
-    return name if revision and name.count("/") == 1 and not Path(path).is_dir() else path
-
-
-def pinned(path: str, commit: str | None) -> str:
-    """A hub id, pinned to a commit, which without_revision takes off; any other model, which has none, as it is."""
-    return f"{without_revision(path)}@{commit}" if commit else path
-
-
 class PromptsConfig(Section):
     """The prompts to align the model with."""
 
-    file: str = Field(
+    file: LocalOrUri = Field(
         description="prompts: .txt (one a line), .jsonl or .parquet (columns prompt, category); local, s3:// or gs://"
     )
     limit: Positive | None = Field(None, description="take the first so many")
@@ -51,7 +40,7 @@ class PromptsConfig(Section):
 class ModelConfig(Section):
     """The model to align."""
 
-    path: str = Field("shapes", description=MODEL)
+    path: ModelPath = Field("shapes", description=MODEL)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="of the denoiser; auto: float16 on a GPU, float32 without. Solver and scores are fp32"
     )

@@ -16,15 +16,15 @@ from mi_ray.config.generation import (
     SamplerConfig,
     ScoreConfig,
     SelectConfig,
-    without_revision,
 )
+from mi_ray.config.paths import LocalOrUri, SharedPath, counted, without_revision
 from mi_ray.config.section import Positive, Section, config_hash
 
 
 class EvaluationConfig(Section):
     """Base and tuned model on the same held-out prompts and seeds. Defaults: the paper's, 10 images, DDIM 50."""
 
-    file: str | None = Field(
+    file: LocalOrUri | None = Field(
         None, description="held-out prompts, with columns category and split if you like; none: a share of prompts.file"
     )
     limit: Positive | None = Field(None, description="take the first so many")
@@ -89,7 +89,7 @@ class ResourcesConfig(Section):
 class RunConfig(Section):
     """Align a text-to-image model with its prompts: generate, score, select, fine-tune, evaluate, report."""
 
-    run_dir: str = Field(min_length=1, description="folder of the run: local, s3:// or gs://; given again, it goes on")
+    run_dir: SharedPath = Field(description="folder of the run: local, s3:// or gs://; given again, it goes on")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the whole run")
     rounds: Positive = Field(1, description="each generates with the adapter so far")
     prompts: PromptsConfig
@@ -188,5 +188,5 @@ class RunConfig(Section):
         return results
 
     def hash(self) -> str:
-        """Hash of `results_config`, 12 hexadecimal digits."""
-        return config_hash(self.results_config())
+        """Hash of what counts of `results_config`, 12 hexadecimal digits."""
+        return config_hash(counted(self.results_config()))

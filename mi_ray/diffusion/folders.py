@@ -3,7 +3,9 @@
 Only safetensors are read, and no code from the model's repository.
 """
 
+import hashlib
 import json
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -36,6 +38,7 @@ _WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
+_PIECES, _PIECE = 64, 4096  # of a file, evenly from its beginning to its end, and bytes of each
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -121,16 +124,35 @@ def _folder_with(path: str, pattern: str) -> Path:
 
 
 def model_commit(path: str) -> str | None:
-    """The commit of a hub model as it is now; None of a shipped model or a folder.
+    """What tells a model's weights from others: the commit of a hub model as it is now, or a digest of a folder's
+    files; None of a shipped model.
 
     Raises:
         ValueError: the hub cannot be asked, or it is a pipeline that is not supported.
     """
-    if _local_folder(path) is not None:
-        return None
+    if (local := _local_folder(path)) is not None:
+        return None if path in SHIPPED else _folder_digest(local)
     folder = _folder_with(path, "model_index.json")
     _refuse(path, _index_faults(folder))
     return folder.name
+
+
+def _folder_digest(folder: Path) -> str:
+    """16 digits over the configurations and, of the weights, the sizes and some of the bytes: fast for gigabytes too.
+
+    Any training changes nearly every weight, so that a few thousand bytes of each file tell two models apart.
+    """
+    names = [f"{part}/{_CONFIGS[part]}" for part in _CONFIGS]
+    names += [f"{part}/{name}" for part in _WEIGHTS for name in _weight_names(folder, part)]
+    digest = hashlib.sha256()
+    for name in names:
+        with (folder / name).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{name} {size}\n".encode())
+            for piece in range(_PIECES):
+                file.seek(max(0, size - _PIECE) * piece // (_PIECES - 1))
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:16]
 
 
 def unet_config(path: str) -> dict:
@@ -217,7 +239,7 @@ def _folder_faults(folder: Path) -> list[str]:
             continue
         configs[part] = config
         if part in _WEIGHTS:
-            faults += _weight_faults(folder / part, part)
+            faults += _weight_faults(folder, part)
     if "tokenizer" in configs:
         faults += _vocabulary_faults(folder)
     if "scheduler" in configs:
@@ -259,14 +281,18 @@ def _vocabulary_faults(folder: Path) -> list[str]:
     return ["lacks its tokenizer's vocabulary, tokenizer/tokenizer.json or tokenizer/vocab.json; complete the folder"]
 
 
+def _weight_names(folder: Path, part: str) -> list[str]:
+    """The files of a part's weights: several if there is an index."""
+    index = folder / part / f"{_WEIGHTS[part]}.index.json"
+    return sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [_WEIGHTS[part]]
+
+
 def _weight_faults(folder: Path, part: str) -> list[str]:
     """Whether the safetensors are there and whole; reads their headers only."""
-    index = folder / f"{_WEIGHTS[part]}.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [_WEIGHTS[part]]
     faults = []
-    for name in names:
+    for name in _weight_names(folder, part):
         try:
-            with safe_open(folder / name, framework="pt"):
+            with safe_open(folder / part / name, framework="pt"):
                 pass
         except FileNotFoundError:
             faults.append(f"lacks {part}/{name}; complete the folder (only safetensors are read, no pickled weights)")

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mi_ray.config import MODEL
+from mi_ray.config.paths import LocalOrUri, ModelPath, SharedPath
 from mi_ray.config.section import Positive, Section
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
@@ -13,15 +14,15 @@ SUFFIXES = (".jsonl", ".parquet", ".txt")
 class MorePromptsConfig(Section):
     """More prompts from a list of your own: its objects, attributes, counts and relations recombined."""
 
-    file: str | None = Field(
+    file: LocalOrUri | None = Field(
         None,
         description="the list: .txt (one a line), .jsonl or .parquet (columns prompt, category); local, s3:// or gs://;"
         " none: all that the shapes grammar says",
     )
-    out: str = Field(description="where the new prompts go: .jsonl, .parquet or .txt; local, s3:// or gs://")
+    out: SharedPath = Field(description="where the new prompts go: .jsonl, .parquet or .txt; local, s3:// or gs://")
     count: Positive = Field(description="number of new prompts; fewer are an error, which tells how many there are")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="the same seed and input give the same prompts")
-    exclude: tuple[str, ...] = Field(
+    exclude: tuple[LocalOrUri, ...] = Field(
         (), description="prompt files, as those of the evaluation: none of theirs comes out, in whatever case or order"
     )
     phrases: str = Field(
@@ -31,8 +32,8 @@ class MorePromptsConfig(Section):
         " its prompts, else text",
     )
     split: Literal["train", "test", "ood"] = Field("train", description="of the shapes grammar, for its prompts only")
-    model: str | None = Field(None, description=f"leave out what is longer than its text encoder reads: {MODEL}")
-    focus: str | None = Field(
+    model: ModelPath | None = Field(None, description=f"leave out what is longer than its text encoder reads: {MODEL}")
+    focus: LocalOrUri | None = Field(
         None,
         description="prompts that the model fails on, from which alone it is drawn: a file with prompt and maybe"
         " weight, or a folder evaluation/<model> of a run",

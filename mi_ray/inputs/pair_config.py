@@ -1,10 +1,12 @@
 """The configuration of scoring existing pairs."""
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from mi_ray.config import MODEL, ResourcesConfig, ScoreConfig, without_revision
+from mi_ray.config.paths import LocalOrUri, ModelPath, SharedPath, absolute, counted, shared
 from mi_ray.config.section import Positive, Section, config_hash
 from mi_ray.inputs.pairs import Columns
 
@@ -30,18 +32,20 @@ class PairScoreConfig(ScoreConfig):
 class ScorePairsConfig(Section):
     """Score pairs of image and caption that exist, and find the wrong ones: an input in a folder, or a single pair."""
 
-    input: str | None = Field(
+    input: SharedPath | None = Field(
         None,
         description="pairs: .parquet, .jsonl, a WebDataset .tar, a folder of these, or one of images with .txt beside"
         " them or a metadata.jsonl; local, s3:// or gs://",
     )
-    run_dir: str | None = Field(
-        None, min_length=1, description="folder of the results, local, s3:// or gs://; the same command continues it"
+    run_dir: SharedPath | None = Field(
+        None, description="folder of the results, local, s3:// or gs://; the same command continues it"
     )
-    image: str | None = Field(None, description="a single image, instead of input; with prompt")
+    image: LocalOrUri | None = Field(None, description="a single image, instead of input; with prompt")
     prompt: str | None = Field(None, description="the single image's prompt")
-    map: str | None = Field(None, description="where the single pair's map goes; none: beside the image, -map.png")
-    model: str = Field("shapes", description=MODEL)
+    map: SharedPath | None = Field(
+        None, description="where the single pair's map goes; none: beside the image, -map.png"
+    )
+    model: ModelPath = Field("shapes", description=MODEL)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="of the denoiser")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the noise; a pair's scores depend on nothing else")
     image_column: str | None = Field(None, description="column or key of the image or its path; none: a usual name")
@@ -71,7 +75,16 @@ class ScorePairsConfig(Section):
             raise ValueError("a single pair needs both image and prompt; give the other one too")
         if not single and self.run_dir is None:
             raise ValueError("input needs run_dir, the folder of the results; give --run-dir DIR")
+        if single:
+            shared(self.map_file)
         return self
+
+    @property
+    def map_file(self) -> str:
+        """Where the single pair's map goes: without `map` beside the image, or here if that is remote."""
+        remote = "://" in self.image
+        image = PurePosixPath(self.image.partition("?")[0] if remote else self.image)
+        return self.map or absolute(f"{image.stem if remote else image.with_suffix('')}-map.png")
 
     @property
     def columns(self) -> Columns:
@@ -83,5 +96,5 @@ class ScorePairsConfig(Section):
         return results | {"model": without_revision(self.model)}  # run.json holds the commit
 
     def hash(self) -> str:
-        """Hash of `results_config`, 12 hexadecimal digits."""
-        return config_hash(self.results_config())
+        """Hash of what counts of `results_config`, 12 hexadecimal digits."""
+        return config_hash(counted(self.results_config()))

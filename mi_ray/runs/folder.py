@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mi_ray import storage
+from mi_ray.config.paths import counted
 from mi_ray.config.section import ConfigError, flatten
 
 
@@ -64,7 +65,7 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
 
     Args:
         results: what the results depend on, as run.json holds it under `config`.
-        model_commit: of a model from the hub, as run.json holds it under that name.
+        model_commit: of a model from the hub, or the digest of a folder's, as run.json holds it under that name.
 
     Raises:
         ConfigError: naming the fields that differ.
@@ -80,15 +81,18 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
         return
     content = storage.read_json(uri)
     before, now = flatten(content["config"]), flatten(results)
-    if differing := [key for key in before | now if before.get(key) != now.get(key)]:
+    began, now_counted = counted(content["config"]), counted(results)
+    if differing := [key for key in began | now_counted if began.get(key) != now_counted.get(key)]:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
         raise ConfigError(
             [f"run_dir: {run_dir!r} holds a run of another config: {changes}; undo that or give another --run-dir"]
         )
-    began = content.get("model_commit")
-    if began and began != model_commit:
-        message = f"this run began with commit {began} of the model, and this is {model_commit}"
-        raise ConfigError([f"model.path: {message}; leave its revision out or give another --run-dir"])
+    commit = content.get("model_commit")
+    if commit and commit != model_commit:
+        model = "model.path" if "model.path" in now else "model"
+        message = f"this run began with {commit} of the model, and this is {model_commit}"
+        advice = "give the weights or the revision that it began with, or another --run-dir"
+        raise ConfigError([f"{model}: {message}; {advice}"])
 
 
 # ------------------------------------------------------------------------------------------ commits

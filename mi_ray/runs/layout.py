@@ -43,6 +43,17 @@ def read_content(run_dir: str) -> dict:
         raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); give the --run-dir of one"]) from error
 
 
+def began_hash(run_dir: str, new: str) -> str:
+    """The hash that names a run's parts: the one that the folder began with, or a new run's.
+
+    The two may differ though the same counts: an earlier version hashed the paths of files too.
+    """
+    try:
+        return read_content(run_dir).get("config_hash", new)
+    except ConfigError:
+        return new
+
+
 def as_it_began(run_dir: str, model: str) -> str:
     """A model from the hub, pinned to the commit that the run in the folder began with, unless the user pins it."""
     try:

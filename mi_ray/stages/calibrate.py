@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mi_ray import storage
 from mi_ray.alignment.oracle import foreign_prompts
 from mi_ray.config import ModelConfig, PromptsConfig, SamplerConfig, ScoreConfig, pinned
+from mi_ray.config.paths import LocalOrUri, SharedPath
 from mi_ray.config.section import ConfigError, Positive, Section, check_band, collecting, config_hash
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
@@ -41,22 +42,20 @@ class CalibrationConfig(Section):
     prompts: PromptsConfig
     model: ModelConfig = ModelConfig()
     sampler: SamplerConfig = SamplerConfig()
-    out: str = Field("calibration.yaml", min_length=1, description="file to write; the pipeline takes it by --config")
+    out: SharedPath = Field(
+        "calibration.yaml", validate_default=True, description="file to write; the pipeline takes it by --config"
+    )
     candidates_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="pool size")
     neighbours: Positive = Field(6, description="other prompts of the file that each candidate is held against")
     levels: Annotated[int, Field(ge=2)] = Field(16, description="steps of the grid of log SNR; each is probed twice")
     log_snr_min: float = Field(-5.4, description="lower end of the range searched")
     log_snr_max: float = Field(2.0, description="upper end")
     alignment: Literal["oracle"] | None = Field(None, description="label the candidates too: shapes prompts only")
-    pool: str | None = Field(
-        None,
-        min_length=1,
-        description="folder to write the candidates' images to, with pool.jsonl: for a metric of your own",
+    pool: SharedPath | None = Field(
+        None, description="folder to write the candidates' images to, with pool.jsonl: for a metric of your own"
     )
-    labels: str | None = Field(
-        None,
-        min_length=1,
-        description="that metric, higher is better: .jsonl or .parquet with prompt_id, candidate_index, label",
+    labels: LocalOrUri | None = Field(
+        None, description="that metric, higher is better: .jsonl or .parquet with prompt_id, candidate_index, label"
     )
     use_labels: bool = Field(False, description="choose the band by the labels instead of without them")
     batch_size: Positive = Field(64, description="candidates in one denoiser batch")
@@ -169,9 +168,10 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
 
 def _digest(config: CalibrationConfig) -> str:
     """Tells the images of one pool from another's."""
-    return config_hash(
-        config.model_dump(mode="json", include={"model": {"path", "dtype"}, "sampler": True, "seed": True})
-    )
+    results = config.model_dump(mode="json", include={"model": {"path", "dtype"}, "sampler": True, "seed": True})
+    if config.model.path.startswith("/"):  # wherever the folder lies
+        results["model"]["path"] = model_commit(config.model.path)
+    return config_hash(results)
 
 
 def _read_labels(uri: str, digest: str) -> dict[tuple[str, int], float]:

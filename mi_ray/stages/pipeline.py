@@ -12,7 +12,6 @@ from itertools import islice
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from mi_ray import __version__, storage
 from mi_ray.alignment.oracle import foreign_prompts
@@ -28,6 +27,7 @@ from mi_ray.runs.layout import (
     REFERENCE,
     as_it_began,
     baseline_folder,
+    began_hash,
     home_of,
     online_folder,
     selects_by,
@@ -36,6 +36,7 @@ from mi_ray.runs.layout import (
 from mi_ray.runs.lease import confirm, held
 from mi_ray.runs.status import rough_duration, run_status
 from mi_ray.scoring.scorer import NEIGHBOUR_POOL, probed_band
+from mi_ray.stages.cluster import check_room, start_ray
 from mi_ray.stages.evaluate import evaluate
 from mi_ray.stages.generate import generate
 from mi_ray.stages.online import online
@@ -98,9 +99,9 @@ class Plan:
             faults.append("score.names: pmi_contrastive holds a prompt against others; give two, or leave it out")
         if faults:
             raise ConfigError(faults)
-        key, per_shard = config.hash(), config.generate.prompts_per_shard
-        self.shards = ShardPlan(self.train.uri, per_shard, key)
-        self.evaluation_shards = ShardPlan(self.held_out.uri, per_shard, key)
+        self.hash, per_shard = began_hash(config.run_dir, config.hash()), config.generate.prompts_per_shard
+        self.shards = ShardPlan(self.train.uri, per_shard, self.hash)
+        self.evaluation_shards = ShardPlan(self.held_out.uri, per_shard, self.hash)
         for uri, field, shards in self.stored:
             with collecting(faults):
                 shards.check_stored(uri, field)
@@ -220,10 +221,10 @@ def open_run(plan: Plan):
     config = plan.config
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions = {"mi_ray": __version__, "python": platform.python_version(), **versions}
-    content = {"config": config.results_config(), "config_hash": config.hash(), "versions": versions}
+    content = {"config": config.results_config(), "config_hash": plan.hash, "versions": versions}
     content |= {"model_commit": plan.model_commit, "resources": config.resources.model_dump(mode="json")}
     storage.write_json(storage.join(config.run_dir, "run.json"), content)
-    run_folder.log_event(config.run_dir, "run_started", config_hash=config.hash())
+    run_folder.log_event(config.run_dir, "run_started", config_hash=plan.hash)
     for stage, (uri, field, shards) in zip(("train", "evaluation"), plan.stored, strict=True):
         shards.store(uri, field)
         used, skipped = shards.prompts, plan.skipped_count(stage)
@@ -299,7 +300,9 @@ def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
 
 
 def _run(plan: Plan, until: str) -> str | None:
-    ray.init(logging_level="warning", ignore_reinit_error=True)
+    start_ray()
+    if not storage.exists(storage.join(plan.config.run_dir, "report", "report.json")):  # else nothing is left to do
+        check_room(plan.config.resources, until != "generate")
     plan.settle()
     config = plan.config
     open_run(plan)

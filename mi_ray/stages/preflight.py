@@ -35,7 +35,7 @@ def describe(plan: Plan, until: str = "report") -> str:
         f" (not {resources.batch_size}, which do not fit)" if mine.batch_size != resources.batch_size != "auto" else ""
     )
     lines = [
-        f"run folder    {config.run_dir} (config {config.hash()})",
+        f"run folder    {config.run_dir} (config {plan.hash})",
         f"model         {config.model.path}: denoiser of {parameters / 1e6:.1f} M parameters, {denoiser.dtype}",
         f"prompts       {prompts} to train on, {held_out} held out, {skipped} skipped",
         f"shards        {len(plan.shards)} of up to {config.generate.prompts_per_shard} prompts,"

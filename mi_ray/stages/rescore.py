@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mi_ray import storage
 from mi_ray.config import TRAJECTORY_SCORES, ScoreConfig, ScoreName
+from mi_ray.config.paths import SharedPath
 from mi_ray.config.section import ConfigError, Section
 from mi_ray.diffusion.folders import load_schedule
 from mi_ray.diffusion.sampling import solver_plan
@@ -41,7 +42,7 @@ class TrajectoryScoreConfig(ScoreConfig):
 class RescoreConfig(Section):
     """Score a run's stored candidates anew, by on-trajectory scores, and compare them with what the run selected by."""
 
-    run_dir: str = Field(min_length=1, description="folder of a run, local or remote; the tables go to its rescored/")
+    run_dir: SharedPath = Field(description="folder of a run, local or remote; the tables go to its rescored/")
     score: TrajectoryScoreConfig = TrajectoryScoreConfig()
 
 

@@ -7,12 +7,10 @@ from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from mi_ray import __version__, storage
 from mi_ray.config import ModelConfig, pinned
@@ -29,12 +27,13 @@ from mi_ray.report.audit import decimal, write_audit
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs import lease
 from mi_ray.runs.cost import score_evaluations
-from mi_ray.runs.layout import SCORES, as_it_began
+from mi_ray.runs.layout import SCORES, as_it_began, began_hash
 from mi_ray.scoring.images import encode_png
 from mi_ray.scoring.machine import take_cpus, take_share
 from mi_ray.scoring.pair_scorer import PairScorer, finite, model_image_size, read_image
 from mi_ray.scoring.scorer import probed_band
 from mi_ray.scoring.work import Work
+from mi_ray.stages.cluster import check_room, start_ray
 from mi_ray.stages.shards import Committer, Patience, whole_or_one_by_one, write_missing
 from mi_ray.stages.trial import settle, try_fitting
 from mi_ray.storage import tables
@@ -184,14 +183,14 @@ def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
     return config, commit
 
 
-def _open_run(config: ScorePairsConfig, commit: str | None):
+def _open_run(config: ScorePairsConfig, commit: str | None, key: str):
     """Make the folder this run's, or see that it is."""
     run_folder.check_run_dir(config.run_dir, config.results_config(), commit)
     uri = storage.join(config.run_dir, "run.json")
     versions = {"mi_ray": __version__, **{name: metadata.version(name) for name in PACKAGES}}
-    content = {"config": config.results_config(), "config_hash": config.hash(), "versions": versions}
+    content = {"config": config.results_config(), "config_hash": key, "versions": versions}
     storage.write_json(uri, content | {"model_commit": commit})
-    run_folder.log_event(config.run_dir, "run_started", config_hash=config.hash())
+    run_folder.log_event(config.run_dir, "run_started", config_hash=key)
 
 
 def score_pairs(config: ScorePairsConfig) -> str:
@@ -201,9 +200,10 @@ def score_pairs(config: ScorePairsConfig) -> str:
         ConfigError: something the user gave is wrong, or another driver holds the folder; nothing was started.
     """
     config, commit = _checked(config)
-    shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
+    key = began_hash(config.run_dir, config.hash())
+    shards = plan_pairs(config.input, config.pairs_per_shard, key, config.columns)
     with run_folder.full_disk_told(config.run_dir), lease.held(config.run_dir, config.resources.lease_s):
-        _open_run(config, commit)
+        _open_run(config, commit, key)
         return _score_missing(config, shards)
 
 
@@ -230,7 +230,8 @@ def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
     folder, resources = storage.join(config.run_dir, SCORES), config.resources
     names = [shard.name for shard in shards]
     if run_folder.missing_parts(folder, names):
-        ray.init(logging_level="warning", ignore_reinit_error=True)
+        start_ray()
+        check_room(resources, train=False)
         resources = settle(ModelConfig(path=config.model, dtype=config.dtype), resources)
     constructor = {"config": config.model_copy(update={"resources": resources}).model_dump(mode="json")}
     write_missing(
@@ -275,9 +276,7 @@ def score_one(config: ScorePairsConfig) -> dict:
     scorer = PairScorer(denoiser, config.score, _batch_size(config), config.seed, words=True)
     row = scorer(image[None], [config.prompt], Work())[0]
     density = upsampled(scorer.maps(image[None], [config.prompt]).direct, image.shape[:2])[0].cpu().numpy()
-    destination = config.map or f"{Path(config.image).with_suffix('')}-map.png"
-    if config.map is None and "://" in config.image:
-        destination = f"{Path(config.image.partition('?')[0]).stem}-map.png"
+    destination = config.map_file
     picture = attribution_png(image, density, config.prompt, row["score_pmi"], row["score_pmi_se"], row["words"])
     try:
         storage.write_bytes(destination, picture)

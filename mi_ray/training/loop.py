@@ -36,7 +36,7 @@ from mi_ray.diffusion.adapters import (
     target_faults,
 )
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.diffusion.folders import resolve_model, unet_config
+from mi_ray.diffusion.folders import unet_config
 from mi_ray.inputs.online_plan import plan_of
 from mi_ray.runs import lease
 from mi_ray.runs.layout import SUMMARY
@@ -286,10 +286,6 @@ def check_targets(config: RunConfig):
         raise ConfigError([f"finetune.target_modules: {fault}" for fault in faults])
 
 
-def _absolute(uri: str) -> str:
-    return uri if "://" in uri else str(Path(uri).absolute())
-
-
 def loop_settings(
     config: RunConfig,
     selected: str | None,
@@ -298,24 +294,23 @@ def loop_settings(
     name: str,
     online: dict | None = None,
 ) -> dict:
-    """What `train_loop` takes: paths made absolute, for they run elsewhere, and the name that a rerun finds again."""
-    model = str(resolve_model(config.model.path))
+    """What `train_loop` takes, and the name that a rerun finds again."""
     sections = {"seed", "model", "finetune"} | (
         {"online", "sampler", "score", "generate", "select"} if online else set()
     )
     inputs = {
         "config": config.model_dump(mode="json", include=sections),
-        "selected": selected and _absolute(selected),
-        "previous_adapter": previous_adapter and _absolute(previous_adapter),
+        "selected": selected,
+        "previous_adapter": previous_adapter,
     }
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
     return {
         **inputs,
         "config": config.model_dump(mode="json"),
-        "model": _absolute(model) if Path(model).is_dir() else model,
-        "destination": _absolute(destination),
+        "model": config.model.path,
+        "destination": destination,
         "run": f"{name}-{key}",
-        "run_dir": _absolute(config.run_dir),
+        "run_dir": config.run_dir,
         "token": lease.current_token(config.run_dir),
         "online": online,
     }
@@ -388,7 +383,7 @@ def train(config: RunConfig, settings: dict) -> dict:
 
 def remove_checkpoints(destination: str):
     """Remove the checkpoints of a training that has ended."""
-    system, path = filesystem(_absolute(join(destination, CHECKPOINTS)))
+    system, path = filesystem(join(destination, CHECKPOINTS))
     if system.get_file_info(path).type != pafs.FileType.NotFound:
         with suppress(FileNotFoundError):  # of GCS, at the end, for a folder that is only in the names of its files
             system.delete_dir(path)

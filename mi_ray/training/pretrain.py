@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset
 
+from mi_ray.config.paths import ModelPath
 from mi_ray.diffusion.folders import fetch_model
 from mi_ray.shapes import model
 from mi_ray.shapes.scenes import BACKGROUND
@@ -47,7 +48,7 @@ class PretrainConfig(BaseModel):
     min_snr_gamma: float = 5.0  # Hang et al. 2023, eq. 5
     ema_decay: float = 0.999
     checkpoint_every: int = 500
-    start_from: str = ""  # a pipeline of this architecture, folder or shipped name, whose parts are trained on
+    start_from: ModelPath = ""  # a pipeline of this architecture, folder or shipped name, whose parts are trained on
     layout_share: float = Field(0.0, ge=0, lt=1)  # of the timesteps, drawn around 690, where a caption decides most
 
 

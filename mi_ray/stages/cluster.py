@@ -1,0 +1,90 @@
+"""Ray's start, with a time limit and one message for each fault, and whether the cluster has what a run asks for."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import ray
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.experimental.internal_kv import _internal_kv_get
+
+from mi_ray.config import ResourcesConfig
+from mi_ray.config.section import ConfigError
+
+CONNECT_S, ANSWER_S = 5, 30
+
+
+def start_ray():
+    """Join the Ray that this process is submitted to or that runs here, else start one: `ray.init` without an address.
+
+    Raises:
+        ConfigError: no Ray answers where there should be one, or none can be joined or started.
+    """
+    if ray.is_initialized():
+        return
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    folder = os.environ[variable] if variable else "/tmp"
+    source, address, file = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS"), Path(folder, "ray", "ray_current_cluster")
+    try:
+        if not address and os.path.exists(file):
+            source, address = str(file), file.read_text().strip()
+        if address and ":" in address and "://" not in address:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+            # Whether that is a Ray, in a process that can be ended: Ray's client tries for minutes, uninterruptibly.
+            command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+            subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True)
+        ray.init(logging_level="warning")
+    except Exception as error:  # of many kinds
+        said = (getattr(error, "stderr", None) or str(error) or type(error).__name__).strip()
+        reason = f"no answer in {ANSWER_S} s" if isinstance(error, subprocess.TimeoutExpired) else said.splitlines()[-1]
+        fault = f"cannot start with its files in {folder!r}, {variable or 'the default'}"
+        advice = "set RAY_TMPDIR to a folder of your own with a short path"
+        if address:
+            fault, advice = f"cannot be joined at {address!r}, the address in {source}", "start one there"
+            advice += f", or {'unset' if source == 'RAY_ADDRESS' else 'remove'} {source} to start one here"
+        raise ConfigError([f"Ray {fault} ({reason[:300]}); {advice}"]) from error
+
+
+def room(each: dict[str, float]) -> float:
+    """How many processes that each need these resources the cluster's nodes hold together."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    shares = [[node.get(name, 0) / amount for name, amount in each.items() if amount] for node in nodes]
+    return sum(math.floor(min(share) + 1e-9) if share else math.inf for share in shares)
+
+
+def check_room(resources: ResourcesConfig, train: bool):
+    """See that the cluster has room for one actor and, if asked, for the least number of training workers.
+
+    Raises:
+        ConfigError: it has not, and no autoscaler either; with one, what is waited for is printed.
+    """
+    share = 1 if resources.gpus_per_actor == "auto" else resources.gpus_per_actor
+    asked = {"actor": (1, {"CPU": resources.cpus_per_actor, "GPU": share})}
+    if train:
+        each = {"CPU": resources.train_cpus, "GPU": resources.train_gpus}
+        asked["train_worker"] = (resources.train_workers[0], each)
+    has = " and ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+    faults = []
+    for what, (count, each) in asked.items():
+        if (there := room(each)) < count:
+            needs = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+            faults.append(f"resources: {count} {what}(s) need {needs} each; the cluster ({has}) has room for {there}")
+    if faults and not _autoscales():
+        raise ConfigError(
+            [f"{fault} and starts no nodes by itself: ask for less or start Ray with more" for fault in faults]
+        )
+    for fault in faults:
+        print(f"{fault} now: waiting for its autoscaler", flush=True)
+
+
+def _autoscales() -> bool:
+    """Whether the cluster starts nodes by itself; where it does not, its nodes' types are all node_<id>."""
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    types = [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]  # autoscaler v2
+    report = json.loads(_internal_kv_get(b"__autoscaling_status") or "{}").get("autoscaler_report") or {}
+    return any(not name.startswith("node_") for name in (*types, *report.get("active_nodes", {})))  # and v1
