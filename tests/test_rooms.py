@@ -16,7 +16,7 @@ MOST_LINES, MOST_LINES_OF_STAGES = 400, 2200
 DATA = ("config", "storage", "inputs", "runs")
 ARROWS = {
     "config": (),
-    "storage": ("config",),
+    "storage": ("config", "alignment.metric"),
     "inputs": ("config", "storage", "language", "shapes.grammar", "diffusion.folders"),
     "runs": ("config", "storage"),
     "diffusion": (),
@@ -24,9 +24,9 @@ ARROWS = {
     "shapes": (),
     "language": ("shapes",),
     "alignment": ("shapes",),
-    "scoring": ("config", "inputs", "diffusion", "information", "language", "alignment"),
-    "report": ("config", "storage"),
-    "training": (*DATA, "diffusion", "information", "shapes", "scoring"),
+    "scoring": ("config", "inputs", "diffusion", "information", "language", "alignment.metric"),
+    "report": ("config", "storage", "alignment.metric"),
+    "training": (*DATA, "diffusion", "information", "shapes", "alignment.metric", "scoring"),
     "stages": (*DATA, "diffusion", "information", "shapes", "language", "alignment", "scoring", "report", "training"),
 }
 WITH_RAY = ("stages/", "training/loop.py", "training/pretrain.py")
