@@ -128,9 +128,7 @@ def online_schema(score_names: tuple[str, ...], metrics: Metrics = _NO_METRICS) 
         ValueError: a metric declares a column whose name is taken.
     """
     version = _field("update", pa.int32(), "the update that trains it, or the version of the policy that is validated")
-    advantage = _field(
-        "advantage", pa.float32(), "of the candidate within its prompt, -1 to 1; null: it is not trained"
-    )
+    advantage = _field("advantage", pa.float32(), "of the candidate within its prompt, -1 to 1; null: not trained")
     return candidates_schema(score_names, metrics).append(version).append(advantage)
 
 
