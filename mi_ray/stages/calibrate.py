@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mi_ray import storage
-from mi_ray.alignment.oracle import foreign_prompts
+from mi_ray.alignment.metric import check_prompts, load_metrics, measure
 from mi_ray.config import ModelConfig, PromptsConfig, SamplerConfig, ScoreConfig, pinned
 from mi_ray.config.paths import LocalOrUri, SharedPath
-from mi_ray.config.section import ConfigError, Positive, Section, check_band, collecting, config_hash
+from mi_ray.config.section import METRIC_NAMES, ConfigError, Positive, Section, check_band, collecting, config_hash
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
@@ -26,7 +26,7 @@ from mi_ray.information.pointwise import denoising_errors
 from mi_ray.information.probes import draw_probes
 from mi_ray.inputs.prompts import read_prompts
 from mi_ray.runs import folder as run_folder
-from mi_ray.scoring.images import encode_png, measured
+from mi_ray.scoring.images import encode_png
 from mi_ray.scoring.machine import take_cpus
 from mi_ray.scoring.sampler import Sampler, derived_seed
 from mi_ray.scoring.scorer import Scorer, known_band
@@ -50,7 +50,9 @@ class CalibrationConfig(Section):
     levels: Annotated[int, Field(ge=2)] = Field(16, description="steps of the grid of log SNR; each is probed twice")
     log_snr_min: float = Field(-5.4, description="lower end of the range searched")
     log_snr_max: float = Field(2.0, description="upper end")
-    alignment: Literal["oracle"] | None = Field(None, description="label the candidates too: shapes prompts only")
+    alignment: str | None = Field(
+        None, min_length=1, description=f"metric whose first column labels the candidates too: {METRIC_NAMES}"
+    )
     pool: SharedPath | None = Field(
         None, description="folder to write the candidates' images to, with pool.jsonl: for a metric of your own"
     )
@@ -145,10 +147,8 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
     )
     if len(prompts) < 2:
         faults.append(f"prompts.file: {config.prompts.file!r} holds one prompt only; each is held against others")
-    if config.alignment and (foreign := foreign_prompts(prompts["prompt"].to_pylist())):
-        faults.append(
-            f"alignment: the oracle reads only prompts of the shapes grammar, not {foreign[0]!r}; leave it out"
-        )
+    with collecting(faults, "alignment"):
+        check_prompts(load_metrics([config.alignment] if config.alignment else []), prompts["prompt"].to_pylist())
     if config.labels:
         with collecting(faults, "labels"):
             labels = _read_labels(config.labels, _digest(config))
@@ -196,14 +196,15 @@ def _read_labels(uri: str, digest: str) -> dict[tuple[str, int], float]:
 
 @torch.inference_mode()
 def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """errors (N, 1 + J, levels, 2), prompt_index (N,) and, where alignment is measured, exact (N,) of 0 and 1."""
+    """Errors (N, 1 + J, levels, 2), prompt_index (N,) and, of the metric, labels (N,) of which higher is better."""
     take_cpus(config.threads)
     denoiser = load_denoiser(config.model.path, config.model.dtype)
     sampler = Sampler(denoiser, config.sampler, config.batch_size)
     score = ScoreConfig(names=("pmi_contrastive",), neighbours=config.neighbours)
     scorer = Scorer(denoiser, score, config.batch_size, config.seed, prompts)
     each = config.candidates_per_prompt
-    errors, exact, written = [], [], []
+    errors, labels, written = [], [], []
+    metrics = load_metrics([config.alignment] if config.alignment else [])
     for start in tqdm(range(0, len(prompts), PROMPTS_AT_A_TIME), unit=" prompts", unit_scale=PROMPTS_AT_A_TIME):
         some = slice(start, start + PROMPTS_AT_A_TIME)
         conditioning = denoiser.encode_prompts(prompts[some])
@@ -216,8 +217,10 @@ def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) 
         errors.append(_halves(config, denoiser, latents, texts, branches, ids[some]))
         repeated = [prompt for prompt in prompts[some] for _ in range(each)]
         images = denoiser.decode(latents) if config.alignment or config.pool else None
-        if config.alignment:
-            exact += measured(images, repeated, config.alignment)["exact"]
+        for metric in metrics.values():
+            truth = metric.columns[0]
+            found = measure(metrics, images, repeated)[truth.name]
+            labels += [math.nan if value is None else truth.sign * value for value in found]
         if config.pool:
             places = [(prompt_id, c) for prompt_id in ids[some] for c in range(each)]
             written += _write_images(config.pool, images, repeated, places)
@@ -226,7 +229,7 @@ def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) 
         storage.write_bytes(storage.join(config.pool, "pool.jsonl"), lines.encode())
         print(f"{len(written)} images and pool.jsonl are in {config.pool}: add `label` to its lines and give --labels")
     index = torch.arange(len(prompts)).repeat_interleave(each)
-    return torch.cat(errors), index, torch.tensor(exact) if exact else None
+    return torch.cat(errors), index, torch.tensor(labels) if labels else None
 
 
 def _write_images(folder: str, images: np.ndarray, prompts: list[str], places: list[tuple[str, int]]) -> list[dict]:

@@ -22,7 +22,7 @@ from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.inputs.online_plan import OnlinePlan
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs.layout import CANDIDATES, policy_folder
-from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, rewards_of
+from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, run_rewards
 from mi_ray.training.losses import Batch, Objective, weights_of
 
 PROBE_ROWS = 32  # on which the effective guidance is measured
@@ -82,7 +82,7 @@ class OnlineSource:
         self.config, self.plan, self.folder, self.board = config, plan, folder, board
         self.candidates = storage.join(folder, CANDIDATES)
         self.denoiser, self.objective, self.timesteps = denoiser, objective, timesteps
-        self.rewards: tuple[Reward, ...] = rewards_of(config.online, config.select.by)
+        self.rewards: tuple[Reward, ...] = run_rewards(config)
         self.steps = config.online.updates * config.online.inner_steps
         self.save: Callable[[str, list[Tensor]], None] | None = None  # rank 0: writes an adapter's folder
         self.recent: dict[int, dict[str, Tensor]] = {}  # the last lag + 1 versions, which a restart publishes again
@@ -315,7 +315,7 @@ def best_version(config: RunConfig, plan: OnlinePlan, candidates: str, saved: li
     Returns:
         version, and validation: {version: mean reward of the held-out prompts}.
     """
-    rewards, scores = rewards_of(config.online, config.select.by), {}
+    rewards, scores = run_rewards(config), {}
     for version in saved:
         parts = [plan.name(index) for index in plan.of_validation(version)]
         if parts and not run_folder.missing_parts(candidates, parts):

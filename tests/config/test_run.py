@@ -179,8 +179,11 @@ def test_unknown_keys_are_refused_with_a_suggestion(config_file):
         (("--resources.train_workers", "3,2"), "resources: train_workers is (least, most)"),
         (("--resources.train_workers", "2,64"), "gradient_accumulation is 50, which leaves some of 64 workers"),
         (("--select.by", "pmi"), "select.by is 'pmi', which score.names lacks"),
-        (("--select.by", "oracle"), "needs generate.alignment: oracle"),
-        (("--evaluation.controls", "oracle"), "needs generate.alignment: oracle"),
+        (("--select.by", "oracle"), "select.by is 'oracle', which is neither random nor a score nor a metric that is"),
+        (("--select.by", "pmmi"), "take one of mitune, "),
+        (("--evaluation.controls", "oracle"), "evaluation.controls has 'oracle', which is neither random nor a metric"),
+        (("--evaluation.controls", "mitune"), "evaluation.controls has 'mitune'"),
+        (("--generate.alignment", "a:B,oracle,a:B"), "'a:B' is there more than once; name each metric once"),
         (("--select.top-k", "50"), "leaves nothing to choose from 50 candidates"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from mi_ray.alignment.oracle import measure
+from mi_ray.alignment.oracle import Oracle
 from mi_ray.config import RunConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.config.section import ConfigError
@@ -72,7 +72,7 @@ def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
     lines = pd.read_json(pool / "pool.jsonl", lines=True)
     assert len(lines) == 6 * 4
     images = np.stack([Image.open(pool / name) for name in lines["image"]])
-    lines["label"] = measure(images, lines["prompt"].tolist())["exact"]
+    lines["label"] = Oracle().measure(images, lines["prompt"].tolist())["exact"]
     lines = lines.sample(frac=1, random_state=0)
     lines.to_json(file, orient="records", lines=True)
     lines.to_parquet(table)
