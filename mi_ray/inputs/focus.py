@@ -52,7 +52,8 @@ def _rows(uri: str, metric: str) -> list[dict] | None:
     if "prompt" in columns and {"weight", metric} & {*columns}:
         return [row for part in parts for row in storage.read_table(part, columns).to_pylist()]
     if folder:
-        raise ValueError(f"has no column {metric!r} among {', '.join(schemas[0])}; set --focus-metric to one of them")
+        missing = f"has no column {metric or 'weight'!r} among {', '.join(schemas[0])}"
+        raise ValueError(f"{missing}; set --focus-metric to the one that says how well a prompt does")
     return None
 
 

@@ -39,7 +39,7 @@ class MorePromptsConfig(Section):
         " weight, or a folder evaluation/<model> of a run",
     )
     focus_metric: str = Field(
-        "exact", description="metric between 0 and 1 of a focus table without weight, averaged by prompt"
+        "", description="column between 0 and 1 of a focus table without weight, averaged by prompt"
     )
     focus_below: float = Field(
         1.0, gt=0, le=1, description="prompts with a lower average count, each by 1 less its average"

@@ -10,8 +10,8 @@ from mi_ray.alignment.metric import load_metrics, measure
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.adapters import MergedAdapter, attach_adapter
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard
-from mi_ray.scoring.images import encode_png
 from mi_ray.scoring.rewards import RANDOM, candidate_advantages, run_rewards
 from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer

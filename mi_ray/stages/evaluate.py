@@ -10,9 +10,9 @@ from mi_ray.alignment.metric import columns_of, load_metrics, measure, reference
 from mi_ray.alignment.quality import latent_features
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
 from mi_ray.runs.layout import REFERENCE
-from mi_ray.scoring.images import encode_png
 from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer

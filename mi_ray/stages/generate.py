@@ -11,8 +11,8 @@ from mi_ray.config import RunConfig
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
+from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
-from mi_ray.scoring.images import encode_png
 from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.pruning import Halving, cut_scorer
 from mi_ray.scoring.sampler import Sampler, derived_seed, specialise

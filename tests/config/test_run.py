@@ -8,9 +8,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mi_ray.config import RunConfig
+from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.config.section import ConfigError, flatten
-from mi_ray.stages.calibrate import CalibrationConfig
 
 ROOT = Path(__file__).parents[2]
 LEAST = ("--run-dir", "runs/test", "--prompts.file", "prompts.txt")

@@ -12,10 +12,12 @@ from PIL import Image
 
 from mi_ray.alignment.oracle import Oracle
 from mi_ray.config import RunConfig
+from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.config.section import ConfigError
+from mi_ray.inputs.labels import read_labels
 from mi_ray.stages import calibrate as stage
-from mi_ray.stages.calibrate import CalibrationConfig, _read_labels, calibrate
+from mi_ray.stages.calibrate import calibrate
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", "jobs/configs/calibrate-smoke.yaml"]
@@ -77,7 +79,7 @@ def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
     lines.to_json(file, orient="records", lines=True)
     lines.to_parquet(table)
     digest = lines["pool"][0]
-    assert _read_labels(str(file), digest) == _read_labels(str(table), digest)
+    assert read_labels(str(file), digest) == read_labels(str(table), digest)
     calibrate(config.model_copy(update={"alignment": None, "labels": str(file)}))
     own = capsys.readouterr().out
     told = [line for line in by_oracle.splitlines() if line.startswith(("label", "without"))]
