@@ -104,7 +104,7 @@ def test_the_shapes_grammar(tmp_path, capsys):
 def test_only_from_what_fails(tmp_path, own, capsys):
     table = {"prompt": ["two cats", "one ox"] * 2, "category": ["numeracy"] * 4, "exact": [1.0, 0.0, 0.0, 0.5]}
     storage.write_table(str(tmp_path / "base" / "part-0.parquet"), pa.table(table))
-    rows = made(tmp_path, file=own, focus=str(tmp_path / "base"), count=2)
+    rows = made(tmp_path, file=own, focus=str(tmp_path / "base"), focus_metric="exact", count=2)
     assert {row["prompt"] for row in rows} == {"two oxen", "one cat"}
     assert "2 prompts fail, 1 of them of the list" in capsys.readouterr().out
 
