@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import PositiveInt
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from mi_ray.config.command_line import run_settings
 from mi_ray.config.paths import LocalOrUri
 from mi_ray.shapes.grammar import CATEGORIES, sample_prompts
 from mi_ray.storage import join, write_bytes
@@ -62,4 +63,4 @@ class Command(BaseSettings):
 
 
 if __name__ == "__main__":
-    CliApp.run(Command)
+    run_settings(Command)

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from mi_ray.config.command_line import run_settings
 from mi_ray.config.paths import SharedPath
+from mi_ray.stages.cluster import start_ray
 from mi_ray.training.pretrain import PretrainConfig, pretrain
 
 
@@ -16,9 +18,10 @@ class Command(BaseSettings, PretrainConfig):
     folder: SharedPath  # where checkpoints, logs and the finished model go
 
     def cli_cmd(self):
+        start_ray()
         config = PretrainConfig(**self.model_dump(exclude={"folder"}))
         print(f"The model is in {pretrain(config, Path(self.folder))}")
 
 
 if __name__ == "__main__":
-    CliApp.run(Command)
+    run_settings(Command)

@@ -1,13 +1,12 @@
 """How a run stands, from its folder alone: python jobs/status.py RUN_DIR [--json]"""
 
 import json
-import sys
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliToggleFlag, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliPositionalArg, CliToggleFlag, SettingsConfigDict
 
+from mi_ray.config.command_line import run_settings
 from mi_ray.config.paths import LocalOrUri
-from mi_ray.config.section import ConfigError
 from mi_ray.runs.status import run_status, status_text
 
 
@@ -20,14 +19,9 @@ class Command(BaseSettings):
     json_: CliToggleFlag[bool] = Field(False, alias="json", description="as JSON, for programs")
 
     def cli_cmd(self):
-        try:
-            status = run_status(self.run_dir)
-        except ConfigError as error:
-            for fault in error.faults:
-                print(f"error: {fault}", file=sys.stderr)
-            sys.exit(2)
+        status = run_status(self.run_dir)
         print(json.dumps(status, indent=2) if self.json_ else status_text(status))
 
 
 if __name__ == "__main__":
-    CliApp.run(Command)
+    run_settings(Command)

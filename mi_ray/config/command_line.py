@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    CliApp,
     CliSettingsSource,
     CliToggleFlag,
     CliUnknownArgs,
@@ -169,6 +170,20 @@ def run_command(
     try:
         run(*load_config(sys.argv[1:], description, smoke_file, model))
     except ConfigError as error:
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error.faults)
+
+
+def run_settings(command: type[BaseSettings]):
+    """The same of a job whose command line is settings of its own, with a `cli_cmd`."""
+    try:
+        CliApp.run(command)
+    except ConfigError as error:
+        _refuse(error.faults)
+    except ValidationError as error:
+        _refuse(_faults(error, command))
+
+
+def _refuse(faults: list[str]):
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    sys.exit(2)

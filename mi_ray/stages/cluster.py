@@ -15,7 +15,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from mi_ray.config import ResourcesConfig
 from mi_ray.config.section import ConfigError
 
-CONNECT_S, ANSWER_S = 5, 30
+CONNECT_S, ANSWER_S = 5, 20
 
 
 def start_ray():
@@ -64,16 +64,17 @@ def check_room(resources: ResourcesConfig, train: bool):
         ConfigError: it has not, and no autoscaler either; with one, what is waited for is printed.
     """
     share = 1 if resources.gpus_per_actor == "auto" else resources.gpus_per_actor
-    asked = {"actor": (1, {"CPU": resources.cpus_per_actor, "GPU": share})}
+    asked = {"num_actors": (1, {"CPU": resources.cpus_per_actor, "GPU": share})}
     if train:
         each = {"CPU": resources.train_cpus, "GPU": resources.train_gpus}
-        asked["train_worker"] = (resources.train_workers[0], each)
+        asked["train_workers"] = (resources.train_workers[0], each)
     has = " and ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
     faults = []
-    for what, (count, each) in asked.items():
+    for field, (count, each) in asked.items():
         if (there := room(each)) < count:
             needs = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
-            faults.append(f"resources: {count} {what}(s) need {needs} each; the cluster ({has}) has room for {there}")
+            fault = f"asks for at least {count} times {needs}, and the cluster ({has}) has room for {there}"
+            faults.append(f"resources.{field}: {fault}")
     if faults and not _autoscales():
         raise ConfigError(
             [f"{fault} and starts no nodes by itself: ask for less or start Ray with more" for fault in faults]

@@ -12,6 +12,7 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.sampler import specialise
 from mi_ray.scoring.trial import WORTH_IT, Trial, best, sweep, try_batch, try_fitting
+from mi_ray.stages.cluster import room
 
 ACTORS_TO_A_GPU = (2, 4)
 MEMORY_SHARE = 0.85  # of a GPU, which its actors may fill: scoring and decoding need room beside the denoiser
@@ -81,10 +82,10 @@ def settle(model: ModelConfig, resources: ResourcesConfig) -> ResourcesConfig:
 
 def _share(model: ModelConfig, cpus: float, chosen: Trial) -> float:
     """GPUs an actor: 1, or less where several on one GPU are faster together."""
-    room = MEMORY_SHARE * (chosen.memory_gib + chosen.memory_left_gib)
+    memory = MEMORY_SHARE * (chosen.memory_gib + chosen.memory_left_gib)
     count, together = 1, 1 / chosen.seconds_per_evaluation
     for more in ACTORS_TO_A_GPU:
-        if more * chosen.memory_gib > room:
+        if more * chosen.memory_gib > memory or not room({"CPU": more * cpus, "GPU": 1}):
             break
         with _probes(model, cpus, 1 / more, more) as probes:
             ray.get([probe.try_batch.remote(chosen.batch_size) for probe in probes])  # all are loaded and warm

@@ -1,0 +1,181 @@
+"""Ray's start and the room that a run asks for: what is told when something is wrong, and how soon."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+from mi_ray.config import ResourcesConfig
+from mi_ray.config.section import ConfigError
+from mi_ray.stages import cluster
+
+
+@pytest.fixture
+def free_port():
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """Ray's folder for temporary files is the test's."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    return tmp_path
+
+
+def fault() -> str:
+    began = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        cluster.start_ray()
+    assert time.monotonic() - began < 30
+    (message,) = caught.value.faults
+    assert "\n" not in message
+    return message
+
+
+def test_an_address_where_nothing_listens(environment, monkeypatch, free_port):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port}")
+    message = fault()
+    assert f"cannot be joined at '127.0.0.1:{free_port}', the address in RAY_ADDRESS" in message
+    assert "refused" in message
+    assert "unset RAY_ADDRESS to start one here" in message
+
+
+def test_an_address_file_that_a_dead_ray_left(environment, free_port):
+    (environment / "ray").mkdir()
+    file = environment / "ray" / "ray_current_cluster"
+    file.write_text(f"127.0.0.1:{free_port}\n")
+    assert f"the address in {file}" in (message := fault())
+    assert f"remove {file} to start one here" in message
+
+
+@pytest.mark.parametrize("address", ["nowhere", "http://127.0.0.1:1", "127.0.0.1:port"])
+def test_what_is_no_address(environment, monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert f"cannot be joined at {address!r}" in fault()
+
+
+def test_something_else_that_listens_there(environment, monkeypatch):
+    monkeypatch.setattr(cluster, "ANSWER_S", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        assert "(no answer in 1 s)" in fault()
+
+
+def test_a_temporary_path_that_is_too_long(environment, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(environment / ("d" * 80)))
+    message = fault()
+    assert "AF_UNIX path length" in message
+    assert message.endswith("set RAY_TMPDIR to a folder of your own with a short path")
+
+
+def test_a_temporary_folder_of_another_user(environment, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied", f"{environment}/ray/session_1")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    assert f"cannot start with its files in '{environment}', RAY_TMPDIR ([Errno 13] Permission denied" in fault()
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("TMPDIR", str(environment))
+    assert ", TMPDIR (" in fault()
+
+
+# ------------------------------------------------------------------------------------------ room
+@pytest.fixture
+def nodes(monkeypatch):
+    """A cluster of these nodes; `autoscaled` tells what its autoscaler calls them."""
+
+    def make(*resources: dict[str, float], autoscaled: bool = False):
+        names = ["head" if autoscaled else f"node_{number}" for number, _ in enumerate(resources)]
+        of_type = [SimpleNamespace(ray_node_type_name=name) for name in names]
+        status = SimpleNamespace(active_nodes=of_type, idle_nodes=[])
+        total = {name: sum(node.get(name, 0) for node in resources) for node in resources for name in node}
+        dead = {"Alive": False, "Resources": {"CPU": 99, "GPU": 99}}
+        monkeypatch.setattr(ray, "nodes", lambda: [dead, *({"Alive": True, "Resources": r} for r in resources)])
+        monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=""))
+        monkeypatch.setattr(cluster, "get_cluster_status", lambda _: status)
+        monkeypatch.setattr(cluster, "_internal_kv_get", lambda _: None)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("each", "expected"),
+    [({"CPU": 1}, 6), ({"CPU": 4}, 1), ({"GPU": 0.5}, 4), ({"CPU": 1, "GPU": 1}, 2), ({"CPU": 0}, float("inf"))],
+)
+def test_room_is_counted_node_by_node(nodes, each, expected):
+    nodes({"CPU": 4, "GPU": 2}, {"CPU": 2})
+    assert cluster.room(each) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "train", "faults"),
+    [
+        ({}, True, []),
+        ({"num_actors": 8}, True, []),  # as many as there is room for
+        ({"gpus_per_actor": 1}, True, ["num_actors: asks for at least 1 times 1 CPU and 1 GPU"]),
+        ({"gpus_per_actor": "auto"}, False, ["num_actors: asks for at least 1 times 1 CPU and 1 GPU"]),
+        ({"cpus_per_actor": 3}, False, ["num_actors: asks for at least 1 times 3 CPU"]),
+        ({"train_workers": 5}, True, ["train_workers: asks for at least 5 times 1 CPU"]),
+        ({"train_workers": 5}, False, []),
+        ({"train_workers": (1, 8)}, True, []),
+        ({"train_gpus": 1}, True, ["train_workers: asks for at least 1 times 1 CPU and 1 GPU"]),
+    ],
+)
+def test_what_a_cluster_lacks_is_told(nodes, resources, train, faults, capsys):
+    nodes({"CPU": 2}, {"CPU": 2})
+    config = ResourcesConfig.model_validate(resources)
+    if faults:
+        with pytest.raises(ConfigError) as caught:
+            cluster.check_room(config, train)
+        for found, expected in zip(caught.value.faults, faults, strict=True):
+            assert expected in found
+            assert "the cluster (4 CPU and 0 GPU) has room for" in found
+    else:
+        cluster.check_room(config, train)
+    nodes({"CPU": 2}, {"CPU": 2}, autoscaled=True)
+    cluster.check_room(config, train)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(faults)
+    assert all(line.endswith("waiting for its autoscaler") for line in lines)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_joins_a_ray_that_was_started_elsewhere(tmp_path, free_port):
+    """Whose working directory is another one: the run lies where the driver's working directory says."""
+    root = Path(__file__).parents[2]
+    base = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(root), "RAY_ADDRESS": ""}
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
+    short = tempfile.mkdtemp(prefix="ray-")  # sockets are in it
+    start += [f"--port={free_port}", "--include-dashboard=false", f"--temp-dir={short}"]
+    with subprocess.Popen(
+        start, cwd="/", env=base, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as head:
+        try:
+            job = [sys.executable, f"{root}/jobs/score.py", "--input", "pairs", "--run-dir", "runs/here"]
+            (tmp_path / "pairs").symlink_to(f"{root}/jobs/configs/pairs")
+            environment = base | {"RAY_ADDRESS": f"127.0.0.1:{free_port}"}
+            for _ in range(60):
+                done = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True)
+                if done.returncode == 0 or "refused" not in done.stderr:
+                    break
+            assert done.returncode == 0, done.stderr
+            assert (tmp_path / "runs" / "here" / "audit" / "index.html").is_file()
+        finally:
+            os.killpg(head.pid, signal.SIGKILL)
+            shutil.rmtree(short, ignore_errors=True)
