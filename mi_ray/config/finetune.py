@@ -95,6 +95,10 @@ class OnlineConfig(Section):
         description="added to the spread of a prompt's rewards before they are divided by it",
     )
     reward_clip: float = Field(2.0, gt=0, description="advantages are cut at plus and minus this, in spreads")
+    trained_candidates: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="train only the best and worst candidates of a prompt, this many in all; none: all",
+    )
     lag: Annotated[int, Field(ge=0, le=1)] = Field(
         1, description="1: an update's candidates are drawn while the update before is trained; 0: after it"
     )

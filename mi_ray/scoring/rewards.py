@@ -124,5 +124,16 @@ def candidate_advantages(
     for start, stop in prompts_of(columns["prompt_id"]):
         of_prompt = {name: values[start:stop] for name, values in columns.items()}
         values = advantages(rewards, of_prompt, of_prompt["seed"], config.online)
+        values = _extremes(values, config.online.trained_candidates)
         found += [float(value) if math.isfinite(value) else None for value in values]
     return found
+
+
+def _extremes(values: np.ndarray, count: int | None) -> np.ndarray:
+    """The advantages of a prompt's best and worst candidates, `count` in all; NaN for the others. None: all of them."""
+    finite = np.flatnonzero(np.isfinite(values))
+    if count is None or len(finite) <= count:
+        return values
+    order = finite[np.argsort(values[finite], kind="stable")]
+    kept = np.r_[order[: count // 2], order[len(order) - (count - count // 2) :]]
+    return np.where(np.isin(np.arange(len(values)), kept), values, np.nan)
