@@ -16,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from mi_ray import storage
-from mi_ray.alignment.metric import columns_of, load_metrics
+from mi_ray.alignment.metric import columns_of
 from mi_ray.config import RunConfig
 from mi_ray.inputs.online_plan import plan_of
 from mi_ray.inputs.shard_plan import Shard
@@ -113,7 +113,7 @@ class OnlineGenerator:
         self.folder, self.candidates, self.board = folder, storage.join(folder, CANDIDATES), board
         self.plan = plan_of(config, source)
         self.policy, self.version = PolicySampler(config), 0
-        schema = tables.online_schema(config.score.names, columns_of(load_metrics(config.generate.alignment)))
+        schema = tables.online_schema(config.score.names, columns_of(self.policy.validation_metrics))
         self.write = ShardWriter("online", "policy", self.candidates, schema, config, token, lambda: self.policy.calls)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
