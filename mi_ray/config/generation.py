@@ -58,13 +58,20 @@ class SamplerConfig(Section):
         "ddpm", description="DDPM, DDIM, DPM-Solver++(2M) or its stochastic form: DDPM's in a fifth of the steps"
     )
     num_inference_steps: Positive = Field(100, description="denoising steps")  # MI-TUNE's released code
-    guidance_scale: float = Field(7.5, gt=1, description="above 1: the score needs both branches")  # released code
+    guidance_scale: float = Field(
+        7.5, ge=1, description="1: the conditional branch alone, half the evaluations and no on-trajectory score"
+    )  # 7.5: released code
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
         None, description="as diffusers names it; default: what the model's scheduler says"
     )
     guidance_interval: tuple[float, float] | None = Field(
         None, description="of log SNR: guided only there, elsewhere one evaluation instead of two; none: everywhere"
     )  # Kynkaanniemi et al. 2024, arXiv 2404.07724
+
+    @property
+    def branches(self) -> int:
+        """Denoiser evaluations of one step: with the prompt and, where there is guidance, without it."""
+        return 1 if self.guidance_scale == 1 else 2
 
     @model_validator(mode="after")
     def _interval(self):

@@ -20,6 +20,11 @@ from mi_ray.config.paths import LocalOrUri, SharedPath, counted, without_revisio
 from mi_ray.config.section import METRIC_NAMES, MetricNames, Positive, Section, config_hash
 
 
+def _several(value: object) -> object:
+    """One number stands for a list of it."""
+    return (value,) if isinstance(value, (int, float, str)) else value
+
+
 class EvaluationConfig(Section):
     """Base and tuned model on the same held-out prompts and seeds. Defaults: the paper's, 10 images, DDIM 50."""
 
@@ -32,6 +37,11 @@ class EvaluationConfig(Section):
     )
     images_per_prompt: Annotated[int, Field(ge=2)] = Field(10, description="each with its own seed")
     sampler: SamplerConfig = SamplerConfig(solver="ddim", num_inference_steps=50)
+    guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_several)] = Field(
+        (),
+        description="every model is evaluated at each of these guidance scales and at evaluation.sampler's; 1: one"
+        " branch, half the cost; none: at evaluation.sampler's alone",
+    )
     alignment: MetricNames = Field(
         (),
         description=f"metrics of every image, the first is the report's headline; one name or a list: {METRIC_NAMES}",
@@ -39,7 +49,13 @@ class EvaluationConfig(Section):
     controls: tuple[str, ...] = Field(
         (), description="also fine-tune and evaluate on these selections: random, or metrics of generate.alignment"
     )
-    pmi: bool = Field(True, description="score the images with pmi")
+    pmi: bool = Field(True, description="score the images with pmi, at every guidance scale")
+
+    @property
+    def samplers(self) -> dict[float, SamplerConfig]:
+        """The sampler at each guidance scale, in rising order."""
+        scales = sorted({*self.guidance_scales, self.sampler.guidance_scale})
+        return {scale: self.sampler.model_copy(update={"guidance_scale": scale}) for scale in scales}
 
 
 def _pair(value: object) -> object:
@@ -199,6 +215,12 @@ class RunConfig(Section):
             f"{name} needs both branches wherever it looks, and sampler.guidance_interval is {interval}: take the score"
             " out of score.names and prune.by, or set the interval to none (trajectory_banded: or widen it to the band)"
             for name in sorted(named)
+        ]
+        unguided = {*score.names, self.prune.by} & set(TRAJECTORY_SCORES) if self.sampler.branches == 1 else set()
+        faults += [
+            f"{name} needs both branches, and sampler.guidance_scale is 1, which evaluates one: take the score out of"
+            " score.names and prune.by, or raise sampler.guidance_scale"
+            for name in sorted(unguided)
         ]
         return faults
 

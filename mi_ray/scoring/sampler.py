@@ -1,6 +1,7 @@
 """What one actor does with its prompts: sample, score, measure, decode. Knows the device, not the cluster."""
 
 import hashlib
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.kernels import choose_kernel
 from mi_ray.diffusion.sampling import CandidateNoise, State, Trajectory, sampling_steps, solver_plan
 from mi_ray.scoring.work import Work
+
+NOWHERE = (math.inf, -math.inf)  # the interval of log SNR without any: one branch at every step
 
 
 def derived_seed(*parts: str | int) -> int:
@@ -88,7 +91,8 @@ class Sampler:
         self.plan = solver_plan(
             denoiser.schedule, config.solver, config.num_inference_steps, timestep_spacing=config.timestep_spacing
         )
-        self.guided = self.plan.guided(config.guidance_interval)
+        self.guidance_interval = config.guidance_interval if config.branches == 2 else NOWHERE
+        self.guided = self.plan.guided(self.guidance_interval)
         self.null = denoiser.encode_prompts([""])
 
     def __call__(
@@ -135,7 +139,7 @@ class Sampler:
             pool.latents[on_device],
             self.config.guidance_scale,
             (lambda step: noise.draw(chosen)) if self.plan.stochastic else None,
-            guidance_interval=self.config.guidance_interval,
+            guidance_interval=self.guidance_interval,
             kernel=self.kernel,
             steps=steps,
             previous_x0=pool.x0[on_device] if self.plan.multistep and steps.start else None,

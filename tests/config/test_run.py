@@ -277,3 +277,19 @@ def test_credentials_are_refused_and_not_repeated(uri):
     assert "credentials" in str(told.value)
     assert "rd@" not in str(told.value)
     assert "word" not in str(told.value)
+
+
+@pytest.mark.parametrize(("value", "scales"), [("4", (3, 4)), ("4,1", (1, 3, 4)), ("none", (3,)), ("3,3", (3,))])
+def test_an_evaluation_has_its_samplers_guidance_scale_and_those_of_the_list(value, scales):
+    sampler = ("--evaluation.sampler.guidance-scale", "3")
+    evaluation = load(*LEAST, *sampler, "--evaluation.guidance_scales", value).evaluation
+    assert tuple(evaluation.samplers) == scales
+    assert all(sampler.guidance_scale == scale for scale, sampler in evaluation.samplers.items())
+
+
+def test_without_guidance_no_score_may_need_both_branches():
+    with pytest.raises(ConfigError) as error:
+        load(*LEAST, "--sampler.guidance-scale", "1")
+    assert "mitune needs both branches, and sampler.guidance_scale is 1" in str(error.value)
+    least = (*LEAST, "--score.names", "pmi_negatives", "--select.by", "pmi_negatives")
+    assert load(*least, "--sampler.guidance-scale", "1").sampler.branches == 1
