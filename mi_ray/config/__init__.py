@@ -1,6 +1,6 @@
-"""What a user may set: every field of every job, its default, its source, and what is refused.
+"""The configuration of every job: all fields, their defaults with sources, and the checks of their values.
 
-This room imports nothing else of the package and must not know how a field is used.
+This room imports nothing else from the package. It must not know how a field is used.
 """
 
 from mi_ray.config.finetune import BETA, FinetuneConfig, MethodName, OnlineConfig

@@ -1,4 +1,4 @@
-"""Reading a configuration: YAML files, flags that override them, and every fault of both told at once."""
+"""Reads a configuration from YAML files and flags. Flags override files. All faults are reported at once."""
 
 import difflib
 import sys
@@ -43,7 +43,7 @@ def _suggestion(name: str, model: type[BaseModel]) -> str:
     name = name.lstrip("-").partition("=")[0].replace("-", "_")
     known = _field_names(model)
     close = difflib.get_close_matches(name, known, 1, 0.75)
-    if not close:  # then by the last part of the name alone
+    if not close:  # then compare the last part of the name only
         leaves = {k: k.rsplit(".", 1)[-1] for k in known}
         leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves.values(), 1, 0.75)
         close = [k for k in known if leaves[k] in leaf]
@@ -61,10 +61,13 @@ def _faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
         elif fault["type"] == "value_error":
             messages += [f"{name + ': ' if name else ''}{text}" for text in str(fault["ctx"]["error"]).split("\n")]
         elif fault["type"] == "model_type":
-            messages.append(f"{name}: {fault['input']!r} will not do; it holds fields of its own (--help lists them)")
+            messages.append(
+                f"{name}: {fault['input']!r} is not valid, because this is a section; set its fields (--help lists"
+                " them)"
+            )
         else:
             reason = fault["msg"][0].lower() + fault["msg"][1:]
-            messages.append(f"{name}: {fault['input']!r} will not do; {reason}")
+            messages.append(f"{name}: {fault['input']!r} is not valid; {reason}")
     return messages
 
 
@@ -74,9 +77,9 @@ def _read_yaml(path: str) -> dict:
     except (OSError, ValueError) as error:
         raise ConfigError([f"--config: {path!r} cannot be read ({error}); give a YAML file"]) from error
     except yaml.YAMLError as error:
-        raise ConfigError([f"--config: {path!r} is not YAML: {' '.join(str(error).split())}"]) from error
+        raise ConfigError([f"--config: {path!r} is not YAML ({' '.join(str(error).split())}); correct it"]) from error
     if not isinstance(tree, dict):
-        raise ConfigError([f"--config: {path!r} holds no mapping of fields; see jobs/configs/"])
+        raise ConfigError([f"--config: {path!r} is not a mapping of fields; see the examples in jobs/configs/"])
     return tree
 
 
@@ -90,11 +93,15 @@ class _CommandLine(BaseSettings):
         cli_parse_none_str="none",
     )
     config: tuple[str, ...] = Field(
-        (), description="YAML file of the fields below, which flags override; of several, later ones override earlier"
+        (),
+        description="YAML file with the fields below; flags override it. Give several files: later ones override"
+        " earlier",
     )
-    smoke: CliToggleFlag[bool] = Field(False, description="a run of seconds: the smoke config, same code path")
-    dry_run: CliToggleFlag[bool] = Field(False, description="print the plan and stop")
-    unknown: CliUnknownArgs = Field(default=[])  # kept, so that every fault is listed at once
+    smoke: CliToggleFlag[bool] = Field(
+        False, description="use the smoke config: a run of seconds on the same code path"
+    )
+    dry_run: CliToggleFlag[bool] = Field(False, description="print the plan and exit")
+    unknown: CliUnknownArgs = Field(default=[])  # kept, so that all faults are reported at once
 
 
 _COMMAND_FIELDS = {"config": (), "smoke": False, "dry_run": False}
@@ -109,34 +116,34 @@ def _merge(below: dict, above: dict) -> dict:
 
 
 def _flag(argument: str) -> str:
-    """--generate.batch_size=4 and --generate.batch-size=4 are the same."""
+    """The flag with dashes in its name: --generate.batch_size=4 becomes --generate.batch-size=4."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
 
 
-def _strays(unknown: list[str], model: type[BaseModel]) -> list[str]:
-    """A message for each argument that no field takes; what follows an unknown flag is its value."""
+def _unknown_arguments(unknown: list[str], model: type[BaseModel]) -> list[str]:
+    """One message for each argument that matches no field. An argument after an unknown flag is its value."""
     faults = []
     for before, argument in zip(["", *unknown], unknown, strict=False):
         if argument.startswith("--"):
             faults.append(f"{argument}: unknown flag; {_suggestion(argument, model)}")
         elif not before.startswith("--") or "=" in before:
-            faults.append(f"{argument}: belongs to no flag; write --field {argument}, or remove it")
+            faults.append(f"{argument}: is not the value of any flag; write --field {argument}, or remove it")
     return faults
 
 
 def load_config(
     arguments: list[str], description: str = "", smoke_file: str | None = None, model: type[Config] = RunConfig
 ) -> tuple[Config, bool]:
-    """Read --config, the overrides and --dry-run: (config, dry_run).
+    """Read the --config files, the flags and --dry-run. Returns (config, dry_run).
 
     Args:
-        model: the configuration to read; its docstring is the description where none is given.
+        model: the class of the configuration. Its docstring is the default of `description`.
 
     Raises:
-        ConfigError: with every fault of the file and the flags.
+        ConfigError: with all faults of the files and the flags.
     """
     command = type("Command", (model, _CommandLine), {"__doc__": description or model.__doc__})
     flags = [_flag(argument) for argument in arguments]
@@ -145,7 +152,7 @@ def load_config(
     except SettingsError as error:
         raise ConfigError([str(error).removeprefix("error parsing CLI: ").removeprefix("argument ")]) from error
     files, smoke, dry_run = (given.pop(name, default) for name, default in _COMMAND_FIELDS.items())
-    stray = _strays(given.pop("unknown", []), model)
+    unknown = _unknown_arguments(given.pop("unknown", []), model)
     sections = {name: {} for name, field in model.model_fields.items() if field.is_required() and _is_section(field)}
     tree = sections
     for file in files or ([smoke_file] if smoke and smoke_file else []):
@@ -154,9 +161,9 @@ def load_config(
     try:
         config = model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(stray + _faults(error, model)) from error
-    if stray:
-        raise ConfigError(stray)
+        raise ConfigError(unknown + _faults(error, model)) from error
+    if unknown:
+        raise ConfigError(unknown)
     return config, bool(dry_run)
 
 
@@ -166,7 +173,7 @@ def run_command(
     smoke_file: str | None = None,
     model: type[Config] = RunConfig,
 ):
-    """Run a job from the command line: exit code 0, 2 with a message for each fault of the user's, 1 for ours."""
+    """Run a job from the command line: exit code 0 (done), 2 (user error, one message a fault) or 1 (our error)."""
     try:
         run(*load_config(sys.argv[1:], description, smoke_file, model))
     except ConfigError as error:
@@ -174,7 +181,7 @@ def run_command(
 
 
 def run_settings(command: type[BaseSettings]):
-    """The same of a job whose command line is settings of its own, with a `cli_cmd`."""
+    """As `run_command`, for a job whose command line is a settings class with a `cli_cmd` method."""
     try:
         CliApp.run(command)
     except ConfigError as error:

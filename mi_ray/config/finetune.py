@@ -7,123 +7,143 @@ from pydantic import Field
 from mi_ray.config.section import Positive, Section, Share
 
 MethodName = Literal["supervised", "nft", "awm", "dgpo", "crd", "gors", "hn-itm"]
-BETA = {"nft": 0.5, "dgpo": 100.0, "crd": 1.0}  # where finetune.beta is none
+BETA = {"nft": 0.5, "dgpo": 100.0, "crd": 1.0}  # used if finetune.beta is none
 
 
 class FinetuneConfig(Section):
-    """LoRA/DoRA fine-tuning on candidates of the model's own. Defaults: MI-TUNE's released code for SD2.1."""
+    """LoRA/DoRA fine-tuning on the model's own candidates. Defaults: MI-TUNE's released code for SD2.1."""
 
     method: MethodName = Field(
         "supervised",
-        description="the loss: supervised (the paper's: learn the kept candidates); with online.updates also nft"
-        " (DiffusionNFT), awm (advantage-weighted matching), dgpo (group DPO), crd, gors, hn-itm",
+        description="fine-tuning loss. supervised: denoising loss on the kept candidates (the paper's). The others need"
+        " online.updates: nft (DiffusionNFT), awm (advantage-weighted matching), dgpo (group DPO), crd, gors, hn-itm",
     )
     beta: float | None = Field(
-        None, gt=0, description="strength of nft, dgpo or crd as their papers define it; none: nft 0.5, dgpo 100, crd 1"
+        None, gt=0, description="beta of nft, dgpo or crd, as defined in their papers; none: nft 0.5, dgpo 100, crd 1"
     )
     anchor: float = Field(
-        0.02, ge=0, description="weight of the squared distance to the base model's prediction; supervised has none"
+        0.02, ge=0, description="weight of the squared distance to the base model's prediction; not used by supervised"
     )
     anchor_guidance: float = Field(
         1.0,
         ge=1,
-        description="guidance scale of that prediction: 1: unguided; above 1: trains a guidance-free student",
+        description="guidance_scale of the base model's prediction in anchor. 1: no guidance; above 1: the student"
+        " learns to work without guidance",
     )
-    adapter: Literal["lora", "dora"] = Field("lora", description="DoRA: Liu et al. 2024, arXiv 2402.09353")
-    rank: Positive = Field(32, description="of the adapter's matrices")
-    alpha: Positive = Field(32, description="the adapter is scaled by alpha / rank")
+    adapter: Literal["lora", "dora"] = Field(
+        "lora", description="type of adapter; DoRA: Liu et al. 2024, arXiv 2402.09353"
+    )
+    rank: Positive = Field(32, description="rank of the adapter matrices")
+    alpha: Positive = Field(32, description="scale of the adapter: its output is multiplied by alpha / rank")
     target_modules: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"), description="ends of the names of the layers that get an adapter"
+        ("to_q", "to_k", "to_v", "to_out.0"), description="layers that get an adapter, by the end of their names"
     )
-    learning_rate: float = Field(1e-4, gt=0, description="of AdamW")
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="optimiser steps of linear warm-up")
-    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine: down to 0")
+    learning_rate: float = Field(1e-4, gt=0, description="learning rate of AdamW")
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="number of optimiser steps with linear warm-up; 0: no warm-up"
+    )
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="learning rate after the warm-up; cosine: decays to 0"
+    )
     ema_decay: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="save a moving average of the weights, less swayed by the last batches; none: the last",
+        description="decay of an exponential moving average (EMA) of the weights, which is saved; none: save the last"
+        " weights",
     )
     baseline: Share = Field(
         0.0,
-        description="how much is taken off of what learning from a random selection of the same pool does: learning"
-        " from its own images changes a model whatever is chosen",
+        description="share of a baseline adapter's update that is subtracted. The baseline is trained on a random"
+        " selection of the same pool, because training on its own images changes a model whatever is selected; 0:"
+        " nothing",
     )
-    weight_decay: float = Field(1e-2, ge=0, description="of AdamW")
-    steps: Positive = Field(300, description="optimiser steps")
-    batch_size: Positive = Field(8, description="rows in one batch of one worker")
+    weight_decay: float = Field(1e-2, ge=0, description="weight decay of AdamW")
+    steps: Positive = Field(300, description="number of optimiser steps")
+    batch_size: Positive = Field(8, description="number of rows in one batch of one worker")
     gradient_accumulation: Positive = Field(
-        50, description="batches in one optimiser step, shared out among the workers"
+        50, description="number of batches in one optimiser step, divided among the workers"
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
-    min_snr_gamma: float | None = Field(None, gt=0, description="Hang et al. 2023, eq. 5; none: plain epsilon loss")
+    max_grad_norm: float = Field(1.0, gt=0, description="maximum norm of the gradient; a larger gradient is clipped")
+    min_snr_gamma: float | None = Field(
+        None, gt=0, description="gamma of the Min-SNR loss weight, Hang et al. 2023, eq. 5; none: plain epsilon loss"
+    )
     log_snr_max: float | None = Field(
-        None, description="train only at noise levels up to this log SNR, where a prompt decides; none: at all of them"
+        None,
+        description="highest log SNR that is trained (lower ones are noisier, the prompt matters more there); none:"
+        " train all",
     )
     activation_checkpointing: bool = Field(
-        False, description="activations are computed again in the backward pass: less memory, a third more time"
+        False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
-    prompt_dropout: Share = Field(0.0, description="share of the rows that train without their prompt")
-    checkpoint_every: Positive = Field(100, description="optimiser steps")
+    prompt_dropout: Share = Field(0.0, description="share of the rows that are trained without their prompt")
+    checkpoint_every: Positive = Field(100, description="number of optimiser steps between two checkpoints")
     max_failures: Annotated[int, Field(ge=-1)] = Field(
-        3, description="restarts of the workers, beside those for preempted nodes; -1: no limit"
+        3, description="maximum number of worker restarts, not counting preempted nodes; -1: no limit"
     )
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        ("tensorboard",), description="where losses go besides training.jsonl; the last two by extras"
+        ("tensorboard",),
+        description="where losses are logged, besides training.jsonl; wandb and mlflow need an extra of the package",
     )
 
 
 class OnlineConfig(Section):
-    """Online fine-tuning: many small updates, each on fresh candidates of the current policy. Off unless `updates` is
-    set. The pool of one prompt has `generate.candidates_per_prompt` candidates, drawn by `sampler`."""
+    """Online fine-tuning: many small updates, each on new candidates of the current policy. Off if `updates` is 0.
+    Each prompt gets `generate.candidates_per_prompt` candidates, which `sampler` draws."""
 
-    updates: Annotated[int, Field(ge=0)] = Field(0, description="number of updates; 0: the rounds of the paper instead")
-    prompts_per_update: Positive = Field(
-        48, description="prompts of an update, in shards of generate.prompts_per_shard"
+    updates: Annotated[int, Field(ge=0)] = Field(
+        0, description="number of updates; 0: no online training, but the rounds of the paper"
     )
-    inner_steps: Positive = Field(2, description="optimiser steps of one update")
-    noise_levels: Positive = Field(1, description="noise levels of each prompt in one optimiser step")
-    shared_noise: bool = Field(True, description="all candidates of a prompt meet the same noise at the same level")
+    prompts_per_update: Positive = Field(
+        48, description="number of prompts in one update, rounded up to whole shards (generate.prompts_per_shard)"
+    )
+    inner_steps: Positive = Field(2, description="number of optimiser steps in one update")
+    noise_levels: Positive = Field(1, description="number of noise levels per prompt in one optimiser step")
+    shared_noise: bool = Field(True, description="true: all candidates of a prompt get the same noise and noise level")
     rewards: tuple[str, ...] = Field(
         (),
-        description="what is rewarded: scores, metrics of generate.alignment (by their first column) or their columns,"
-        " each with a weight if you like (pmi_negatives, pmi:0.5); random: a control; none: select.by",
+        description="rewards: scores, metrics of generate.alignment (their first column) or columns of these metrics."
+        " A weight is optional (pmi_negatives, pmi:0.5). random: a control; none: select.by",
     )
     reward_floor: float = Field(
         0.3,
         ge=0,
-        description="added to the spread of a prompt's rewards before they are divided by it",
+        description="added to the standard deviation of a prompt's scores before the division by it; not for metrics",
     )
-    reward_clip: float = Field(2.0, gt=0, description="advantages are cut at plus and minus this, in spreads")
+    reward_clip: float = Field(
+        2.0, gt=0, description="advantages are clipped to plus and minus this, in standard deviations"
+    )
     trained_candidates: Annotated[int, Field(ge=2)] | None = Field(
         None,
-        description="train only the best and worst candidates of a prompt, this many in all; none: all",
+        description="number of candidates of each prompt to train: half of them the best, half the worst; none: all",
     )
     lag: Annotated[int, Field(ge=0, le=1)] = Field(
-        1, description="1: an update's candidates are drawn while the update before is trained; 0: after it"
+        1, description="1: draw the candidates of an update while the previous update is trained; 0: after it"
     )
     decay: tuple[float, float, float] = Field(
         (0.05, 0.005, 0.5),
-        description="the policy that draws is an average of the trained weights with decay min(third, first + second *"
-        " update)",
-    )  # DiffusionNFT, arXiv 2509.16117, has (0, 0.001, 0.5) for its thousand updates
+        description="(first, second, maximum): the sampling policy is a moving average of the trained weights, with"
+        " decay min(maximum, first + second * update)",
+    )  # DiffusionNFT, arXiv 2509.16117, uses (0, 0.001, 0.5) for a thousand updates
     deadline_s: float | None = Field(
         None,
         gt=0,
-        description="an update closes so long after its first shard, with the shards that are there; none:"
-        " it waits for all, and a rerun repeats it exactly",
+        description="seconds after the first shard of an update until it is trained with the shards that are ready;"
+        " none: wait for all shards, so that a rerun gives the same result",
     )
-    validate_every: Positive = Field(10, description="updates between two checkpoints, each scored on held-out prompts")
+    validate_every: Positive = Field(
+        10, description="number of updates between two checkpoints; each checkpoint is scored on held-out prompts"
+    )
     validation_prompts: Annotated[int, Field(ge=0)] = Field(
-        16, description="prompts at the end of the list that are scored at each checkpoint and never trained"
+        16, description="number of held-out prompts, from the end of the list: scored at each checkpoint, never trained"
     )
-    validation_candidates: Positive = Field(4, description="images of each of them")
+    validation_candidates: Positive = Field(4, description="number of images per held-out prompt")
     max_latent_drift: float = Field(
         0.15,
         gt=0,
-        description="stop if the standard deviation of the candidates' latents is off the first update's by"
-        " more than this share",
+        description="stop if the standard deviation of the candidates' latents differs from that of the first update"
+        " by more than this share",
     )
     min_diversity: Share = Field(
-        0.8, description="stop if the diversity of candidates of a prompt is below this share of the first update's"
+        0.8, description="stop if the diversity of a prompt's candidates falls below this share of the first update's"
     )

@@ -1,4 +1,4 @@
-"""The configuration of what is generated: prompts, model, sampler, scores, pools, pruning, selection."""
+"""The configuration of generation: prompts, model, sampler, scores, candidates, pruning and selection."""
 
 import math
 from typing import Annotated, Literal
@@ -14,24 +14,27 @@ ScoreName = Literal[
     "mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives"
 ]
 
-MODEL = (
-    "a shipped model (shapes), a diffusers folder or a hub id; owner/name@revision pins it to a branch, tag or commit"
-)
+MODEL = "a shipped model (shapes), a diffusers folder or a hub id; owner/name@revision pins a branch, tag or commit"
 
 
 class PromptsConfig(Section):
     """The prompts to align the model with."""
 
     file: LocalOrUri = Field(
-        description="prompts: .txt (one a line), .jsonl or .parquet (columns prompt, category); local, s3:// or gs://"
+        description="prompt file: .txt (one prompt a line), .jsonl or .parquet (columns prompt, category); local, s3://"
+        " or gs://"
     )
-    limit: Positive | None = Field(None, description="take the first so many")
-    duplicates: Literal["error", "drop"] = Field("error", description="what to do with a repeated prompt")
+    limit: Positive | None = Field(None, description="number of prompts to use, from the start of the file; none: all")
+    duplicates: Literal["error", "drop"] = Field(
+        "error", description="repeated prompts: error: refuse the file; drop: keep the first"
+    )
     overlong: Literal["error", "skip", "truncate"] = Field(
-        "error", description="what to do with a prompt longer than the text encoder reads"
+        "error",
+        description="prompts longer than the text encoder reads: error: refuse the file; skip: leave out; truncate:"
+        " cut",
     )
     broken: Literal["error", "skip"] = Field(
-        "error", description="what to do with a line that holds no prompt or is no text"
+        "error", description="lines without a prompt or that are not text: error: refuse the file; skip: leave out"
     )
 
 
@@ -40,32 +43,46 @@ class ModelConfig(Section):
 
     path: ModelPath = Field("shapes", description=MODEL)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="of the denoiser; auto: float16 on a GPU, float32 without. Solver and scores are fp32"
+        "auto",
+        description="dtype of the denoiser; auto: float16 on a GPU, else float32. Solver and scores always use float32",
     )
     kernel: Literal["auto", "eager", "triton"] = Field(
-        "auto", description="of the solver step; triton: fused, needs a CUDA GPU; auto: triton where it can run"
+        "auto",
+        description="kernel of the solver step; triton: fused, needs a CUDA GPU; auto: triton if it can run, else"
+        " eager",
     )
-    channels_last: bool = Field(False, description="memory layout of the UNet; faster convolutions on tensor cores")
+    channels_last: bool = Field(
+        False, description="use the channels-last memory layout in the UNet: faster convolutions on tensor cores"
+    )
     compile: Literal["default", "cuda-graphs"] | None = Field(
-        None, description="torch.compile of the denoiser, minutes at the start; partial batches are filled up"
+        None,
+        description="mode of torch.compile for the denoiser: costs minutes at the start, pads partial batches; none:"
+        " not compiled",
     )
 
 
 class SamplerConfig(Section):
-    """How candidates are sampled. Default: the paper's (DDPM, 100 steps, guidance 7.5)."""
+    """How candidates are sampled. Defaults: the paper's (DDPM, 100 steps, guidance_scale 7.5)."""
 
     solver: Literal["ddpm", "ddim", "dpm++2m", "dpm++2m-sde"] = Field(
-        "ddpm", description="DDPM, DDIM, DPM-Solver++(2M) or its stochastic form: DDPM's in a fifth of the steps"
+        "ddpm",
+        description="DDPM, DDIM, DPM-Solver++(2M), or its stochastic form (sde): samples like DDPM in a fifth of the"
+        " steps",
     )
-    num_inference_steps: Positive = Field(100, description="denoising steps")  # MI-TUNE's released code
+    num_inference_steps: Positive = Field(100, description="number of denoising steps")  # MI-TUNE's released code
     guidance_scale: float = Field(
-        7.5, ge=1, description="1: the conditional branch alone, half the evaluations and no on-trajectory score"
+        7.5,
+        ge=1,
+        description="scale of classifier-free guidance; 1: the conditional branch alone, half the evaluations and no"
+        " on-trajectory score",
     )  # 7.5: released code
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
-        None, description="as diffusers names it; default: what the model's scheduler says"
+        None, description="spacing of the timesteps, as in diffusers; none: that of the model's scheduler"
     )
     guidance_interval: tuple[float, float] | None = Field(
-        None, description="of log SNR: guided only there, elsewhere one evaluation instead of two; none: everywhere"
+        None,
+        description="(lower, upper) log SNR of the steps with guidance; other steps cost one evaluation instead of"
+        " two; none: guidance at all steps",
     )  # Kynkaanniemi et al. 2024, arXiv 2404.07724
 
     @property
@@ -76,43 +93,66 @@ class SamplerConfig(Section):
     @model_validator(mode="after")
     def _interval(self):
         if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
-            raise ValueError(f"guidance_interval is (lower, upper), and {self.guidance_interval} is none; swap them")
+            raise ValueError(f"guidance_interval is {self.guidance_interval}, but it must be (lower, upper); swap them")
         return self
 
 
 class ScoreConfig(Section):
-    """Which scores each candidate gets. On-trajectory ones are free; pointwise ones cost denoiser evaluations."""
+    """The scores of each candidate. On-trajectory scores are free. Pointwise (pmi) scores cost denoiser evaluations."""
 
-    names: tuple[ScoreName, ...] = Field(("mitune", "mitune_eq2"), description="columns score_<name>, in nats")
-    log_snr_min: float = Field(-5.0, description="lower end of the band of the pmi scores and trajectory_banded")
-    log_snr_max: float = Field(-1.7, description="upper end of the band")  # METHOD: layout is decided below -1.7
+    names: tuple[ScoreName, ...] = Field(
+        ("mitune", "mitune_eq2"), description="scores to compute, in nats; each one fills the column score_<name>"
+    )
+    log_snr_min: float = Field(
+        -5.0, description="lower end of the log SNR band of the pmi scores and of trajectory_banded"
+    )
+    log_snr_max: float = Field(
+        -1.7, description="upper end of this log SNR band"
+    )  # METHOD: layout is decided below -1.7
     banded: Literal["mitune", "mitune_eq2", "asd"] = Field(
-        "mitune", description="the on-trajectory score that trajectory_banded restricts to the band"
+        "mitune", description="on-trajectory score that trajectory_banded computes within the band"
     )
-    num_samples: Positive = Field(12, description="noise draws a candidate, pointwise scores")
+    num_samples: Positive = Field(12, description="number of noise samples per candidate, for pointwise scores")
     sampling: Literal["band", "logistic"] = Field(
-        "band", description="where in the band the pmi scores probe: evenly, or most about logistic_loc"
+        "band", description="log SNRs of the pmi scores: band: evenly in the band; logistic: mostly near logistic_loc"
     )
-    logistic_loc: float = Field(1.0, description="log SNR probed most")  # this and the next two: ITD's, for SD2.1
-    logistic_scale: float = Field(2.0, gt=0, description="spread of log SNR about it")
-    logistic_clip: float = Field(3.0, gt=0, description="nothing beyond so many scales from it counts, band or not")
+    logistic_loc: float = Field(
+        1.0, description="mean of the logistic distribution, log SNR"
+    )  # this and the next two: ITD's, for SD2.1
+    logistic_scale: float = Field(2.0, gt=0, description="scale of the logistic distribution, log SNR")
+    logistic_clip: float = Field(
+        3.0,
+        gt=0,
+        description="log SNRs farther than this many scales from logistic_loc are not used, even if in the band",
+    )
     levels: Literal["midpoints", "jittered", "random"] = Field(
         "midpoints",
-        description="log SNRs at the centres of equal strata, at a random place in each (unbiased), or independent",
+        description="log SNRs: midpoints: centres of equal strata; jittered: a random place in each stratum"
+        " (unbiased); random: independent",
     )
-    antithetic: bool = Field(False, description="use each noise twice, also mirrored; num_samples counts both")
-    neighbours: Positive = Field(5, description="pmi_contrastive: other prompts nearest in the text encoder's space")
+    antithetic: bool = Field(
+        False, description="use each noise sample twice, as it is and with the sign changed; num_samples counts both"
+    )
+    neighbours: Positive = Field(
+        5, description="pmi_contrastive: number of other prompts, the nearest in the text encoder's space"
+    )
     negatives: str = Field(
         "auto",
         pattern="^(auto|shapes|text|spacy(:.+)?)$",
-        description="pmi_negatives: who changes the prompt in one thing: shapes, text, spacy, spacy:MODEL; auto: shapes"
-        " for its prompts, else text",
+        description="pmi_negatives: method that changes one thing in a prompt: shapes, text, spacy, spacy:MODEL; auto:"
+        " shapes for prompts of the shapes grammar, else text",
     )
-    max_negatives: Positive = Field(8, description="pmi_negatives: so many changed prompts at most, one branch each")
+    max_negatives: Positive = Field(
+        8, description="pmi_negatives: maximum number of hard negatives (changed prompts); each costs one branch"
+    )
     shortlist: Positive | None = Field(
-        None, description="so many neighbours or negatives, a candidate's likeliest, meet all noise draws; none: all do"
+        None,
+        description="number of neighbours or hard negatives per candidate, the likeliest ones, that are evaluated with"
+        " every noise sample; none: all of them",
     )
-    shortlist_samples: Positive = Field(3, description="noise draws by which they are found: all others meet no more")
+    shortlist_samples: Positive = Field(
+        3, description="number of noise samples that choose the shortlist; the others get only these"
+    )
 
     @model_validator(mode="after")
     def _band(self):
@@ -121,14 +161,14 @@ class ScoreConfig(Section):
         low, high = self.probed_band
         if low >= high:
             faults.append(
-                f"logistic_loc {self.logistic_loc} with its clip reaches nothing of the band {self.log_snr_min} to"
-                f" {self.log_snr_max}; move it or the band"
+                f"logistic_loc is {self.logistic_loc}, and no log SNR within its clip lies in the band"
+                f" {self.log_snr_min} to {self.log_snr_max}; change logistic_loc or the band"
             )
         drawn = {"num_samples": self.num_samples} | (
             {"shortlist_samples": self.shortlist_samples} if self.shortlist else {}
         )
         faults += [
-            f"{name} is {count}, and antithetic samples come in pairs; make it even"
+            f"{name} is {count}, but antithetic samples come in pairs; use an even number"
             for name, count in drawn.items()
             if self.antithetic and count % 2
         ]
@@ -138,7 +178,7 @@ class ScoreConfig(Section):
 
     @property
     def probed_band(self) -> tuple[float, float]:
-        """The log SNRs over which the pmi scores integrate."""
+        """The log SNR range over which the pmi scores integrate."""
         if self.sampling == "band":
             return self.log_snr_min, self.log_snr_max
         reach = self.logistic_clip * self.logistic_scale
@@ -146,44 +186,54 @@ class ScoreConfig(Section):
 
 
 class GenerateConfig(Section):
-    """The pool of candidates."""
+    """The candidates of each prompt."""
 
-    candidates_per_prompt: Annotated[int, Field(ge=2)] = Field(50, description="pool size")  # MI-TUNE section 4
-    prompts_per_shard: Positive = Field(8, description="prompts in one atomically written file")
+    candidates_per_prompt: Annotated[int, Field(ge=2)] = Field(
+        50, description="number of candidates per prompt"
+    )  # MI-TUNE section 4
+    prompts_per_shard: Positive = Field(8, description="number of prompts in one shard (one file, written atomically)")
     alignment: MetricNames = Field(
-        (), description=f"metrics of every candidate, which decodes all of them; one name or a list: {METRIC_NAMES}"
+        (), description=f"metrics measured on every candidate (decodes all of them); one name or a list: {METRIC_NAMES}"
     )
     preview_prompts: Annotated[int, Field(ge=0)] = Field(
-        12, description="prompts all of whose candidates are decoded and kept as images for the report"
+        12, description="number of prompts whose candidates are all stored as images, for the report"
     )
 
 
 class PruneConfig(Section):
-    """Successive halving: candidates that score low on the way are not sampled to the end. Off unless `by` is set."""
+    """Successive halving: candidates with a low score are dropped during sampling. It is off if `by` is none."""
 
     by: ScoreName | None = Field(
-        None, description="score of the curves so far, or (pmi, pmi_contrastive) of the clean latents predicted so far"
+        None,
+        description="score that ranks the candidates: an on-trajectory score of the steps so far, or pmi or"
+        " pmi_contrastive of the predicted clean latents; none: no pruning",
     )
     # METHOD: after a fifth of the steps the contrastive score ranks nearly as well as at the end
-    after: tuple[Share, ...] = Field((0.2,), description="shares of the sampling steps after which a pool is cut")
-    keep: tuple[Share, ...] = Field((0.25,), description="share of the whole pool that goes on after each cut")
-    num_samples: Positive = Field(6, description="noise draws a candidate at a cut, pointwise scores")
+    after: tuple[Share, ...] = Field(
+        (0.2,), description="shares of the sampling steps after which candidates are dropped"
+    )
+    keep: tuple[Share, ...] = Field(
+        (0.25,), description="share of all candidates of a prompt that is kept after each cut"
+    )
+    num_samples: Positive = Field(6, description="number of noise samples per candidate at a cut, for pointwise scores")
 
     @model_validator(mode="after")
     def _schedule(self):
         faults = []
         if not self.after or len(self.after) != len(self.keep):
-            faults.append(f"after has {len(self.after)} cuts and keep {len(self.keep)}; give one share of each a cut")
+            faults.append(
+                f"after has {len(self.after)} values and keep has {len(self.keep)}; give one of each for every cut"
+            )
         if any(a >= b for a, b in zip((0, *self.after), (*self.after, 1), strict=True)):
-            faults.append(f"after is {self.after}; the shares must lie between 0 and 1 and rise")
+            faults.append(f"after is {self.after}; give shares between 0 and 1 in rising order")
         if any(a <= b for a, b in zip((1, *self.keep), (*self.keep, 0), strict=True)):
-            faults.append(f"keep is {self.keep}; the shares must lie between 0 and 1 and fall")
+            faults.append(f"keep is {self.keep}; give shares between 0 and 1 in falling order")
         if faults:
             raise ValueError("\n".join(faults))
         return self
 
     def cuts(self, steps: int, pool: int) -> dict[int, int]:
-        """{after so many of the steps: how many of the pool's candidates go on}; none if off."""
+        """{number of steps before a cut: number of candidates kept after it}; empty if pruning is off."""
         if self.by is None:
             return {}
         after = [min(max(1, round(share * steps)), steps) for share in self.after]
@@ -191,18 +241,23 @@ class PruneConfig(Section):
         return {step: count for step, count in zip(after, keep, strict=True) if step < steps and count < pool}
 
     def candidate_steps(self, steps: int, pool: int) -> int:
-        """Steps that the candidates of one prompt take together."""
+        """Total number of sampling steps of all candidates of one prompt."""
         cuts = self.cuts(steps, pool)
         bounds, counts = [0, *cuts, steps], [pool, *cuts.values()]
         return sum(count * (end - start) for count, start, end in zip(counts, bounds, bounds[1:], strict=False))
 
 
 class SelectConfig(Section):
-    """Which candidates are kept."""
+    """The selection of candidates for fine-tuning."""
 
-    by: str = Field("mitune", description="a score of score.names, a metric of generate.alignment, or random")
-    top_k: Positive = Field(1, description="kept per prompt, at most")  # MI-TUNE: 1
-    min_score: float | None = Field(
-        None, description="keep only what reaches this value of the score, in nats; none: the best, however bad"
+    by: str = Field(
+        "mitune",
+        description="score or metric that ranks the candidates: one of score.names or of generate.alignment, or random",
     )
-    balance: bool = Field(False, description="weigh every prompt alike, however many of its candidates are kept")
+    top_k: Positive = Field(1, description="maximum number of kept candidates per prompt")  # MI-TUNE: 1
+    min_score: float | None = Field(
+        None, description="lowest score of a kept candidate, in nats; none: keep the best, whatever its score"
+    )
+    balance: bool = Field(
+        False, description="true: every prompt has the same total weight, whatever the number of its kept candidates"
+    )

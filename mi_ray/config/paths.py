@@ -1,4 +1,4 @@
-"""Paths of a configuration: made absolute when it is read, so that all processes of a run, wherever they run, agree."""
+"""Paths of a configuration. They are made absolute when it is read, so they mean the same in every process of a run."""
 
 import os
 from pathlib import Path
@@ -13,10 +13,10 @@ _PACKAGES = "/runtime_resources/working_dir_files/"  # where Ray unpacks what `r
 
 
 def absolute(path: str) -> str:
-    """A local path from the root, with `~` expanded; a URI as it is.
+    """The absolute form of a local path, with `~` expanded. A URI is returned unchanged.
 
     Raises:
-        ValueError: the path is empty, or begins with `~` and there is no such user.
+        ValueError: the path is empty, or it begins with `~` and the user does not exist.
     """
     if "://" in path:
         return path
@@ -24,26 +24,26 @@ def absolute(path: str) -> str:
         raise ValueError("the path is empty; give a path or a URI")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ValueError(f"{path!r} begins with the home folder of an unknown user; write the whole path")
+        raise ValueError(f"{path!r} cannot be expanded, because the user after ~ does not exist; give an absolute path")
     return str(Path(expanded).absolute())
 
 
 def shared(path: str) -> str:
-    """A path, refused where one node alone would find it.
+    """The path unchanged, if all nodes can reach it.
 
     Raises:
-        ValueError: it lies in Ray's copy of the working directory.
+        ValueError: the path is in Ray's copy of the working directory, which only one node has.
     """
     if _PACKAGES in path:
         raise ValueError(
-            f"{path!r} lies in Ray's copy of the working directory, which each node has for itself and which Ray"
-            " deletes after the job; give an absolute path that all nodes share, or an s3:// or gs:// URI"
+            f"{path!r} lies in Ray's copy of the working directory: each node has its own copy, and Ray deletes it"
+            " after the job; give an absolute path that all nodes share, or an s3:// or gs:// URI"
         )
     return path
 
 
 def model_place(path: str) -> str:
-    """The absolute path of a model's folder; a shipped name or a hub id as it is.
+    """The absolute path of a model folder. The name of a shipped model or a hub id is returned unchanged.
 
     Raises:
         ValueError: as `absolute` and `shared` do.
@@ -53,30 +53,32 @@ def model_place(path: str) -> str:
 
 
 def counted(results: dict) -> dict:
-    """What of a `results_config` tells one run from another, flat: everything but where a file or folder lies whose
-    content is compared instead (the prompts, the weights of a model's folder). So a run goes on after its inputs moved.
+    """The fields of a `results_config` that identify a run, as a flat dictionary.
+
+    It leaves out the paths of files whose content is compared instead (prompts, weights of a model folder). So a run
+    continues after its inputs were moved.
     """
     flat = flatten(results)
     for name in {"prompts.file", "evaluation.file"} & flat.keys():
         del flat[name]
     for name in {"model", "model.path"} & flat.keys():
         flat[name] = "a folder" if model_place(flat[name]).startswith("/") else flat[name]
-    if "input" in flat:  # of a run that began before paths were made absolute
+    if "input" in flat:  # a run that began before paths were made absolute has a relative one
         flat["input"] = absolute(flat["input"])
     return flat
 
 
-LocalOrUri = Annotated[str, AfterValidator(absolute)]  # the driver alone reads it
-SharedPath = Annotated[LocalOrUri, AfterValidator(shared)]  # also for actors and workers, or meant to stay
+LocalOrUri = Annotated[str, AfterValidator(absolute)]  # only the driver reads it
+SharedPath = Annotated[LocalOrUri, AfterValidator(shared)]  # actors and workers use it too, or it must outlive the job
 ModelPath = Annotated[str, AfterValidator(model_place)]
 
 
 def without_revision(path: str) -> str:
-    """A hub id without the revision that it is pinned to; any other model as it is."""
+    """A hub id without its revision. Any other model is returned unchanged."""
     name, _, revision = path.partition("@")
     return name if revision and name.count("/") == 1 and path[0] != "/" and not Path(path).is_dir() else path
 
 
 def pinned(path: str, commit: str | None) -> str:
-    """A hub id, pinned to a commit, which without_revision takes off; a folder or a shipped name as it is."""
+    """A hub id pinned to a commit (`without_revision` undoes it). A folder or a shipped name is returned unchanged."""
     return f"{without_revision(path)}@{commit}" if commit and not path.startswith("/") else path

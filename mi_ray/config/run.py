@@ -26,16 +26,19 @@ def _several(value: object) -> object:
 
 
 class EvaluationConfig(Section):
-    """Base and tuned model on the same held-out prompts and seeds. Defaults: the paper's, 10 images, DDIM 50."""
+    """Base and tuned model on the same held-out prompts and seeds. The paper's defaults: 10 images, DDIM, 50 steps."""
 
     file: LocalOrUri | None = Field(
-        None, description="held-out prompts, with columns category and split if you like; none: a share of prompts.file"
+        None,
+        description="file of held-out prompts (columns category and split are optional); none: a share of prompts.file",
     )
-    limit: Positive | None = Field(None, description="take the first so many")
+    limit: Positive | None = Field(None, description="number of prompts to use, from the start of the file; none: all")
     holdout_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="without evaluation.file: this share of prompts.file is kept from training"
+        0.1, description="share of prompts.file that is held out from training, if evaluation.file is none"
     )
-    images_per_prompt: Annotated[int, Field(ge=2)] = Field(10, description="each with its own seed")
+    images_per_prompt: Annotated[int, Field(ge=2)] = Field(
+        10, description="number of images per prompt; each has its own seed"
+    )
     sampler: SamplerConfig = SamplerConfig(solver="ddim", num_inference_steps=50)
     guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_several)] = Field(
         (),
@@ -44,12 +47,13 @@ class EvaluationConfig(Section):
     )
     alignment: MetricNames = Field(
         (),
-        description=f"metrics of every image, the first is the report's headline; one name or a list: {METRIC_NAMES}",
+        description="metrics measured on every image; the report's headline is the first; one name or a list:"
+        f" {METRIC_NAMES}",
     )
     controls: tuple[str, ...] = Field(
-        (), description="also fine-tune and evaluate on these selections: random, or metrics of generate.alignment"
+        (), description="other selections to fine-tune on and evaluate: random, or metrics of generate.alignment"
     )
-    pmi: bool = Field(True, description="score the images with pmi, at every guidance scale")
+    pmi: bool = Field(True, description="compute the pmi score of every image, at every guidance scale")
 
     @property
     def samplers(self) -> dict[float, SamplerConfig]:
@@ -59,59 +63,72 @@ class EvaluationConfig(Section):
 
 
 def _pair(value: object) -> object:
-    """One number stands for (number, number)."""
+    """One number n means (n, n)."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     return (value, value) if isinstance(value, (int, str)) else value
 
 
 class ResourcesConfig(Section):
-    """Where and how fast; nothing here changes a result beyond floating-point tolerance."""
+    """Hardware and speed. Nothing here changes a result, except by floating-point rounding."""
 
     num_actors: Annotated[tuple[Positive, Positive], BeforeValidator(_pair)] = Field(
-        (1, 1), description="least,most generating actors; one number: so many, always"
+        (1, 1), description="(minimum, maximum) number of generating actors; one number means both"
     )
-    cpus_per_actor: Annotated[float, Field(ge=0)] = Field(1, description="and its threads")
+    cpus_per_actor: Annotated[float, Field(ge=0)] = Field(1, description="number of CPUs and of threads per actor")
     gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        0.0, description="0.5: two actors share a GPU; auto: found by a trial when the run starts"
+        0.0,
+        description="number of GPUs per actor; 0.5: two actors share a GPU; auto: chosen by a trial when the run"
+        " starts",
     )
     batch_size: Positive | Literal["auto"] = Field(
-        64, description="candidates in one denoiser batch (twice that with guidance); auto: found by a trial"
+        64,
+        description="number of candidates in one denoiser batch (twice as many rows with guidance); auto: chosen by a"
+        " trial",
     )
     shard_timeout_s: float | None = Field(
         None,
         gt=0,
-        description="an actor that takes longer over a shard is ended, and the shard given to another; none: one that"
-        " does not call the model for an hour",
+        description="seconds per shard after which an actor is stopped and another one gets the shard; none: stop an"
+        " actor that has not called the model for an hour",
     )
     lease_s: float = Field(
-        40, gt=0, description="a driver on another machine not heard of for so long is taken for dead; one here at once"
+        40,
+        gt=0,
+        description="seconds without a heartbeat after which the lease of a driver on another machine expires; a dead"
+        " driver on this machine is noticed at once",
     )
     train_workers: Annotated[tuple[Positive, Positive], BeforeValidator(_pair)] = Field(
         (1, 1),
-        description="data-parallel workers of the fine-tuning; least,most: as many as the cluster has room for",
+        description="number of data-parallel workers of the fine-tuning; (minimum, maximum): as many as the cluster"
+        " has room for",
     )
     train_cpus: Annotated[float, Field(ge=0)] = Field(
-        1, description="per worker; 0: it shares the CPUs of the generating actors (online, on a small machine)"
+        1,
+        description="number of CPUs per worker; 0: it shares those of the actors (online training on a small machine)",
     )
-    train_gpus: Annotated[float, Field(ge=0)] = Field(0, description="per worker: 0 or 1")
-    price_per_gpu_hour: float | None = Field(None, ge=0, description="in any currency: --dry-run then tells the cost")
+    train_gpus: Annotated[float, Field(ge=0)] = Field(0, description="number of GPUs per worker: 0 or 1")
+    price_per_gpu_hour: float | None = Field(
+        None, ge=0, description="price of one GPU hour in any currency: --dry-run prints the cost; none: no cost"
+    )
 
     @model_validator(mode="after")
     def _order(self):
         if self.num_actors[0] > self.num_actors[1]:
-            raise ValueError(f"num_actors is (least, most), and {self.num_actors} has them the wrong way round")
+            raise ValueError(f"num_actors is {self.num_actors}, but it must be (minimum, maximum); swap them")
         if self.train_workers[0] > self.train_workers[1]:
-            raise ValueError(f"train_workers is (least, most), and {self.train_workers} has them the wrong way round")
+            raise ValueError(f"train_workers is {self.train_workers}, but it must be (minimum, maximum); swap them")
         return self
 
 
 class RunConfig(Section):
     """Align a text-to-image model with its prompts: generate, score, select, fine-tune, evaluate, report."""
 
-    run_dir: SharedPath = Field(description="folder of the run: local, s3:// or gs://; given again, it goes on")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the whole run")
-    rounds: Positive = Field(1, description="each generates with the adapter so far")
+    run_dir: SharedPath = Field(
+        description="folder of the run: local, s3:// or gs://; the same command with the same folder continues the run"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="random seed of the whole run")
+    rounds: Positive = Field(1, description="number of rounds; each one generates with the adapter of the round before")
     prompts: PromptsConfig
     model: ModelConfig = ModelConfig()
     sampler: SamplerConfig = SamplerConfig()
@@ -128,59 +145,71 @@ class RunConfig(Section):
     def _consistent(self):
         faults = []
         if self.select.by in (*TRAJECTORY_SCORES, *POINTWISE_SCORES) and self.select.by not in self.score.names:
-            faults.append(f"select.by is {self.select.by!r}, which score.names lacks: add it there")
+            faults.append(f"select.by is {self.select.by!r}, but this score is not computed: add it to score.names")
         faults += self._control_faults()
         if self.select.top_k >= self.generate.candidates_per_prompt:
             faults.append(
-                f"select.top_k is {self.select.top_k}, which leaves nothing to choose from"
-                f" {self.generate.candidates_per_prompt} candidates: lower it or raise generate.candidates_per_prompt"
+                f"select.top_k is {self.select.top_k}, but there are only {self.generate.candidates_per_prompt}"
+                " candidates per prompt, so nothing is left out: lower it or raise generate.candidates_per_prompt"
             )
         faults += self._speed_faults()
         if self.finetune.baseline and self.finetune.adapter == "dora":
-            faults.append("finetune.baseline subtracts updates, and DoRA's do not add up: set finetune.adapter: lora")
+            faults.append(
+                "finetune.baseline is set and finetune.adapter is dora, but updates of DoRA cannot be subtracted: set"
+                " finetune.adapter: lora"
+            )
         faults += self._online_faults()
         if not self.online.updates and self.finetune.gradient_accumulation < self.resources.train_workers[1]:
             faults.append(
-                f"finetune.gradient_accumulation is {self.finetune.gradient_accumulation}, which leaves some of"
-                f" {self.resources.train_workers[1]} workers without a batch: raise it or lower"
-                " resources.train_workers"
+                f"finetune.gradient_accumulation is {self.finetune.gradient_accumulation}, so some of the"
+                f" {self.resources.train_workers[1]} workers get no batch: raise it or lower resources.train_workers"
             )
         if faults:
             raise ValueError("\n".join(faults))
         return self
 
     def _online_faults(self) -> list[str]:
-        """What online training needs and forbids."""
+        """Settings that online training needs or does not allow."""
         tuning, faults = self.finetune, []
         if not self.online.updates:
             if tuning.method != "supervised":
                 faults.append(
-                    f"finetune.method is {tuning.method}, which learns from fresh candidates: set online.updates, or"
+                    f"finetune.method is {tuning.method}, but this method needs online training: set online.updates, or"
                     " finetune.method: supervised"
                 )
             return faults
         if tuning.method == "supervised":
-            faults.append("online.updates needs a method that learns from losers too: set finetune.method: nft")
+            faults.append(
+                "finetune.method is supervised, but online.updates needs a method that also learns from bad candidates:"
+                " set finetune.method: nft"
+            )
         if self.rounds > 1:
-            faults.append(f"rounds is {self.rounds}, and an online run has none: set rounds: 1, or online.updates: 0")
+            faults.append(
+                f"rounds is {self.rounds}, but an online run has no rounds: set rounds: 1, or online.updates: 0"
+            )
         if tuning.baseline or tuning.ema_decay:
-            faults.append("finetune.baseline and finetune.ema_decay are for rounds: leave them out (see online.decay)")
+            faults.append(
+                "finetune.baseline or finetune.ema_decay is set, but an online run does not use them: remove them (see"
+                " online.decay)"
+            )
         if self.prune.by:
-            faults.append("prune.by is for rounds: an online update keeps all its candidates; set it to none")
+            faults.append(
+                f"prune.by is {self.prune.by}, but an online update uses all its candidates: set prune.by to none"
+            )
         return faults
 
     def _control_faults(self) -> list[str]:
-        """Selections that are neither scores nor random nor measured metrics."""
+        """Faults of select.by and evaluation.controls: names that are no score, no measured metric and not random."""
         controls = ("random", *self.generate.alignment)
         known = (*TRAJECTORY_SCORES, *POINTWISE_SCORES, *controls)
         faults = []
         if self.select.by not in known:
             faults.append(
-                f"select.by is {self.select.by!r}, which is neither random nor a score nor a metric that is measured:"
-                f" take one of {', '.join(known)}, or add it to generate.alignment if it is a metric"
+                f"select.by is {self.select.by!r}, but this is not random, not a score and not a measured metric: take"
+                f" one of {', '.join(known)}, or add it to generate.alignment if it is a metric"
             )
         faults += [
-            f"evaluation.controls has {name!r}, which is neither random nor a metric that is measured: take one of"
+            f"evaluation.controls has {name!r}, but this is not random and not a measured metric: take one of"
             f" {', '.join(controls)}, or add it to generate.alignment if it is a metric"
             for name in self.evaluation.controls
             if name not in controls
@@ -188,32 +217,33 @@ class RunConfig(Section):
         return faults
 
     def _speed_faults(self) -> list[str]:
-        """What pruning and the guidance interval forbid."""
+        """Settings that pruning, the guidance interval or a missing GPU do not allow."""
         faults = []
         cuts = self.prune.cuts(self.sampler.num_inference_steps, self.generate.candidates_per_prompt)
         measured = {self.select.by, *self.evaluation.controls} & set(self.generate.alignment)
         faults += [
-            f"selection by {name} needs every candidate measured: set prune.by to none"
+            f"prune.by is {self.prune.by}, but selection by {name} needs every candidate measured: set prune.by to none"
             for name in (sorted(measured) if cuts else ())
         ]
         if cuts and min(cuts.values()) < self.select.top_k:
             faults.append(
-                f"prune.keep leaves {min(cuts.values())} candidates of a prompt, fewer than select.top_k,"
+                f"prune.keep leaves {min(cuts.values())} candidates per prompt, fewer than select.top_k,"
                 f" {self.select.top_k}: raise prune.keep"
             )
         for option, chosen, other in (("kernel", "triton", "auto"), ("compile", "cuda-graphs", "default")):
             if getattr(self.model, option) == chosen and not self.resources.gpus_per_actor:
                 faults.append(
-                    f"model.{option} is {chosen}, which needs a CUDA GPU, and resources.gpus_per_actor is 0:"
-                    f" give the actors a GPU, or take {other}"
+                    f"model.{option} is {chosen}, but it needs a CUDA GPU and resources.gpus_per_actor is 0: raise"
+                    f" resources.gpus_per_actor, or set model.{option}: {other}"
                 )
         interval, score = self.sampler.guidance_interval, self.score
         named = {*score.names, self.prune.by} & set(TRAJECTORY_SCORES) if interval else set()
         if "trajectory_banded" in named and interval[0] <= score.log_snr_min and score.log_snr_max <= interval[1]:
-            named.remove("trajectory_banded")  # its band is guided
+            named.remove("trajectory_banded")  # all steps in its band have guidance
         faults += [
-            f"{name} needs both branches wherever it looks, and sampler.guidance_interval is {interval}: take the score"
-            " out of score.names and prune.by, or set the interval to none (trajectory_banded: or widen it to the band)"
+            f"sampler.guidance_interval is {interval}, but {name} needs both branches at all its steps: remove {name}"
+            " from score.names and prune.by, or set the interval to none"
+            + (", or widen it to the band" if name == "trajectory_banded" else "")
             for name in sorted(named)
         ]
         unguided = {*score.names, self.prune.by} & set(TRAJECTORY_SCORES) if self.sampler.branches == 1 else set()
@@ -225,13 +255,13 @@ class RunConfig(Section):
         return faults
 
     def results_config(self) -> dict:
-        """What the results depend on: everything but where the run lies, what it runs on and how fast."""
+        """The fields that the results depend on: all except run_dir, resources and speed options."""
         speed = {"model": {"kernel", "channels_last", "compile"}, "finetune": {"activation_checkpointing"}}
-        reading = {"prompts": {"broken"}}  # a run that starts at all reads the same prompts either way
+        reading = {"prompts": {"broken"}}  # a run that starts reads the same prompts with either value
         results = self.model_dump(mode="json", exclude={"run_dir": True, "resources": True, **speed, **reading})
         results["model"]["path"] = without_revision(self.model.path)  # run.json holds the commit
         return results
 
     def hash(self) -> str:
-        """Hash of what counts of `results_config`, 12 hexadecimal digits."""
+        """Hash of the `counted` fields of `results_config`, 12 hexadecimal digits."""
         return config_hash(counted(self.results_config()))

@@ -1,4 +1,4 @@
-"""What every configuration is made of: frozen sections that read YAML and flags alike, and the error of faults."""
+"""Parts of every configuration: frozen sections, read from YAML or flags, and the error that lists all faults."""
 
 import hashlib
 import json
@@ -14,23 +14,23 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _listed(value: object) -> object:
-    """One name stands for a list of it."""
+    """A single name means a list with this name."""
     return (value,) if isinstance(value, str) else value
 
 
 def _once(names: tuple[str, ...]) -> tuple[str, ...]:
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ValueError(f"{', '.join(map(repr, twice))} is there more than once; name each metric once")
+        raise ValueError(f"{', '.join(map(repr, twice))} is listed more than once; list each metric once")
     return names
 
 
-# Names of metrics: of the package, or package.module:Class; `alignment.metric` loads them.
+# Names of metrics: one of the package, or package.module:Class. `alignment.metric` loads them.
 MetricNames = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_once)]
-METRIC_NAMES = "oracle (prompts of the embedded world only), or package.module:Class of your own (see README)"
+METRIC_NAMES = "oracle (only for prompts of the embedded world), or your own package.module:Class (see README)"
 
 
 class ConfigError(Exception):
-    """What is wrong with what the user gave: one message a fault."""
+    """Faults of the user's input, one message each."""
 
     def __init__(self, faults: list[str]):
         super().__init__("\n".join(faults))
@@ -39,8 +39,10 @@ class ConfigError(Exception):
 
 @contextmanager
 def collecting(faults: list[str], field: str = "") -> Iterator[None]:
-    """Collect what is wrong instead of raising it, so that all is told at once: the faults of a ConfigError and, where
-    a field is named, each line of a ValueError as a fault of it."""
+    """Collect faults instead of raising them, so that all are reported at once.
+
+    It takes the faults of a ConfigError. If `field` is given, each line of a ValueError is a fault of this field.
+    """
     try:
         yield
     except ConfigError as error:
@@ -52,7 +54,7 @@ def collecting(faults: list[str], field: str = "") -> Iterator[None]:
 
 
 def holds_credentials(uri: str) -> bool:
-    """Whether a URI says user:secret@ (the secret may hold slashes) or, in its query, something like a key."""
+    """Whether a URI contains user:secret@ (the secret may contain slashes), or a key, secret or token in its query."""
     place, _, query = uri.partition("://")[2].partition("?")
     names = [name.lower() for name in re.findall(r"(?:^|&)([^=&]*)", query)]
     return bool(re.match(r"[^/@]*@|[^@]*:[^@]*@", place)) or any(
@@ -66,17 +68,20 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, values):
-        """`none` means no value, and an empty list where there is one, in YAML as on the command line."""
+        """Replace `none` by no value, or by an empty list in a list field, in YAML and on the command line."""
         if not isinstance(values, dict):
             return values
-        for name, value in values.items():  # they would end in logs and in the run's folder
+        for name, value in values.items():  # credentials would end up in logs and in the run folder
             if isinstance(value, str) and holds_credentials(value):
-                raise ValueError(f"{name} holds credentials; take them out: set the environment or an instance role")
+                raise ValueError(
+                    f"{name} contains credentials, which would appear in logs; remove them and use the environment or a"
+                    " role"
+                )
         lists = {name for name, field in cls.model_fields.items() if isinstance(field.default, tuple)}
         nothing = {name for name, value in values.items() if isinstance(value, str) and value.lower() == "none"}
         nothing |= {name for name in lists if name in values and values[name] in (None, [None])}
         values = values | {name: () if name in lists else None for name in nothing}
-        # A section set in part keeps the rest of its own default, not of its class's.
+        # A section that is set in part keeps the other values of its field's default, not of its class's defaults.
         defaults = {name: cls.model_fields[name].default for name in values if name in cls.model_fields}
         return values | {
             name: default.model_dump(exclude_unset=True) | values[name]
@@ -87,11 +92,11 @@ class Section(BaseModel):
 
 def check_band(log_snr_min: float, log_snr_max: float):
     if log_snr_min >= log_snr_max:
-        raise ValueError(f"log_snr_min is {log_snr_min}, not below log_snr_max, {log_snr_max}; lower it")
+        raise ValueError(f"log_snr_min is {log_snr_min}, but it must be below log_snr_max, {log_snr_max}; lower it")
 
 
 def config_hash(results: dict) -> str:
-    """12 hexadecimal digits that tell what results depend on."""
+    """Hash of what the results depend on, 12 hexadecimal digits."""
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,4 +1,4 @@
-"""What users bring: prompt files, image-caption pairs, images, their plan into shards, and more prompts made of theirs.
+"""The users' inputs: prompt files, image-caption pairs, images, the plan of their shards, and making new prompts.
 
-This room reads and checks; of a model it knows the folder alone, and it must not know scores or Ray.
+This room reads and checks inputs. It knows only the folder of a model. It must not know scores or Ray.
 """

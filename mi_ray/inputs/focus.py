@@ -1,4 +1,4 @@
-"""Prompts that a model fails on, with the weight that they fail: from a file, or from the evaluation of a run."""
+"""Prompts that a model fails on, with weights: read from a file, or from the evaluation of a run."""
 
 import math
 from collections import defaultdict
@@ -10,20 +10,21 @@ from mi_ray.config.section import ConfigError
 from mi_ray.inputs.prompts import read_prompts
 from mi_ray.storage.tables import metric_columns
 
-Focus = dict[str, tuple[float, str | None]]  # prompt -> weight above 0, category
+Focus = dict[str, tuple[float, str | None]]  # prompt -> (weight above 0, category)
 
 
 def read_focus(uri: str, metric: str | None, below: float) -> Focus:
-    """The prompts that fail.
+    """The prompts that fail, with their weights.
 
-    A table's column `weight` is taken as it is, summed by prompt; else the metric is averaged by prompt, and a prompt
-    below `below` weighs 1 less its average. A file with neither, .txt always, gives every prompt the weight 1.
+    If the table has a column `weight`, a prompt's weight is the sum of it. Otherwise the metric is averaged by prompt,
+    and a prompt with an average below `below` has the weight 1 - average. If the file has neither column (as .txt
+    always), every prompt has the weight 1.
 
     Args:
         metric: name of a column; None: the first column of the first metric that a run's tables declare.
 
     Raises:
-        ConfigError: it cannot be read, or no prompt fails.
+        ConfigError: the file cannot be read, or no prompt fails.
     """
     try:
         metric = metric or _declared(uri)
@@ -36,7 +37,7 @@ def read_focus(uri: str, metric: str | None, below: float) -> Focus:
         raise ConfigError([f"focus: {uri!r} {error}"]) from error
     if not focus:
         reason = f"no prompt with a weight above 0 or an average of {metric} below {below:g}"
-        raise ConfigError([f"focus: {uri!r} holds {reason}; raise focus_below, or leave focus out"])
+        raise ConfigError([f"focus: {uri!r} has {reason}; raise focus_below, or remove focus"])
     return focus
 
 
@@ -45,7 +46,7 @@ def _parts(uri: str) -> list[str]:
 
 
 def _declared(uri: str) -> str:
-    """The first column of the first metric that a table or folder of tables declares; empty: there is none."""
+    """The first column of the first metric that a table or folder of tables declares; empty if there is none."""
     if uri.endswith((".txt", ".jsonl")):
         return ""
     metrics = (metric_columns(storage.ParquetRows(part).schema) for part in _parts(uri)[:1])
@@ -53,7 +54,7 @@ def _declared(uri: str) -> str:
 
 
 def _rows(uri: str, metric: str) -> list[dict] | None:
-    """Rows with prompt, category and either weight or the metric; None if the file has neither."""
+    """Rows with prompt, category, and weight or the metric; None if the file has neither of the two."""
     if uri.endswith(".txt"):
         return None
     if uri.endswith(".jsonl"):
@@ -61,7 +62,9 @@ def _rows(uri: str, metric: str) -> list[dict] | None:
         return rows if any({"weight", metric} & row.keys() for row in rows) else None
     folder, parts = not uri.endswith(".parquet"), _parts(uri)
     if not parts:
-        raise ValueError("is no folder of tables; give a .jsonl, .parquet or .txt file, or evaluation/<model> of a run")
+        raise ValueError(
+            "is not a folder of tables; give a .jsonl, .parquet or .txt file, or evaluation/<model> of a run"
+        )
     schemas = [storage.ParquetRows(part).schema.names for part in parts]
     wanted = ("prompt", "category", "weight", metric)
     columns = [name for name in wanted if all(name in names for names in schemas)]

@@ -1,4 +1,4 @@
-"""Images: read as a model takes them, and encoded for tables."""
+"""Reads images in the form that a model needs, and encodes images for tables."""
 
 import io
 
@@ -11,29 +11,31 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def encode_png(image: np.ndarray) -> dict:
-    """An image (h, w, 3) uint8 as a table's image column holds it: {"bytes", "path"}."""
+    """An image (h, w, 3) uint8 as a value of a table's image column: {"bytes", "path"}."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def read_image(content: bytes, size: tuple[int, int], fit: Fit) -> np.ndarray:
-    """An encoded image as the model takes it: (*size, 3) uint8.
+    """Decode an image in the form that the model needs: (*size, 3) uint8.
 
     Args:
-        fit: "exact": it must have the size and be RGB. "crop": turned upright, transparency on white, converted to
-            RGB, scaled and cropped about its centre.
+        fit: "exact": the image must have this size and be RGB. "crop": the image is rotated by its EXIF orientation,
+            put on white if it is transparent, converted to RGB, scaled, and cropped around its centre.
 
     Raises:
-        ValueError: with the reason why it will not do.
+        ValueError: with the reason why the image cannot be used.
     """
     height, width = size
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if fit == "exact" and image.size != (width, height):
-                raise ValueError(f"the image has {image.width}x{image.height} pixels, not {width}x{height}; --fit crop")
+                raise ValueError(
+                    f"the image has {image.width}x{image.height} pixels, not {width}x{height}; use --fit crop"
+                )
             if fit == "exact" and image.mode != "RGB":
-                raise ValueError(f"the image's mode is {image.mode}, not RGB; --fit crop")
+                raise ValueError(f"the image's mode is {image.mode}, not RGB; use --fit crop")
             if fit == "exact":
                 return np.array(image)
             upright = ImageOps.exif_transpose(image)
@@ -42,11 +44,8 @@ def read_image(content: bytes, size: tuple[int, int], fit: Fit) -> np.ndarray:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             return np.array(ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"the image is corrupt, or none of {', '.join(_FORMATS)}") from error
+        raise ValueError(f"the image is corrupt, or its format is not one of {', '.join(_FORMATS)}") from error
     except ValueError:
         raise
-    except Exception as error:  # whatever a decoder comes upon in a file that anyone may have written
+    except Exception as error:  # a decoder may raise anything on an untrusted file
         raise ValueError(f"the image is corrupt: {' '.join(str(error).split())}") from error
-
-
-# ---------------------------------------------------------------------------------------------- scores

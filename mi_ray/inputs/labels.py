@@ -1,4 +1,4 @@
-"""The images of a calibration's pool, written to be labelled, and the labels that come back."""
+"""Writes the candidate images of a calibration, so that a user can label them, and reads the labels."""
 
 import json
 import math
@@ -13,7 +13,7 @@ _LABEL = ("prompt_id", "candidate_index", "label")
 
 
 class PoolImages:
-    """Writes the images of a pool and, at the end, pool.jsonl, whose lines take the labels."""
+    """Writes the images of a pool and, at the end, pool.jsonl. The user adds the labels to its lines."""
 
     def __init__(self, folder: str, digest: str):
         self.folder, self.digest, self.lines = folder, digest, []
@@ -28,15 +28,16 @@ class PoolImages:
     def finish(self):
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         storage.write_bytes(storage.join(self.folder, "pool.jsonl"), text.encode())
-        told = f"{len(self.lines)} images and pool.jsonl are in {self.folder}"
-        print(f"{told}: add `label` to its lines and give --labels")
+        print(
+            f"{len(self.lines)} images and pool.jsonl are in {self.folder}: add `label` to its lines and set --labels"
+        )
 
 
 def read_labels(uri: str, digest: str) -> dict[tuple[str, int], float]:
-    """{(prompt_id, candidate_index): label}, NaN where there is none.
+    """{(prompt_id, candidate_index): label}; NaN means no label.
 
     Raises:
-        ValueError: the file cannot be read, lacks something, or is of another pool.
+        ValueError: the file cannot be read, a field is missing, or it belongs to another pool.
     """
     try:
         if not storage.exists(uri):
@@ -45,8 +46,8 @@ def read_labels(uri: str, digest: str) -> dict[tuple[str, int], float]:
         places = [(str(row["prompt_id"]), int(row["candidate_index"])) for row in rows]
         labels = [math.nan if row.get("label") is None else float(row["label"]) for row in rows]
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{uri!r} will not do ({reason}); give rows of {', '.join(_LABEL)}") from error
+        reason = f"no field {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{uri!r} is not valid ({reason}); give rows with {', '.join(_LABEL)}") from error
     if any(row.get("pool", digest) != digest for row in rows):
-        raise ValueError(f"{uri!r} labels another pool: model, sampler and seed must be those of --pool")
+        raise ValueError(f"{uri!r} labels another pool; use the model, sampler and seed of the run with --pool")
     return dict(zip(places, labels, strict=True))

@@ -1,4 +1,4 @@
-"""More prompts, from files to a file: what `inputs` reads is recombined by `language`, and written."""
+"""Makes new prompts: reads prompt files, recombines their parts (`language`) and writes a new file."""
 
 from collections import Counter
 from itertools import islice
@@ -15,10 +15,10 @@ from mi_ray.shapes.grammar import CATEGORIES
 
 
 def make_prompts(config: MorePromptsConfig, dry_run: bool = False):
-    """Write config.count new prompts to config.out, and say what they are made of; on a dry run only say it.
+    """Write config.count new prompts to config.out, and print a summary. A dry run only prints the summary.
 
     Raises:
-        ConfigError: a file will not do, no prompt of the list can be recombined, or too few come of it.
+        ConfigError: a file is not valid, no prompt can be recombined, or too few new prompts can be made.
     """
     faults, tokenizer = [], None
     with collecting(faults):
@@ -27,7 +27,10 @@ def make_prompts(config: MorePromptsConfig, dry_run: bool = False):
         make = templates_by(config.phrases, config.split)
     if config.model:
         with collecting(faults, "model"):
-            from mi_ray.diffusion.folders import check_model, load_tokenizer  # seconds, only where they are needed
+            from mi_ray.diffusion.folders import (
+                check_model,
+                load_tokenizer,
+            )  # takes seconds, so it is imported only if needed
 
             check_model(config.model)
             tokenizer = load_tokenizer(config.model)
@@ -41,9 +44,9 @@ def make_prompts(config: MorePromptsConfig, dry_run: bool = False):
         drawn = [index for index, weight in enumerate(weights) if weight > 0]
         varied = sum(map(templates.varies, drawn))
         if not varied:
-            fault = f"{config.phrases!r} finds nothing in {len(drawn)} prompts that another could stand in the place of"
+            fault = f"{config.phrases!r} finds no words in {len(drawn)} prompts that can be exchanged with others"
             raise ConfigError([f"phrases: {fault}; give more prompts, such as 'a red car and a blue dog'"])
-        print(f"{varied} of {len(drawn)} prompts are templates; in the others nothing can be exchanged")
+        print(f"{varied} of {len(drawn)} prompts are templates; the others have no words that can be exchanged")
     else:
         templates, categories, weights = GrammarTemplates(config.split), CATEGORIES, [1.0] * len(CATEGORIES)
 
@@ -53,8 +56,8 @@ def make_prompts(config: MorePromptsConfig, dry_run: bool = False):
     new = recombined(templates, weights, config.seed, [*sources.excluded, *prompts], fits)
     rows = [_row(prompt, categories[index], config.split) for index, prompt in islice(new, config.count)]
     if len(rows) < config.count:
-        remedy = f"give --count {len(rows)}, or more prompts" if rows else "give more prompts, or exclude fewer"
-        raise ConfigError([f"count: {config.count} new prompts are wanted and {len(rows)} can be made; {remedy}"])
+        remedy = f"set --count {len(rows)}, or give more prompts" if rows else "give more prompts, or exclude fewer"
+        raise ConfigError([f"count: {config.count} new prompts are wanted, but only {len(rows)} can be made; {remedy}"])
     if not dry_run:
         try:
             write_prompts(config.out, rows)

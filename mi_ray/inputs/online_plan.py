@@ -1,4 +1,4 @@
-"""The order in which an online run draws its prompts: the shards of every update and of every validation."""
+"""The order of prompts in an online run: the shards of every update and of every validation."""
 
 import hashlib
 from functools import lru_cache
@@ -11,12 +11,13 @@ from mi_ray.inputs.shard_plan import ShardPlan
 
 
 class OnlinePlan:
-    """Parts of the table of candidates, in the order in which they are made. A part is one shard of prompts, drawn by
-    one version of the policy; version v is the policy after v updates, version 0 the base model.
+    """The parts of the candidate table, in the order in which they are made.
 
-    Update u draws the next shards of the list, whose order is permuted anew in every epoch, by version max(0, u - lag).
-    The shards at the end of the list are never trained: every `validate_every` updates, and after the last one, the
-    newest version is scored on them, with the same seeds each time.
+    A part holds the candidates of one shard of prompts, drawn by one version of the policy. Version 0 is the base
+    model; version v is the policy after v updates. Update u uses the next shards of the prompt list and draws with
+    version max(0, u - lag). Each epoch has a new permutation of the list. The shards at the end of the list are held
+    out: every `validate_every` updates, and after the last one, the newest version is scored on them, with the same
+    seeds each time.
 
     Raises:
         ConfigError: the list is too short.
@@ -31,7 +32,7 @@ class OnlinePlan:
         if self.trained < self.groups:
             raise ConfigError(
                 [
-                    f"prompts.file: {shards.prompts} prompts are too few: one update takes {self.groups * per_shard}"
+                    f"prompts.file: {shards.prompts} prompts are too few: one update needs {self.groups * per_shard}"
                     f" and {self.held * per_shard} are held out; give more, or lower online.prompts_per_update"
                 ]
             )
@@ -47,7 +48,7 @@ class OnlinePlan:
         return len(self._parts)
 
     def _chunk(self, index: int) -> int:
-        """The shard of prompts of a part."""
+        """Index of the prompt shard of a part."""
         update, kind, number = self._parts[index].tolist()
         if kind < 0:
             return self.trained + number
@@ -60,28 +61,28 @@ class OnlinePlan:
         return f"{what}-{update:05d}-{number:03d}-{self.shards.digest(self._chunk(index))}.parquet"
 
     def size(self, index: int) -> int:
-        """Prompts of a part."""
+        """Number of prompts in a part."""
         return self.shards.size(self._chunk(index))
 
     def row(self, index: int) -> dict:
-        """What the actor takes: as `ShardPlan.row`, with the update, the version that draws, and whether it is a
-        validation."""
+        """The input of the actor: `ShardPlan.row`, with the update, the version of the policy that draws, and whether
+        the part is a validation."""
         update, kind, _ = self._parts[index].tolist()
         version = update if kind < 0 else max(0, update - self.config.lag)
         row = self.shards.row(self._chunk(index)) | {"index": index, "name": self.name(index)}
         return row | {"update": update, "version": version, "validation": kind < 0}
 
     def of_update(self, update: int) -> list[int]:
-        """Indices of the parts that an update trains."""
+        """Indices of the parts that an update trains on."""
         return np.flatnonzero((self._parts[:, 0] == update) & (self._parts[:, 1] > 0)).tolist()
 
     def of_validation(self, version: int) -> list[int]:
-        """Indices of the parts on which a version of the policy is scored; none between checkpoints."""
+        """Indices of the validation parts of a version of the policy; none between checkpoints."""
         return np.flatnonzero((self._parts[:, 0] == version) & (self._parts[:, 1] < 0)).tolist()
 
 
 def plan_of(config: RunConfig, source: str) -> OnlinePlan:
-    """The parts of an online run, from the URI of its stored table of prompts."""
+    """The plan of an online run, from the URI of its stored prompt table."""
     shards = ShardPlan(source, config.generate.prompts_per_shard, config.hash())
     return OnlinePlan(shards, config.online, config.seed)
 

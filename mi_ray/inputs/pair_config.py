@@ -1,4 +1,4 @@
-"""The configuration of scoring existing pairs."""
+"""The configuration of jobs/score.py."""
 
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
@@ -14,55 +14,66 @@ Fit = Literal["exact", "crop"]
 
 
 class PairScoreConfig(ScoreConfig):
-    """How pairs are probed. Of real images the middle noise levels tell more than of a model's own."""
+    """How pairs are scored. For real images, middle noise levels are more informative than for generated ones."""
 
     names: tuple[Literal["pmi", "pmi_negatives"], ...] = Field(
-        ("pmi", "pmi_negatives"), description="both are always computed, and the margin"
+        ("pmi", "pmi_negatives"), description="both scores are always computed, and the margin"
     )
-    # Chosen on 360 renders of which 134 had a wrong caption: many negatives tell most, and few of them need all noises.
-    log_snr_min: float = Field(-5.4, description="lower end of the band")
-    log_snr_max: float = Field(-0.4, description="upper end of the band")
-    num_samples: Positive = Field(12, description="noise draws a pair")
-    max_negatives: Positive = Field(24, description="so many changed captions at most")
+    # Chosen on 360 renders, 134 with a wrong caption: many negatives help most, and few of them need all noise samples.
+    log_snr_min: float = Field(-5.4, description="lower end of the log SNR band")
+    log_snr_max: float = Field(-0.4, description="upper end of the log SNR band")
+    num_samples: Positive = Field(12, description="number of noise samples per pair")
+    max_negatives: Positive = Field(24, description="maximum number of hard negatives (changed captions) per pair")
     shortlist: Positive | None = Field(
-        6, description="so many of them, the likeliest for the image, meet all noise draws; none: all do"
+        6,
+        description="number of hard negatives per pair, the likeliest ones, that are evaluated with every noise"
+        " sample; none: all of them",
     )
 
 
 class ScorePairsConfig(Section):
-    """Score pairs of image and caption that exist, and find the wrong ones: an input in a folder, or a single pair."""
+    """Score existing pairs of image and caption, and find wrong captions. Give many pairs (input) or a single pair."""
 
     input: SharedPath | None = Field(
         None,
-        description="pairs: .parquet, .jsonl, a WebDataset .tar, a folder of these, or one of images with .txt beside"
-        " them or a metadata.jsonl; local, s3:// or gs://",
+        description="pairs: .parquet, .jsonl, a WebDataset .tar, a folder of these, or a folder of images with a .txt"
+        " for each or a metadata.jsonl; local, s3:// or gs://; none: a single pair",
     )
     run_dir: SharedPath | None = Field(
-        None, description="folder of the results, local, s3:// or gs://; the same command continues it"
+        None, description="folder of the results: local, s3:// or gs://; the same command continues the run"
     )
-    image: LocalOrUri | None = Field(None, description="a single image, instead of input; with prompt")
-    prompt: str | None = Field(None, description="the single image's prompt")
+    image: LocalOrUri | None = Field(None, description="a single image, instead of input; needs prompt")
+    prompt: str | None = Field(None, description="caption of the single image")
     map: SharedPath | None = Field(
-        None, description="where the single pair's map goes; none: beside the image, -map.png"
+        None, description="output file for the map of the single pair; none: beside the image, ending in -map.png"
     )
     model: ModelPath = Field("shapes", description=MODEL)
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="of the denoiser")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the noise; a pair's scores depend on nothing else")
-    image_column: str | None = Field(None, description="column or key of the image or its path; none: a usual name")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="dtype of the denoiser; auto: float16 on a GPU, else float32"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="random seed of the noise samples; a pair's noise depends on nothing else"
+    )
+    image_column: str | None = Field(None, description="column or key of the image or of its path; none: a usual name")
     caption_column: str | None = Field(None, description="column or key of the caption; none: a usual name")
     fit: Fit = Field(
-        "exact", description="images of another size or mode: exact: an error row; crop: convert, scale and crop"
+        "exact", description="images with another size or mode: exact: an error row; crop: convert, scale and crop them"
     )
     overlong: Literal["error", "truncate"] = Field(
-        "error", description="captions longer than the text encoder reads: an error row, or cut"
+        "error", description="captions longer than the text encoder reads: error: an error row; truncate: cut them"
     )
-    words: bool = Field(False, description="score every word too, by leaving it out: one branch each")
+    words: bool = Field(False, description="also score every word, by leaving it out; each word costs one branch")
     rank_by: Literal["margin", "pmi_negatives", "pmi"] = Field(
         "margin",
-        description="the audit's order, worst first; margin: the lead over the likeliest change, or no caption",
+        description="score that orders the audit page, worst first; margin: log p(image | caption) minus the highest"
+        " of log p(image | hard negative) and log p(image)",
     )
-    shown: Positive = Field(24, description="best and worst pairs on the audit page, and kept as images by shard")
-    pairs_per_shard: Positive = Field(256, description="pairs in one file; a tar or a row group is never cut")
+    shown: Positive = Field(
+        24, description="number of best and of worst pairs on the audit page; each shard stores as many images"
+    )
+    pairs_per_shard: Positive = Field(
+        256, description="number of pairs in one output file; a tar or a row group is never split"
+    )
     score: PairScoreConfig = PairScoreConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -70,18 +81,20 @@ class ScorePairsConfig(Section):
     def _task(self):
         single = self.image is not None or self.prompt is not None
         if single == (self.input is not None):
-            raise ValueError("give either input with run_dir, or image with prompt")
+            raise ValueError(
+                "input and image are both set or both missing; set either input and run_dir, or image and prompt"
+            )
         if single and (self.image is None or not (self.prompt or "").strip()):
-            raise ValueError("a single pair needs both image and prompt; give the other one too")
+            raise ValueError("image or prompt is missing, and a single pair needs both; set the missing one")
         if not single and self.run_dir is None:
-            raise ValueError("input needs run_dir, the folder of the results; give --run-dir DIR")
+            raise ValueError("run_dir is missing, and input needs it as the folder of the results; set --run-dir DIR")
         if single:
             shared(self.map_file)
         return self
 
     @property
     def map_file(self) -> str:
-        """Where the single pair's map goes: without `map` beside the image, or here if that is remote."""
+        """Output file for the map of the single pair. Without `map`: beside the image, or here for a remote image."""
         remote = "://" in self.image
         image = PurePosixPath(self.image.partition("?")[0] if remote else self.image)
         return self.map or absolute(f"{image.stem if remote else image.with_suffix('')}-map.png")
@@ -91,10 +104,10 @@ class ScorePairsConfig(Section):
         return Columns(self.image_column, self.caption_column)
 
     def results_config(self) -> dict:
-        """What the results depend on."""
+        """The fields that the results depend on."""
         results = self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map"})
         return results | {"model": without_revision(self.model)}  # run.json holds the commit
 
     def hash(self) -> str:
-        """Hash of what counts of `results_config`, 12 hexadecimal digits."""
+        """Hash of the `counted` fields of `results_config`, 12 hexadecimal digits."""
         return config_hash(counted(self.results_config()))

@@ -1,9 +1,9 @@
-"""Pairs of image and caption where they lie, local, s3:// or gs://: Parquet, JSON lines, folders, WebDataset tars.
+"""Reads pairs of image and caption, local, s3:// or gs://: Parquet, JSON lines, folders, WebDataset tars.
 
-Planning looks at names, footers and line ends only. A shard says where its pairs are; they are read one after the other
-when an actor asks, so that memory does not depend on how many they are (of a folder of images, planning holds the
-names). What cannot be read becomes a pair that holds the reason instead; a store that fails for now is an error of the
-run, which the same command continues.
+Planning reads only names, footers and line ends. A shard says where its pairs are. An actor reads them one after the
+other, so memory does not depend on their number (for a folder of images, planning keeps the names in memory). A pair
+that cannot be read becomes a pair with an error. A temporary failure of a store stops the run; the same command
+continues it.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from mi_ray.config.section import ConfigError
 IMAGE_COLUMNS = ("image", "jpg", "png", "file_name", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "prompt", "text", "txt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_METADATA = "metadata.jsonl"  # of a folder, as Hugging Face's ImageFolder names it
+_METADATA = "metadata.jsonl"  # in a folder of images, as in Hugging Face's ImageFolder
 _ROWS_AT_ONCE = 64
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".tar": "tar", ".tgz": "tar", ".gz": "tar"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An encoded image and its caption, or the reason why there is none."""
+    """An encoded image and its caption, or the reason why one is missing."""
 
-    key: str  # where it lies: a file, a file's row or line, a tar's member
+    key: str  # its place: a file, a row or line of a file, a member of a tar
     image: bytes | None = None
     prompt: str | None = None
     error: str | None = None
@@ -44,7 +44,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairShard:
-    """Pairs that are scored into one file `name`; `source`, as JSON, says where they are."""
+    """Pairs whose scores go to one file, `name`. `source` is JSON and says where the pairs are."""
 
     index: int
     name: str
@@ -52,22 +52,22 @@ class PairShard:
 
     @property
     def unreadable(self) -> bool:
-        """Whether its file could not be read when it was planned: it holds the reason alone."""
+        """Whether planning could not read the file. The shard then holds only the reason."""
         return "error" in json.loads(self.source)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns or keys; None: the first of the usual ones that is there."""
+    """Names of the columns or keys. None means the first usual name that exists."""
 
     image: str | None = None
     caption: str | None = None
 
     def find(self, names: list[str]) -> tuple[str, str]:
-        """The names of the two among those given.
+        """The names of the image and the caption column in `names`.
 
         Raises:
-            ValueError: one is missing.
+            ValueError: one is missing or ambiguous.
         """
         found = []
         for wanted, usual, what in (
@@ -79,7 +79,7 @@ class Columns:
                 looked = wanted or ", ".join(usual)
                 raise ValueError(f"no column {looked} among {', '.join(names) or 'none'}; set {what}")
             if names.count(name) > 1:
-                raise ValueError(f"there are {names.count(name)} columns {name}; give each a name of its own")
+                raise ValueError(f"there are {names.count(name)} columns {name}; rename all but one")
             found.append(name)
         return found[0], found[1]
 
@@ -88,19 +88,19 @@ class Columns:
 def plan_pairs(source: str, pairs_per_shard: int, key: str, columns: Columns) -> list[PairShard]:
     """The shards of an input: a file, or a folder of images, of Parquet files or of tars.
 
-    A shard holds about `pairs_per_shard` pairs, but never less than a Parquet row group or a tar. Its name is fixed by
-    its file, its place there, `key` and what the file says or when it was changed last, whatever other files are added;
-    the parts of a file sort in its order.
+    A shard has about `pairs_per_shard` pairs, but at least one Parquet row group or one tar. Its name depends on its
+    file, its place in the file, `key`, and the file's content or time of change. It does not depend on other files. The
+    names of a file's parts sort in the order of the file.
 
     Raises:
-        ConfigError: the input is missing, empty or of no known kind, or no file of it has the columns.
+        ConfigError: the input is missing, empty or of an unknown type, or no file of it has the columns.
     """
     try:
         sources = list(_sources(source, pairs_per_shard, columns))
     except (OSError, ValueError) as error:
         raise ConfigError([f"input: {source!r} cannot be read ({error}); give a local path or a URI"]) from error
     if not sources:
-        raise ConfigError([f"input: {source!r} holds no pairs; give Parquet, .jsonl, .tar or a folder of images"])
+        raise ConfigError([f"input: {source!r} has no pairs; give Parquet, .jsonl, .tar or a folder of images"])
     if all("error" in s for s in sources):
         raise ConfigError([f"input: {s['uri']}: {s['error']}" for s in sources])
     shards, seen = [], Counter()
@@ -117,7 +117,7 @@ def _sources(uri: str, pairs_per_shard: int, columns: Columns) -> Iterator[dict[
     system, path = storage.filesystem(uri)
     info = system.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
-        raise ConfigError([f"input: {uri!r} does not exist"])
+        raise ConfigError([f"input: {uri!r} does not exist; give a file or folder of pairs"])
     if info.type == pafs.FileType.File:
         yield from _file_sources(uri, _state(info), pairs_per_shard, columns)
         return
@@ -139,7 +139,7 @@ def _sources(uri: str, pairs_per_shard: int, columns: Columns) -> Iterator[dict[
 
 
 def _state(info: pafs.FileInfo) -> list[int | None]:
-    """Tells a file from what it was before it changed: size, and time of its last change in nanoseconds."""
+    """The state of a file, to notice changes: size, and time of the last change in nanoseconds."""
     return [info.size, info.mtime_ns]
 
 
@@ -157,7 +157,7 @@ def _file_sources(uri: str, state: list, pairs_per_shard: int, columns: Columns)
         case "tar":
             yield {"kind": "tar", "uri": uri, "state": state}
         case _:
-            raise ConfigError([f"input: {uri!r} is of no known kind; give .parquet, .jsonl, .tar or a folder"])
+            raise ConfigError([f"input: {uri!r} has an unknown type; give .parquet, .jsonl, .tar or a folder"])
 
 
 def _parquet_sources(uri: str, state: list, pairs_per_shard: int, columns: Columns) -> Iterator[dict[str, Any]]:
@@ -182,12 +182,12 @@ def _parquet_sources(uri: str, state: list, pairs_per_shard: int, columns: Colum
 
 def _parquet(uri: str) -> pq.ParquetFile:
     system, path = storage.filesystem(uri)
-    # With a buffer, a row group is read bit by bit; pandas writes files of one.
+    # The buffer makes Arrow read a row group in small pieces: pandas writes whole files as one row group.
     return pq.ParquetFile(system.open_input_file(path), pre_buffer=False, buffer_size=1 << 20)
 
 
 def _line_sources(uri: str, pairs_per_shard: int) -> Iterator[dict[str, Any]]:
-    """Ranges of bytes that hold whole lines. What is appended to a file changes none but the last of them."""
+    """Ranges of bytes with whole lines. If lines are appended to the file, only the last range changes."""
     system, path = storage.filesystem(uri)
     lines, start, end, digest = 0, 0, 0, hashlib.sha256()
 
@@ -208,33 +208,33 @@ def _line_sources(uri: str, pairs_per_shard: int) -> Iterator[dict[str, Any]]:
             digest.update(block[taken:])
             end += len(block) - taken
     if end > start:
-        lines += 1  # the last line may have no end
+        lines += 1  # the last line may have no newline
         yield place()
 
 
 # ------------------------------------------------------------------------------------------ reading
 def read_pairs(shard: PairShard, columns: Columns) -> Iterator[Pair]:
-    """The pairs of a shard, one after the other; the last one says so if the rest cannot be read."""
+    """The pairs of a shard, one after the other. If the rest cannot be read, the last pair has the error."""
     place = json.loads(shard.source)
     if "error" in place:
         yield Pair(place["uri"], error=place["error"])
         return
     readers = {"parquet": _parquet_pairs, "jsonl": _line_pairs, "folder": _folder_pairs, "tar": _tar_pairs}
     try:
-        yield from map(_storable, readers[place["kind"]](place, columns))
+        yield from map(_as_utf8, readers[place["kind"]](place, columns))
     except (OSError, EOFError, ValueError, RecursionError, tarfile.TarError, pa.ArrowException) as error:
         if storage.is_passing(error):
             raise
         yield Pair(place["uri"], error=f"the rest cannot be read: {_reason(error)}")
 
 
-def _storable(pair: Pair) -> Pair:
-    """The pair in text that UTF-8 can say: file names need not be text, and JSON can say half a surrogate pair."""
+def _as_utf8(pair: Pair) -> Pair:
+    """The pair with valid UTF-8 texts: file names may not be text, and JSON allows half a surrogate pair."""
     key, prompt, error = (
         text and text.encode(errors="backslashreplace").decode() for text in (pair.key, pair.prompt, pair.error)
     )
     if prompt != pair.prompt and error is None:
-        error = "the caption is no text: it holds half a surrogate pair"
+        error = "the caption is not text: it contains half a surrogate pair"
     return replace(pair, key=key, prompt=prompt, error=error)
 
 
@@ -243,7 +243,7 @@ def _reason(error: Exception) -> str:
 
 
 def _pair(key: str, image: Any, prompt: Any, folder: str) -> Pair:
-    """An image is its bytes, a path or URI, or Hugging Face's {bytes, path}; paths count from `folder`."""
+    """A pair. `image` is bytes, a path or URI, or Hugging Face's {bytes, path}. Paths are relative to `folder`."""
     prompt = prompt if isinstance(prompt, str) else None
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
@@ -277,7 +277,11 @@ def _parquet_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
                     for values in zip(batch[image], batch[caption], strict=True):
                         yield _row_pair(f"{uri}#{row}", *values, _folder_of(uri))
                         row += 1
-            except (OSError, ValueError, pa.ArrowException) as error:  # a damaged page: the other groups may be whole
+            except (
+                OSError,
+                ValueError,
+                pa.ArrowException,
+            ) as error:  # a damaged page; the other row groups may be intact
                 if storage.is_passing(error):
                     raise
                 for lost in range(row, end):
@@ -288,8 +292,8 @@ def _parquet_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
 def _row_pair(key: str, image: pa.Scalar, caption: pa.Scalar, folder: str) -> Pair:
     try:
         fields = image.as_py(), caption.as_py()
-    except ValueError as error:  # Arrow does not look whether text is UTF-8
-        return Pair(key, error=f"the row is no text: {_reason(error)}")
+    except ValueError as error:  # Arrow does not check that text is UTF-8
+        return Pair(key, error=f"the row is not text: {_reason(error)}")
     return _pair(key, *fields, folder)
 
 
@@ -305,7 +309,7 @@ def _line_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
         try:
             fields = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
             if not isinstance(fields, dict):
-                raise ValueError("a line holds no object")
+                raise ValueError("the line is not a JSON object")
             image, caption = columns.find(list(fields))
         except (ValueError, RecursionError) as error:
             yield Pair(key, error=_reason(error))
@@ -322,16 +326,16 @@ def _folder_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
         except OSError as error:
             if storage.is_passing(error):
                 raise
-            yield Pair(key, error=f"there is no caption beside it: {caption}")
+            yield Pair(key, error=f"there is no caption file: {caption}")
             continue
         except ValueError:
-            yield Pair(key, error=f"the caption is not UTF-8: {caption}")
+            yield Pair(key, error=f"the caption file is not UTF-8: {caption}")
             continue
         yield _pair(key, name, prompt, place["uri"])
 
 
 def _tar_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
-    """WebDataset's convention: files next to each other whose names agree up to the first dot are one sample."""
+    """Samples by WebDataset's convention: adjacent files with the same name up to the first dot are one sample."""
     system, path = storage.filesystem(place["uri"])
     with system.open_input_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
         sample, current = {}, None
@@ -345,7 +349,7 @@ def _tar_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
                 sample = {}
             current = folder + slash + stem
             sample[suffix.lower()] = tar.extractfile(member).read()
-            tar.members.clear()  # it would keep every header
+            tar.members.clear()  # otherwise it keeps every header in memory
         if sample:
             yield _sample_pair(place["uri"], current, sample, columns)
 

@@ -1,4 +1,4 @@
-"""Prompt files to prompt tables, as a stream: what is held in memory is a chunk of the file. And new prompt files.
+"""Reads prompt files into prompt tables, one chunk in memory at a time, and writes prompt files.
 
 A prompt table has the columns prompt_id, prompt, category and split (the last two may be null).
 """
@@ -23,8 +23,8 @@ PROMPTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "ca
 
 ROWS_AT_ONCE = 1 << 14
 _LONGEST_LINE = 1 << 20  # bytes
-_LINES_SHOWN = 5  # in a message
-_EXAMPLES = 20  # kept of each kind of skipped prompts
+_LINES_SHOWN = 5  # line numbers in a message
+_EXAMPLES = 20  # kept for each kind of skipped prompt
 _EXAMPLE_LENGTH = 500  # characters
 _Row = tuple[int, str, str | None, str | None]  # line (from 1), prompt, category, split
 
@@ -37,7 +37,7 @@ def prompt_id(text: str) -> str:
 # ------------------------------------------------------------------------------------------ reading
 @dataclass
 class _Places:
-    """Where one thing is wrong: how often, and the first of them as (line, prompt, what is to be said of it)."""
+    """The places of one kind of fault: their number, and the first ones as (line, prompt, message)."""
 
     count: int = 0
     first: list[tuple[int, str, str]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class _Places:
             self.first.append((line, prompt[:_EXAMPLE_LENGTH], message))
 
     def skipped(self, kind: str) -> Iterator[dict]:
-        """Rows {"prompt", "stage", "message"} of the first; one with a `count` stands for all others."""
+        """Rows {"prompt", "stage", "message"} of the first places; one row with a `count` stands for all others."""
         for _, prompt, message in self.first:
             yield {"prompt": prompt, "stage": "prompts", "message": message}
         if self.count > len(self.first):
@@ -57,17 +57,17 @@ class _Places:
 
 
 class _Seen:
-    """The prompts that came before, and on which line each was first: in a file, so memory does not grow with them."""
+    """The prompts so far, with the first line of each. They are kept in a file, so that memory does not grow."""
 
     def __init__(self):
-        self.table = sqlite3.connect("")  # a temporary file of its own
+        self.table = sqlite3.connect("")  # a private temporary file
         self.table.execute("PRAGMA journal_mode = OFF")
         self.table.execute("CREATE TABLE seen (id INTEGER PRIMARY KEY, line INTEGER)")
 
     def first_lines(self, ids: np.ndarray, lines: np.ndarray) -> np.ndarray:
-        """On which line each of the next prompts (n,) was first; a new one's is its own."""
+        """The first line of each of the next n prompts, (n,); for a new prompt its own line."""
         before = self.table.total_changes
-        order = np.argsort(ids, kind="stable")  # neighbours on disk are written together
+        order = np.argsort(ids, kind="stable")  # sorted, so that nearby places on disk are written together
         rows = zip(ids[order].tolist(), lines[order].tolist(), strict=True)
         self.table.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?)", rows)
         if self.table.total_changes - before == len(ids):
@@ -77,18 +77,18 @@ class _Seen:
 
 
 class PromptReader:
-    """A prompt file, local or on an object store, read once from its beginning to its end or its limit.
+    """Reads a prompt file, local or on an object store, once from the start to its end or to `limit`.
 
-    .txt: one prompt a line, what follows a tab is ignored. .jsonl and .parquet: column `prompt`, and if you like
+    .txt: one prompt a line; text after a tab is ignored. .jsonl and .parquet: column `prompt`, optional columns
     `category` and `split`. Blank lines are ignored.
 
     Args:
-        field: of the config, which messages name.
-        limit: take the first so many; repeated prompts are dropped before, overlong ones skipped after.
-        overlong: "truncate" leaves the prompt as it is; the text encoder cuts it.
-        broken: what to do with lines that hold no prompt, are no text or longer than 1 MiB.
-        token_count: tokens of a prompt, with those of start and end; without it no prompt is overlong.
-        max_tokens: that the text encoder reads.
+        field: config field, for messages.
+        limit: number of prompts to read. Repeated prompts are dropped before, overlong prompts are skipped after.
+        overlong: "truncate" leaves the prompt unchanged; the text encoder cuts it.
+        broken: what to do with lines that have no prompt, are not text, or are longer than 1 MiB.
+        token_count: number of tokens of a prompt, with start and end token. Without it no prompt is overlong.
+        max_tokens: number of tokens that the text encoder reads.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class PromptReader:
         self.on_overlong, self.on_broken = overlong, broken
         self.token_count, self.max_tokens = token_count, max_tokens
         self._where = "line"
-        self._broken: dict[str, _Places] = {}  # what is wrong -> where
+        self._broken: dict[str, _Places] = {}  # fault -> its places
         self._repeated, self._overlong = _Places(), _Places()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The prompts, of schema `PROMPTS`, a chunk at a time.
+        """The prompts, one chunk at a time, with the schema `PROMPTS`.
 
         Raises:
-            ConfigError: at once if the file will not do at all, else at the end with every fault of it.
+            ConfigError: at once if the file cannot be used at all; otherwise at the end, with all faults of the file.
         """
         seen, taken, kept = _Seen(), 0, 0
         left = ROWS_AT_ONCE if self.limit is None else self.limit
@@ -137,8 +137,8 @@ class PromptReader:
 
     @property
     def skipped(self) -> list[dict]:
-        """What was left out so far: rows {"prompt", "stage", "message"}, at most 20 of a kind, and for each kind with
-        more one row, without a prompt, whose `count` says how many more."""
+        """The prompts left out so far: rows {"prompt", "stage", "message"}, at most 20 of each kind. If there are more,
+        one row without a prompt has their number as `count`."""
         rows = []
         if self.on_broken == "skip":
             for fault, places in self._broken.items():
@@ -151,11 +151,11 @@ class PromptReader:
 
     # -------------------------------------------------------------------------------------- checks
     def _check_repeated(self, batch: pa.RecordBatch, lines: np.ndarray, seen: _Seen) -> np.ndarray:
-        """Which rows to go on with, (n,) bool."""
+        """(n,) bool: the rows to keep."""
         ids = np.array([int(i, 16) for i in batch["prompt_id"].to_pylist()], np.uint64).view(np.int64)
         firsts = seen.first_lines(ids, lines)
         for row in np.flatnonzero(firsts != lines):
-            message = f"{self._where} {lines[row]} is {self._where} {firsts[row]} again"
+            message = f"{self._where} {lines[row]} repeats {self._where} {firsts[row]}"
             self._repeated.add(int(lines[row]), batch["prompt"][row].as_py(), message)
         return (firsts == lines) | (self.duplicates == "error")
 
@@ -166,37 +166,37 @@ class PromptReader:
         for row in np.flatnonzero(among):
             prompt = batch["prompt"][row].as_py()
             if (count := self.token_count(prompt)) > self.max_tokens:
-                message = f"{count} tokens; the text encoder reads {self.max_tokens}"
+                message = f"{count} tokens, but the text encoder reads {self.max_tokens}"
                 self._overlong.add(int(lines[row]), prompt, message)
                 good[row] = False
         return good
 
     def _faults(self, taken: int, kept: int) -> list[str]:
-        """What is said of the file, after its name."""
+        """The faults of the file. A message starts with the name of the file, which is put before them."""
         if self._broken and self.on_broken == "error":
             return [
                 f"{_named(self._where, places)} {fault}, or set prompts.broken: skip"
                 for fault, places in self._broken.items()
             ]
         if not taken and not self._broken:
-            return ["holds no prompt; give a file with prompts"]
+            return ["has no prompts; give a file with prompts"]
         faults = []
         if self._repeated.count and self.duplicates == "error":
             _, prompt, message = self._repeated.first[0]
-            where = message.replace(" is ", ", which is ", 1)
+            where = message.replace(" repeats ", ", which repeats ", 1)
             faults.append(
-                f"repeats {_counted(self._repeated.count)}, first {_shown(prompt)} on {where};"
-                " remove what repeats or set prompts.duplicates: drop"
+                f"has {_counted(self._repeated.count, 'repeated ')}, first {_shown(prompt)} on {where}; remove them or"
+                " set prompts.duplicates: drop"
             )
         if self._overlong.count and self.on_overlong == "error":
             line, prompt, message = self._overlong.first[0]
             faults.append(
-                f"holds {_counted(self._overlong.count)} longer than the {self.max_tokens} tokens that the text encoder"
-                f" reads, first {self._where} {line} with {message.partition(' ')[0]}: {_shown(prompt)};"
-                " shorten what is too long or set prompts.overlong: skip, or truncate"
+                f"has {_counted(self._overlong.count)} longer than the {self.max_tokens} tokens that the text encoder"
+                f" reads, first {self._where} {line} with {message.partition(' ')[0]} tokens: {_shown(prompt)}; shorten"
+                " them or set prompts.overlong: skip, or truncate"
             )
         if not faults and not kept:
-            faults.append("keeps no prompt once what will not do is skipped; mend some")
+            faults.append("has no valid prompt left after skipping; correct some prompts")
         return faults
 
     # -------------------------------------------------------------------------------------- rows
@@ -231,7 +231,7 @@ class PromptReader:
             try:
                 fields = json.loads(text)
             except (ValueError, RecursionError):
-                self._break(number, text, 'not JSON; give one {"prompt": ...} a line')
+                self._break(number, text, 'not JSON; write one {"prompt": ...} per line')
                 continue
             fields = fields if isinstance(fields, dict) else {}
             yield from self._row(number, text, fields.get("prompt"), fields.get("category"), fields.get("split"))
@@ -241,13 +241,13 @@ class PromptReader:
         try:
             table = storage.ParquetRows(self.file)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"is no Parquet file ({error}); write it again") from error
+            raise ValueError(f"is not a Parquet file ({error}); write it again") from error
         kinds = {name: table.schema.field(name).type for name in PROMPTS.names[1:] if name in table.schema.names}
         if "prompt" not in kinds:
-            raise ValueError(f"has no column 'prompt' among {', '.join(table.schema.names)}; rename the one that is it")
+            raise ValueError(f"has no column 'prompt', only {', '.join(table.schema.names)}; rename the prompt column")
         for name, kind in kinds.items():
             if not _holds_text(kind):
-                raise ValueError(f"has in column {name!r} {kind}, not text; write it as strings")
+                raise ValueError(f"has {kind} in column {name!r}, not text; write it as strings")
         number = 0
         for batch in table.batches(list(kinds)):
             for fields in batch.to_pylist():
@@ -256,7 +256,7 @@ class PromptReader:
                 yield from self._row(number, text, fields["prompt"], fields.get("category"), fields.get("split"))
 
     def _decoded(self) -> Iterator[tuple[int, str]]:
-        """The lines that are not blank, with their numbers."""
+        """(line number, text) of the lines that are not blank."""
         blank = True
         for number, line, whole in _lines(self.file):
             if b"\0" in line:
@@ -265,7 +265,7 @@ class PromptReader:
                 self._break(number, line.decode(errors="replace"), "binary; save the file as text in UTF-8")
             elif not whole:
                 shown = line[:_EXAMPLE_LENGTH].decode(errors="replace")
-                self._break(number, shown, f"longer than {_LONGEST_LINE >> 20} MiB; give one prompt a line")
+                self._break(number, shown, f"longer than {_LONGEST_LINE >> 20} MiB; write one prompt per line")
             else:
                 try:
                     text = line.decode()
@@ -282,12 +282,12 @@ class PromptReader:
             raise ValueError("is empty; give a file with prompts")
 
     def _row(self, number: int, text: str, prompt: object, category: object, split: object) -> Iterator[_Row]:
-        """One row, or none where something is broken."""
+        """One row, or none if the line is broken."""
         prompt = prompt.strip() if isinstance(prompt, str) else ""
         if not prompt or not _can_be_stored(prompt):
             self._break(number, text, "without a prompt; write one or remove the line")
         elif not all(value is None or isinstance(value, str) for value in (category, split)):
-            self._break(number, text, "with a category or split that is no text; write it as text")
+            self._break(number, text, "with a category or split that is not text; write it as text")
         else:
             yield number, prompt, category, split
 
@@ -307,17 +307,17 @@ def read_prompts(
     token_count: Callable[[str], int] | None = None,
     max_tokens: int | None = None,
 ) -> tuple[pa.Table, list[dict]]:
-    """Read a prompt file into memory: the prompt table, and `PromptReader.skipped`. The arguments are the reader's.
+    """Read a prompt file into memory: (prompt table, `PromptReader.skipped`). Arguments: see `PromptReader`.
 
     Raises:
-        ConfigError: with every fault of the file.
+        ConfigError: with all faults of the file.
     """
     reader = PromptReader(file, field, limit, duplicates, overlong, broken, token_count, max_tokens)
     return pa.Table.from_batches(reader.batches(), PROMPTS), reader.skipped
 
 
 def write_prompts(uri: str, rows: list[dict[str, str]]):
-    """Write rows {"prompt", maybe "category", "split"} in the format that the extension says, whole or not at all."""
+    """Write rows {"prompt", optional "category" and "split"} atomically. The extension chooses the format."""
     if uri.lower().endswith(".parquet"):
         storage.write_table(uri, pa.Table.from_pylist(rows, pa.schema(list(PROMPTS)[1:])))
         return
@@ -327,7 +327,7 @@ def write_prompts(uri: str, rows: list[dict[str, str]]):
 
 
 def _lines(uri: str) -> Iterator[tuple[int, bytes, bool]]:
-    """(number from 1, line, whether it is whole) of a file; of a line that is too long only the beginning."""
+    """(number from 1, line, whether it is whole) of each line of a file. A line that is too long is cut."""
     rest, number, skipping = b"", 1, False
     for position, chunk in enumerate(storage.read_chunks(uri)):
         *lines, last = (rest + (chunk.removeprefix(b"\xef\xbb\xbf") if position == 0 else chunk)).split(b"\n")
@@ -345,7 +345,7 @@ def _lines(uri: str) -> Iterator[tuple[int, bytes, bool]]:
 
 
 def _can_be_stored(text: str) -> bool:
-    """Not if there is half a surrogate pair in it: JSON can say it, UTF-8 cannot."""
+    """False if the text contains half a surrogate pair: JSON allows it, UTF-8 does not."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -359,7 +359,7 @@ def _holds_text(kind: pa.DataType) -> bool:
 
 
 def _batch(rows: list[_Row]) -> tuple[pa.RecordBatch, np.ndarray]:
-    """Rows as a batch of the schema `PROMPTS`, and their lines."""
+    """Rows as a batch with the schema `PROMPTS`, and their line numbers."""
     lines, prompts, categories, splits = zip(*rows, strict=True)
     columns = [[prompt_id(prompt) for prompt in prompts], prompts, categories, splits]
     arrays = [pa.array(column, pa.string()) for column in columns]
@@ -367,8 +367,8 @@ def _batch(rows: list[_Row]) -> tuple[pa.RecordBatch, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------ messages
-def _counted(count: int) -> str:
-    return f"{count} prompt{'' if count == 1 else 's'}"
+def _counted(count: int, kind: str = "") -> str:
+    return f"{count} {kind}prompt{'' if count == 1 else 's'}"
 
 
 def _named(where: str, places: _Places) -> str:

@@ -1,4 +1,4 @@
-"""A prompt table, stored, split and cut into the shards that a run makes."""
+"""Stores a prompt table, divides it into shards, and holds prompts out for the evaluation."""
 
 import hashlib
 import math
@@ -13,12 +13,12 @@ from mi_ray import storage
 from mi_ray.config.section import ConfigError
 from mi_ray.inputs.prompts import PROMPTS, ROWS_AT_ONCE
 
-_ROWS_IN_GROUP = 1024  # of a stored table: what is read at once for the sake of one shard
+_ROWS_IN_GROUP = 1024  # rows in a row group of a stored table: the smallest part that a shard reads
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Prompts whose candidates are written together, as one file `name`."""
+    """Prompts whose candidates are written to one file, `name`."""
 
     index: int
     name: str
@@ -29,12 +29,12 @@ class Shard:
 
 
 class ShardPlan:
-    """A prompt table cut into shards, in its order. A shard's name is fixed by its place, `key` and its prompt ids.
+    """A prompt table divided into shards, in order. A shard's name depends on its index, `key` and its prompt ids.
 
-    It holds 12 bytes a shard and no prompt: who makes a shard reads the shard's rows of the table.
+    The plan needs 12 bytes per shard and holds no prompts. An actor reads the rows of its shard from the table.
 
     Args:
-        source: URI of the prompt table, as `write_prompts` leaves it.
+        source: URI of the prompt table, as written by `write_prompts`.
     """
 
     def __init__(self, source: str, prompts_per_shard: int, key: str):
@@ -51,34 +51,34 @@ class ShardPlan:
         return len(self._digests)
 
     def digest(self, index: int) -> str:
-        """12 hexadecimal digits of the shard's prompts and of what the results depend on."""
+        """Hash of `key` and of the shard's prompts, 12 hexadecimal digits."""
         return self._digests[index].decode()
 
     def name(self, index: int) -> str:
         return f"part-{index:05d}-{self.digest(index)}.parquet"
 
     def size(self, index: int) -> int:
-        """Prompts of a shard."""
+        """Number of prompts in a shard."""
         return min(self.prompts_per_shard, self.prompts - index * self.prompts_per_shard)
 
     def check_stored(self, uri: str, field: str):
-        """See that the table that an earlier session stored, if one did, is this one.
+        """Check that this table is the one that an earlier session stored, if there is one.
 
         Args:
-            field: of the config, which the message names.
+            field: config field, for the message.
 
         Raises:
-            ConfigError: it is another one, of which the run's shards were made.
+            ConfigError: the stored table is different.
         """
         if storage.exists(uri) and (what := _difference(storage.ParquetRows(uri), storage.ParquetRows(self.source))):
-            advice = "give the prompts that it began with, or another --run-dir"
-            raise ConfigError([f"{field}: the run folder holds a run of other prompts: {what}; {advice}"])
+            advice = "use the prompts that the run started with, or another --run-dir"
+            raise ConfigError([f"{field}: the run folder holds a run with other prompts: {what}; {advice}"])
 
     def store(self, uri: str, field: str):
-        """Copy the table to where the actors can read it, unless an earlier session did.
+        """Copy the table to a place where the actors can read it, unless an earlier session did.
 
         Raises:
-            ConfigError: an earlier session stored another one.
+            ConfigError: an earlier session stored a different table.
         """
         self.check_stored(uri, field)
         if not storage.exists(uri):
@@ -86,24 +86,24 @@ class ShardPlan:
         self.source = uri
 
     def row(self, index: int) -> dict:
-        """What who makes a shard must know of it: index, name, source and, of the source's rows, start and stop."""
+        """The description of a shard for an actor: index, name, source, and the rows start to stop of the source."""
         start = index * self.prompts_per_shard
         stop = start + self.size(index)
         return {"index": index, "name": self.name(index), "source": self.source, "start": start, "stop": stop}
 
 
 def _difference(stored: storage.ParquetRows, given: storage.ParquetRows) -> str | None:
-    """What tells two tables apart; None if nothing does."""
+    """The first difference between two tables; None if they are equal."""
     for start in range(0, min(len(stored), len(given)), ROWS_AT_ONCE):
         then, now = (table.read(start, start + ROWS_AT_ONCE).to_pylist() for table in (stored, given))
         for number, (before, after) in enumerate(zip(then, now, strict=False), start + 1):
             if name := next((name for name in ("prompt", "category", "split") if before[name] != after[name]), None):
                 return f"{name} {number} was {before[name]!r} and is {after[name]!r}"
-    return f"they were {len(stored)} and are {len(given)}" if len(stored) != len(given) else None
+    return f"there were {len(stored)} and now there are {len(given)}" if len(stored) != len(given) else None
 
 
 def write_prompts(uri: str, batches: Iterable[pa.RecordBatch]):
-    """Write a prompt table from its batches, as a file that shards are read from."""
+    """Write a prompt table from batches, with row groups that suit the reading of shards."""
     with storage.table_writer(uri, PROMPTS) as writer:
         for batch in batches:
             if len(batch):
@@ -111,18 +111,18 @@ def write_prompts(uri: str, batches: Iterable[pa.RecordBatch]):
 
 
 def read_shard(row: dict, table: storage.ParquetRows) -> Shard:
-    """The shard of a `ShardPlan.row`, from its source."""
+    """Read the shard that a `ShardPlan.row` describes from its source."""
     columns = table.read(row["start"], row["stop"]).to_pydict()
     return Shard(row["index"], row["name"], *(columns[name] for name in PROMPTS.names))
 
 
 class Holdout:
-    """Which of a table's prompts are held out from training: about `share`, at least one each way.
+    """The prompts of a table that are held out from training: about `share`, but at least one on each side.
 
-    A hash of (seed, prompt id) decides, so a prompt keeps its side when others come or go.
+    A hash of (seed, prompt id) decides, so a prompt stays on its side if other prompts are added or removed.
 
     Args:
-        ids: of all prompts.
+        ids: ids of all prompts.
 
     Raises:
         ConfigError: there are fewer than two prompts.
@@ -134,11 +134,16 @@ class Holdout:
         for draw in map(self._draw, ids):
             least, most, count = min(least, draw), max(most, draw), count + 1
         if count < 2:
-            raise ConfigError(["evaluation.file: a single prompt cannot be split; give a file, or more prompts"])
+            raise ConfigError(
+                [
+                    "evaluation.file: it is not set, and a single prompt cannot be divided; set evaluation.file, or"
+                    " give more prompts"
+                ]
+            )
         self.below = min(max(share, math.nextafter(least, 1)), most)
 
     def __call__(self, ids: Iterable[str]) -> np.ndarray:
-        """Of some of the prompts, (n,) bool."""
+        """(n,) bool: whether each of these prompts is held out."""
         return np.array([self._draw(i) < self.below for i in ids], bool)
 
     def _draw(self, prompt_id: str) -> float:

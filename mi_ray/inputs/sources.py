@@ -1,4 +1,4 @@
-"""What new prompts are made of: the user's list, the prompts that fail, and those that must not come out."""
+"""The inputs of new prompts: the user's list, the prompts that fail (focus), and the prompts to exclude."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,19 @@ from mi_ray.inputs.prompts import read_prompts
 
 @dataclass(frozen=True)
 class Sources:
-    """Prompts with the weights by which their templates and words are drawn."""
+    """Prompts, with the weights with which their templates and words are drawn."""
 
-    categories: dict[str, str | None]  # prompt -> category; of the list first, then of the focus alone
-    weights: list[float]  # of these prompts; 0 if there is a focus and it does not name them
+    categories: dict[str, str | None]  # prompt -> category; first those of the list, then those only in the focus
+    weights: list[float]  # of these prompts; 0 for prompts outside the focus, if there is one
     excluded: list[str]
-    notes: list[str]  # what a user should know of the files
+    notes: list[str]  # messages for the user about the files
 
 
 def read_sources(config: MorePromptsConfig) -> Sources:
     """Read all files that the configuration names.
 
     Raises:
-        ConfigError: with every fault of them.
+        ConfigError: with all faults of the files.
     """
     faults: list[str] = []
     notes: list[str] = []
@@ -34,7 +34,7 @@ def read_sources(config: MorePromptsConfig) -> Sources:
         table, skipped = read_prompts(file, field, broken="skip", duplicates="drop")
         if skipped:
             count = sum(row.get("count", 1) for row in skipped)
-            notes.append(f"{field}: {file!r}: {count} lines repeat others or hold no prompt: {skipped[0]['message']}")
+            notes.append(f"{field}: {file!r}: {count} lines are repeated or have no prompt: {skipped[0]['message']}")
         return dict(zip(table["prompt"].to_pylist(), table["category"].to_pylist(), strict=True))
 
     if config.file:
@@ -52,5 +52,7 @@ def read_sources(config: MorePromptsConfig) -> Sources:
     weights = [focus.get(prompt, (0.0, None))[0] if focus else 1.0 for prompt in categories]
     if focus:
         both = len(focus.keys() & listed.keys())
-        notes.append(f"focus: {len(focus)} prompts fail, {both} of them of the list; only from these it is drawn")
+        notes.append(
+            f"focus: {len(focus)} prompts fail, {both} of them are in the list; new prompts are made only from these"
+        )
     return Sources(categories, weights, excluded, notes)

@@ -112,7 +112,7 @@ def test_a_default_is_absolute_too(home):
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"), [("", "is empty"), ("~nobody-at-all/x", "home folder of an unknown user")]
+    ("given", "reason"), [("", "is empty"), ("~nobody-at-all/x", "the user after ~ does not exist")]
 )
 def test_what_is_no_path_is_refused(home, given, reason):
     (fault,) = faults(*LEAST[2:], "--run-dir", given)
@@ -201,7 +201,7 @@ def test_other_prompts_or_weights_in_the_same_place_are_refused(place):
     begun = plan()
     open_run(begun)
     (folder / "p.txt").write_text("\n".join(f"four {things}" for things in ("stars", "hearts", "circles")))
-    with pytest.raises(ConfigError, match=r"prompts\.file: the run folder holds a run of other prompts"):
+    with pytest.raises(ConfigError, match=r"prompts\.file: the run folder holds a run with other prompts"):
         plan()
     weights = folder / "models/tiny/unet/diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())

@@ -135,7 +135,7 @@ def test_all_faults_are_told_at_once(config_file):
         *("sampler.guidence_scale", "sampler.solver", "seed", "select.top_k"),
     ]
     told = "\n".join(told)
-    assert "sampler.solver: 'euler' will not do; input should be 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m-sde'" in told
+    assert "sampler.solver: 'euler' is not valid; input should be 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m-sde'" in told
     assert "prompts.file: missing; set it in the config file or with --prompts.file" in told
 
 
@@ -167,24 +167,30 @@ def test_unknown_keys_are_refused_with_a_suggestion(config_file):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("stray",), "stray: belongs to no flag"),
+        (("stray",), "stray: is not the value of any flag"),
         (("--seed",), "--seed: expected one argument"),
-        (("--seed", "-1"), "seed: '-1' will not do"),
+        (("--seed", "-1"), "seed: '-1' is not valid"),
         (("--run-dir", ""), "run_dir: the path is empty"),
-        (("--sampler.guidance_scale", "nan"), "sampler.guidance_scale: 'nan' will not do"),
-        (("--score.log-snr-min", "-1"), "score: log_snr_min is -1.0, not below log_snr_max, -1.7"),
-        (("--score.antithetic", "true", "--score.num-samples", "5"), "score: num_samples is 5, and antithetic"),
-        (("--score.sampling", "logistic", "--score.logistic-loc", "9"), "logistic_loc 9.0 with its clip reaches"),
-        (("--resources.num_actors", "3,2"), "resources: num_actors is (least, most)"),
-        (("--resources.train_workers", "3,2"), "resources: train_workers is (least, most)"),
-        (("--resources.train_workers", "2,64"), "gradient_accumulation is 50, which leaves some of 64 workers"),
-        (("--select.by", "pmi"), "select.by is 'pmi', which score.names lacks"),
-        (("--select.by", "oracle"), "select.by is 'oracle', which is neither random nor a score nor a metric that is"),
+        (("--sampler.guidance_scale", "nan"), "sampler.guidance_scale: 'nan' is not valid"),
+        (("--score.log-snr-min", "-1"), "score: log_snr_min is -1.0, but it must be below log_snr_max, -1.7"),
+        (("--score.antithetic", "true", "--score.num-samples", "5"), "score: num_samples is 5, but antithetic"),
+        (
+            ("--score.sampling", "logistic", "--score.logistic-loc", "9"),
+            "logistic_loc is 9.0, and no log SNR within its clip lies in",
+        ),
+        (("--resources.num_actors", "3,2"), "resources: num_actors is (3, 2), but it must be (minimum, maximum)"),
+        (("--resources.train_workers", "3,2"), "resources: train_workers is (3, 2), but it must be (minimum, maximum)"),
+        (("--resources.train_workers", "2,64"), "gradient_accumulation is 50, so some of the 64 workers"),
+        (("--select.by", "pmi"), "select.by is 'pmi', but this score is not computed"),
+        (("--select.by", "oracle"), "select.by is 'oracle', but this is not random, not a score and not a measured"),
         (("--select.by", "pmmi"), "take one of mitune, "),
-        (("--evaluation.controls", "oracle"), "evaluation.controls has 'oracle', which is neither random nor a metric"),
+        (
+            ("--evaluation.controls", "oracle"),
+            "evaluation.controls has 'oracle', but this is not random and not a measured metric",
+        ),
         (("--evaluation.controls", "mitune"), "evaluation.controls has 'mitune'"),
-        (("--generate.alignment", "a:B,oracle,a:B"), "'a:B' is there more than once; name each metric once"),
-        (("--select.top-k", "50"), "leaves nothing to choose from 50 candidates"),
+        (("--generate.alignment", "a:B,oracle,a:B"), "'a:B' is listed more than once; list each metric once"),
+        (("--select.top-k", "50"), "there are only 50 candidates per prompt"),
     ],
 )
 def test_values_that_will_not_do(arguments, expected):
@@ -196,8 +202,8 @@ def test_values_that_will_not_do(arguments, expected):
     ("content", "expected"),
     [
         ("run_dir: [", "is not YAML"),
-        ("- a\n- b", "holds no mapping"),
-        ("run_dir: a\nprompts: p.txt", "prompts: 'p.txt' will not do; it holds fields of its own"),
+        ("- a\n- b", "is not a mapping"),
+        ("run_dir: a\nprompts: p.txt", "prompts: 'p.txt' is not valid, because this is a section"),
         (None, "cannot be read"),
     ],
 )

@@ -74,7 +74,7 @@ def test_scores_that_need_both_branches_forbid_an_interval():
     _run_config(sampler=interval, score=banded, select={"by": "trajectory_banded"})
     with pytest.raises(ValidationError, match="mitune needs both branches"):
         _run_config(sampler=interval, score={"names": ["pmi", "mitune"]})
-    with pytest.raises(ValidationError, match="trajectory_banded needs both"):
+    with pytest.raises(ValidationError, match="trajectory_banded needs both branches"):
         _run_config(sampler=interval, score=banded | {"log_snr_min": -4.0}, select={"by": "trajectory_banded"})
     with pytest.raises(ValidationError, match="asd needs both"):
         _run_config(sampler=interval, prune={"by": "asd"})

@@ -48,6 +48,6 @@ def test_names_are_the_same_when_read_again(tmp_path):
 
 def test_too_few_prompts_are_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"prompts.file: 12 prompts are too few: one update takes 8 and 8 are held out"
+        ConfigError, match=r"prompts.file: 12 prompts are too few: one update needs 8 and 8 are held out"
     ):
         plan_of(tmp_path, prompts=12)

@@ -1,4 +1,4 @@
-"""What is read from where, and what becomes a pair that holds the reason against it."""
+"""Reading of pairs: which pairs each input gives, and which become a pair with an error."""
 
 import json
 import tarfile
@@ -128,7 +128,7 @@ def test_what_cannot_be_read_is_a_pair_with_its_reason(tmp_path):
     for pair, reason in zip(pairs, expected, strict=False):
         assert reason in pair.error
     assert (pairs[6].error, pairs[6].prompt) == (None, None)
-    assert "no caption beside it: 0.txt" in read_all(tmp_path / "images")[0][0].error
+    assert "there is no caption file: 0.txt" in read_all(tmp_path / "images")[0][0].error
 
 
 def test_names_and_captions_that_are_no_text(tmp_path):
@@ -178,7 +178,7 @@ def test_a_row_or_a_row_group_that_cannot_be_read_costs_only_itself(tmp_path):
     pq.write_table(table, file, row_group_size=10, compression="none", use_dictionary=False)
     pairs, _ = read_all(file, per_shard=100)
     assert [number for number, pair in enumerate(pairs) if pair.error] == [5]
-    assert "no text" in pairs[5].error
+    assert "is not text" in pairs[5].error
     column = pq.ParquetFile(file).metadata.row_group(1).column(0)
     with file.open("r+b") as whole:
         whole.seek(column.data_page_offset)
@@ -250,8 +250,8 @@ def test_files_cut_short_keep_what_comes_before(tmp_path):
     ("make", "told"),
     [
         (lambda folder: folder / "none", "does not exist"),
-        (lambda folder: folder, "holds no pairs"),
-        (lambda folder: folder / "a.csv", "no known kind"),
+        (lambda folder: folder, "has no pairs"),
+        (lambda folder: folder / "a.csv", "has an unknown type"),
         (lambda folder: folder / "other.parquet", "no column image, jpg"),
     ],
 )

@@ -107,7 +107,7 @@ def test_overlong_prompts_are_skipped_with_a_row_each(write):
     file = write("p.txt", "a\na b c d\nb\n")
     table, skipped = read_prompts(file, overlong="skip", token_count=words, max_tokens=5)
     assert table["prompt"].to_pylist() == ["a", "b"]
-    assert skipped == [{"prompt": "a b c d", "stage": "prompts", "message": "6 tokens; the text encoder reads 5"}]
+    assert skipped == [{"prompt": "a b c d", "stage": "prompts", "message": "6 tokens, but the text encoder reads 5"}]
 
 
 def test_overlong_prompts_stay_whole_when_the_encoder_cuts_them(write):
@@ -139,7 +139,7 @@ def test_broken_lines_are_skipped_with_a_row_each(write):
 
 def test_dropped_duplicates_are_told(write):
     _, skipped = read_prompts(write("p.txt", "a\nb\na\n"), duplicates="drop")
-    assert skipped == [{"prompt": "a", "stage": "prompts", "message": "line 3 is line 1 again"}]
+    assert skipped == [{"prompt": "a", "stage": "prompts", "message": "line 3 repeats line 1"}]
 
 
 def test_repeats_are_found_however_far_apart(write):
@@ -147,7 +147,7 @@ def test_repeats_are_found_however_far_apart(write):
     file = write("p.txt", "\n".join([*prompts, "prompt 39999", "new", "prompt 7"]))
     table, skipped = read_prompts(file, duplicates="drop")
     assert table["prompt"].to_pylist() == [*prompts, "new"]
-    assert [row["message"] for row in skipped] == ["line 40001 is line 40000 again", "line 40003 is line 8 again"]
+    assert [row["message"] for row in skipped] == ["line 40001 repeats line 40000", "line 40003 repeats line 8"]
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_every_one_of_a_million_lines_on_s3_is_kept_or_counted(s3_server):
         assert all(prompt.startswith("prompt number") for prompt in batch["prompt"].to_pylist())
         kept += len(batch)
     told = dict.fromkeys([*expected, "longer than 1 MiB"], 0)
-    names = {"tokens; the text": "longer than the 9 tokens", " again": "a repeated prompt"}
+    names = {"tokens, but the text": "longer than the 9 tokens", " repeats ": "a repeated prompt"}
     for row in reader.skipped:
         kind = next(name for part, name in [*names.items(), *zip(told, told, strict=True)] if part in row["message"])
         told[kind] += row.get("count", 1)
@@ -206,7 +206,7 @@ def test_every_one_of_a_million_lines_on_s3_is_kept_or_counted(s3_server):
         ("p.txt", b"a\n\tanimals\n", "line 2 is without a prompt"),
         ("p.csv", b"a\n", "has the unknown extension '.csv'; give .txt, .jsonl or .parquet"),
         ("prompts", b"a\n", "has the unknown extension ''"),
-        ("p.parquet", b"PAR1 and nothing else", "is no Parquet file"),
+        ("p.parquet", b"PAR1 and nothing else", "is not a Parquet file"),
     ],
 )
 def test_broken_files(write, name, content, expected):
@@ -239,7 +239,7 @@ def test_all_faults_of_a_jsonl_are_told_at_once(write):
     assert [fault.partition(".jsonl' ")[2].partition(";")[0] for fault in told] == [
         "lines 2, 7, 8 are not JSON",
         "lines 3, 4, 5, 6, 9 are without a prompt",
-        "line 10 is with a category or split that is no text",
+        "line 10 is with a category or split that is not text",
     ]
 
 
@@ -252,26 +252,26 @@ def test_duplicates_and_overlong_prompts_are_told_at_once(write):
     file = write("p.txt", "a\nb\na\nb\na\nc d e f\n")
     told = faults(file, token_count=words, max_tokens=5)
     assert told == [
-        f"prompts.file: {file!r} repeats 3 prompts, first 'a' on line 3, which is line 1 again;"
-        " remove what repeats or set prompts.duplicates: drop",
-        f"prompts.file: {file!r} holds 1 prompt longer than the 5 tokens that the text encoder reads,"
-        " first line 6 with 6: 'c d e f'; shorten what is too long or set prompts.overlong: skip, or truncate",
+        f"prompts.file: {file!r} has 3 repeated prompts, first 'a' on line 3, which repeats line 1;"
+        " remove them or set prompts.duplicates: drop",
+        f"prompts.file: {file!r} has 1 prompt longer than the 5 tokens that the text encoder reads,"
+        " first line 6 with 6 tokens: 'c d e f'; shorten them or set prompts.overlong: skip, or truncate",
     ]
 
 
 def test_skipping_everything_is_refused(write):
     (fault,) = faults(write("p.txt", "a b c d"), overlong="skip", token_count=words, max_tokens=5)
-    assert "keeps no prompt" in fault
+    assert "has no valid prompt left" in fault
 
 
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"text": ["a"], "n": [1]}, "has no column 'prompt' among text, n"),
-        ({"prompt": [1, 2]}, "has in column 'prompt' int64, not text"),
-        ({"prompt": [b"\x80\x04pickled"]}, "has in column 'prompt' binary, not text"),
+        ({"text": ["a"], "n": [1]}, "has no column 'prompt', only text, n"),
+        ({"prompt": [1, 2]}, "has int64 in column 'prompt', not text"),
+        ({"prompt": [b"\x80\x04pickled"]}, "has binary in column 'prompt', not text"),
         ({"prompt": ["a", None, ""]}, "rows 2, 3 are without a prompt"),
-        ({"prompt": pa.array([], pa.string())}, "holds no prompt"),
+        ({"prompt": pa.array([], pa.string())}, "has no prompts"),
     ],
 )
 def test_broken_parquet(tmp_path, columns, expected):
@@ -326,7 +326,7 @@ def test_a_stored_table_is_kept_and_another_one_refused(tmp_path):
     ShardPlan(source, 1000, "key").store(str(stored), "prompts.file")
     last = table.schema.get_field_index("category")
     others = {
-        "they were 40000 and are 39999": table.slice(0, 39_999),
+        "there were 40000 and now there are 39999": table.slice(0, 39_999),
         "prompt 1 was 'prompt 0' and is 'prompt 1'": table.slice(1),
         "category 1 was None and is 'color'": table.set_column(last, "category", pa.array(["color"] * len(table))),
     }

@@ -69,11 +69,11 @@ def test_cuts_are_counted_in_whole_steps_and_candidates():
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"after": [0.2, 0.4]}, "after has 2 cuts and keep 1"),
+        ({"after": [0.2, 0.4]}, "after has 2 values and keep has 1"),
         ({"after": [0.4, 0.2], "keep": [0.5, 0.2]}, "rise"),
         ({"after": [0.2, 0.4], "keep": [0.5, 0.5]}, "fall"),
         ({"after": [1.0]}, "between 0 and 1"),
-        ({"after": [], "keep": []}, "0 cuts"),
+        ({"after": [], "keep": []}, "after has 0 values"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(fields, named):

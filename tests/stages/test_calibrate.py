@@ -108,7 +108,7 @@ def test_labels_that_will_not_do_are_told(config, tmp_path, content, told):
 
 
 def test_a_pool_is_not_written_over_its_labels(config):
-    with pytest.raises(ConfigError, match="pool is written first"):
+    with pytest.raises(ConfigError, match="pool and labels are both set"):
         load_config(
             [*SMOKE, "--alignment=none", "--pool", "pool", "--labels", "pool/pool.jsonl"], model=CalibrationConfig
         )

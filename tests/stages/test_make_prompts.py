@@ -60,8 +60,8 @@ def test_every_fault_is_told(tmp_path, own):
     assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == ["file", "exclude"]
     done = job("--file", own, "--out", tmp_path / "new.jsonl", "--count", 10_000)
     assert done.returncode == 2
-    assert "count: 10000 new prompts are wanted and" in done.stderr
-    possible = int(done.stderr.split("wanted and ")[1].split()[0])
+    assert "count: 10000 new prompts are wanted, but only" in done.stderr
+    possible = int(done.stderr.split("wanted, but only ")[1].split()[0])
     assert not (tmp_path / "new.jsonl").exists()
     assert job("--file", own, "--out", tmp_path / "new.jsonl", "--count", possible).returncode == 0
 
@@ -69,9 +69,9 @@ def test_every_fault_is_told(tmp_path, own):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"out": "new.csv"}, r"out is '.*new.csv'; give it the extension .jsonl, .parquet or .txt"),
+        ({"out": "new.csv"}, r"out is '.*new.csv'; use the extension .jsonl, .parquet or .txt"),
         ({"out": "own.jsonl", "file": "own.jsonl"}, "would be overwritten"),
-        ({"out": "new.txt", "phrases": "text"}, "phrases 'text' needs it; give --file LIST"),
+        ({"out": "new.txt", "phrases": "text"}, "phrases 'text' needs it; set --file LIST"),
     ],
 )
 def test_what_cannot_be_meant(fields, said):
@@ -81,7 +81,7 @@ def test_what_cannot_be_meant(fields, said):
 
 def test_a_list_that_is_not_understood(tmp_path):
     (tmp_path / "own.txt").write_text("happiness\nvibes, 4k\n")
-    with pytest.raises(ConfigError, match=r"^phrases: 'auto' finds nothing in 2 prompts"):
+    with pytest.raises(ConfigError, match=r"^phrases: 'auto' finds no words in 2 prompts"):
         made(tmp_path, file=str(tmp_path / "own.txt"), count=1)
     with pytest.raises(ConfigError, match=r"^phrases: .*python -m spacy download en_core_web_none"):
         made(tmp_path, file=str(tmp_path / "own.txt"), count=1, phrases="spacy:en_core_web_none")
@@ -106,7 +106,7 @@ def test_only_from_what_fails(tmp_path, own, capsys):
     storage.write_table(str(tmp_path / "base" / "part-0.parquet"), pa.table(table))
     rows = made(tmp_path, file=own, focus=str(tmp_path / "base"), focus_metric="exact", count=2)
     assert {row["prompt"] for row in rows} == {"two oxen", "one cat"}
-    assert "2 prompts fail, 1 of them of the list" in capsys.readouterr().out
+    assert "2 prompts fail, 1 of them are in the list" in capsys.readouterr().out
 
 
 def test_nothing_longer_than_the_text_encoder_reads(tmp_path):

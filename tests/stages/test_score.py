@@ -333,12 +333,12 @@ def test_a_flag_leaves_the_other_defaults_of_its_section():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--input", "a.parquet"), "input needs run_dir"),
-        (("--image", "a.png"), "needs both image and prompt"),
-        ((), "give either input"),
-        (("--input", "a", "--run-dir", "b", "--prompt", "c"), "give either input"),
+        (("--input", "a.parquet"), "run_dir is missing, and input needs it"),
+        (("--image", "a.png"), "image or prompt is missing, and a single pair needs both"),
+        ((), "set either input and run_dir"),
+        (("--input", "a", "--run-dir", "b", "--prompt", "c"), "set either input and run_dir"),
         (("--input", "a", "--run-dir", "b", "--captoin-column", "c"), "did you mean 'caption_column'?"),
-        (("--input", "a", "--run-dir", "b", "--score.negatives", "verbs"), "score.negatives: 'verbs' will not do"),
+        (("--input", "a", "--run-dir", "b", "--score.negatives", "verbs"), "score.negatives: 'verbs' is not valid"),
     ],
 )
 def test_mistakes_are_told(arguments, told):
