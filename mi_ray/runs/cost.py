@@ -38,9 +38,10 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
 def _online(config: RunConfig, arms: int) -> dict[str, int]:
     """Denoiser evaluations of all arms of an online run, up to the evaluation."""
     online = config.online
-    trained = online.updates * online.prompts_per_update * config.generate.candidates_per_prompt
+    each, prompts = config.generate.candidates_per_prompt, online.updates * online.prompts_per_update
+    trained = prompts * min(each, online.trained_candidates or each)
     checkpoints = -(-online.updates // online.validate_every) + 1
-    drawn = trained + checkpoints * online.validation_prompts * online.validation_candidates
+    drawn = prompts * each + checkpoints * online.validation_prompts * online.validation_candidates
     score = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
     return {
         "generate": drawn * config.sampler.branches * config.sampler.num_inference_steps * arms,
