@@ -5,6 +5,7 @@ other need not do again. So one guidance scale does not tell two models apart. T
 seeds with the base model and with every adapter of a finished run, at several scales.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 from mi_ray import storage
-from mi_ray.alignment.oracle import measure
+from mi_ray.alignment.metric import Column, Metric, load_metrics
 from mi_ray.config import RunConfig
 from mi_ray.config.paths import LocalOrUri
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import UNetDenoiser, load_denoiser
 from mi_ray.inputs.prompts import read_prompts
+from mi_ray.report.columns import heading
+from mi_ray.report.columns import scale as scale_of
 from mi_ray.report.statistics import paired_difference, prompt_mean
 from mi_ray.runs.layout import SUMMARY, final_adapter, read_run
 from mi_ray.scoring.sampler import Sampler, derived_seed
@@ -34,28 +37,33 @@ PROMPTS_AT_A_TIME = 16
 class GuidanceBenchmark(Benchmark):
     """At which guidance scale is the tuned model better than the base and than the one tuned on random images?"""
 
-    run_dir: LocalOrUri = Field(description="a finished run of the embedded model")
+    run_dir: LocalOrUri = Field(description="a finished run that has a metric, whose first column is compared")
     guidance_scales: tuple[float, ...] = Field((1.5, 2.0, 3.0, 4.0, 6.0), description="each above 1")
     prompts: PositiveInt = Field(360, description="held-out prompts, of the run's evaluation file")
     images_per_prompt: PositiveInt = Field(4, description="seeds, the same for every model and scale")
     batch_size: PositiveInt = Field(128, description="images in one denoiser batch")
-    figure: LocalPath | None = Field(None, description="PNG to draw: exact against guidance scale")
+    figure: LocalPath | None = Field(None, description="PNG to draw: the metric against guidance scale")
 
     def answer(self) -> Findings:
         config, adapters = finished_run(self.run_dir)
         count, each = (SMOKE_PROMPTS, SMOKE_IMAGES) if self.smoke else (self.prompts, self.images_per_prompt)
         table, _ = read_prompts(config.evaluation.file, field="run_dir", limit=count)
-        rows = []
+        metric = first_metric(config)
+        column, rows = metric.columns[0], []
         for scale in SMOKE_SCALES if self.smoke else self.guidance_scales:
-            drawn = {name: self._draw(config, adapter, table, each, scale) for name, adapter in adapters.items()}
-            rows += [findings(drawn, name, scale) for name in drawn]
+            of = partial(self._draw, config, metric, table, each, scale)
+            drawn = {name: of(adapter) for name, adapter in adapters.items()}
+            rows += [findings(drawn, name, scale, column) for name in drawn]
         if self.figure:
-            draw(rows, self.figure)
+            draw(rows, self.figure, column)
         return Findings(rows, {})
 
     @torch.inference_mode()
-    def _draw(self, config: RunConfig, adapter: str | None, table, each: int, scale: float) -> pd.DataFrame:
-        """prompt_id, seed and exact of every image."""
+    def _draw(
+        self, config: RunConfig, metric: Metric, table, each: int, scale: float, adapter: str | None
+    ) -> pd.DataFrame:
+        """prompt_id, seed and the metric's first column of every image."""
+        name = metric.columns[0].name
         denoiser: UNetDenoiser = load_denoiser(config.model.path, adapter=adapter)
         settings = config.evaluation.sampler.model_copy(update={"guidance_scale": scale})
         sampler, parts = Sampler(denoiser, settings, self.batch_size), []
@@ -64,8 +72,8 @@ class GuidanceBenchmark(Benchmark):
             prompts, ids = some["prompt"].to_pylist(), some["prompt_id"].to_pylist()
             seeds = [[derived_seed(config.seed, "evaluation", i, k) for k in range(each)] for i in ids]
             images = denoiser.decode(sampler(denoiser.encode_prompts(prompts), seeds, Work()).latents)
-            exact = measure(images, [p for p in prompts for _ in range(each)])["exact"]
-            columns = {"prompt_id": np.repeat(ids, each), "seed": [s for of in seeds for s in of], "exact": exact}
+            values = metric.measure(images, [p for p in prompts for _ in range(each)])[name]
+            columns = {"prompt_id": np.repeat(ids, each), "seed": [s for of in seeds for s in of], name: values}
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts, ignore_index=True)
 
@@ -86,31 +94,45 @@ def finished_run(run_dir: str) -> tuple[RunConfig, dict[str, str | None]]:
     return config, {"base": None} | {name: storage.local_folder(f) for name, f in folders.items()}
 
 
-def findings(drawn: dict[str, pd.DataFrame], name: str, scale: float) -> dict:
-    """A model's share of exact images at a scale, and how much it is above each other one, paired; in percent."""
-    row = {"guidance_scale": scale, "model": name} | _percent("exact", prompt_mean(drawn[name], "exact"), "value")
+def first_metric(config: RunConfig) -> Metric:
+    """The one that is the report's headline.
+
+    Raises:
+        ValueError: the run has none.
+    """
+    if not config.evaluation.alignment:
+        raise ValueError("run_dir: the run measures no alignment; give one whose evaluation.alignment names a metric")
+    return next(iter(load_metrics(config.evaluation.alignment[:1]).values()))
+
+
+def findings(drawn: dict[str, pd.DataFrame], name: str, scale: float, column: Column) -> dict:
+    """A model's mean of a column at a scale, and how much it is above each other one, paired; shares in percent."""
+    row = {"guidance_scale": scale, "model": name}
+    row |= _ends(column.name, prompt_mean(drawn[name], column.name), "value", column)
     for other in drawn:
         if name == "tuned" and other != name:
-            difference = paired_difference(drawn[name], drawn[other], "exact")
-            row |= _percent(f"minus_{other}", difference, "difference")
+            difference = paired_difference(drawn[name], drawn[other], column.name)
+            row |= _ends(f"minus_{other}", difference, "difference", column)
     return row
 
 
-def _percent(label: str, measured: dict, key: str) -> dict[str, float | None]:
+def _ends(label: str, measured: dict, key: str, column: Column) -> dict[str, float | None]:
+    """A value and the ends of its interval, as they are shown."""
     ends = {f"{label}{end}": measured[k] for end, k in (("", key), ("_low", "low"), ("_high", "high"))}
-    return {k: v if v is None else 100 * v for k, v in ends.items()}
+    return {k: v if v is None else scale_of(column) * v for k, v in ends.items()}
 
 
-def draw(rows: list[dict], path: Path):
-    """Exact images against guidance scale, a line a model."""
+def draw(rows: list[dict], path: Path, column: Column):
+    """The column against guidance scale, a line a model."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, of_model in pd.DataFrame(rows).groupby("model", sort=False):
-        axes.plot(of_model["guidance_scale"], of_model["exact"], marker="o", label=name)
+        axes.plot(of_model["guidance_scale"], of_model[column.name], marker="o", label=name)
         if name != "base":
             continue
-        axes.fill_between(of_model["guidance_scale"], of_model["exact_low"], of_model["exact_high"], alpha=0.15)
-    axes.set(xlabel="guidance scale", ylabel="exact images, %")
+        low, high = (of_model[f"{column.name}_{end}"] for end in ("low", "high"))
+        axes.fill_between(of_model["guidance_scale"], low, high, alpha=0.15)
+    axes.set(xlabel="guidance scale", ylabel=heading(column))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

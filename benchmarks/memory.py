@@ -15,6 +15,7 @@ from gates import ROOT, Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveInt
 
 from mi_ray import storage
+from mi_ray.alignment.metric import Column
 from mi_ray.config import RunConfig
 from mi_ray.inputs.shard_plan import Shard
 from mi_ray.report.page import write_report
@@ -27,6 +28,7 @@ from mi_ray.training.select import select
 
 MB = 2**20
 CANDIDATES = 2  # of a prompt: as little work as a pool can be
+METRICS = {"made-up": (Column("good", "made up", "yes/no", 0, 1),)}
 WORDS = ("red", "blue", "green", "small", "large", "cat", "dog", "owl", "house", "boat")
 
 
@@ -88,7 +90,7 @@ class MadeUpGenerator:
         token: int | None = None,
     ):
         config = RunConfig.model_validate(config)
-        schema = tables.candidates_schema(config.score.names)
+        schema = tables.candidates_schema(config.score.names, METRICS)
         self.empty = dict.fromkeys(schema.names)
         self.write = ShardWriter("generate", f"round {round_index}", folder, schema, config, token, lambda: 0)
 
@@ -101,7 +103,7 @@ class MadeUpGenerator:
             known = {"prompt_id": shard.prompt_ids[position], "prompt": shard.prompts[position]}
             for candidate in range(CANDIDATES):
                 kept = {"kept": candidate == 1, "rank": 1 - candidate, "score_mitune": float(candidate)}
-                kept |= {"exact": float(position % 2 == candidate)}
+                kept |= {"good": float(position % 2 == candidate)}
                 latents = {"latents": [0.0] * 16 if kept["kept"] else None, "latents_shape": [16]}
                 rows.append(self.empty | known | kept | latents | {"candidate_index": candidate})
         return rows

@@ -18,13 +18,14 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from mi_ray.alignment.oracle import measure
+from mi_ray.alignment.metric import Column, Metric, load_metrics
 from mi_ray.config import PruneConfig, SamplerConfig, ScoreConfig, ScoreName
 from mi_ray.config.command_line import load_config
 from mi_ray.config.paths import ModelPath
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.inputs.prompts import read_prompts
+from mi_ray.report.columns import heading, is_share
 from mi_ray.scoring.machine import keep_memory
 from mi_ray.scoring.sampler import Pool, Sampler, derived_seed
 from mi_ray.scoring.scorer import Scorer
@@ -57,6 +58,9 @@ class PruningBenchmark(Benchmark):
     candidates: PositiveInt = Field(DEMO.generate.candidates_per_prompt, description="per prompt")
     guidance_scale: float = Field(DEMO.sampler.guidance_scale, gt=1, description="of all samplers")
     select_by: ScoreName = Field(DEMO.select.by, description="score of the survivors, by which the best is taken")
+    alignment: str = Field(
+        DEMO.evaluation.alignment[0], description="metric that tells how good an image is; its first column is a share"
+    )
     cut_samples: PositiveInt = Field(1, description="noise draws a candidate at a cut, pointwise scores")
     score: ScoreConfig = Field(DEMO.score, description="settings of the scores, the demo's; its names are not read")
     batch_size: PositiveInt = Field(128, description="candidates in one denoiser batch")
@@ -77,15 +81,19 @@ class PruningBenchmark(Benchmark):
             denoiser = load_denoiser(self.model)
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
+        metric = load_metrics([self.alignment])[self.alignment]
+        if not is_share(metric.columns[0]):
+            raise ValueError(f"alignment: the first column of {self.alignment!r} is no share; give another metric")
+        truth = metric.columns[0].name
         keep_memory()
         denoiser.specialise(channels_last=True, compiled=None, rows=())
         rows, paper, scored = [], None, None
         for solver, steps in settings:
-            recorded = self._record(denoiser, prompts, each, solver, steps)
+            recorded = self._record(denoiser, metric, prompts, each, solver, steps)
             if paper is None:  # the first setting
                 paper, scored = recorded.best(recorded.paper), recorded.best(recorded.final)
-                rows.append(row_of(recorded, solver, steps, PAPER_SCORE, "nothing", "", 2 * steps * each, paper))
-            rows += compared(recorded, solver, steps, each, self.select_by)
+                rows.append(row_of(recorded, truth, solver, steps, PAPER_SCORE, "nothing", "", 2 * steps * each, paper))
+            rows += compared(recorded, truth, solver, steps, each, self.select_by)
         results = []
         for row, best in rows:
             lost, of_scored = lost_of(paper, best), lost_of(scored, best)
@@ -100,7 +108,7 @@ class PruningBenchmark(Benchmark):
                 }
             )
         if self.figure:
-            draw(results, self.figure)
+            draw(results, self.figure, metric.columns[0])
         gates = {
             f"times_fewer_within_a_point{name}": Gate(
                 max((r["times_fewer"] for r in results if r[column] <= 100 * WITHIN), default=math.nan), minimum=AIM
@@ -109,7 +117,9 @@ class PruningBenchmark(Benchmark):
         }
         return Findings(results, gates)
 
-    def _record(self, denoiser: Denoiser, prompts: list[str], each: int, solver: str, steps: int) -> "Recorded":
+    def _record(
+        self, denoiser: Denoiser, metric: Metric, prompts: list[str], each: int, solver: str, steps: int
+    ) -> "Recorded":
         """Sample everything to the end, scoring at all cuts that any schedule makes."""
         config = SamplerConfig(solver=solver, num_inference_steps=steps, guidance_scale=self.guidance_scale)
         sampler = Sampler(denoiser, config, self.batch_size)
@@ -127,17 +137,18 @@ class PruningBenchmark(Benchmark):
             owner, work = torch.arange(len(chunk)).repeat_interleave(each), Work()
             scores = final(chunk, conditioning, owner, sampled, work)[f"score_{self.select_by}"]
             free = paper(chunk, conditioning, owner, sampled, Work())[f"score_{PAPER_SCORE}"]
-            exact = measure(denoiser.decode(sampled.latents), [p for p in chunk for _ in range(each)])["exact"]
+            truth, flat = metric.columns[0], [p for p in chunk for _ in range(each)]
+            worth = truth.sign * np.array(metric.measure(denoiser.decode(sampled.latents), flat)[truth.name])
             cost = work.score_evaluations / len(scores)
-            chunks.append({"exact": exact, "final": scores, "paper": free, "cost": cost, "recorder": recorder})
+            chunks.append({"worth": worth, "final": scores, "paper": free, "cost": cost, "recorder": recorder})
 
         def joined(parts: list) -> np.ndarray:
             return np.concatenate(parts).reshape(-1, each).astype(float)
 
-        sizes = [len(chunk["exact"]) for chunk in chunks]  # a prompt has its own number of negatives
+        sizes = [len(chunk["worth"]) for chunk in chunks]  # a prompt has its own number of negatives
         recorders = [chunk["recorder"] for chunk in chunks]
         return Recorded(
-            **{name: joined([chunk[name] for chunk in chunks]) for name in ("exact", "final", "paper")},
+            **{name: joined([chunk[name] for chunk in chunks]) for name in ("worth", "final", "paper")},
             final_cost=np.average([chunk["cost"] for chunk in chunks], weights=sizes),
             cuts={key: joined([recorder.scores[key] for recorder in recorders]) for key in recorders[0].scores},
             cut_costs={
@@ -171,29 +182,30 @@ class Recorder:
 
 
 class Recorded:
-    """One solver's pool of P prompts with C candidates each: exact, final, paper and each of cuts are (P, C)."""
+    """One solver's pool of P prompts with C candidates each: worth, by the metric and higher is better, final, paper
+    and each of cuts are (P, C)."""
 
     def __init__(
-        self, exact: np.ndarray, final: np.ndarray, paper: np.ndarray, final_cost: float, cuts: dict, cut_costs: dict
+        self, worth: np.ndarray, final: np.ndarray, paper: np.ndarray, final_cost: float, cuts: dict, cut_costs: dict
     ):
-        self.exact, self.final, self.paper, self.final_cost = exact, final, paper, final_cost
+        self.worth, self.final, self.paper, self.final_cost = worth, final, paper, final_cost
         self.cuts, self.cut_costs = cuts, cut_costs
         draws = np.random.default_rng(0)
-        self.cuts |= {("random", steps): draws.random(exact.shape) for _, steps in list(cuts)}
+        self.cuts |= {("random", steps): draws.random(worth.shape) for _, steps in list(cuts)}
         self.cut_costs |= {"random": 0.0}
 
     def survivors(self, name: str, counts: dict[int, int]) -> np.ndarray:
         """(P, C) bool: who is left after all cuts by that score."""
-        left = np.ones(self.exact.shape, bool)
+        left = np.ones(self.worth.shape, bool)
         for steps, count in counts.items():
-            worth = np.where(left, self.cuts[name, steps], -np.inf)
-            places = np.argsort(np.argsort(-worth, axis=1, kind="stable"), axis=1)
+            score = np.where(left, self.cuts[name, steps], -np.inf)
+            places = np.argsort(np.argsort(-score, axis=1, kind="stable"), axis=1)
             left &= places < count
         return left
 
     def best(self, scores: np.ndarray) -> np.ndarray:
-        """(P,) whether the candidate with the highest of these scores, (P, C), is exact."""
-        return np.take_along_axis(self.exact, scores.argmax(1)[:, None], 1)[:, 0]
+        """(P,) the worth of the candidate with the highest of these scores, (P, C)."""
+        return np.take_along_axis(self.worth, scores.argmax(1)[:, None], 1)[:, 0]
 
 
 def cut_steps(steps: int, each: int) -> tuple[int, ...]:
@@ -206,9 +218,11 @@ def counts_of(schedule: tuple, steps: int, each: int) -> dict[int, int]:
     return PruneConfig(by="mitune", after=after, keep=keep).cuts(steps, each)
 
 
-def compared(recorded: Recorded, solver: str, steps: int, each: int, select_by: str) -> list[tuple[dict, np.ndarray]]:
-    """One row without pruning, then one for every score and schedule; each with whose best is exact, (P,)."""
-    setting = recorded, solver, steps, select_by
+def compared(
+    recorded: Recorded, truth: str, solver: str, steps: int, each: int, select_by: str
+) -> list[tuple[dict, np.ndarray]]:
+    """One row without pruning, then one for every score and schedule; each with the worth of the bests, (P,)."""
+    setting = recorded, truth, solver, steps, select_by
     evaluations = each * (2 * steps + recorded.final_cost)
     rows = [row_of(*setting, "nothing", "", evaluations, recorded.best(recorded.final))]
     for name in (*SCORES, "random"):
@@ -225,6 +239,7 @@ def compared(recorded: Recorded, solver: str, steps: int, each: int, select_by: 
 
 def row_of(
     recorded: Recorded,
+    truth: str,
     solver: str,
     steps: int,
     select_by: str,
@@ -233,7 +248,7 @@ def row_of(
     evaluations: float,
     best: np.ndarray,
 ) -> tuple[dict, np.ndarray]:
-    """`evaluations` are of a prompt, of all kinds; pool_exact is the same for all rows of a pool."""
+    """`evaluations` are of a prompt, of all kinds; pool_<column> is the same for all rows of a pool."""
     row = {
         "solver": solver,
         "steps": steps,
@@ -241,20 +256,20 @@ def row_of(
         "prune_by": prune_by,
         "schedule": schedule,
         "evaluations": evaluations,
-        "top1_exact": best.mean(),
-        "pool_exact": recorded.exact.mean(),
+        f"top1_{truth}": best.mean(),
+        f"pool_{truth}": recorded.worth.mean(),
     }
     return row, best
 
 
 def lost_of(reference: np.ndarray, best: np.ndarray) -> tuple[float, float]:
-    """Percentage points of prompts whose best is exact that `reference` has more than `best`, (P,) each, and half of
-    their 95 % interval over prompts (paired)."""
+    """Percentage points that the bests of `reference` are worth more than those of `best`, (P,) each, and half of their
+    95 % interval over prompts (paired)."""
     difference = reference - best
     return 100 * difference.mean(), 196 * difference.std(ddof=1) / len(difference) ** 0.5
 
 
-def draw(rows: list[dict], path: Path):
+def draw(rows: list[dict], path: Path, column: Column):
     """Alignment of the best against evaluations: a panel a solver, a colour a score."""
     solvers = list(dict.fromkeys((row["solver"], row["steps"]) for row in rows))
     figure = Figure((4.2 * len(solvers), 3.8), layout="constrained")
@@ -265,13 +280,13 @@ def draw(rows: list[dict], path: Path):
             of_score = sorted((r for r in of_solver if r["prune_by"] == name), key=lambda r: r["evaluations"])
             axes.plot(
                 [row["evaluations"] for row in of_score],
-                [100 * row["top1_exact"] for row in of_score],
+                [100 * row[f"top1_{column.name}"] for row in of_score],
                 "k*" if name == "nothing" else "o:",
                 label="no pruning" if name == "nothing" else name,
             )
-        axes.axhline(100 * rows[0]["top1_exact"], color="grey", linewidth=0.8, label="the paper's setting")
+        axes.axhline(100 * rows[0][f"top1_{column.name}"], color="grey", linewidth=0.8, label="the paper's setting")
         axes.set(xscale="log", title=f"{solver}, {steps} steps", xlabel="denoiser evaluations a prompt")
-    panels[0].set_ylabel("best of the pool exact, %")
+    panels[0].set_ylabel(f"best of the pool: {heading(column)}")
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 

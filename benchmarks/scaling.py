@@ -60,7 +60,7 @@ class ScalingBenchmark(Benchmark):
 
 def measured_here() -> float:
     from mi_ray.diffusion.denoisers import load_denoiser  # here alone: the actors need neither, and memory limits them
-    from mi_ray.stages.trial import try_batch
+    from mi_ray.scoring.trial import try_batch
 
     return try_batch(load_denoiser("shapes"), 16).seconds_per_evaluation
 

@@ -3,8 +3,9 @@
 No labels are needed; where prompts are of the shapes grammar, `--alignment oracle` shows how it does against them.
 """
 
+from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.command_line import run_command
-from mi_ray.stages.calibrate import CalibrationConfig, calibrate
+from mi_ray.stages.calibrate import calibrate
 
 if __name__ == "__main__":
     run_command(

@@ -5,7 +5,7 @@ from mi_ray.inputs.more_prompts_config import MorePromptsConfig
 
 
 def run(config: MorePromptsConfig, dry_run: bool):
-    from mi_ray.stages.make_prompts import make_prompts  # seconds, which --help and a wrong flag do without
+    from mi_ray.inputs.make_prompts import make_prompts  # seconds, which --help and a wrong flag do without
 
     make_prompts(config, dry_run)
 

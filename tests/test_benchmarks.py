@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from mi_ray.alignment.metric import Column
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -74,7 +76,8 @@ def test_models_are_compared_on_the_same_prompts_and_seeds(guidance):
         "tuned": pd.DataFrame(images | {"exact": [1.0, 1.0, 0.0, 0.0]}).iloc[::-1],
         "random": pd.DataFrame(images | {"exact": [0.0, 1.0, 0.0, 1.0]}),
     }
-    base, tuned = (guidance.findings(drawn, name, 3.0) for name in ("base", "tuned"))
+    column = Column("exact", "1 or 0", "yes/no", 0, 1)
+    base, tuned = (guidance.findings(drawn, name, 3.0, column) for name in ("base", "tuned"))
     assert {"guidance_scale": 3.0, "model": "base", "exact": 25.0}.items() <= base.items()
     assert not any(key.startswith("minus") for key in base)
     assert (tuned["exact"], tuned["minus_base"], tuned["minus_random"]) == (50.0, 25.0, 0.0)

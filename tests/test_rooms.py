@@ -1,12 +1,15 @@
 """Imports point down the arrows of CONTRIBUTING.md only, and no files import each other in a circle."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from mi_ray.alignment.oracle import Oracle
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mi_ray"
@@ -16,17 +19,17 @@ MOST_LINES, MOST_LINES_OF_STAGES = 400, 2200
 DATA = ("config", "storage", "inputs", "runs")
 ARROWS = {
     "config": (),
-    "storage": ("config",),
-    "inputs": ("config", "storage"),
+    "storage": ("config", "alignment.metric"),
+    "inputs": ("config", "storage", "language", "shapes.grammar", "diffusion.folders"),
     "runs": ("config", "storage"),
     "diffusion": (),
     "information": ("diffusion.schedules", "diffusion.conditioning"),
     "shapes": (),
     "language": ("shapes",),
     "alignment": ("shapes",),
-    "scoring": ("config", "inputs", "diffusion", "information", "language", "alignment"),
-    "report": ("config", "storage"),
-    "training": (*DATA, "diffusion", "information", "shapes", "scoring"),
+    "scoring": ("config", "inputs", "diffusion", "information", "language", "alignment.metric"),
+    "report": ("config", "storage", "alignment.metric"),
+    "training": (*DATA, "diffusion", "information", "shapes", "alignment.metric", "scoring"),
     "stages": (*DATA, "diffusion", "information", "shapes", "language", "alignment", "scoring", "report", "training"),
 }
 WITH_RAY = ("stages/", "training/loop.py", "training/pretrain.py")
@@ -125,6 +128,39 @@ def test_each_room_says_what_it_is_for_and_what_it_must_not_know():
     for room in ARROWS:
         lines = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))).split("\n\n")
         assert len(lines) == 2, room
+
+
+def test_nothing_but_the_alignment_knows_the_oracle_and_its_columns():
+    """Everything else takes a metric's name from the configuration and its columns from what it declares."""
+    at_home = (
+        "mi_ray/alignment/",
+        "mi_ray/shapes/",
+        "mi_ray/language/",
+        "benchmarks/oracle.py",
+        "benchmarks/wrong_captions.py",
+    )
+    documented = {"mi_ray/config/section.py", "jobs/calibrate.py"}  # name the oracle where they tell of options
+    # The same words of other things: how an image is fitted, what a caption is wrong in.
+    others = {
+        "exact": {"mi_ray/inputs/pair_config.py", "mi_ray/scoring/pair_scorer.py"},
+        "attributes": {"mi_ray/report/audit.py", "mi_ray/report/audit.html.j2"},
+        "relation": set(),
+        "objects": set(),
+    }
+    assert {column.name for column in Oracle.columns} == {*others, "count"}  # a word of any table of errors
+    found = []
+    for path in sorted(p for room in ("mi_ray", "benchmarks", "jobs") for p in (ROOT / room).rglob("*")):
+        name = path.relative_to(ROOT).as_posix()
+        if path.suffix not in (".py", ".j2") or name.startswith(at_home):
+            continue
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"\boracle", text, re.IGNORECASE) and name not in documented:
+            found.append((name, "oracle"))
+        for word, allowed in others.items():
+            quoted = rf"""["'.](\w+_)?{word}["']""" if path.suffix == ".py" else rf"\b(\w+_)?{word}\b"
+            if re.search(quoted, text) and name not in allowed:
+                found.append((name, word))
+    assert found == []
 
 
 def test_all_but_the_stages_work_without_ray():

@@ -65,7 +65,7 @@ def pruning(monkeypatch):
 def test_schedules_are_followed_on_recorded_scores(pruning):
     """Two prompts of four candidates: three go on after step 1, one after step 2; the final score takes the best."""
     recorded = pruning.Recorded(
-        exact=np.array([[0.0, 1, 0, 0], [1, 0, 0, 0]]),
+        worth=np.array([[0.0, 1, 0, 0], [1, 0, 0, 0]]),
         final=np.array([[9.0, 8, 7, 6], [1, 2, 3, 4]]),
         paper=np.array([[0.0, 1, 0, 0], [0, 0, 1, 0]]),
         final_cost=5.0,
@@ -90,9 +90,9 @@ def test_evaluations_are_counted_by_hand(pruning, monkeypatch):
     draws = np.random.default_rng(0).random((4, 3, 4))
     cuts = {("asd", 1): draws[0], ("asd", 2): draws[1]}
     recorded = pruning.Recorded(draws[2].round(), draws[3], draws[0], 5.0, cuts, {"asd": 0.5})
-    rows = pruning.compared(recorded, "ddim", 4, 4, "pmi")
+    rows = pruning.compared(recorded, "good", "ddim", 4, 4, "pmi")
     for row, best in rows:
-        assert row["top1_exact"] == best.mean()
+        assert row["top1_good"] == best.mean()
     lost, half = pruning.lost_of(np.array([1.0, 1, 0, 0]), np.array([1.0, 0, 0, 0]))
     assert lost == pytest.approx(25)
     assert half == pytest.approx(196 * 0.5 / 2)  # standard deviation 0.5 over four

@@ -86,8 +86,8 @@ class OnlineConfig(Section):
     shared_noise: bool = Field(True, description="all candidates of a prompt meet the same noise at the same level")
     rewards: tuple[str, ...] = Field(
         (),
-        description="what is rewarded: names of scores or columns of metrics, each with a weight if you like"
-        " (pmi_negatives, exact:0.5); random: a control; none: the score select.by",
+        description="what is rewarded: scores, metrics of generate.alignment (by their first column) or their columns,"
+        " each with a weight if you like (pmi_negatives, pmi:0.5); random: a control; none: select.by",
     )
     reward_floor: float = Field(
         0.3,

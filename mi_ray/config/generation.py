@@ -6,15 +6,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mi_ray.config.paths import LocalOrUri, ModelPath
-from mi_ray.config.section import Positive, Section, Share, check_band
+from mi_ray.config.section import METRIC_NAMES, MetricNames, Positive, Section, Share, check_band
 
 TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "asd", "trajectory_banded")
 POINTWISE_SCORES = ("pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives")
 ScoreName = Literal[
     "mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives"
 ]
-Control = Literal["random", "oracle"]
-
 
 MODEL = (
     "a shipped model (shapes), a diffusers folder or a hub id; owner/name@revision pins it to a branch, tag or commit"
@@ -145,8 +143,8 @@ class GenerateConfig(Section):
 
     candidates_per_prompt: Annotated[int, Field(ge=2)] = Field(50, description="pool size")  # MI-TUNE section 4
     prompts_per_shard: Positive = Field(8, description="prompts in one atomically written file")
-    alignment: Literal["oracle"] | None = Field(
-        None, description="measure every candidate too (decodes all of them); oracle: shapes prompts only"
+    alignment: MetricNames = Field(
+        (), description=f"metrics of every candidate, which decodes all of them; one name or a list: {METRIC_NAMES}"
     )
     preview_prompts: Annotated[int, Field(ge=0)] = Field(
         12, description="prompts all of whose candidates are decoded and kept as images for the report"
@@ -195,7 +193,7 @@ class PruneConfig(Section):
 class SelectConfig(Section):
     """Which candidates are kept."""
 
-    by: ScoreName | Control = Field("mitune", description="a score, or a control: random, oracle")
+    by: str = Field("mitune", description="a score of score.names, a metric of generate.alignment, or random")
     top_k: Positive = Field(1, description="kept per prompt, at most")  # MI-TUNE: 1
     min_score: float | None = Field(
         None, description="keep only what reaches this value of the score, in nats; none: the best, however bad"

@@ -8,7 +8,6 @@ from mi_ray.config.finetune import FinetuneConfig, OnlineConfig
 from mi_ray.config.generation import (
     POINTWISE_SCORES,
     TRAJECTORY_SCORES,
-    Control,
     GenerateConfig,
     ModelConfig,
     PromptsConfig,
@@ -18,7 +17,7 @@ from mi_ray.config.generation import (
     SelectConfig,
 )
 from mi_ray.config.paths import LocalOrUri, SharedPath, counted, without_revision
-from mi_ray.config.section import Positive, Section, config_hash
+from mi_ray.config.section import METRIC_NAMES, MetricNames, Positive, Section, config_hash
 
 
 class EvaluationConfig(Section):
@@ -33,8 +32,13 @@ class EvaluationConfig(Section):
     )
     images_per_prompt: Annotated[int, Field(ge=2)] = Field(10, description="each with its own seed")
     sampler: SamplerConfig = SamplerConfig(solver="ddim", num_inference_steps=50)
-    alignment: Literal["oracle"] | None = Field(None, description="oracle: shapes prompts only")
-    controls: tuple[Control, ...] = Field((), description="also fine-tune and evaluate on these selections")
+    alignment: MetricNames = Field(
+        (),
+        description=f"metrics of every image, the first is the report's headline; one name or a list: {METRIC_NAMES}",
+    )
+    controls: tuple[str, ...] = Field(
+        (), description="also fine-tune and evaluate on these selections: random, or metrics of generate.alignment"
+    )
     pmi: bool = Field(True, description="score the images with pmi")
 
 
@@ -109,15 +113,13 @@ class RunConfig(Section):
         faults = []
         if self.select.by in (*TRAJECTORY_SCORES, *POINTWISE_SCORES) and self.select.by not in self.score.names:
             faults.append(f"select.by is {self.select.by!r}, which score.names lacks: add it there")
-        by_oracle = self.select.by == "oracle" or "oracle" in self.evaluation.controls
-        if by_oracle and self.generate.alignment != "oracle":
-            faults.append("selection by the oracle needs generate.alignment: oracle")
+        faults += self._control_faults()
         if self.select.top_k >= self.generate.candidates_per_prompt:
             faults.append(
                 f"select.top_k is {self.select.top_k}, which leaves nothing to choose from"
                 f" {self.generate.candidates_per_prompt} candidates: lower it or raise generate.candidates_per_prompt"
             )
-        faults += self._speed_faults(by_oracle)
+        faults += self._speed_faults()
         if self.finetune.baseline and self.finetune.adapter == "dora":
             faults.append("finetune.baseline subtracts updates, and DoRA's do not add up: set finetune.adapter: lora")
         faults += self._online_faults()
@@ -151,12 +153,33 @@ class RunConfig(Section):
             faults.append("prune.by is for rounds: an online update keeps all its candidates; set it to none")
         return faults
 
-    def _speed_faults(self, by_oracle: bool) -> list[str]:
+    def _control_faults(self) -> list[str]:
+        """Selections that are neither scores nor random nor measured metrics."""
+        controls = ("random", *self.generate.alignment)
+        known = (*TRAJECTORY_SCORES, *POINTWISE_SCORES, *controls)
+        faults = []
+        if self.select.by not in known:
+            faults.append(
+                f"select.by is {self.select.by!r}, which is neither random nor a score nor a metric that is measured:"
+                f" take one of {', '.join(known)}, or add it to generate.alignment if it is a metric"
+            )
+        faults += [
+            f"evaluation.controls has {name!r}, which is neither random nor a metric that is measured: take one of"
+            f" {', '.join(controls)}, or add it to generate.alignment if it is a metric"
+            for name in self.evaluation.controls
+            if name not in controls
+        ]
+        return faults
+
+    def _speed_faults(self) -> list[str]:
         """What pruning and the guidance interval forbid."""
         faults = []
         cuts = self.prune.cuts(self.sampler.num_inference_steps, self.generate.candidates_per_prompt)
-        if cuts and by_oracle:
-            faults.append("selection by the oracle needs every candidate: set prune.by to none")
+        measured = {self.select.by, *self.evaluation.controls} & set(self.generate.alignment)
+        faults += [
+            f"selection by {name} needs every candidate measured: set prune.by to none"
+            for name in (sorted(measured) if cuts else ())
+        ]
         if cuts and min(cuts.values()) < self.select.top_k:
             faults.append(
                 f"prune.keep leaves {min(cuts.values())} candidates of a prompt, fewer than select.top_k,"

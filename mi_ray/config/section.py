@@ -7,10 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _listed(value: object) -> object:
+    """One name stands for a list of it."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"{', '.join(map(repr, twice))} is there more than once; name each metric once")
+    return names
+
+
+# Names of metrics: of the package, or package.module:Class; `alignment.metric` loads them.
+MetricNames = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_once)]
+METRIC_NAMES = "oracle (prompts of the embedded world only), or package.module:Class of your own (see README)"
 
 
 class ConfigError(Exception):

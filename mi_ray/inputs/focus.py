@@ -8,20 +8,25 @@ import pyarrow as pa
 from mi_ray import storage
 from mi_ray.config.section import ConfigError
 from mi_ray.inputs.prompts import read_prompts
+from mi_ray.storage.tables import metric_columns
 
 Focus = dict[str, tuple[float, str | None]]  # prompt -> weight above 0, category
 
 
-def read_focus(uri: str, metric: str, below: float) -> Focus:
+def read_focus(uri: str, metric: str | None, below: float) -> Focus:
     """The prompts that fail.
 
     A table's column `weight` is taken as it is, summed by prompt; else the metric is averaged by prompt, and a prompt
     below `below` weighs 1 less its average. A file with neither, .txt always, gives every prompt the weight 1.
 
+    Args:
+        metric: name of a column; None: the first column of the first metric that a run's tables declare.
+
     Raises:
         ConfigError: it cannot be read, or no prompt fails.
     """
     try:
+        metric = metric or _declared(uri)
         rows = _rows(uri, metric)
         if rows is None:
             prompts, _ = read_prompts(uri, "focus", duplicates="drop", broken="skip")
@@ -35,6 +40,18 @@ def read_focus(uri: str, metric: str, below: float) -> Focus:
     return focus
 
 
+def _parts(uri: str) -> list[str]:
+    return [uri] if uri.endswith(".parquet") else [storage.join(uri, name) for name in storage.list_tables(uri)]
+
+
+def _declared(uri: str) -> str:
+    """The first column of the first metric that a table or folder of tables declares; empty: there is none."""
+    if uri.endswith((".txt", ".jsonl")):
+        return ""
+    metrics = (metric_columns(storage.ParquetRows(part).schema) for part in _parts(uri)[:1])
+    return next((columns[0].name for declared in metrics for columns in declared.values()), "")
+
+
 def _rows(uri: str, metric: str) -> list[dict] | None:
     """Rows with prompt, category and either weight or the metric; None if the file has neither."""
     if uri.endswith(".txt"):
@@ -42,8 +59,7 @@ def _rows(uri: str, metric: str) -> list[dict] | None:
     if uri.endswith(".jsonl"):
         rows = [row for row in storage.iter_lines(uri) if isinstance(row, dict) and isinstance(row.get("prompt"), str)]
         return rows if any({"weight", metric} & row.keys() for row in rows) else None
-    folder = not uri.endswith(".parquet")
-    parts = [storage.join(uri, name) for name in storage.list_tables(uri)] if folder else [uri]
+    folder, parts = not uri.endswith(".parquet"), _parts(uri)
     if not parts:
         raise ValueError("is no folder of tables; give a .jsonl, .parquet or .txt file, or evaluation/<model> of a run")
     schemas = [storage.ParquetRows(part).schema.names for part in parts]
@@ -52,7 +68,8 @@ def _rows(uri: str, metric: str) -> list[dict] | None:
     if "prompt" in columns and {"weight", metric} & {*columns}:
         return [row for part in parts for row in storage.read_table(part, columns).to_pylist()]
     if folder:
-        raise ValueError(f"has no column {metric!r} among {', '.join(schemas[0])}; set --focus-metric to one of them")
+        lacks = f"has no column {metric!r} among {', '.join(schemas[0])}" if metric else "declares no metric"
+        raise ValueError(f"{lacks}; set --focus-metric to one of its columns")
     return None
 
 

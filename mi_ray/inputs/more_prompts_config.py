@@ -38,8 +38,10 @@ class MorePromptsConfig(Section):
         description="prompts that the model fails on, from which alone it is drawn: a file with prompt and maybe"
         " weight, or a folder evaluation/<model> of a run",
     )
-    focus_metric: str = Field(
-        "exact", description="metric between 0 and 1 of a focus table without weight, averaged by prompt"
+    focus_metric: str | None = Field(
+        None,
+        description="column between 0 and 1 of a focus table without weight, averaged by prompt; none: the first column"
+        " of the first metric that the table declares",
     )
     focus_below: float = Field(
         1.0, gt=0, le=1, description="prompts with a lower average count, each by 1 less its average"

@@ -88,7 +88,7 @@ Template = tuple[str | Slot | Relation, ...]
 
 
 def template_of(prompt: str, find_phrases: FindPhrases = plain_phrases) -> Template:
-    """The prompt in pieces, without a slot where nothing is understood; all in capitals, it is read in small letters."""
+    """The prompt in pieces, with no slot where nothing is understood; all in capitals, it is read in small letters."""
     prompt = prompt.lower() if prompt.isupper() else prompt
     found = list(_slots(prompt, find_phrases(prompt)))
     edges = [0, *(edge for start, end, _ in found for edge in (start, end)), len(prompt)]

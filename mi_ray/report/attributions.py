@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from mi_ray.report.figures import EXACT, NOT_EXACT
+from mi_ray.report.figures import BAD, GOOD
 
 _SHARE_SHOWN = 99.5  # percentile of the map's size at which its colour is full
 _DIM = 0.35  # contrast that is left to the image below the overlay
-_DIVERGING = LinearSegmentedColormap.from_list("information", [NOT_EXACT, "#ffffff", EXACT])
+_DIVERGING = LinearSegmentedColormap.from_list("information", [BAD, "#ffffff", GOOD])
 
 
 def attribution_png(
@@ -63,7 +63,7 @@ def _bars(axes: Axes, words: list[dict]):
         return
     values = [word["value"] for word in words]
     errors = [word["standard_error"] or 0 for word in words]
-    colors = [EXACT if value > 0 else NOT_EXACT for value in values]
+    colors = [GOOD if value > 0 else BAD for value in values]
     axes.barh(range(len(words)), values, xerr=errors, color=colors, alpha=0.75, height=0.6, ecolor="#555", capsize=2)
     axes.axvline(0, color="#333", lw=0.8)
     axes.set_yticks(range(len(words)), [word["word"] for word in words], fontsize=9, parse_math=False)

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow.compute as pc
 import yaml
 
-from mi_ray.report.figures import COLORS, EXACT, INK, NOT_EXACT, data_uri, styled_figure
-from mi_ray.report.page import decimal, number, page_environment
+from mi_ray.report.columns import decimal
+from mi_ray.report.figures import BAD, COLORS, GOOD, INK, data_uri, styled_figure
+from mi_ray.report.page import number, page_environment
 from mi_ray.storage import join, read_table, write_bytes, write_json
 from mi_ray.storage.tables import SCORED
 
@@ -89,7 +90,7 @@ def _histogram_plot(histogram: dict[str, list[float]], rank_by: str) -> str:
     edges, counts = np.array(histogram["edges"]), histogram["counts"]
     colors = [COLORS["tuned"]] * len(counts)
     if rank_by != "pmi":  # above zero the caption is likelier than its alternatives
-        colors = [EXACT if left + right > 0 else NOT_EXACT for left, right in pairwise(edges)]
+        colors = [GOOD if left + right > 0 else BAD for left, right in pairwise(edges)]
     with styled_figure(11, 2.4) as figure:
         axes = figure.subplots()
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colors, alpha=0.7)

@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 
 import matplotlib as mpl
 import numpy as np
@@ -12,9 +13,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mi_ray.alignment.metric import Column
+from mi_ray.report.columns import direction, label, scale, unit_of_change
+
 INK = "#010203"  # stands for the page's text colour; replaced when the figure is written
-COLORS = {"base": "#8b929e", "tuned": "#3f74d8", "random": "#c98a1b", "oracle": "#3f9b6b"}
-EXACT, NOT_EXACT = "#2f9e6e", "#d0605e"
+COLORS = {"base": "#8b929e", "tuned": "#3f74d8", "random": "#c98a1b"}
+OTHER_COLORS = ("#3f9b6b", "#8a5fc0", "#b8567f", "#3a9aa8")  # of models selected by a metric, in turn
+GOOD, BAD = "#2f9e6e", "#d0605e"
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -63,51 +68,52 @@ def _errorbar(axes: Axes, result: dict, key: str, y: float, scale: float, color:
     axes.plot(value, y, "o", color=color, ms=5)
 
 
-def difference_plot(groups: dict[str, dict]) -> str:
-    """Paired differences of `exact` in percentage points with their intervals, one line a group."""
+def difference_plot(groups: dict[str, dict], column: Column) -> str:
+    """Paired differences of a column with their intervals, one line a group; coloured where clear of zero."""
+    colors = {"better": GOOD, "worse": BAD, "unclear": COLORS["base"]}
     with styled_figure(5.4, 0.6 + 0.3 * len(groups)) as figure:
         axes = figure.subplots()
         axes.axvline(0, color=INK, lw=0.8, alpha=0.5)
         for y, result in enumerate(groups.values()):
-            clear = result["low"] is not None and result["low"] * result["high"] > 0
-            color = (EXACT if result["difference"] > 0 else NOT_EXACT) if clear else COLORS["base"]
-            _errorbar(axes, result, "difference", y, 100, color)
+            _errorbar(axes, result, "difference", y, scale(column), colors[direction(result, column)])
         axes.set_yticks(range(len(groups)), list(groups))
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel("tuned − base, points of exact")
+        axes.set_xlabel(f"tuned − base,{unit_of_change(column)} of {label(column)}")
         return data_uri(figure)
 
 
-def auc_plot(aucs: dict[str, dict]) -> str:
-    """Within-prompt AUC of each score with its interval; 0.5 is chance."""
-    with styled_figure(5.4, 0.6 + 0.32 * len(aucs)) as figure:
-        axes = figure.subplots()
-        axes.axvline(0.5, color=INK, lw=0.8, alpha=0.5, ls=(0, (3, 3)))
-        for y, result in enumerate(aucs.values()):
-            axes.barh(y, result["value"] - 0.5, left=0.5, height=0.55, color=COLORS["tuned"], alpha=0.35)
-            _errorbar(axes, result, "value", y, 1, COLORS["tuned"])
-        axes.set_yticks(range(len(aucs)), list(aucs))
-        axes.set_ylim(len(aucs) - 0.5, -0.5)
-        axes.set_xlim(min(0.3, *(r["value"] - 0.05 for r in aucs.values())), 1)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel("AUC within prompts (0.5: chance)")
+def auc_plot(aucs: dict[str, dict[str, dict]]) -> str:
+    """Within-prompt AUC of each score with its interval, a panel for each metric's column; 0.5 is chance."""
+    with styled_figure(5.4, sum(0.6 + 0.32 * len(of_metric) for of_metric in aucs.values())) as figure:
+        panels = figure.subplots(len(aucs), squeeze=False, height_ratios=[len(scores) for scores in aucs.values()])
+        lowest = min(result["value"] - 0.05 for of_metric in aucs.values() for result in of_metric.values())
+        for axes, (metric, of_metric) in zip(panels[:, 0], aucs.items(), strict=True):
+            axes.axvline(0.5, color=INK, lw=0.8, alpha=0.5, ls=(0, (3, 3)))
+            for y, result in enumerate(of_metric.values()):
+                axes.barh(y, result["value"] - 0.5, left=0.5, height=0.55, color=COLORS["tuned"], alpha=0.35)
+                _errorbar(axes, result, "value", y, 1, COLORS["tuned"])
+            axes.set_yticks(range(len(of_metric)), list(of_metric))
+            axes.set_ylim(len(of_metric) - 0.5, -0.5)
+            axes.set_xlim(min(0.3, lowest), 1)
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+            axes.set_xlabel(f"AUC within prompts by {metric} (0.5: chance)")
         return data_uri(figure)
 
 
 def score_plot(distributions: dict[str, dict]) -> str:
-    """Distribution of each score minus its prompt's mean, split by `exact` where that is known."""
+    """Distribution of each score minus its prompt's mean, split into the good and the others where that is known."""
     columns = min(3, len(distributions))
     rows = -(-len(distributions) // columns)
-    colors = {"exact": EXACT, "not exact": NOT_EXACT, "all": COLORS["tuned"]}
     with styled_figure(11, 2.3 * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (name, distribution) in zip(panels, distributions.items(), strict=False):
             edges = distribution["edges"]
-            for group, color in colors.items():
-                if any(distribution.get(group, ())):
+            groups = [group for group in distribution if group != "edges"]  # the good first, or all
+            for group, color in zip(groups, (GOOD, BAD) if len(groups) > 1 else (COLORS["tuned"],), strict=True):
+                if any(distribution[group]):
                     counted = {"x": edges[:-1], "bins": edges, "weights": distribution[group], "density": True}
                     axes.hist(**counted, histtype="stepfilled", color=color, alpha=0.28)
                     axes.hist(**counted, histtype="step", color=color, lw=1.2, label=group)
@@ -126,16 +132,18 @@ def training_plot(training: dict[str, dict]) -> str:
     """Loss, raw and smoothed, and gradient norm over the optimiser steps, one colour a model."""
     with styled_figure(11, 2.8) as figure:
         panels = figure.subplots(1, 2)
+        others = dict(zip((m for m in training if m not in COLORS), cycle(OTHER_COLORS), strict=False))
         for model, result in training.items():
+            color = (COLORS | others)[model]
             for axes, key in zip(panels, ("loss", "grad_norm"), strict=True):
                 values = pd.Series(result[key], dtype=float)
                 window = max(1, len(values) // 20)
                 steps = np.arange(1, len(values) + 1)
-                axes.plot(steps, values, color=COLORS[model], lw=0.7, alpha=0.35)
+                axes.plot(steps, values, color=color, lw=0.7, alpha=0.35)
                 smooth = values.rolling(window, min_periods=1, center=True).mean()
-                axes.plot(steps, smooth, color=COLORS[model], lw=1.6, label=model)
+                axes.plot(steps, smooth, color=color, lw=1.6, label=model)
                 for start in result["round_starts"][1:]:
-                    axes.axvline(start + 0.5, color=COLORS[model], lw=0.8, ls=(0, (2, 3)))
+                    axes.axvline(start + 0.5, color=color, lw=0.8, ls=(0, (2, 3)))
         panels[0].set_title("loss", loc="left")
         panels[1].set_title("gradient norm (before clipping)", loc="left")
         for axes in panels:

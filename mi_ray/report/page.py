@@ -11,10 +11,24 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from mi_ray.alignment.metric import Column
 from mi_ray.config import RunConfig
 from mi_ray.report import figures
-from mi_ray.report.pools import round_numbers
-from mi_ray.report.summary import METRICS, PAIRS, summarise
+from mi_ray.report.columns import (
+    PMI,
+    change,
+    decimal,
+    direction,
+    heading,
+    is_share,
+    label,
+    mark,
+    size,
+    unit_of_change,
+    value,
+)
+from mi_ray.report.pools import declared_in, round_numbers
+from mi_ray.report.summary import declared, pairs_of, summarise
 from mi_ray.storage import join, list_tables, read_table, write_bytes, write_json
 
 SIDE_BY_SIDE_PROMPTS, SIDE_BY_SIDE_SEEDS = 12, 4
@@ -26,63 +40,17 @@ SAMPLE_SEED = 0  # of the prompts shown side by side
 
 
 # ------------------------------------------------------------------------------------------ numbers as text
-def _half(result: dict) -> float | None:
-    return None if result["low"] is None else (result["high"] - result["low"]) / 2
-
-
-def decimal(value: float | None, digits: int = 2, sign: str = "") -> str:
-    """A number with a true minus sign; a dash for None. `sign`: "+" shows that of positive numbers too."""
-    return "–" if value is None else f"{value:{sign}.{digits}f}".replace("-", "−")
-
-
-def _with_half(text: str, half: float | None, digits: int) -> str:
-    return text if half is None else f"{text} ± {half:.{digits}f}"
-
-
-def percent(result: dict | None) -> str:
-    """48.2 ± 3.0 (per cent) of a share with its interval."""
-    if result is None:
-        return "–"
-    half = _half(result)
-    return _with_half(decimal(100 * result["value"], 1), half and 100 * half, 1)
-
-
-def nats(result: dict | None) -> str:
-    return "–" if result is None else _with_half(decimal(result["value"]), _half(result), 2)
-
-
-def points(result: dict | None) -> str:
-    """+4.9 ± 2.1 (percentage points) of a difference of shares."""
-    if result is None:
-        return "–"
-    half = _half(result)
-    return _with_half(decimal(100 * result["difference"], 1, "+"), half and 100 * half, 1)
-
-
-def nats_difference(result: dict | None) -> str:
-    if result is None:
-        return "–"
-    return _with_half(decimal(result["difference"], sign="+"), _half(result), 2)
-
-
-def direction(result: dict | None) -> str:
-    """better or worse where the interval is clear of zero, else unclear."""
-    if result is None or result["low"] is None or result["low"] <= 0 <= result["high"]:
-        return "unclear"
-    return "better" if result["low"] > 0 else "worse"
-
-
-def plain(value: object) -> str:
+def plain(cell: object) -> str:
     """A cell of a benchmark's table."""
-    if value is None or isinstance(value, bool):
-        return {None: "–", True: "yes", False: "no"}[value]
-    return decimal(value, 3) if isinstance(value, float) else str(value)
+    if cell is None or isinstance(cell, bool):
+        return {None: "–", True: "yes", False: "no"}[cell]
+    return decimal(cell, 3) if isinstance(cell, float) else str(cell)
 
 
-def number(value: float | None) -> str:
-    if value is None:
+def number(amount: float | None) -> str:
+    if amount is None:
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{amount:,.0f}" if abs(amount) >= 100 else f"{amount:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -94,33 +62,44 @@ def duration(seconds: float) -> str:
 
 
 _VERDICTS = {
-    "better": "The tuned model follows its prompts better: the 95 % interval is clear of zero.",
-    "worse": "The tuned model follows its prompts worse: the 95 % interval is clear of zero.",
+    "better": "The tuned model does better by {}: the 95 % interval is clear of zero.",
+    "worse": "The tuned model does worse by {}: the 95 % interval is clear of zero.",
     "unclear": "This run shows no clear difference: the 95 % interval includes zero.",
 }
 
 
+def _primary(report: dict) -> list[Column]:
+    """The first column of each metric, in order."""
+    return [columns[0] for columns in declared(report["metrics"]).values()]
+
+
+def _shown_columns(report: dict) -> list[Column]:
+    """All columns that some model's images were measured by, the model's own last."""
+    columns = [column for of_metric in declared(report["metrics"]).values() for column in of_metric]
+    return [c for c in (*columns, PMI) if any(c.name in result for result in report["alignment"].values())]
+
+
 def headline(report: dict) -> tuple[str, str]:
-    """What came out, in one line, and what may be concluded from it."""
+    """What came out, in one line, and what may be concluded from it: by the first metric, else by the model's PMI."""
     alignment, comparison = report["alignment"], report["comparison"].get("tuned-base", {})
-    for metric, unit, show, change in (("exact", " %", percent, points), ("pmi", "", nats, nats_difference)):
-        difference = comparison.get(metric)
+    for column in (*_primary(report), PMI):
+        difference = comparison.get(column.name)
         if difference is None:
             continue
-        before, after = (show(alignment[model][metric]).split(" ")[0] for model in ("base", "tuned"))
-        unit_of_change = "points" if metric == "exact" else "nats"
-        name = "exact" if metric == "exact" else "PMI"
-        verdict = _VERDICTS[direction(difference)]
+        unit = " %" if is_share(column) else ""
+        before, after = (value(alignment[model][column.name], column).split(" ")[0] for model in ("base", "tuned"))
+        verdict = _VERDICTS[direction(difference, column)].format(label(column))
         if difference["low"] is None:
             verdict = "One prompt alone allows no conclusion."
-        random = report["comparison"].get("tuned-random", {}).get(metric)
+        random = report["comparison"].get("tuned-random", {}).get(column.name)
         if random:
             clear = {"better": "clear of zero", "worse": "clear of zero, the wrong way", "unclear": "not clear of zero"}
-            verdict += f" Against fine-tuning on randomly chosen candidates: {change(random)} {unit_of_change}"
-            verdict += f" ({clear[direction(random)]})."
+            verdict += f" Against fine-tuning on randomly chosen candidates: {change(random, column)}"
+            verdict += f"{unit_of_change(column)} ({clear[direction(random, column)]})."
         if report["quality"].get("tuned", {}).get("collapsed"):
             verdict += " But the tuned model's images have collapsed: see Image quality."
-        return f"{name}: {before}{unit} → {after}{unit} ({change(difference)} {unit_of_change})", verdict
+        changed = f"{change(difference, column)}{unit_of_change(column)}"
+        return f"{label(column)}: {before}{unit} → {after}{unit} ({changed})", verdict
     if alignment:
         return f"Evaluated so far: {', '.join(alignment)}", "Base and tuned model cannot be compared yet."
     return "Not evaluated yet", "The evaluation has not run; below is what the run has so far."
@@ -139,40 +118,39 @@ def _grid(rows: list[list[str]]) -> str:
 def alignment_table(report: dict) -> str:
     """The alignment of every model and the paired differences, as plain text for a terminal.
 
-    Shares in per cent and differences in points, PMI in nats, each with the half-width of its 95 % interval.
+    Shares in per cent and differences in points, all else in its unit, with the half-width of the 95 % interval.
     """
     alignment, comparison = report["alignment"], report["comparison"]
     if not alignment:
         return "no evaluation yet"
-    models = list(alignment)
-    pair = comparison.get("tuned-base", {})
-    metrics = [metric for metric in METRICS if any(metric in alignment[model] for model in models)]
+    models, columns = list(alignment), _shown_columns(report)
+    pair, first = comparison.get("tuned-base", {}), columns[0] if columns else PMI
+
+    def row(name: str, results: list[dict], difference: dict, column: Column) -> list[str]:
+        cells = [value(result.get(column.name), column) for result in results]
+        return [name, *cells, *([change(difference.get(column.name), column)] if pair else [])]
+
     rows = [["", *models, *(["tuned − base"] if pair else [])]]
-    for metric in metrics:
-        change = [points(pair.get(metric))] if pair else []
-        rows.append([f"{metric} %", *(percent(alignment[model].get(metric)) for model in models), *change])
-    pmi = [nats_difference(pair.get("pmi"))] if pair else []
-    rows.append(["PMI, nats", *(nats(alignment[model].get("pmi")) for model in models), *pmi])
-    for grouping in ("by_split", "by_category"):
+    rows += [row(heading(column), list(alignment.values()), pair, column) for column in columns]
+    for grouping in ("by_split", "by_category") if first != PMI else ():
         for name in alignment[models[0]][grouping]:
-            cells = [percent(alignment[model][grouping].get(name, {}).get("exact")) for model in models]
-            change = [points(pair[grouping].get(name, {}).get("exact"))] if pair else []
-            if "exact" in metrics:
-                rows.append([f"  exact %, {name}", *cells, *change])
-    sizes = next(iter(alignment[models[0]][m] for m in ("exact", "pmi") if m in alignment[models[0]]), None)
+            results = [alignment[model][grouping].get(name, {}) for model in models]
+            difference = pair[grouping].get(name, {}) if pair else {}
+            rows.append(row(f"  {heading(first)}, {name}", results, difference, first))
     notes = []
-    if sizes:
-        size = f"{sizes['n_prompts']} prompts, {sizes['n_images']} images a model"
-        notes.append(f"{size}; ± is a 95 % interval over prompts, differences are paired")
+    if sizes := size(alignment[models[0]], columns):
+        counts = f"{sizes['n_prompts']} prompts, {sizes['n_images']} images a model"
+        notes.append(f"{counts}; ± is a 95 % interval over prompts, differences are paired")
     for name, result in comparison.items():
-        if "exact" in result and name != "tuned-base":
-            notes.append(f"{name.replace('-', ' − ')}: {points(result['exact'])} points of exact, paired")
+        if first != PMI and first.name in result and name != "tuned-base":
+            changed = f"{change(result[first.name], first)}{unit_of_change(first)} of {label(first)}"
+            notes.append(f"{name.replace('-', ' − ')}: {changed}, paired")
     return "\n".join([_grid(rows), "", *notes]).rstrip()
 
 
 # ------------------------------------------------------------------------------------------ images
-def _tile(row: dict) -> dict:
-    """What the template shows of an image: source, whether to keep its pixels crisp, exact (or None)."""
+def _tile(row: dict, column: Column | None = None) -> dict:
+    """What the template shows of an image: source, whether to keep its pixels crisp, and the mark of a column."""
     content = row["image"]["bytes"]
     with Image.open(io.BytesIO(content)) as image:
         crisp = max(image.size) <= CRISP_SIDE
@@ -183,9 +161,13 @@ def _tile(row: dict) -> dict:
             buffer = io.BytesIO()
             thumbnail.save(buffer, "JPEG", quality=88)
             content, kind = buffer.getvalue(), "jpeg"
-    exact = None if row["exact"] is None else row["exact"] == 1
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return {"source": source, "crisp": crisp, "exact": exact}
+    return {"source": source, "crisp": crisp, "mark": mark(column and row[column.name], column)}
+
+
+def _marking(folder: str) -> Column | None:
+    """The column whose value marks a folder's images: the first metric's first."""
+    return next((columns[0] for columns in declared_in(folder).values()), None)
 
 
 def _parts(folder: str, columns: list[str], first: int | None = None):
@@ -204,7 +186,9 @@ def side_by_side(run_dir: str) -> list[dict]:
     both = sorted(rows["base"].keys() & rows["tuned"].keys())
     order = np.random.default_rng(SAMPLE_SEED).permutation(len(both))
     chosen = {both[i] for i in order[:SIDE_BY_SIDE_PROMPTS]}
-    columns = ["prompt_id", "prompt", "category", "split", "seed", "exact", "image", "error"]
+    marking = _marking(folders["base"])
+    measured = [marking.name] if marking else []
+    columns = ["prompt_id", "prompt", "category", "split", "seed", *measured, "image", "error"]
     for model, folder in folders.items():
         for part in _parts(folder, columns):
             for row in part:
@@ -216,13 +200,16 @@ def side_by_side(run_dir: str) -> list[dict]:
         seeds = [seed for seed in base if seed in tuned][:SIDE_BY_SIDE_SEEDS]
         if seeds:
             first = base[seeds[0]]
-            tiles = {name: [_tile(m[seed]) for seed in seeds] for name, m in (("base", base), ("tuned", tuned))}
+            tiles = {
+                name: [_tile(of_model[seed], marking) for seed in seeds]
+                for name, of_model in (("base", base), ("tuned", tuned))
+            }
             cards.append({key: first[key] for key in ("prompt", "category", "split")} | {"tiles": tiles})
     return sorted(cards, key=lambda card: (card["split"] or "", card["category"] or "", card["prompt"]))
 
 
 def shown_score(config: RunConfig) -> str:
-    """The selecting score; under the controls `random` and `oracle` the first one computed."""
+    """The selecting score; where the selection is random or by a metric, the first one computed."""
     return config.select.by if config.select.by in config.score.names else config.score.names[0]
 
 
@@ -230,16 +217,18 @@ def previews(run_dir: str, config: RunConfig) -> list[dict]:
     """The highest- and lowest-scored candidates of the previewed prompts, which are a run's first, of the last round
     that has them; of a pruned pool, those that were sampled to the end."""
     score = f"score_{shown_score(config)}"
-    columns = ["prompt_id", "prompt", score, "exact", "kept", "image", "pruned_after", "error"]
     first = math.ceil(config.generate.preview_prompts / config.generate.prompts_per_shard)
     for number in reversed(round_numbers(run_dir)):
-        cards = []
-        for part in _parts(join(run_dir, f"round-{number}", "candidates"), columns, first):
+        cards, folder = [], join(run_dir, f"round-{number}", "candidates")
+        marking = _marking(folder)
+        measured = [marking.name] if marking else []
+        columns = ["prompt_id", "prompt", score, *measured, "kept", "image", "pruned_after", "error"]
+        for part in _parts(folder, columns, first):
             pools = {}
             for row in part:
                 if row["error"] is None and row["pruned_after"] is None:
                     pools.setdefault(row["prompt_id"], []).append(row)
-            cards += [_strips(pool, score) for pool in pools.values() if all(row["image"] for row in pool)]
+            cards += [_strips(pool, score, marking) for pool in pools.values() if all(row["image"] for row in pool)]
             if len(cards) >= PREVIEWS:
                 break
         if cards:
@@ -247,14 +236,14 @@ def previews(run_dir: str, config: RunConfig) -> list[dict]:
     return []
 
 
-def _strips(pool: list[dict], score: str) -> dict:
+def _strips(pool: list[dict], score: str, marking: Column | None = None) -> dict:
     pool = sorted(
         (row for row in pool if row[score] is not None and np.isfinite(row[score])), key=lambda row: -row[score]
     )
     size = min(STRIP, len(pool) // 2)
     strips = {"highest": pool[:size], "lowest": pool[len(pool) - size :]}
     tiles = {
-        name: [_tile(row) | {"score": row[score], "kept": bool(row["kept"])} for row in rows]
+        name: [_tile(row, marking) | {"score": row[score], "kept": bool(row["kept"])} for row in rows]
         for name, rows in strips.items()
     }
     return {"prompt": pool[0]["prompt"] if pool else "", "n_candidates": len(pool), "tiles": tiles}
@@ -265,20 +254,29 @@ def _plots(report: dict) -> dict:
     """Data URIs of the figures that this run has the numbers for."""
     plots = {}
     comparison = report["comparison"].get("tuned-base", {})
-    groups = {"all": comparison.get("exact")}
-    for grouping in ("by_split", "by_category"):
-        groups |= {name: result.get("exact") for name, result in comparison.get(grouping, {}).items()}
-    groups = {name: result for name, result in groups.items() if result}
-    if len(groups) > 1:
-        plots["differences"] = figures.difference_plot(groups)
+    for column in _primary(report)[:1]:
+        groups = {"all": comparison.get(column.name)}
+        for grouping in ("by_split", "by_category"):
+            groups |= {name: result.get(column.name) for name, result in comparison.get(grouping, {}).items()}
+        groups = {name: result for name, result in groups.items() if result}
+        if len(groups) > 1:
+            plots["differences"] = figures.difference_plot(groups, column)
     if report["selection"]["auc"]:
-        plots["auc"] = figures.auc_plot(report["selection"]["auc"])
+        labels = {column.name: label(column) for column in _primary(report)}
+        plots["auc"] = figures.auc_plot({labels[name]: aucs for name, aucs in report["selection"]["auc"].items()})
     if report["selection"]["distributions"]:
         plots["scores"] = figures.score_plot(report["selection"]["distributions"])
     curves = {model: result for model, result in report["training"].items() if result["loss"]}
     if curves:
         plots["training"] = figures.training_plot(curves)
     return plots
+
+
+def _broken_down(report: dict, columns: list[Column]) -> list[tuple[Column, list[str]]]:
+    """What the table by category shows: the headline's column of all models, the others of base and tuned alone."""
+    models = list(report["alignment"])
+    two = [model for model in models if model in ("base", "tuned")]
+    return [(column, two if number or column == PMI else models) for number, column in enumerate(columns)]
 
 
 def page_environment(*filters: Callable) -> Environment:
@@ -297,16 +295,22 @@ def page_environment(*filters: Callable) -> Environment:
 def render(report: dict, config: RunConfig) -> str:
     """The page of a report, from its numbers and the images in the run's folder."""
     run_dir = report["run"]["run_dir"]
-    environment = page_environment(percent, nats, points, nats_difference, decimal, direction, number, duration, plain)
+    environment = page_environment(value, change, heading, label, size, decimal, direction, number, duration, plain)
     title, verdict = headline(report)
+    primary, pairs = _primary(report), [f"{model}-{baseline}" for model, baseline in pairs_of(config)]
+    shown = _shown_columns(report)
     return environment.get_template("template.html.j2").render(
         report=report,
         config=config,
         config_yaml=yaml.safe_dump(report["run"]["config"], sort_keys=False, allow_unicode=True),
         title=title,
         verdict=verdict,
-        metrics=[m for m in METRICS if any(m in result for result in report["alignment"].values())],
-        pairs=[f"{model}-{baseline}" for model, baseline in PAIRS if f"{model}-{baseline}" in report["comparison"]],
+        columns=shown,
+        broken_down=_broken_down(report, [column for column in (*primary, PMI) if column in shown]),
+        marking=next((column for column in primary if column in shown), None),
+        measured=[column for column in primary if column.name in report["selection"]["auc"]],
+        pooled=[column for column in primary if f"kept_{column.name}" in report["selection"]],
+        pairs=[pair for pair in pairs if pair in report["comparison"]],
         plots=_plots(report),
         side_by_side=side_by_side(run_dir),
         previews=previews(run_dir, config),

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from mi_ray.alignment.metric import Column
+from mi_ray.report.columns import label
 from mi_ray.report.statistics import PromptAverage, prompt_aucs, within_prompt_auc
-from mi_ray.storage import join, list_names, list_tables, read_table
+from mi_ray.storage import ParquetRows, join, list_names, list_tables, read_table
+from mi_ray.storage.tables import metric_columns
 
 DRAWN = 20_000  # candidates at least, if there are so many, whose scores' distribution is shown
 MAX_TOLD = 1000  # different errors; what comes after is told by stage alone
@@ -36,23 +39,30 @@ def count_error(errors: Counter, prompt: str, stage: str, message: str, count: i
 
 
 class Selection:
-    """AUC of each score, and how many candidates of the pool and of the kept are exact."""
+    """By the primary column of each metric: the AUC of each score, and the means of the pool and of the kept."""
 
-    def __init__(self, score_names: tuple[str, ...]):
-        self.aucs = {name: PromptAverage() for name in score_names}
-        self.shares = {"pool_exact": PromptAverage(), "kept_exact": PromptAverage()}
+    def __init__(self, score_names: tuple[str, ...], truths: list[Column]):
+        self.truths = truths
+        self.aucs = {truth.name: {name: PromptAverage() for name in score_names} for truth in truths}
+        self.means = {f"{part}_{truth.name}": PromptAverage() for truth in truths for part in ("pool", "kept")}
 
     def add(self, candidates: pd.DataFrame):
         """Whole pools of prompts that have not come before, in all rounds that count."""
-        for name, average in self.aucs.items():
-            average.add(prompt_aucs(candidates, f"score_{name}"), "auc")
-        self.shares["pool_exact"].add(candidates, "exact")
-        self.shares["kept_exact"].add(candidates[candidates["kept"].eq(True)], "exact")
+        kept = candidates[candidates["kept"].eq(True)]
+        for truth in self.truths:
+            for name, average in self.aucs[truth.name].items():
+                average.add(prompt_aucs(candidates, f"score_{name}", truth), "auc")
+            self.means[f"pool_{truth.name}"].add(candidates, truth.name)
+            self.means[f"kept_{truth.name}"].add(kept, truth.name)
 
     def result(self) -> dict:
-        aucs = {name: within_prompt_auc(average) for name, average in self.aucs.items()}
-        shares = {name: average.result() for name, average in self.shares.items()}
-        return {"auc": present(aucs), **present(shares)}
+        """{auc: {column: {score: result}}, pool_<column>, kept_<column>}, without what nothing is known of."""
+        aucs = {
+            truth: present({name: within_prompt_auc(average) for name, average in of_truth.items()})
+            for truth, of_truth in self.aucs.items()
+        }
+        means = {name: average.result() for name, average in self.means.items()}
+        return {"auc": {truth: found for truth, found in aucs.items() if found}, **present(means)}
 
 
 class Thinned:
@@ -76,6 +86,7 @@ class Pools:
     """Of all rounds together, and of each."""
 
     prompts: int = 0
+    metrics: dict[str, tuple[Column, ...]] = field(default_factory=dict)  # that measured the candidates
     selection: dict = field(default_factory=dict)
     distributions: dict = field(default_factory=dict)
     errors: Counter = field(default_factory=Counter)
@@ -88,15 +99,18 @@ def read_pools(run_dir: str, score_names: tuple[str, ...]) -> Pools:
     read in all rounds at once, since a prompt's rounds are averaged before anything else.
     """
     scores = [f"score_{name}" for name in score_names]
-    columns = ["prompt_id", "prompt", *scores, "exact", "kept", "error"]
     folders = {number: join(run_dir, f"round-{number}", "candidates") for number in round_numbers(run_dir)}
     names = {number: set(list_tables(folder)) for number, folder in folders.items()}
-    pools, whole, thinned = Pools(), Selection(score_names), Thinned()
-    by_round = {number: Selection(score_names) for number in folders}
+    metrics = next((declared_in(folder) for number, folder in folders.items() if names[number]), {})
+    truths = [declared[0] for declared in metrics.values()]
+    measured = [truth.name for truth in truths]
+    columns = ["prompt_id", "prompt", *scores, *measured, "kept", "error"]
+    pools, whole, thinned = Pools(metrics=metrics), Selection(score_names, truths), Thinned()
+    by_round = {number: Selection(score_names, truths) for number in folders}
     sound_rounds: set[int] = set()
     for part in sorted(set().union(*names.values())):
         frames = [
-            numeric(read_table(join(folder, part), columns).to_pandas(), [*scores, "exact"]).assign(round=number)
+            numeric(read_table(join(folder, part), columns).to_pandas(), [*scores, *measured]).assign(round=number)
             for number, folder in folders.items()
             if part in names[number]
         ]
@@ -110,27 +124,47 @@ def read_pools(run_dir: str, score_names: tuple[str, ...]) -> Pools:
         if len(folders) > 1:
             for number, of_round in sound.groupby("round"):
                 by_round[number].add(of_round)
-        level = sound.groupby(["round", "prompt_id"])[scores].transform("mean")
-        thinned.add((sound[scores] - level).assign(exact=sound["exact"]))
+        level = sound.groupby(["round", "prompt_id"])[[*scores, *measured]].transform("mean")
+        thinned.add((sound[scores] - level[scores]).assign(good=_good(sound, level, truths)))
     pools.selection = {**whole.result(), "rounds": len(sound_rounds)}
     if len(sound_rounds) > 1:
         pools.selection["by_round"] = [by_round[number].result() for number in sorted(sound_rounds)]
     if pools.prompts:
-        pools.distributions = present({name: distribution(thinned.rows, name) for name in score_names})
+        pools.distributions = present({name: distribution(thinned.rows, name, *truths[:1]) for name in score_names})
     return pools
 
 
-def distribution(centred: pd.DataFrame, name: str) -> dict | None:
-    """How a score minus its prompt's mean is distributed: {edges (n + 1,), and counts (n,) of what is exact, what is
-    not, or, where that is not known of any, all}. Prompts differ in level, and only the order within one selects."""
+def declared_in(folder: str) -> dict[str, tuple[Column, ...]]:
+    """The metrics whose columns the tables of a folder have, as the first of them says; {} if there is none."""
+    return next((metric_columns(ParquetRows(join(folder, name)).schema) for name in list_tables(folder)), {})
+
+
+def _good(candidates: pd.DataFrame, level: pd.DataFrame, truths: list[Column]) -> pd.Series:
+    """Whether each candidate is good by the first metric, 1 or 0, NaN where that is not known: its value, of yes and
+    no; else whether it is better than its prompt's mean, `level`."""
+    if not truths:
+        return pd.Series(np.nan, candidates.index)
+    truth, values = truths[0], candidates[truths[0].name]
+    good = values == 1 if truth.unit == "yes/no" else truth.sign * (values - level[truth.name]) > 0
+    return good.astype(float).where(values.notna())
+
+
+def distribution(centred: pd.DataFrame, name: str, truth: Column | None = None) -> dict | None:
+    """How a score minus its prompt's mean is distributed: {edges (n + 1,), and counts (n,) of the good, of the others,
+    or, where that is not known of any, all}. Prompts differ in level, and only the order within one selects."""
     values = centred[f"score_{name}"].dropna()
     if values.empty:
         return None
     low, high = np.percentile(values, [0.5, 99.5])
     bins = int(np.clip(np.sqrt(len(values)), 12, 40))
     edges = np.linspace(low, high if high > low else low + 1, bins + 1)
-    exact = centred["exact"][values.index]
-    groups = {"all": exact.isna()} if exact.isna().all() else {"exact": exact == 1, "not exact": exact.eq(0)}
+    good = centred["good"][values.index]
+    if truth is None or good.isna().all():
+        groups = {"all": good.isna()}
+    elif truth.unit == "yes/no":
+        groups = {label(truth): good == 1, f"not {label(truth)}": good == 0}
+    else:
+        groups = {f"better by {label(truth)}": good == 1, f"worse by {label(truth)}": good == 0}
     values = values.clip(edges[0], edges[-1])
     counts = {group: np.histogram(values[chosen], edges)[0].tolist() for group, chosen in groups.items()}
     return {"edges": edges.tolist(), **counts}

@@ -13,6 +13,8 @@ from scipy import stats
 from scipy.spatial.distance import pdist
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from mi_ray.alignment.metric import Column
+
 CONFIDENCE = 0.95
 MAX_DEVIATIONS = 3.0  # of a feature
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 10, 1000  # torchmetrics averages over random subsets of this size
@@ -82,24 +84,31 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * (~positive).sum()))
 
 
-def prompt_aucs(candidates: pd.DataFrame, column: str) -> pd.DataFrame:
-    """AUC of a score for exact == 1 among the candidates of one prompt and round: columns prompt_id, auc.
+def prompt_aucs(candidates: pd.DataFrame, column: str, truth: Column) -> pd.DataFrame:
+    """How often a score orders two candidates of one prompt and round as a metric does: columns prompt_id, auc.
 
-    `candidates` has the columns round, prompt_id, exact and `column`. Pools without both kinds have no row.
+    Over the pairs whose values of the metric differ; equal scores count half. Where the metric is 0 or 1, this is the
+    area under the ROC curve. `candidates` has the columns round, prompt_id, `column` and the metric's. Pools without
+    such a pair have no row.
     """
-    measured = candidates[candidates[column].notna() & candidates["exact"].notna()]
-    exact, pools = measured["exact"] == 1, [measured["round"], measured["prompt_id"]]
-    ranks = measured[column].groupby(pools).rank()
-    found = pd.DataFrame({"rank_sum": ranks.where(exact, 0.0), "exact": exact, "all": 1}).groupby(pools).sum()
-    found = found[found["exact"].between(1, found["all"] - 1)].reset_index()
-    pairs = found["exact"] * (found["all"] - found["exact"])
-    found["auc"] = (found["rank_sum"] - found["exact"] * (found["exact"] + 1) / 2) / pairs  # as in `auc`
-    return found[["prompt_id", "auc"]]
+    measured = candidates[candidates[column].notna() & candidates[truth.name].notna()]
+    pools = measured.groupby(["round", "prompt_id"])
+    pool, place = pools.ngroup().to_numpy(), pools.cumcount().to_numpy()
+    shape = (pools.ngroups, place.max(initial=-1) + 1)
+    scores, truths = np.full(shape, np.nan), np.full(shape, np.nan)
+    scores[pool, place] = measured[column]
+    truths[pool, place] = truth.sign * measured[truth.name]
+    pairs, right = np.zeros(shape[0]), np.zeros(shape[0])
+    for score, value in zip(scores.T[..., None], truths.T[..., None], strict=True):  # each against all of its pool
+        better = truths > value  # NaN, where a pool has fewer candidates, is above nothing
+        pairs += better.sum(1)
+        right += (better * ((scores > score) + 0.5 * (scores == score))).sum(1)
+    ids = pools["prompt_id"].first().to_numpy()
+    return pd.DataFrame({"prompt_id": ids[pairs > 0], "auc": right[pairs > 0] / pairs[pairs > 0]})
 
 
 def within_prompt_auc(aucs: PromptAverage) -> dict | None:
-    """{value, low, high, n_prompts} of `prompt_aucs`, a prompt's rounds averaged first; None if no prompt has both
-    kinds."""
+    """{value, low, high, n_prompts} of `prompt_aucs`, a prompt's rounds averaged first; None if no prompt has any."""
     result = aucs.result()
     return result and {key: result[key] for key in ("value", "low", "high", "n_prompts")}
 

@@ -2,13 +2,17 @@
 
 import math
 from collections import Counter
+from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
+from mi_ray.alignment.metric import Column
 from mi_ray.config import RunConfig
-from mi_ray.report.pools import count_error, numeric, present, read_pools, round_numbers
+from mi_ray.report.columns import PMI
+from mi_ray.report.pools import count_error, declared_in, numeric, present, read_pools, round_numbers
 from mi_ray.report.statistics import (
     diversity,
     is_collapsed,
@@ -28,10 +32,7 @@ from mi_ray.storage import (
     read_tables,
 )
 
-MODELS = ("base", "tuned", "random", "oracle")
-PAIRS = (("tuned", "base"), ("tuned", "random"), ("random", "base"), ("oracle", "base"), ("tuned", "oracle"))
 REFERENCE = "reference"  # real renders, evaluated like a model
-METRICS = ("exact", "objects", "attributes", "count", "relation")
 STAGES = ("generate", "evaluate")  # that write shards
 AMOUNTS = ("rows", "denoiser_evaluations", "score_evaluations")  # of a shard
 QUALITY_IMAGES = 20_000  # of a model, enough for quality: what is measured by them needs no more
@@ -69,15 +70,31 @@ def _finished(events: list[dict], stage: str) -> list[dict]:
     return [e for e in finished if not e["stage"].endswith(REFERENCE)]
 
 
+def models_of(config: RunConfig) -> list[str]:
+    """Those that a run evaluates, beside `REFERENCE`."""
+    return list(dict.fromkeys(["base", "tuned", "random", *config.evaluation.controls]))
+
+
+def pairs_of(config: RunConfig) -> list[tuple[str, str]]:
+    """The models that are compared: (model, baseline)."""
+    metrics = [control for control in config.evaluation.controls if control != "random"]
+    pairs = [("tuned", "base"), ("tuned", "random"), ("random", "base")]
+    return pairs + [pair for metric in metrics for pair in ((metric, "base"), ("tuned", metric))]
+
+
+def declared(metrics: dict[str, list[dict]]) -> dict[str, list[Column]]:
+    """The columns of each metric in a report."""
+    return {name: [Column(**column) for column in columns] for name, columns in metrics.items()}
+
+
 def read_evaluation(run_dir: str, model: str) -> pd.DataFrame | None:
     """The evaluated images of a model (or of `REFERENCE`) without images and features; None if there are none."""
     folder = join(run_dir, "evaluation", model)
-    columns = ["prompt_id", "prompt", "category", "split", "seed", "score_pmi", *METRICS, "error"]
     if not list_tables(folder):
         return None
-    return numeric(read_tables(folder, columns).to_pandas(), ["score_pmi", *METRICS]).rename(
-        columns={"score_pmi": "pmi"}
-    )
+    measured = ["score_pmi", *(c.name for columns in declared_in(folder).values() for c in columns)]
+    columns = ["prompt_id", "prompt", "category", "split", "seed", *measured, "error"]
+    return numeric(read_tables(folder, columns).to_pandas(), measured).rename(columns={"score_pmi": PMI.name})
 
 
 def read_features(run_dir: str, model: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -160,45 +177,48 @@ def _prompts(events: list[dict], generated: int, evaluation: dict[str, pd.DataFr
     }
 
 
-def _grouped(frame: pd.DataFrame, column: str, statistic) -> dict:
-    """exact and pmi of each group; groups in order of appearance."""
-    groups = {}
-    for name in frame[column].dropna().unique():
-        groups[name] = present({m: statistic(frame[frame[column] == name], m) for m in ("exact", "pmi")})
-    return groups
+def _statistics(frame: pd.DataFrame, columns: list[str], compared: list[str], statistic) -> dict:
+    """A statistic of the columns, and by category and split that of the compared ones; groups in order of
+    appearance."""
+
+    def of(rows: pd.DataFrame, names: list[str]) -> dict:
+        return present({name: statistic(rows, name) for name in names if name in rows})
+
+    def grouped(by: str) -> dict:
+        return {group: of(frame[frame[by] == group], compared) for group in frame[by].dropna().unique()}
+
+    return {**of(frame, columns), "by_category": grouped("category"), "by_split": grouped("split")}
 
 
-def _alignment(evaluation: dict[str, pd.DataFrame]) -> dict:
-    return {
-        model: {
-            **present({metric: prompt_mean(frame, metric) for metric in (*METRICS, "pmi")}),
-            "by_category": _grouped(frame, "category", prompt_mean),
-            "by_split": _grouped(frame, "split", prompt_mean),
-        }
-        for model, frame in evaluation.items()
-    }
+def _alignment(evaluation: dict[str, pd.DataFrame], metrics: dict[str, tuple[Column, ...]]) -> dict:
+    columns = [*(column.name for of_metric in metrics.values() for column in of_metric), PMI.name]
+    compared = _compared(metrics)
+    return {model: _statistics(frame, columns, compared, prompt_mean) for model, frame in evaluation.items()}
 
 
-def _comparison(evaluation: dict[str, pd.DataFrame]) -> dict:
-    comparison = {}
-    for model, baseline in PAIRS:
+def _compared(metrics: dict[str, tuple[Column, ...]]) -> list[str]:
+    """The columns by which models are compared: the primary one of each metric, and the model's own."""
+    return [*(of_metric[0].name for of_metric in metrics.values()), PMI.name]
+
+
+def _comparison(
+    evaluation: dict[str, pd.DataFrame], metrics: dict[str, tuple[Column, ...]], pairs: list[tuple[str, str]]
+) -> dict:
+    comparison, compared = {}, _compared(metrics)
+    for model, baseline in pairs:
         if model in evaluation and baseline in evaluation:
-            frame, other = evaluation[model], evaluation[baseline]
-
-            def difference(rows, metric, other=other):
-                return paired_difference(rows, other, metric)
-
-            comparison[f"{model}-{baseline}"] = {
-                **present({metric: difference(frame, metric) for metric in ("exact", "pmi")}),
-                "by_category": _grouped(frame, "category", difference),
-                "by_split": _grouped(frame, "split", difference),
-            }
+            difference = partial(_difference, evaluation[baseline])
+            comparison[f"{model}-{baseline}"] = _statistics(evaluation[model], compared, compared, difference)
     return comparison
 
 
-def _quality(run_dir: str) -> dict:
-    """Distance to the reference images (real renders, else the base model's own) and diversity within a prompt."""
-    found = present({model: read_features(run_dir, model) for model in MODELS})
+def _difference(baseline: pd.DataFrame, rows: pd.DataFrame, column: str) -> dict | None:
+    return paired_difference(rows, baseline, column) if column in baseline else None
+
+
+def _quality(run_dir: str, models: list[str]) -> dict:
+    """Distance to the reference images (a metric's real ones, else the base model's) and diversity within a prompt."""
+    found = present({model: read_features(run_dir, model) for model in models})
     if "base" not in found:
         return {}
     real = read_features(run_dir, REFERENCE)
@@ -240,8 +260,8 @@ def _training_of(folders: list[str]) -> dict | None:
     }
 
 
-def _training(run_dir: str) -> dict:
-    homes = {"tuned": run_dir} | {control: join(run_dir, "controls", control) for control in ("random", "oracle")}
+def _training(run_dir: str, models: list[str]) -> dict:
+    homes = {model: join(run_dir, "controls", model) for model in models if model != "base"} | {"tuned": run_dir}
     return present(
         {
             model: _training_of([join(home, f"round-{number}", "adapter") for number in round_numbers(home)])
@@ -291,11 +311,15 @@ def _benchmarks(run_dir: str) -> dict[str, dict]:
 def summarise(run_dir: str, config: RunConfig) -> dict:
     """The content of report.json, from the run's folder alone; what has not run yet is left out.
 
-    Intervals are 95 % t-intervals over prompts; shares lie in [0, 1], scores are in nats, times in seconds.
+    Intervals are 95 % t-intervals over prompts; metrics are in the units that `metrics` declares, those of the
+    evaluation first; scores are in nats, times in seconds.
     """
     events, work = _events(run_dir)
-    pools = read_pools(run_dir, config.score.names)
-    evaluation = present({model: read_evaluation(run_dir, model) for model in MODELS})
+    pools, models = read_pools(run_dir, config.score.names), models_of(config)
+    evaluation = present({model: read_evaluation(run_dir, model) for model in models})
+    evaluated = [declared_in(join(run_dir, "evaluation", model)) for model in evaluation]
+    metrics = {**(evaluated[0] if evaluated else {})}
+    metrics |= {name: columns for name, columns in pools.metrics.items() if name not in metrics}
     sound = {model: frame[frame["error"].isna()] for model, frame in evaluation.items()}
     report = {
         "run": _run(run_dir, config, events),
@@ -303,11 +327,12 @@ def summarise(run_dir: str, config: RunConfig) -> dict:
         "throughput": _throughput(events, work),
         "denoiser_evaluations": _denoiser_evaluations(work),
         "prompts": _prompts(events, pools.prompts, evaluation),
-        "alignment": _alignment(sound),
-        "comparison": _comparison(sound),
-        "quality": _quality(run_dir),
+        "metrics": {name: [asdict(column) for column in columns] for name, columns in metrics.items()},
+        "alignment": _alignment(sound, metrics),
+        "comparison": _comparison(sound, metrics, pairs_of(config)),
+        "quality": _quality(run_dir, models),
         "selection": {**pools.selection, "distributions": pools.distributions},
-        "training": _training(run_dir),
+        "training": _training(run_dir, models),
         "errors": _errors(events, pools.errors, evaluation),
         "benchmarks": _benchmarks(run_dir),
     }

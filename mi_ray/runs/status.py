@@ -155,7 +155,7 @@ def _online(config: RunConfig, arm: str, events: _Events) -> list[StageStatus]:
     return [drawn, StageStatus("finetune", arm, "steps", done, steps - done, 0, 0.0)]
 
 
-def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
+def _stages(config: RunConfig, events: _Events, has_reference: bool) -> list[StageStatus]:
     run_dir = config.run_dir
     per_shard = config.generate.prompts_per_shard
     planned = {stage: -(-count // per_shard) for stage, count in events.prompts.items()}
@@ -178,7 +178,7 @@ def _stages(config: RunConfig, events: _Events) -> list[StageStatus]:
         selected = storage.exists(storage.join(folder, "selected.parquet"))
         stages.append(StageStatus("select", model, "table", int(selected), int(not selected)))
         stages.append(_finetune(storage.join(folder, "adapter"), model, config.finetune.steps))
-    reference = [REFERENCE] if config.evaluation.alignment == "oracle" else []
+    reference = [REFERENCE] if has_reference else []
     for model in (*reference, "base", "tuned", *config.evaluation.controls):
         folder = storage.join(run_dir, "evaluation", model)
         stages.append(_shards(folder, "evaluate", model, planned.get("evaluation"), events, run_dir))
@@ -230,7 +230,7 @@ def run_status(run_dir: str) -> dict:
         stages = _pair_stages(run_dir, content["config"]["model"], events)
     else:
         config, _ = read_run(run_dir)
-        stages = _with_estimates(_stages(config, events), config, events)
+        stages = _with_estimates(_stages(config, events, content.get("has_reference", False)), config, events)
     lefts = [status.seconds_left for status in stages]
     return {
         "run_dir": run_dir,

@@ -1,13 +1,11 @@
 """What one actor does with pairs of image and caption: admit the images, score them, say which way they are wrong."""
 
-import io
 import math
 import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from mi_ray.config import ScoreConfig
@@ -17,7 +15,6 @@ from mi_ray.information.maps import InformationMaps, information_maps, without_e
 from mi_ray.information.negatives import margin, posteriors
 from mi_ray.information.pointwise import beside, denoising_errors, log_odds, pmi
 from mi_ray.information.probes import Probes
-from mi_ray.inputs.pair_config import Fit
 from mi_ray.language.negatives import Negative
 from mi_ray.language.sources import negatives_by
 from mi_ray.scoring.branches import branch_errors, encode_each, hard_negatives, likeliest_errors
@@ -25,7 +22,6 @@ from mi_ray.scoring.scorer import draw_probes_of
 from mi_ray.scoring.work import Work
 
 CLEAR = 2.0  # standard errors by which an alternative must lead
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -34,39 +30,6 @@ def model_image_size(denoiser: Denoiser) -> tuple[int, int]:
     return denoiser.decode(torch.zeros(1, *denoiser.latent_shape)).shape[1:3]
 
 
-def read_image(content: bytes, size: tuple[int, int], fit: Fit) -> np.ndarray:
-    """An encoded image as the model takes it: (*size, 3) uint8.
-
-    Args:
-        fit: "exact": it must have the size and be RGB. "crop": turned upright, transparency on white, converted to
-            RGB, scaled and cropped about its centre.
-
-    Raises:
-        ValueError: with the reason why it will not do.
-    """
-    height, width = size
-    try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            if fit == "exact" and image.size != (width, height):
-                raise ValueError(f"the image has {image.width}x{image.height} pixels, not {width}x{height}; --fit crop")
-            if fit == "exact" and image.mode != "RGB":
-                raise ValueError(f"the image's mode is {image.mode}, not RGB; --fit crop")
-            if fit == "exact":
-                return np.array(image)
-            upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            return np.array(ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"the image is corrupt, or none of {', '.join(_FORMATS)}") from error
-    except ValueError:
-        raise
-    except Exception as error:  # whatever a decoder comes upon in a file that anyone may have written
-        raise ValueError(f"the image is corrupt: {' '.join(str(error).split())}") from error
-
-
-# ---------------------------------------------------------------------------------------------- scores
 class _Encoded(NamedTuple):
     """n pairs, ready for the denoiser."""
 

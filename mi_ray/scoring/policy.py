@@ -6,12 +6,13 @@ import time
 import numpy as np
 import torch
 
+from mi_ray.alignment.metric import load_metrics, measure
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.adapters import MergedAdapter, attach_adapter
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard
-from mi_ray.scoring.images import encode_png, measured
-from mi_ray.scoring.rewards import RANDOM, candidate_advantages, rewards_of
+from mi_ray.scoring.rewards import RANDOM, candidate_advantages, run_rewards
 from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
@@ -40,7 +41,8 @@ class PolicySampler:
         for denoiser in (self.base, self.drawing):
             specialise(denoiser, config.model, batch_size)
         self.sampler = Sampler(self.drawing, config.sampler, batch_size, config.model.kernel)
-        self.rewards = rewards_of(config.online, config.select.by)
+        self.metrics = load_metrics(config.generate.alignment)
+        self.rewards = run_rewards(config)
         self.random = all(reward.name == RANDOM for reward in self.rewards)
         self.scorer = Scorer(self.base, config.score, batch_size, config.seed, [])
 
@@ -92,9 +94,9 @@ class PolicySampler:
 
     def _measured(self, latents, prompts: list[str], validation: bool, columns: dict, work: Work) -> dict[str, list]:
         """Metrics of all, where they are asked for; of a validation the first image of each prompt."""
-        alignment, began = self.config.generate.alignment, time.perf_counter()
+        began = time.perf_counter()
         firsts = [i for i, number in enumerate(columns["candidate_index"]) if number == 0] if validation else []
-        wanted = list(range(len(prompts))) if alignment else firsts
+        wanted = list(range(len(prompts))) if self.metrics else firsts
         if not wanted:
             return {}
         images = self.base.decode(latents[wanted])
@@ -102,4 +104,4 @@ class PolicySampler:
         shown: list[dict | None] = [None] * len(prompts)
         for row in firsts:
             shown[row] = encode_png(images[wanted.index(row)])
-        return {"image": shown} | (measured(images, prompts, alignment) if alignment else {})
+        return {"image": shown} | (measure(self.metrics, images, prompts) if self.metrics else {})

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
+from mi_ray.alignment.metric import Column, columns_of, load_metrics
 from mi_ray.config import OnlineConfig, RunConfig
 from mi_ray.config.section import ConfigError
 
@@ -27,22 +29,37 @@ class Reward:
         return column, error if error in present else None
 
 
-def rewards_of(config: OnlineConfig, by: str) -> tuple[Reward, ...]:
-    """The rewards of `online.rewards`; `by`, the selecting score, where it names none.
+def rewards_of(
+    config: OnlineConfig, by: str, metrics: Mapping[str, Sequence[Column]] = MappingProxyType({})
+) -> tuple[Reward, ...]:
+    """The rewards of `online.rewards`; `by`, what selects, where it names none.
+
+    A metric's name stands for its first column. A column of which lower is better counts with the opposite sign.
+
+    Args:
+        metrics: what those of generate.alignment declare.
 
     Raises:
         ConfigError: a weight is no number.
     """
+    declared = {column.name: column for columns in metrics.values() for column in columns}
+    declared |= {metric: columns[0] for metric, columns in metrics.items()}
     found, faults = [], []
     for text in config.rewards or (by,):
-        name, colon, weight = text.partition(":")
+        name, _, weight = (text, "", "1") if text in declared or ":" not in text else text.rpartition(":")
         try:
-            found.append(Reward(name, float(weight) if colon else 1.0))
+            column = declared.get(name)
+            found.append(Reward(column.name, column.sign * float(weight)) if column else Reward(name, float(weight)))
         except ValueError:
             faults.append(f"online.rewards: {text!r} is not name:weight; give a number after the colon")
     if faults:
         raise ConfigError(faults)
     return tuple(found)
+
+
+def run_rewards(config: RunConfig) -> tuple[Reward, ...]:
+    """The rewards of a run."""
+    return rewards_of(config.online, config.select.by, columns_of(load_metrics(config.generate.alignment)))
 
 
 def raw_rewards(rewards: tuple[Reward, ...], columns: Mapping[str, Sequence[float]]) -> np.ndarray:

@@ -1,77 +1,24 @@
 """Calibration of a model's scores: one small pool, probed over the whole range of noise, judged band by band."""
 
-import json
 import math
 from dataclasses import asdict
-from typing import Annotated, Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
 import yaml
-from pydantic import Field, model_validator
-from torch import Tensor
-from tqdm import tqdm
 
 from mi_ray import storage
-from mi_ray.alignment.oracle import foreign_prompts
-from mi_ray.config import ModelConfig, PromptsConfig, SamplerConfig, ScoreConfig, pinned
-from mi_ray.config.paths import LocalOrUri, SharedPath
-from mi_ray.config.section import ConfigError, Positive, Section, check_band, collecting, config_hash
-from mi_ray.diffusion.conditioning import Conditioning
-from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
+from mi_ray.alignment.metric import check_prompts, load_metrics
+from mi_ray.config import pinned
+from mi_ray.config.calibration import CalibrationConfig
+from mi_ray.config.section import ConfigError, collecting, config_hash
 from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
 from mi_ray.information.calibration import Band, judge_bands
-from mi_ray.information.pointwise import denoising_errors
-from mi_ray.information.probes import draw_probes
+from mi_ray.inputs.labels import PoolImages, read_labels
 from mi_ray.inputs.prompts import read_prompts
 from mi_ray.runs import folder as run_folder
-from mi_ray.scoring.images import encode_png, measured
-from mi_ray.scoring.machine import take_cpus
-from mi_ray.scoring.sampler import Sampler, derived_seed
-from mi_ray.scoring.scorer import Scorer, known_band
-from mi_ray.scoring.work import Work
-
-PROMPTS_AT_A_TIME = 8
-_LABEL = ("prompt_id", "candidate_index", "label")
-
-
-class CalibrationConfig(Section):
-    """Find the band of log SNR in which a model's contrastive score ranks the candidates of a prompt best."""
-
-    prompts: PromptsConfig
-    model: ModelConfig = ModelConfig()
-    sampler: SamplerConfig = SamplerConfig()
-    out: SharedPath = Field(
-        "calibration.yaml", validate_default=True, description="file to write; the pipeline takes it by --config"
-    )
-    candidates_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="pool size")
-    neighbours: Positive = Field(6, description="other prompts of the file that each candidate is held against")
-    levels: Annotated[int, Field(ge=2)] = Field(16, description="steps of the grid of log SNR; each is probed twice")
-    log_snr_min: float = Field(-5.4, description="lower end of the range searched")
-    log_snr_max: float = Field(2.0, description="upper end")
-    alignment: Literal["oracle"] | None = Field(None, description="label the candidates too: shapes prompts only")
-    pool: SharedPath | None = Field(
-        None, description="folder to write the candidates' images to, with pool.jsonl: for a metric of your own"
-    )
-    labels: LocalOrUri | None = Field(
-        None, description="that metric, higher is better: .jsonl or .parquet with prompt_id, candidate_index, label"
-    )
-    use_labels: bool = Field(False, description="choose the band by the labels instead of without them")
-    batch_size: Positive = Field(64, description="candidates in one denoiser batch")
-    threads: Positive = Field(2, description="CPU threads")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of candidates and probes")
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        check_band(self.log_snr_min, self.log_snr_max)
-        if self.alignment and self.labels:
-            raise ValueError("alignment and labels both label the candidates; give one of them")
-        if self.pool and self.labels:
-            raise ValueError("pool is written first, and labels of it are given without it; leave one out")
-        if self.use_labels and not (self.alignment or self.labels):
-            raise ValueError("use_labels needs labels: set alignment or labels, or leave it out")
-        return self
+from mi_ray.scoring.calibration import probed_pool
+from mi_ray.scoring.scorer import known_band
 
 
 def calibrate(config: CalibrationConfig, dry_run: bool = False):
@@ -94,7 +41,10 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
         except (OSError, ValueError) as error:
             raise ConfigError([f"{field}: {uri!r} cannot be written ({error}); give another --{field}"]) from error
     ids = prompts["prompt_id"].to_pylist()
-    errors, index, labels = _probed_pool(config, prompts["prompt"].to_pylist(), ids)
+    pool = PoolImages(config.pool, _digest(config)) if config.pool else None
+    errors, index, labels = probed_pool(config, prompts["prompt"].to_pylist(), ids, pool)
+    if pool:
+        pool.finish()
     if given is not None:
         places = [(prompt_id, c) for prompt_id in ids for c in range(config.candidates_per_prompt)]
         labels = torch.tensor([given.get(place, math.nan) for place in places], dtype=torch.float64)
@@ -145,13 +95,11 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
     )
     if len(prompts) < 2:
         faults.append(f"prompts.file: {config.prompts.file!r} holds one prompt only; each is held against others")
-    if config.alignment and (foreign := foreign_prompts(prompts["prompt"].to_pylist())):
-        faults.append(
-            f"alignment: the oracle reads only prompts of the shapes grammar, not {foreign[0]!r}; leave it out"
-        )
+    with collecting(faults, "alignment"):
+        check_prompts(load_metrics([config.alignment] if config.alignment else []), prompts["prompt"].to_pylist())
     if config.labels:
         with collecting(faults, "labels"):
-            labels = _read_labels(config.labels, _digest(config))
+            labels = read_labels(config.labels, _digest(config))
             ids = {*prompts["prompt_id"].to_pylist()}
             by_prompt: dict[str, set[float]] = {}
             for (prompt_id, candidate), label in labels.items():
@@ -172,103 +120,6 @@ def _digest(config: CalibrationConfig) -> str:
     if config.model.path.startswith("/"):  # wherever the folder lies
         results["model"]["path"] = model_commit(config.model.path)
     return config_hash(results)
-
-
-def _read_labels(uri: str, digest: str) -> dict[tuple[str, int], float]:
-    """{(prompt_id, candidate_index): label}, NaN where there is none.
-
-    Raises:
-        ValueError: the file cannot be read, lacks something, or is of another pool.
-    """
-    try:
-        if not storage.exists(uri):
-            raise ValueError("it does not exist")
-        rows = storage.read_lines(uri) if uri.endswith(".jsonl") else storage.read_table(uri).to_pylist()
-        places = [(str(row["prompt_id"]), int(row["candidate_index"])) for row in rows]
-        labels = [math.nan if row.get("label") is None else float(row["label"]) for row in rows]
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{uri!r} will not do ({reason}); give rows of {', '.join(_LABEL)}") from error
-    if any(row.get("pool", digest) != digest for row in rows):
-        raise ValueError(f"{uri!r} labels another pool: model, sampler and seed must be those of --pool")
-    return dict(zip(places, labels, strict=True))
-
-
-@torch.inference_mode()
-def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """errors (N, 1 + J, levels, 2), prompt_index (N,) and, where alignment is measured, exact (N,) of 0 and 1."""
-    take_cpus(config.threads)
-    denoiser = load_denoiser(config.model.path, config.model.dtype)
-    sampler = Sampler(denoiser, config.sampler, config.batch_size)
-    score = ScoreConfig(names=("pmi_contrastive",), neighbours=config.neighbours)
-    scorer = Scorer(denoiser, score, config.batch_size, config.seed, prompts)
-    each = config.candidates_per_prompt
-    errors, exact, written = [], [], []
-    for start in tqdm(range(0, len(prompts), PROMPTS_AT_A_TIME), unit=" prompts", unit_scale=PROMPTS_AT_A_TIME):
-        some = slice(start, start + PROMPTS_AT_A_TIME)
-        conditioning = denoiser.encode_prompts(prompts[some])
-        seeds = [[derived_seed(config.seed, "calibration", i, c) for c in range(each)] for i in ids[some]]
-        latents = sampler(conditioning, seeds, Work()).latents
-        nearest = scorer.neighbours(prompts[some], conditioning)
-        texts = Conditioning.cat([conditioning, scorer.pool_conditioning.rows(nearest.flatten())])
-        own, others = torch.arange(len(texts)).split([len(conditioning), nearest.numel()])
-        branches = torch.cat([own[:, None], others.view_as(nearest)], 1)
-        errors.append(_halves(config, denoiser, latents, texts, branches, ids[some]))
-        repeated = [prompt for prompt in prompts[some] for _ in range(each)]
-        images = denoiser.decode(latents) if config.alignment or config.pool else None
-        if config.alignment:
-            exact += measured(images, repeated, config.alignment)["exact"]
-        if config.pool:
-            places = [(prompt_id, c) for prompt_id in ids[some] for c in range(each)]
-            written += _write_images(config.pool, images, repeated, places)
-    if config.pool:
-        lines = "".join(json.dumps(line | {"pool": _digest(config)}) + "\n" for line in written)
-        storage.write_bytes(storage.join(config.pool, "pool.jsonl"), lines.encode())
-        print(f"{len(written)} images and pool.jsonl are in {config.pool}: add `label` to its lines and give --labels")
-    index = torch.arange(len(prompts)).repeat_interleave(each)
-    return torch.cat(errors), index, torch.tensor(exact) if exact else None
-
-
-def _write_images(folder: str, images: np.ndarray, prompts: list[str], places: list[tuple[str, int]]) -> list[dict]:
-    """Write some candidates' images; their lines of pool.jsonl."""
-    lines = []
-    for image, prompt, (prompt_id, candidate) in zip(images, prompts, places, strict=True):
-        name = f"{prompt_id}-{candidate}.png"
-        storage.write_bytes(storage.join(folder, name), encode_png(image)["bytes"])
-        lines.append({"image": name, "prompt": prompt, "prompt_id": prompt_id, "candidate_index": candidate})
-    return lines
-
-
-def _halves(
-    config: CalibrationConfig,
-    denoiser: Denoiser,
-    latents: Tensor,
-    conditioning: Conditioning,
-    branches: Tensor,
-    ids: list[str],
-) -> Tensor:
-    """Errors at the middle of every level, from two independent draws: (n, 1 + J, levels, 2) on the CPU.
-
-    Args:
-        conditioning, branches: as `denoising_errors` takes them, branches (P, 1 + J) with the prompt itself first.
-    """
-    index = torch.arange(len(ids)).repeat_interleave(len(latents) // len(ids))
-    halves = []
-    for half in range(2):
-        seeds = [derived_seed(config.seed, f"calibration-half-{half}", i) for i in ids]
-        probes = draw_probes(seeds, config.levels, config.log_snr_min, config.log_snr_max, denoiser.latent_shape)
-        errors = denoising_errors(
-            denoiser.predict_epsilon,
-            denoiser.schedule,
-            latents,
-            index,
-            conditioning,
-            branches,
-            probes,
-            2 * config.batch_size,
-        )
-        halves.append(errors.cpu())
-    return torch.stack(halves, -1)
 
 
 def _said(band: Band) -> str:

@@ -6,18 +6,17 @@ import numpy as np
 import torch
 
 from mi_ray import storage
+from mi_ray.alignment.metric import columns_of, load_metrics, measure, reference_of
 from mi_ray.alignment.quality import latent_features
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
 from mi_ray.runs.layout import REFERENCE
-from mi_ray.scoring.images import encode_png, measured
 from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
-from mi_ray.shapes.grammar import draw_scene, parse
-from mi_ray.shapes.scenes import render
 from mi_ray.stages.shards import ShardWriter, run_stage
 from mi_ray.storage import tables
 
@@ -47,7 +46,10 @@ class Evaluator:
         def calls() -> int:
             return sum(denoiser.calls for denoiser in models)
 
-        self.write = ShardWriter("evaluate", model, folder, tables.evaluation_schema(), config, token, calls)
+        self.metrics = load_metrics(evaluation.alignment)
+        self.reference = reference_of(self.metrics)
+        schema = tables.evaluation_schema(columns_of(self.metrics))
+        self.write = ShardWriter("evaluate", model, folder, schema, config, token, calls)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         return self.write(batch, self._rows)
@@ -64,7 +66,7 @@ class Evaluator:
         flat_seeds = [seed for of_prompt in seeds for seed in of_prompt]
         scores = dict.fromkeys(("score_pmi", "score_pmi_se"), [None] * len(owner))
         if self.model == REFERENCE:
-            images = np.stack([draw(p, seed) for p, seed in zip(prompts, flat_seeds, strict=True)])
+            images = np.stack([self.reference(p, seed) for p, seed in zip(prompts, flat_seeds, strict=True)])
         else:
             distinct = [shard.prompts[p] for p in positions]
             conditioning = self.base.encode_prompts(distinct)
@@ -84,7 +86,7 @@ class Evaluator:
             "image_index": list(range(each)) * len(positions),
             "seed": flat_seeds,
             **scores,
-            **measured(images, prompts, evaluation.alignment),
+            **measure(self.metrics, images, prompts),
             "features": list(features),
             "image": [encode_png(image) for image in images],
             "error": [None] * len(owner),
@@ -92,16 +94,11 @@ class Evaluator:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def draw(prompt: str, seed: int) -> np.ndarray:
-    """A real render of what a shapes prompt says, (64, 64, 3) uint8."""
-    return render(draw_scene(parse(prompt), np.random.default_rng(seed), unseen=True))
-
-
 def evaluate(config: RunConfig, shards: ShardPlan, model: str, adapter: str | None) -> dict:
     """Draw and measure `images_per_prompt` images of every held-out prompt into evaluation/<model>.
 
     Args:
-        model: base, tuned, a control, or `REFERENCE`: real renders, for the quality measures.
+        model: base, tuned, a control, or `REFERENCE`: real images of a metric's own, for the quality measures.
         adapter: folder of the model's adapter; None: the base model.
     """
     folder = storage.join(config.run_dir, "evaluation", model)

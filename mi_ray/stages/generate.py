@@ -6,12 +6,13 @@ import numpy as np
 import torch
 
 from mi_ray import storage
+from mi_ray.alignment.metric import columns_of, load_metrics, measure
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
+from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
-from mi_ray.scoring.images import encode_png, measured
 from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.pruning import Halving, cut_scorer
 from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
@@ -49,7 +50,9 @@ class CandidateGenerator:
         each = config.generate.candidates_per_prompt
         self.cuts = config.prune.cuts(config.sampler.num_inference_steps, each)
         self.cut_scorer = cut_scorer(config, self.scorer, pool) if self.cuts else None
-        schema = tables.candidates_schema(config.score.names)
+        self.metrics = load_metrics(config.generate.alignment)
+        self.declared = columns_of(self.metrics)
+        schema = tables.candidates_schema(config.score.names, self.declared)
         self.write = ShardWriter(
             "generate", f"round {round_index}", folder, schema, config, token, lambda: self.denoiser.calls
         )
@@ -118,7 +121,7 @@ class CandidateGenerator:
             columns["rank"] = []
             for start in range(0, len(owner), each):
                 of_prompt = {k: v[start : start + each] for k, v in columns.items() if k != "rank"}
-                columns["rank"] += ranks(of_prompt, by, config.seed)
+                columns["rank"] += ranks(of_prompt, by, config.seed, self.declared.get(by, ()))
             kept = keeps(columns, columns["rank"], by, config.select) & np.array(finished, bool)
             columns["kept"] = kept.tolist()
             kept_by_any |= kept
@@ -138,16 +141,14 @@ class CandidateGenerator:
     def _decode(self, latents, prompts, previewed, finished, columns, work: Work) -> list[np.ndarray | None]:
         """Decode what is previewed, or all that is finished where every candidate is measured (which adds columns)."""
         began = time.perf_counter()
-        alignment = self.config.generate.alignment
-        wanted = [i for i, preview in enumerate(previewed) if preview or (alignment and finished[i])]
+        wanted = [i for i, preview in enumerate(previewed) if preview or (self.metrics and finished[i])]
         images: list[np.ndarray | None] = [None] * len(prompts)
         if wanted:
             for i, image in zip(wanted, self.denoiser.decode(latents[wanted]), strict=True):
                 images[i] = image
         work.timed("decode", began)
-        shown = [images[i] for i in wanted] if alignment else None
-        found = measured(shown and np.stack(shown), [prompts[i] for i in wanted], alignment)
-        columns |= {metric: _spread(values, wanted, len(prompts)) for metric, values in found.items()}
+        found = measure(self.metrics, [images[i] for i in wanted], [prompts[i] for i in wanted])
+        columns |= {name: _spread(values, wanted, len(prompts)) for name, values in found.items()}
         return images
 
 

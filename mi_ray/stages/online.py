@@ -16,19 +16,19 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from mi_ray import storage
+from mi_ray.alignment.metric import columns_of, load_metrics
 from mi_ray.config import RunConfig
-from mi_ray.inputs.online_plan import OnlinePlan, plan_of
+from mi_ray.inputs.online_plan import plan_of
 from mi_ray.inputs.shard_plan import Shard
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs.layout import CANDIDATES, POLICIES, SUMMARY, policy_folder
 from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.policy import PolicySampler
-from mi_ray.scoring.rewards import rewards_of
 from mi_ray.scoring.work import Work
 from mi_ray.stages.shards import FACTS, ShardWriter, rows_of, write_missing
 from mi_ray.storage import tables
 from mi_ray.training.loop import loop_settings, remove_checkpoints, train
-from mi_ray.training.online import validation_rewards
+from mi_ray.training.online import best_version
 
 LOOK_S = 30.0  # between two looks of a waiting actor at whether a part before its own was lost
 POLL_S = 0.02  # between two looks of the board at what it knows
@@ -113,7 +113,7 @@ class OnlineGenerator:
         self.folder, self.candidates, self.board = folder, storage.join(folder, CANDIDATES), board
         self.plan = plan_of(config, source)
         self.policy, self.version = PolicySampler(config), 0
-        schema = tables.online_schema(config.score.names)
+        schema = tables.online_schema(config.score.names, columns_of(load_metrics(config.generate.alignment)))
         self.write = ShardWriter("online", "policy", self.candidates, schema, config, token, lambda: self.policy.calls)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
@@ -190,37 +190,16 @@ def online(config: RunConfig, source: str, folder: str, name: str) -> str:
         raise
     if summary["stopped"]:
         board.end()
+    names = storage.list_names(storage.join(folder, POLICIES))
+    saved = sorted(int(name.rpartition("-")[2]) for name in names)
     generation.finish()  # the last validation comes after the last update
-    summary |= _best(config, plan, candidates, folder)
+    summary |= best_version(config, plan, candidates, saved)
     source = policy_folder(folder, summary["version"])
     for file in storage.list_names(source):
         storage.write_bytes(storage.join(adapter, file), storage.read_bytes(storage.join(source, file)))
     storage.write_json(storage.join(adapter, SUMMARY), summary)
     remove_checkpoints(folder)
     return adapter
-
-
-def _best(config: RunConfig, plan: OnlinePlan, candidates: str, folder: str) -> dict:
-    """The validated versions' self-scores, and which version is kept: the last one whose mean is not below the highest
-    by more than the standard error of their difference. Without a validation it is the last that was saved."""
-    rewards, scores = rewards_of(config.online, config.select.by), {}
-    saved = [int(name.rpartition("-")[2]) for name in storage.list_names(storage.join(folder, POLICIES))]
-    for version in sorted(saved):
-        parts = [plan.name(index) for index in plan.of_validation(version)]
-        if parts and not run_folder.missing_parts(candidates, parts):
-            scores[version] = validation_rewards(plan, candidates, version, rewards)
-    if not scores:
-        return {"version": max(saved), "validation": {}}
-    highest = max(scores, key=lambda version: np.nanmean(scores[version]))
-    good = []
-    for version, values in scores.items():
-        lost = scores[highest] - values
-        if np.nanmean(lost) <= np.nanstd(lost, ddof=1) / math.sqrt(len(lost)):
-            good.append(version)
-    return {
-        "version": max(good, default=highest),
-        "validation": {str(version): float(np.nanmean(values)) for version, values in scores.items()},
-    }
 
 
 class _Thread(threading.Thread):

@@ -6,15 +6,15 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
-from itertools import islice
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 
 from mi_ray import __version__, storage
-from mi_ray.alignment.oracle import foreign_prompts
+from mi_ray.alignment.metric import check_prompts, columns_of, load_metrics, reference_of
 from mi_ray.config import RunConfig, pinned
 from mi_ray.config.section import ConfigError, collecting
 from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
@@ -41,6 +41,7 @@ from mi_ray.stages.evaluate import evaluate
 from mi_ray.stages.generate import generate
 from mi_ray.stages.online import online
 from mi_ray.stages.trial import settle
+from mi_ray.storage import tables
 from mi_ray.training.baseline import take_off_baseline
 from mi_ray.training.log import check_loggers
 from mi_ray.training.loop import check_targets, finetune
@@ -94,7 +95,7 @@ class Plan:
             with collecting(faults):
                 self.train, self.held_out = self._split(self.train)
         with collecting(faults):
-            _check_alignment(config, self.train, self.held_out)
+            self.has_reference = _check_alignment(config, self.train, self.held_out)
         if "pmi_contrastive" in {*config.score.names, config.prune.by} and self.train and len(self.train) == 1:
             faults.append("score.names: pmi_contrastive holds a prompt against others; give two, or leave it out")
         if faults:
@@ -177,26 +178,23 @@ def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.
         left -= len(batch)
 
 
-def _check_alignment(config: RunConfig, *tables: storage.ParquetRows | None):
-    faults = []
-    for field, wanted, table in zip(
-        ("generate.alignment", "evaluation.alignment"),
-        (config.generate.alignment, config.evaluation.alignment),
-        tables,
-        strict=True,
-    ):
-        if wanted != "oracle" or table is None:
-            continue
-        batches = (batch["prompt"].to_pylist() for batch in table.batches(["prompt"]))
-        found = (prompt for prompts in batches for prompt in foreign_prompts(prompts))
-        if shown := list(islice(found, 3)):
-            count = len(shown) + sum(1 for _ in found)
-            faults.append(
-                f"{field}: the oracle reads only prompts of the shapes grammar, not {', '.join(map(repr, shown))}"
-                f" ({count} of {len(table)}); set it to none for your own prompts"
-            )
+def _check_alignment(config: RunConfig, *prompts: storage.ParquetRows | None) -> bool:
+    """See that all metrics load, name their columns apart and read all prompts; whether one has real images."""
+    faults, metrics = [], {}
+    schemas = {
+        "generate": partial(tables.candidates_schema, config.score.names),
+        "evaluation": tables.evaluation_schema,
+    }
+    for (section, schema), table in zip(schemas.items(), prompts, strict=True):
+        with collecting(faults, f"{section}.alignment"):
+            metrics = load_metrics(getattr(config, section).alignment)
+            schema(columns_of(metrics))
+            if metrics and table is not None:
+                batches = (batch["prompt"].to_pylist() for batch in table.batches(["prompt"]))
+                check_prompts(metrics, chain.from_iterable(batches))
     if faults:
         raise ConfigError(faults)
+    return reference_of(metrics) is not None
 
 
 # ------------------------------------------------------------------------------------------ running
@@ -222,7 +220,8 @@ def open_run(plan: Plan):
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions = {"mi_ray": __version__, "python": platform.python_version(), **versions}
     content = {"config": config.results_config(), "config_hash": plan.hash, "versions": versions}
-    content |= {"model_commit": plan.model_commit, "resources": config.resources.model_dump(mode="json")}
+    content |= {"model_commit": plan.model_commit, "has_reference": plan.has_reference}
+    content |= {"resources": config.resources.model_dump(mode="json")}
     storage.write_json(storage.join(config.run_dir, "run.json"), content)
     run_folder.log_event(config.run_dir, "run_started", config_hash=plan.hash)
     for stage, (uri, field, shards) in zip(("train", "evaluation"), plan.stored, strict=True):
@@ -312,7 +311,7 @@ def _run(plan: Plan, until: str) -> str | None:
     adapters |= {arm: align(plan, arm) for arm in config.evaluation.controls}
     if until == "finetune":
         return None
-    if config.evaluation.alignment == "oracle":
+    if plan.has_reference:
         with timed(config, "evaluate_reference"):
             evaluate(config, plan.evaluation_shards, REFERENCE, None)
     for model, adapter in adapters.items():

@@ -7,8 +7,8 @@ from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.runs.cost import evaluations
 from mi_ray.scoring.machine import take_cpus
+from mi_ray.scoring.trial import Trial, best, sweep_dtypes, try_fitting
 from mi_ray.stages.pipeline import Plan, run_pipeline
-from mi_ray.stages.trial import Trial, best, sweep_dtypes, try_fitting
 
 STAGES = {"generate": 2, "finetune": 3}  # how many of a run's stages come up to this one; else all
 

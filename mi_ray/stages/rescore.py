@@ -10,12 +10,13 @@ from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from mi_ray import storage
+from mi_ray.alignment.metric import Column
 from mi_ray.config import TRAJECTORY_SCORES, ScoreConfig, ScoreName
 from mi_ray.config.paths import SharedPath
 from mi_ray.config.section import ConfigError, Section
 from mi_ray.diffusion.folders import load_schedule
 from mi_ray.diffusion.sampling import solver_plan
-from mi_ray.report.pools import round_numbers
+from mi_ray.report.pools import declared_in, round_numbers
 from mi_ray.report.statistics import PromptAverage, prompt_aucs
 from mi_ray.runs.layout import read_run
 from mi_ray.scoring.scorer import trajectory_scores
@@ -66,14 +67,15 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
     print(f"{len(parts)} tables of candidates, {', '.join(config.score.names)}")
     if dry_run:
         return pd.DataFrame()
-    columns = ["prompt_id", "candidate_index", "delta_sq", "exact", "rank", "error"]
+    truths = [columns[0] for columns in declared_in(folders[parts[0][1]]).values()]
+    columns = ["prompt_id", "candidate_index", "delta_sq", *(t.name for t in truths), "rank", "error"]
     schema = pa.schema(
         [
             *(tables.candidates_schema(()).field(name) for name in columns[:2]),
             *tables.score_columns(config.score.names),
         ]
     )
-    comparison = _Comparison(config.score.names)
+    comparison = _Comparison(config.score.names, truths)
     with tqdm(total=len(parts), unit="table") as progress:
         for name, rounds in groupby(parts, lambda part: part[0]):
             seen = []
@@ -98,12 +100,11 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
 
 
 class _Comparison:
-    """Of every score: how often its first choice is the run's, and the AUC within prompts where candidates are
-    measured."""
+    """Of every score: how often its first choice is the run's, and the AUC within prompts for each metric."""
 
-    def __init__(self, names: tuple[str, ...]):
-        self.pools, self.same = 0, dict.fromkeys(names, 0)
-        self.aucs = {name: PromptAverage() for name in names}
+    def __init__(self, names: tuple[str, ...], truths: list[Column]):
+        self.pools, self.same, self.truths = 0, dict.fromkeys(names, 0), truths
+        self.aucs = {name: [PromptAverage() for _ in truths] for name in names}
 
     def add(self, candidates: pd.DataFrame):
         """Whole pools of prompts that have not come before, in all rounds."""
@@ -115,16 +116,15 @@ class _Comparison:
             values = candidates[column].replace([np.inf, -np.inf], np.nan).fillna(-np.inf)
             first = candidates.assign(value=values).loc[lambda c: c.groupby(["round", "prompt_id"])["value"].idxmax()]
             self.same[name] += int((first["candidate_index"] == chosen).sum())
-            aucs.add(prompt_aucs(candidates, column), "auc")
+            for truth, average in zip(self.truths, aucs, strict=True):
+                average.add(prompt_aucs(candidates, column, truth), "auc")
 
     def table(self) -> pd.DataFrame:
         rows = []
         for name, aucs in self.aucs.items():
-            found = aucs.result()
-            row = {
-                "score": name,
-                "prompts": self.pools,
-                "same first choice": self.same[name] / self.pools if self.pools else None,
-            }
-            rows.append(row | {"AUC within prompts": found["value"] if found else None})
+            same = self.same[name] / self.pools if self.pools else None
+            row = {"score": name, "prompts": self.pools, "same first choice": same}
+            for truth, average in zip(self.truths, aucs, strict=True):
+                row[f"AUC within prompts, {truth.name}"] = (average.result() or {"value": None})["value"]
+            rows.append(row)
         return pd.DataFrame(rows)

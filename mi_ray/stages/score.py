@@ -19,6 +19,7 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
 from mi_ray.information.maps import upsampled
+from mi_ray.inputs.images import encode_png, read_image
 from mi_ray.inputs.pair_config import ScorePairsConfig
 from mi_ray.inputs.pairs import Pair, PairShard, plan_pairs, read_pairs
 from mi_ray.language.sources import negatives_by
@@ -28,9 +29,8 @@ from mi_ray.runs import folder as run_folder
 from mi_ray.runs import lease
 from mi_ray.runs.cost import score_evaluations
 from mi_ray.runs.layout import SCORES, as_it_began, began_hash
-from mi_ray.scoring.images import encode_png
 from mi_ray.scoring.machine import take_cpus, take_share
-from mi_ray.scoring.pair_scorer import PairScorer, finite, model_image_size, read_image
+from mi_ray.scoring.pair_scorer import PairScorer, finite, model_image_size
 from mi_ray.scoring.scorer import probed_band
 from mi_ray.scoring.work import Work
 from mi_ray.stages.cluster import check_room, start_ray

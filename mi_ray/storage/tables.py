@@ -1,13 +1,21 @@
 """Arrow schemas of a run's tables, with what each column means."""
 
+import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 import pyarrow as pa
+
+from mi_ray.alignment.metric import Column
 
 
 def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
     return pa.field(name, kind, metadata={"description": meaning})
 
 
-_IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # as Hugging Face datasets shows it
+_IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+# By this metadata of a table Hugging Face datasets decodes the column `image`.
+_FEATURES = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()}
 _LATENTS = pa.list_(pa.float16())
 
 SCORES = {
@@ -33,19 +41,62 @@ def score_columns(names: tuple[str, ...]) -> list[pa.Field]:
     return fields
 
 
-_METRICS = [
-    _field("exact", pa.float32(), "oracle: 1 if everything said is right and nothing is extra"),
-    _field("objects", pa.float32(), "oracle: share of the named objects present with all their attributes"),
-    _field("attributes", pa.float32(), "oracle: share of the named shapes, colours and textures that are right"),
-    _field("count", pa.float32(), "oracle: share of the named kinds whose number is right"),
-    _field("relation", pa.float32(), "oracle: 1 if the named relation holds; null where none is named"),
-]
+Metrics = Mapping[str, Sequence[Column]]  # what each metric declares, by the name that the configuration gives it
+_NO_METRICS: Metrics = MappingProxyType({})
+_OF_READERS = {
+    "update",
+    "advantage",
+    "pmi",
+    "by_category",
+    "by_split",
+    "round",
+    "lot",
+    "value",
+}  # names that readers of the tables add
 
 
-def candidates_schema(score_names: tuple[str, ...]) -> pa.Schema:
-    """One row a candidate; a row whose `error` is set stands for a prompt (or candidate) that failed."""
+def _with_metrics(before: list[pa.Field], metrics: Metrics, after: list[pa.Field]) -> pa.Schema:
+    """A table's schema, a metric's columns in their place.
+
+    Raises:
+        ValueError: with one line for each column of a metric whose name is taken.
+    """
+    taken = {field.name for field in (*before, *after)} | _OF_READERS
+    faults = [
+        f"{metric!r} declares the column {column.name!r}, a name that the tables use themselves: rename it"
+        for metric, columns in metrics.items()
+        for column in columns
+        if column.name in taken or column.name.startswith("score_")
+    ]
+    if faults:
+        raise ValueError("\n".join(faults))
+    measured = [
+        pa.field(column.name, pa.float32(), metadata={**column.as_metadata(), "metric": metric})
+        for metric, columns in metrics.items()
+        for column in columns
+    ]
+    return pa.schema([*before, *measured, *after], metadata=_FEATURES)
+
+
+def metric_columns(schema: pa.Schema) -> dict[str, tuple[Column, ...]]:
+    """The metrics whose columns a table has, with what each declares, in order; of a file's schema too."""
+    metrics: dict[str, tuple[Column, ...]] = {}
+    for field in schema:
+        texts = {key.decode(): text.decode() for key, text in (field.metadata or {}).items()}
+        if "metric" in texts:
+            metric = texts.pop("metric")
+            metrics[metric] = (*metrics.get(metric, ()), Column.from_metadata(field.name, texts))
+    return metrics
+
+
+def candidates_schema(score_names: tuple[str, ...], metrics: Metrics = _NO_METRICS) -> pa.Schema:
+    """One row a candidate; a row whose `error` is set stands for a prompt (or candidate) that failed.
+
+    Raises:
+        ValueError: a metric declares a column whose name is taken.
+    """
     curve = pa.list_(pa.float32())
-    return pa.schema(
+    return _with_metrics(
         [
             _field("prompt_id", pa.string(), "hash of the prompt's text"),
             _field("prompt", pa.string(), "the prompt"),
@@ -55,7 +106,9 @@ def candidates_schema(score_names: tuple[str, ...]) -> pa.Schema:
             _field("delta_sq", curve, "per step: squared norm of conditional minus unconditional epsilon"),
             _field("cross", curve, "per step: inner product of conditional epsilon and that difference"),
             *score_columns(score_names),
-            *_METRICS,
+        ],
+        metrics,
+        [
             _field("pruned_after", pa.int32(), "steps after which pruning took it out; null: it was not"),
             _field("prune_score", pa.float32(), "score prune.by at the last cut that it faced; null: no pruning"),
             _field("rank", pa.int32(), "within the prompt by the selecting score, 0 is best"),
@@ -64,19 +117,19 @@ def candidates_schema(score_names: tuple[str, ...]) -> pa.Schema:
             _field("latents_shape", pa.list_(pa.int32()), "shape of the latents"),
             _field("image", _IMAGE, "PNG; of what is kept or previewed"),
             _field("error", pa.string(), "why there is no result"),
-        ]
+        ],
     )
 
 
-def online_schema(score_names: tuple[str, ...]) -> pa.Schema:
-    """One row a candidate of an online update; latents of what is trained, images of some of the validations."""
-    return pa.schema(
-        [
-            *candidates_schema(score_names),
-            _field("update", pa.int32(), "the update that trains it, or the version of the policy that is validated"),
-            _field("advantage", pa.float32(), "of the candidate within its prompt, -1 to 1; null: it is not trained"),
-        ]
-    )
+def online_schema(score_names: tuple[str, ...], metrics: Metrics = _NO_METRICS) -> pa.Schema:
+    """One row a candidate of an online update; latents of what is trained, images of some of the validations.
+
+    Raises:
+        ValueError: a metric declares a column whose name is taken.
+    """
+    version = _field("update", pa.int32(), "the update that trains it, or the version of the policy that is validated")
+    advantage = _field("advantage", pa.float32(), "of the candidate within its prompt, -1 to 1; null: not trained")
+    return candidates_schema(score_names, metrics).append(version).append(advantage)
 
 
 SELECTED = pa.schema(
@@ -91,9 +144,13 @@ SELECTED = pa.schema(
 )
 
 
-def evaluation_schema() -> pa.Schema:
-    """One row an image of one model."""
-    return pa.schema(
+def evaluation_schema(metrics: Metrics = _NO_METRICS) -> pa.Schema:
+    """One row an image of one model.
+
+    Raises:
+        ValueError: a metric declares a column whose name is taken.
+    """
+    return _with_metrics(
         [
             _field("prompt_id", pa.string(), "hash of the prompt's text"),
             _field("prompt", pa.string(), "the prompt"),
@@ -102,11 +159,13 @@ def evaluation_schema() -> pa.Schema:
             _field("image_index", pa.int32(), "0 .. images_per_prompt - 1"),
             _field("seed", pa.int64(), "of the image's own noise generator; the same for every model"),
             *score_columns(("pmi",)),
-            *_METRICS,
+        ],
+        metrics,
+        [
             _field("features", pa.list_(pa.float32()), "of the image, for the quality measures"),
             _field("image", _IMAGE, "encoded as PNG"),
             _field("error", pa.string(), "why there is no result"),
-        ]
+        ],
     )
 
 
@@ -134,5 +193,6 @@ SCORED = pa.schema(
         ),
         _field("image", _IMAGE, "as the model saw it, small; of the shard's best and worst pairs"),
         _field("error", pa.string(), "why there is no score"),
-    ]
+    ],
+    metadata=_FEATURES,
 )

@@ -20,8 +20,9 @@ from mi_ray.diffusion.adapters import adapter_state
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.inputs.online_plan import OnlinePlan
+from mi_ray.runs import folder as run_folder
 from mi_ray.runs.layout import CANDIDATES, policy_folder
-from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, rewards_of
+from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, run_rewards
 from mi_ray.training.losses import Batch, Objective, weights_of
 
 PROBE_ROWS = 32  # on which the effective guidance is measured
@@ -81,7 +82,7 @@ class OnlineSource:
         self.config, self.plan, self.folder, self.board = config, plan, folder, board
         self.candidates = storage.join(folder, CANDIDATES)
         self.denoiser, self.objective, self.timesteps = denoiser, objective, timesteps
-        self.rewards: tuple[Reward, ...] = rewards_of(config.online, config.select.by)
+        self.rewards: tuple[Reward, ...] = run_rewards(config)
         self.steps = config.online.updates * config.online.inner_steps
         self.save: Callable[[str, list[Tensor]], None] | None = None  # rank 0: writes an adapter's folder
         self.recent: dict[int, dict[str, Tensor]] = {}  # the last lag + 1 versions, which a restart publishes again
@@ -302,6 +303,35 @@ def validation_rewards(plan: OnlinePlan, candidates: str, version: int, rewards:
         values = raw_rewards(rewards, rows)
         found += [np.nanmean(values[start:stop]) for start, stop in prompts_of(rows["prompt_id"])]
     return np.array(found)
+
+
+def best_version(config: RunConfig, plan: OnlinePlan, candidates: str, saved: list[int]) -> dict:
+    """The validated versions' self-scores, and which version is kept: the last one whose mean is not below the highest
+    by more than the standard error of their difference. Without a validation it is the last that was saved.
+
+    Args:
+        saved: versions whose adapter lies in the run folder.
+
+    Returns:
+        version, and validation: {version: mean reward of the held-out prompts}.
+    """
+    rewards, scores = run_rewards(config), {}
+    for version in saved:
+        parts = [plan.name(index) for index in plan.of_validation(version)]
+        if parts and not run_folder.missing_parts(candidates, parts):
+            scores[version] = validation_rewards(plan, candidates, version, rewards)
+    if not scores:
+        return {"version": max(saved), "validation": {}}
+    highest = max(scores, key=lambda version: np.nanmean(scores[version]))
+    good = []
+    for version, values in scores.items():
+        lost = scores[highest] - values
+        if np.nanmean(lost) <= np.nanstd(lost, ddof=1) / math.sqrt(len(lost)):
+            good.append(version)
+    return {
+        "version": max(good, default=highest),
+        "validation": {str(version): float(np.nanmean(values)) for version, values in scores.items()},
+    }
 
 
 def _generator(key: str) -> torch.Generator:

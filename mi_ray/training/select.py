@@ -1,25 +1,29 @@
-"""Selection: the best candidates of each prompt by a score, or by a control (random, oracle)."""
+"""Selection: the best candidates of each prompt by a score, by a metric or at random."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mi_ray import storage
+from mi_ray.alignment.metric import Column
 from mi_ray.config import RunConfig, SelectConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.storage import tables
 
 
-def ranks(columns: dict[str, list], by: str, seed: int) -> list[int]:
+def ranks(columns: dict[str, list], by: str, seed: int, declared: Sequence[Column] = ()) -> list[int]:
     """Rank the candidates of one prompt, 0 the best; ties fall by a hash, never by the order of generation.
 
     Args:
-        columns: of one prompt's candidates: candidate_index, prompt_id, score_<name>, exact, objects, attributes,
-            and, of a pruned pool, pruned_after, prune_score.
-        by: a score's name, `random` or `oracle` (exact first, then the shares of right objects and attributes). By a
-            score, a pruned candidate comes after all that outlasted it, by its score at its cut.
+        columns: of one prompt's candidates: candidate_index, prompt_id, score_<name>, the metrics' columns and, of a
+            pruned pool, pruned_after, prune_score.
+        by: a score's name, `random` or a metric's name. By a score, a pruned candidate comes after all that outlasted
+            it, by its score at its cut.
+        declared: where `by` is a metric, its columns: the first decides, the next where the first are equal, each in
+            the direction that it declares; no value is the worst.
     """
     count = len(columns["candidate_index"])
     lots = [
@@ -28,9 +32,10 @@ def ranks(columns: dict[str, list], by: str, seed: int) -> list[int]:
     ]
     if by == "random":
         worth = [()] * count
-    elif by == "oracle":
-        worth = list(zip(*(columns[name] for name in ("exact", "objects", "attributes", "relation")), strict=True))
-        worth = [tuple(value or 0.0 for value in values) for values in worth]
+    elif declared:
+        deciding = [column for column in declared if column.selects]
+        values = [[_finite(value, column.sign) for value in columns[column.name]] for column in deciding]
+        worth = list(zip(*values, strict=True))
     else:
         nothing = [None] * count
         cuts = columns.get("pruned_after", nothing), columns.get("prune_score", nothing)
@@ -55,22 +60,21 @@ def keeps(columns: dict[str, list], rank: list[int], by: str, config: SelectConf
     return kept
 
 
-def _finite(value: float | None) -> float:
-    """A score, or the worst of all where there is none."""
-    return value if value is not None and np.isfinite(value) else -np.inf
+def _finite(value: float | None, sign: int = 1) -> float:
+    """A value times its sign, or the worst of all where there is none."""
+    return sign * value if value is not None and np.isfinite(value) else -np.inf
 
 
 # What ranking and keeping look at; the curves are never read, latents and prompts of the kept rows alone.
 _LOOKED_AT = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score"]
-_MEASURED = ["exact", "objects", "attributes", "relation"]
 
 
-def _kept_of_part(uri: str, config: RunConfig, by: str) -> tuple[np.ndarray, np.ndarray]:
+def _kept_of_part(uri: str, config: RunConfig, by: str, declared: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the kept rows of a part, and their prompts' ids, both (k,).
 
     A prompt's candidates all lie in one part, one after the other: a shard is written whole.
     """
-    columns = [*_LOOKED_AT, *_MEASURED, *(f"score_{name}" for name in config.score.names)]
+    columns = [*_LOOKED_AT, *(c.name for c in declared), *(f"score_{name}" for name in config.score.names)]
     table = storage.read_table(uri, columns)
     rows = np.flatnonzero(pc.is_null(table["error"]).to_numpy())
     table = table.take(rows)
@@ -79,7 +83,7 @@ def _kept_of_part(uri: str, config: RunConfig, by: str) -> tuple[np.ndarray, np.
     kept = np.zeros(len(ids), bool)
     for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
         of_prompt = table.slice(start, stop - start).to_pydict()
-        kept[start:stop] = keeps(of_prompt, ranks(of_prompt, by, config.seed), by, config.select)
+        kept[start:stop] = keeps(of_prompt, ranks(of_prompt, by, config.seed, declared), by, config.select)
     return rows[kept], ids[kept]
 
 
@@ -107,11 +111,13 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
     if storage.exists(destination):
         return _counts(destination)
     parts = [storage.join(candidates, name) for name in storage.list_tables(candidates)]
-    each = _kept_per_prompt(parts, config, by) if config.select.balance else None
+    metrics = tables.metric_columns(storage.ParquetRows(parts[0]).schema) if parts else {}
+    declared = metrics.get(by, ())
+    each = _kept_per_prompt(parts, config, by, declared) if config.select.balance else None
     prompts = total = 0
     with storage.table_writer(destination, tables.SELECTED) as writer:
         for part in parts:
-            rows, ids = _kept_of_part(part, config, by)
+            rows, ids = _kept_of_part(part, config, by, declared)
             if not len(rows):
                 continue
             _, of, counts = np.unique(ids, return_inverse=True, return_counts=True)
@@ -127,10 +133,10 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
     return {"prompts": prompts, "kept": total}
 
 
-def _kept_per_prompt(parts: list[str], config: RunConfig, by: str) -> float:
+def _kept_per_prompt(parts: list[str], config: RunConfig, by: str, declared: Sequence[Column]) -> float:
     """Rows kept of a prompt, on average over those of which any is."""
     prompts = total = 0
     for part in parts:
-        rows, ids = _kept_of_part(part, config, by)
+        rows, ids = _kept_of_part(part, config, by, declared)
         prompts, total = prompts + len(np.unique(ids)), total + len(rows)
     return total / max(1, prompts)

@@ -8,9 +8,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mi_ray.config import RunConfig
+from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.config.section import ConfigError, flatten
-from mi_ray.stages.calibrate import CalibrationConfig
 
 ROOT = Path(__file__).parents[2]
 LEAST = ("--run-dir", "runs/test", "--prompts.file", "prompts.txt")
@@ -179,8 +179,11 @@ def test_unknown_keys_are_refused_with_a_suggestion(config_file):
         (("--resources.train_workers", "3,2"), "resources: train_workers is (least, most)"),
         (("--resources.train_workers", "2,64"), "gradient_accumulation is 50, which leaves some of 64 workers"),
         (("--select.by", "pmi"), "select.by is 'pmi', which score.names lacks"),
-        (("--select.by", "oracle"), "needs generate.alignment: oracle"),
-        (("--evaluation.controls", "oracle"), "needs generate.alignment: oracle"),
+        (("--select.by", "oracle"), "select.by is 'oracle', which is neither random nor a score nor a metric that is"),
+        (("--select.by", "pmmi"), "take one of mitune, "),
+        (("--evaluation.controls", "oracle"), "evaluation.controls has 'oracle', which is neither random nor a metric"),
+        (("--evaluation.controls", "mitune"), "evaluation.controls has 'mitune'"),
+        (("--generate.alignment", "a:B,oracle,a:B"), "'a:B' is there more than once; name each metric once"),
         (("--select.top-k", "50"), "leaves nothing to choose from 50 candidates"),
     ],
 )

@@ -6,8 +6,10 @@ import pyarrow as pa
 import pytest
 
 from mi_ray import storage
+from mi_ray.alignment.metric import Column
 from mi_ray.config.section import ConfigError
 from mi_ray.inputs.focus import read_focus
+from mi_ray.storage.tables import evaluation_schema
 
 
 def lines(path, rows: list[dict]) -> str:
@@ -60,10 +62,20 @@ def test_values_that_are_no_weights(tmp_path, row, metric, said):
         read_focus(lines(tmp_path / "f.jsonl", [row]), metric, 1.0)
 
 
+def test_without_a_name_the_first_metric_that_a_run_declares_counts(tmp_path):
+    rows = [{"prompt_id": p, "prompt": p, "likes": v, "exact": 1.0} for p, v in (("a", 0.25), ("b", 1.0))]
+    schema = evaluation_schema({"judge": (Column("likes", "a share"),), "oracle": (Column("exact", "1 or 0"),)})
+    storage.write_table(str(tmp_path / "base" / "part-0.parquet"), pa.Table.from_pylist(rows, schema))
+    assert read_focus(str(tmp_path / "base"), None, 1.0) == {"a": (0.75, None)}
+    assert read_focus(lines(tmp_path / "f.jsonl", [{"prompt": "a", "weight": 2}]), None, 1.0) == {"a": (2.0, None)}
+
+
 def test_files_that_will_not_do(tmp_path):
     folder = evaluation(tmp_path / "run", exact=[0.0] * 8)
     with pytest.raises(ConfigError, match=r"no column 'exactly' among .*--focus-metric"):
         read_focus(folder, "exactly", 1.0)
+    with pytest.raises(ConfigError, match=r"declares no metric; set --focus-metric"):
+        read_focus(folder, None, 1.0)
     with pytest.raises(ConfigError, match="does not exist"):
         read_focus(str(tmp_path / "none.jsonl"), "exact", 1.0)
     (tmp_path / "broken.parquet").write_bytes(b"no table")

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from mi_ray.alignment.oracle import Oracle
 from mi_ray.config import RunConfig
 from mi_ray.shapes.grammar import draw_scene, parse, sample_prompts
 from mi_ray.shapes.scenes import render
@@ -16,6 +17,7 @@ from mi_ray.storage import write_json, write_table
 from mi_ray.storage.tables import candidates_schema, evaluation_schema
 
 SCORES = ("mitune", "pmi_contrastive")
+METRICS = {"oracle": Oracle.columns}
 CANDIDATES, SEEDS = 12, 4
 HOSTILE = '<script>alert("prompt")</script> & a <b>red</b> circle'
 EXACT_SHARE = {"base": 0.4, "tuned": 0.6, "random": 0.42}
@@ -78,7 +80,7 @@ def _write_candidates(run_dir: Path, prompts: list[str], rng: np.random.Generato
             rows.append({"prompt_id": prompt_id(prompt), "prompt": prompt, "rank": rank, "kept": rank == 0, **row})
             rows[-1]["image"] = image
     rows.append({"prompt_id": prompt_id(HOSTILE), "prompt": HOSTILE, "error": "no <scene> drawn"})
-    table = pa.Table.from_pylist(rows, candidates_schema(SCORES))
+    table = pa.Table.from_pylist(rows, candidates_schema(SCORES, METRICS))
     write_table(str(run_dir / "round-0" / "candidates" / "part-00000-0.parquet"), table)
 
 
@@ -92,7 +94,7 @@ def _write_evaluation(run_dir: Path, prompts: dict[str, tuple[str, str]], rng: n
                 facts = {"prompt_id": prompt_id(prompt), "prompt": prompt, "category": category, "split": split}
                 measured = {"score_pmi": rng.normal(5 + exact, 1), "features": features(image), "image": png(image)}
                 rows.append({**facts, "image_index": index, "seed": 100 + index, **measured, **_metrics(exact, rng)})
-        table = pa.Table.from_pylist(rows, evaluation_schema())
+        table = pa.Table.from_pylist(rows, evaluation_schema(METRICS))
         write_table(str(run_dir / "evaluation" / model / "part-00000-0.parquet"), table)
 
 

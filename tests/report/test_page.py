@@ -3,6 +3,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from run_folder import CANDIDATES, HOSTILE, SCORES, SEEDS, config_of, png
+from run_folder import CANDIDATES, HOSTILE, METRICS, SCORES, SEEDS, config_of, png
 
+from mi_ray.alignment.metric import Column
+from mi_ray.report.columns import mark
 from mi_ray.report.page import _strips, _tile, alignment_table, headline, previews, write_report
 from mi_ray.report.summary import summarise
 from mi_ray.storage import read_tables, write_json, write_table
@@ -84,11 +87,12 @@ def test_side_by_side_shows_the_same_seeds(page):
 
 @pytest.mark.parametrize(
     ("low", "high", "says"),
-    [(0.02, 0.08, "prompts better"), (-0.02, 0.08, "no clear difference"), (-0.08, -0.02, "prompts worse")],
+    [(0.02, 0.08, "better by exact"), (-0.02, 0.08, "no clear difference"), (-0.08, -0.02, "worse by exact")],
 )
 def test_headline_is_honest(low, high, says):
     mean = (low + high) / 2
     report = {
+        "metrics": {name: [asdict(column) for column in columns] for name, columns in METRICS.items()},
         "alignment": {
             "base": {"exact": {"value": 0.482, "low": 0.4, "high": 0.5}},
             "tuned": {"exact": {"value": 0.482 + mean, "low": 0.4, "high": 0.6}},
@@ -105,7 +109,7 @@ def test_headline_is_honest(low, high, says):
 def test_alignment_table(run_dir, config):
     report = summarise(str(run_dir), config)
     table = alignment_table(report)
-    exact = next(line for line in table.splitlines() if line.startswith("exact %"))
+    exact = next(line for line in table.splitlines() if line.startswith("exact, %"))
     numbers = re.findall(r"[+−\d.]+(?= ±)", exact)
     assert numbers[:2] == [f"{100 * report['alignment'][m]['exact']['value']:.1f}" for m in ("base", "tuned")]
     difference = report["comparison"]["tuned-base"]["exact"]["difference"]
@@ -143,11 +147,24 @@ def test_a_benchmark_in_the_folder_is_shown_and_escaped(tmp_path):
     assert "lost 3 (at most 0), which fails; happened 0.950 (at least 0.800)" in cells
 
 
-def test_a_run_without_oracle_and_previews(run_dir, tmp_path):
+def test_a_metric_of_which_lower_is_better_is_told_in_its_unit():
+    dark = Column("dark_pixels", "number of dark pixels", "pixels", 0, 4096, higher_is_better=False)
+    base, tuned = ({"dark_pixels": {"value": v, "low": v - 9, "high": v + 9}} for v in (1200.0, 1100.0))
+    difference = {"dark_pixels": {"difference": -100.0, "low": -120.0, "high": -80.0}}
+    report = {"metrics": {"m:Dark": [asdict(dark)]}, "alignment": {"base": base, "tuned": tuned}, "quality": {}}
+    title, verdict = headline(report | {"comparison": {"tuned-base": difference}})
+    assert title == "dark pixels: 1200.0 → 1100.0 (−100.0 ± 20.0 pixels)"
+    assert "does better by dark pixels" in verdict
+    assert mark(1200.0, dark) == {"kind": "number", "text": "1200.0", "title": "dark pixels, pixels: 1200.0"}
+    assert mark(None, dark) is None
+
+
+def test_a_run_without_metrics_and_previews(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     for folder in ("round-0/candidates", "evaluation/base", "evaluation/tuned"):
         table = read_tables(str(run_dir / folder))
-        for name in ("exact", "objects", "attributes", "count", "category", "split", "features"):
+        table = table.drop_columns([column.name for column in METRICS["oracle"]])
+        for name in ("category", "split", "features"):
             if name in table.column_names:
                 index = table.column_names.index(name)
                 field = table.schema.field(name)
@@ -158,7 +175,7 @@ def test_a_run_without_oracle_and_previews(run_dir, tmp_path):
     page = Page(Path(write_report(str(tmp_path / "run"), config)).read_text())
     assert "PMI: " in page.text
     assert not [a for _, a in page.tags if "corner" in a.get("class", "")]
-    assert "exact %" not in alignment_table(summarise(str(tmp_path / "run"), config))
+    assert "exact" not in alignment_table(summarise(str(tmp_path / "run"), config))
 
 
 def test_previews_are_what_was_sampled_to_the_end_and_only_the_first_parts_are_read(run_dir, tmp_path):
@@ -167,7 +184,7 @@ def test_previews_are_what_was_sampled_to_the_end_and_only_the_first_parts_are_r
     pruned = (table["prompt_id"] == table["prompt_id"][0]) & (table["rank"] >= 4)
     table["pruned_after"] = np.where(pruned, 2, None)
     table["image"] = table["image"].where(~pruned, None)
-    schema = candidates_schema(SCORES)
+    schema = candidates_schema(SCORES, METRICS)
     for index, rows in enumerate((table, table[:0])):
         part = pa.Table.from_pandas(rows, schema, preserve_index=False)
         write_table(str(folder / f"part-0000{index}-0.parquet"), part)
@@ -180,7 +197,7 @@ def test_previews_are_what_was_sampled_to_the_end_and_only_the_first_parts_are_r
 def test_strips_show_a_score_of_zero_and_no_unmeasured_candidate():
     scores = [0.0, None, -1.0, float("nan"), 2.0, 1.0]
     image = png(np.zeros((8, 8, 3), np.uint8))
-    pool = [{"prompt": "a", "s": score, "kept": score == 2, "exact": None, "image": image} for score in scores]
+    pool = [{"prompt": "a", "s": score, "kept": score == 2, "image": image} for score in scores]
     tiles = _strips(pool, "s")["tiles"]
     assert [tile["score"] for tile in tiles["highest"]] == [2, 1]
     assert [tile["score"] for tile in tiles["lowest"]] == [0, -1]
@@ -189,11 +206,12 @@ def test_strips_show_a_score_of_zero_and_no_unmeasured_candidate():
 
 def test_large_images_become_thumbnails():
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
-    tile = _tile({"image": png(noise), "exact": None})
+    tile = _tile({"image": png(noise), "exact": None}, METRICS["oracle"][0])
+    assert tile["mark"] is None
     assert not tile["crisp"]
     assert len(tile["source"]) < 200_000
-    small = _tile({"image": png(noise[:64, :64]), "exact": 1.0})
+    small = _tile({"image": png(noise[:64, :64]), "exact": 1.0}, METRICS["oracle"][0])
     assert small["crisp"]
-    assert small["exact"] is True
+    assert small["mark"] == {"kind": "yes", "text": "✓", "title": "exact"}
     thumbnail = Image.open(io.BytesIO(base64.b64decode(tile["source"].partition(",")[2])))
     assert thumbnail.size == (256, 256)

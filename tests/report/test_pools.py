@@ -4,12 +4,17 @@ from collections import Counter
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
-from run_folder import SCORES
+from run_folder import METRICS, SCORES
 
+from mi_ray.alignment.metric import Column
 from mi_ray.report import pools
 from mi_ray.report.pools import Thinned, count_error, distribution, read_pools
 from mi_ray.storage import read_tables, write_table
+from mi_ray.storage.tables import candidates_schema
+
+EXACT = METRICS["oracle"][0]
 
 
 @pytest.fixture
@@ -30,8 +35,8 @@ def in_parts(run_dir, tmp_path) -> str:
 def test_parts_and_rounds_add_up(run_dir, in_parts):
     whole, twice = read_pools(str(run_dir), SCORES), read_pools(in_parts, SCORES)
     assert twice.prompts == whole.prompts == 25
-    for name, found in whole.selection["auc"].items():
-        assert twice.selection["auc"][name] == pytest.approx(found)
+    for name, found in whole.selection["auc"]["exact"].items():
+        assert twice.selection["auc"]["exact"][name] == pytest.approx(found)
     for share in ("pool_exact", "kept_exact"):
         expected = whole.selection[share]
         assert twice.selection[share] == pytest.approx(expected | {"n_images": 2 * expected["n_images"]})
@@ -55,9 +60,27 @@ def test_a_distribution_is_of_the_score_above_its_prompts_mean(run_dir):
 
 
 def test_a_score_that_nobody_has_is_not_drawn():
-    assert distribution(pd.DataFrame({"score_a": [np.nan], "exact": [1.0]}), "a") is None
-    same = distribution(pd.DataFrame({"score_a": [2.0, 2.0], "exact": [np.nan, np.nan]}), "a")
+    assert distribution(pd.DataFrame({"score_a": [np.nan], "good": [1.0]}), "a") is None
+    same = distribution(pd.DataFrame({"score_a": [2.0, 2.0], "good": [np.nan, np.nan]}), "a", EXACT)
     assert sum(same["all"]) == 2
+
+
+def test_a_metric_that_is_not_yes_or_no_splits_at_the_prompts_mean(tmp_path):
+    dark = Column("dark", "number of dark pixels", "pixels", 0, higher_is_better=False)
+    schema = candidates_schema(("mitune",), {"mine": (dark,)})
+    rows = [
+        {"prompt_id": p, "prompt": p, "score_mitune": score, "dark": value, "kept": score == 3.0}
+        for p, values in (("a", (1.0, 5.0, 6.0, None)), ("b", (7.0, 7.0, 7.0, 7.0)))
+        for score, value in zip((3.0, 2.0, 1.0, 0.0), values, strict=True)
+    ]
+    write_table(str(tmp_path / "round-0" / "candidates" / "part-0.parquet"), pa.Table.from_pylist(rows, schema))
+    found = read_pools(str(tmp_path), ("mitune",))
+    assert found.metrics == {"mine": (dark,)}
+    drawn = found.distributions["mitune"]
+    assert (sum(drawn["better by dark"]), sum(drawn["worse by dark"])) == (1, 6)  # the unmeasured one is in neither
+    assert found.selection["auc"]["dark"]["mitune"]["value"] == 1  # the higher the score the fewer; b has no pair
+    assert found.selection["pool_dark"]["value"] == pytest.approx((4 + 7) / 2)
+    assert found.selection["kept_dark"]["value"] == pytest.approx((1 + 7) / 2)
 
 
 def test_few_rows_stand_for_many_evenly(monkeypatch):

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from mi_ray.alignment.metric import Column
 from mi_ray.report.statistics import (
     PromptAverage,
     auc,
@@ -13,6 +14,8 @@ from mi_ray.report.statistics import (
     prompt_aucs,
     prompt_mean,
 )
+
+EXACT = Column("exact", "1 or 0", "yes/no", 0, 1)
 
 
 def brute_force_auc(scores, positive):
@@ -101,16 +104,36 @@ def test_within_prompt_auc_ignores_differences_between_prompts():
     pool["exact"] = (rng.random(1000) < rates).astype(float)
     pool["level"] = rates + 1e-3 * rng.normal(size=1000)  # tells easy prompts from hard ones, and nothing else
     pool["truth"] = pool["exact"] - 100 * pool["prompt_id"]
-    result = prompt_mean(prompt_aucs(pool, "level"), "auc")
+    result = prompt_mean(prompt_aucs(pool, "level", EXACT), "auc")
     assert result["low"] < 0.5 < result["high"]
-    assert prompt_mean(prompt_aucs(pool, "truth"), "auc")["value"] == 1
+    assert prompt_mean(prompt_aucs(pool, "truth", EXACT), "auc")["value"] == 1
     assert auc(pool["level"].to_numpy(), pool["exact"].to_numpy() == 1) > 0.6  # what a pooled AUC would have said
 
 
 def test_within_prompt_auc_needs_both_kinds():
     pool = pd.DataFrame({"round": 0, "prompt_id": [0, 0, 1, 1], "exact": [1.0, 1.0, 1.0, 0.0], "s": [1.0, 2, 3, 4]})
-    assert prompt_aucs(pool, "s").to_dict("records") == [{"prompt_id": 1, "auc": 0}]
-    assert prompt_aucs(pool[pool.prompt_id == 0], "s").empty
+    assert prompt_aucs(pool, "s", EXACT).to_dict("records") == [{"prompt_id": 1, "auc": 0}]
+    assert prompt_aucs(pool[pool.prompt_id == 0], "s", EXACT).empty
+    assert prompt_aucs(pool[:0], "s", EXACT).empty
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_within_prompt_auc_of_any_metric_counts_the_pairs_that_it_tells_apart(higher_is_better):
+    rng = np.random.default_rng(9)
+    sizes = rng.integers(1, 9, 30)  # pools of different size, with missing values on both sides
+    pool = pd.DataFrame({"round": rng.integers(0, 2, sizes.sum()), "prompt_id": np.repeat(np.arange(30), sizes)})
+    pool["s"] = rng.integers(0, 4, len(pool)).astype(float)
+    pool["likes"] = rng.integers(0, 3, len(pool)).astype(float)
+    pool.loc[rng.random(len(pool)) < 0.1, "s"] = np.nan
+    pool.loc[rng.random(len(pool)) < 0.1, "likes"] = np.nan
+    expected = []
+    for (_, prompt), rows in pool.dropna().groupby(["round", "prompt_id"]):
+        values = rows[["s", "likes"]].to_numpy() * [1, 1 if higher_is_better else -1]
+        wins = [(a[0] > b[0]) + 0.5 * (a[0] == b[0]) for a in values for b in values if a[1] > b[1]]
+        if wins:
+            expected.append({"prompt_id": prompt, "auc": np.mean(wins)})
+    found = prompt_aucs(pool, "s", Column("likes", "", higher_is_better=higher_is_better))
+    pd.testing.assert_frame_equal(found, pd.DataFrame(expected))
 
 
 def unbiased_mmd(x, y):

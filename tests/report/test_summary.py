@@ -83,11 +83,11 @@ def test_selection(report, run_dir):
         right, wrong = (group[group["exact"] == value]["score_pmi_contrastive"] for value in (1, 0))
         if len(right) and len(wrong):
             aucs.append(np.mean([(r > w) + 0.5 * (r == w) for r in right for w in wrong]))
-    result = selection["auc"]["pmi_contrastive"]
+    result = selection["auc"]["exact"]["pmi_contrastive"]
     low, high = stats.ttest_1samp(aucs, 0).confidence_interval(0.95)
     assert [result[k] for k in ("value", "low", "high")] == pytest.approx([np.mean(aucs), low, high])
     assert result["low"] > 0.6
-    assert selection["auc"]["mitune"]["low"] < 0.5 < selection["auc"]["mitune"]["high"]
+    assert selection["auc"]["exact"]["mitune"]["low"] < 0.5 < selection["auc"]["exact"]["mitune"]["high"]
 
 
 def test_training_counts_a_repeated_step_once(report):
@@ -120,7 +120,7 @@ def test_an_empty_folder(tmp_path):
     json.dumps(report, allow_nan=False)
 
 
-def test_no_oracle_no_categories_and_two_rounds(tmp_path):
+def test_no_metric_no_categories_and_two_rounds(tmp_path):
     rng = np.random.default_rng(0)
     for number in (0, 1):
         rows = [{"prompt_id": p, "prompt": p, "kept": i == 0, "score_mitune": float(i)} for p in "ab" for i in range(3)]
@@ -133,6 +133,8 @@ def test_no_oracle_no_categories_and_two_rounds(tmp_path):
         write_table(str(tmp_path / "evaluation" / model / "part-0.parquet"), table)
     report = summarise(str(tmp_path), config_of(tmp_path))
     json.dumps(report, allow_nan=False)
+    assert report["metrics"] == {}
+    assert report["selection"]["auc"] == {}
     base = report["alignment"]["base"]
     assert set(base) == {"pmi", "by_category", "by_split"}
     assert base["pmi"]["n_prompts"] == 3

@@ -84,7 +84,7 @@ def test_a_schedule_that_cannot_be_is_refused(fields, named):
 def test_what_pruning_cannot_serve_is_refused(tiny_pipeline):
     with pytest.raises(ValidationError, match=r"prune\.keep leaves 2"):
         config_for(tiny_pipeline, select={"by": "pmi_contrastive", "top_k": 3})
-    with pytest.raises(ValidationError, match="oracle needs every candidate"):
+    with pytest.raises(ValidationError, match="by oracle needs every candidate measured"):
         config_for(
             tiny_pipeline,
             generate={"candidates_per_prompt": EACH, "alignment": "oracle"},

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from mi_ray.alignment.metric import Column
 from mi_ray.config import OnlineConfig, RunConfig
 from mi_ray.config.section import ConfigError
-from mi_ray.scoring.rewards import advantages, candidate_advantages, raw_rewards, rewards_of
+from mi_ray.scoring.rewards import Reward, advantages, candidate_advantages, raw_rewards, rewards_of
 
 SEEDS = [1, 2, 3, 4]
 
@@ -73,6 +74,22 @@ def test_the_table_holds_none_for_what_is_not_trained():
 def test_a_weight_that_is_no_number_is_refused():
     with pytest.raises(ConfigError, match=r"online.rewards: 'pmi:much' is not name:weight"):
         rewards_of(OnlineConfig(updates=1, rewards=("pmi:much",)), "pmi")
+
+
+def test_a_metric_is_rewarded_by_its_first_column_in_the_direction_that_it_declares():
+    metrics = {
+        "oracle": (Column("exact", "1 or 0"), Column("objects", "share")),
+        "dark:Pixels": (Column("dark", "number", higher_is_better=False),),
+    }
+    online = OnlineConfig(updates=1, rewards=("oracle:0.5", "objects", "dark:Pixels", "dark:Pixels:0.1", "pmi:2"))
+    assert rewards_of(online, "pmi", metrics) == (
+        Reward("exact", 0.5),
+        Reward("objects", 1.0),
+        Reward("dark", -1.0),
+        Reward("dark", -0.1),
+        Reward("pmi", 2.0),
+    )
+    assert rewards_of(OnlineConfig(updates=1), "dark:Pixels", metrics) == (Reward("dark", -1.0),)
 
 
 def test_raw_rewards_are_the_weighted_sum():

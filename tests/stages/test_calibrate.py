@@ -10,12 +10,14 @@ import torch
 import yaml
 from PIL import Image
 
-from mi_ray.alignment.oracle import measure
+from mi_ray.alignment.oracle import Oracle
 from mi_ray.config import RunConfig
+from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.config.section import ConfigError
+from mi_ray.inputs.labels import read_labels
 from mi_ray.stages import calibrate as stage
-from mi_ray.stages.calibrate import CalibrationConfig, _read_labels, calibrate
+from mi_ray.stages.calibrate import calibrate
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", "jobs/configs/calibrate-smoke.yaml"]
@@ -72,12 +74,12 @@ def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
     lines = pd.read_json(pool / "pool.jsonl", lines=True)
     assert len(lines) == 6 * 4
     images = np.stack([Image.open(pool / name) for name in lines["image"]])
-    lines["label"] = measure(images, lines["prompt"].tolist())["exact"]
+    lines["label"] = Oracle().measure(images, lines["prompt"].tolist())["exact"]
     lines = lines.sample(frac=1, random_state=0)
     lines.to_json(file, orient="records", lines=True)
     lines.to_parquet(table)
     digest = lines["pool"][0]
-    assert _read_labels(str(file), digest) == _read_labels(str(table), digest)
+    assert read_labels(str(file), digest) == read_labels(str(table), digest)
     calibrate(config.model_copy(update={"alignment": None, "labels": str(file)}))
     own = capsys.readouterr().out
     told = [line for line in by_oracle.splitlines() if line.startswith(("label", "without"))]

@@ -10,9 +10,9 @@ import pytest
 
 from mi_ray import storage
 from mi_ray.config.section import ConfigError
+from mi_ray.inputs.make_prompts import make_prompts
 from mi_ray.inputs.more_prompts_config import MorePromptsConfig
 from mi_ray.inputs.prompts import read_prompts
-from mi_ray.stages.make_prompts import make_prompts
 
 ROOT = Path(__file__).parents[2]
 LIST = ROOT / "jobs" / "configs" / "prompts" / "shapes-train.jsonl"
@@ -104,7 +104,7 @@ def test_the_shapes_grammar(tmp_path, capsys):
 def test_only_from_what_fails(tmp_path, own, capsys):
     table = {"prompt": ["two cats", "one ox"] * 2, "category": ["numeracy"] * 4, "exact": [1.0, 0.0, 0.0, 0.5]}
     storage.write_table(str(tmp_path / "base" / "part-0.parquet"), pa.table(table))
-    rows = made(tmp_path, file=own, focus=str(tmp_path / "base"), count=2)
+    rows = made(tmp_path, file=own, focus=str(tmp_path / "base"), focus_metric="exact", count=2)
     assert {row["prompt"] for row in rows} == {"two oxen", "one cat"}
     assert "2 prompts fail, 1 of them of the list" in capsys.readouterr().out
 

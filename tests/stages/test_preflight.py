@@ -8,9 +8,9 @@ import torch
 from mi_ray.config.command_line import load_config
 from mi_ray.config.section import ConfigError
 from mi_ray.runs.cost import evaluations
+from mi_ray.scoring.trial import Trial, try_fitting
 from mi_ray.stages import preflight
 from mi_ray.stages.pipeline import Plan
-from mi_ray.stages.trial import Trial, try_fitting
 
 SECONDS = 0.6  # an evaluation, so that a hundred take a minute
 
@@ -80,7 +80,7 @@ def test_halving_ends_where_memory_suffices(monkeypatch, fits, tried):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return Trial(batch_size, SECONDS, 1.0, 7.0)
 
-    monkeypatch.setattr("mi_ray.stages.trial.try_batch", try_batch)
+    monkeypatch.setattr("mi_ray.scoring.trial.try_batch", try_batch)
     if fits:
         assert try_fitting(None, 64).batch_size == fits
     else:

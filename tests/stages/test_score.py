@@ -26,6 +26,7 @@ from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.information import pointwise
+from mi_ray.inputs.images import read_image
 from mi_ray.inputs.pair_config import ScorePairsConfig
 from mi_ray.inputs.pairs import Columns, plan_pairs
 from mi_ray.language import text
@@ -34,7 +35,7 @@ from mi_ray.language.shapes import negatives
 from mi_ray.report.audit import write_audit
 from mi_ray.runs.status import run_status
 from mi_ray.scoring.branches import hard_negatives
-from mi_ray.scoring.pair_scorer import PairScorer, read_image
+from mi_ray.scoring.pair_scorer import PairScorer
 from mi_ray.scoring.scorer import Scorer, draw_probes_of
 from mi_ray.scoring.work import Work
 from mi_ray.stages import score as stage

@@ -9,8 +9,9 @@ import torch
 from mi_ray.config import ModelConfig, ResourcesConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.scoring.trial import BATCH_SIZES, Trial, best, sweep, sweep_dtypes, try_batch
 from mi_ray.stages import trial
-from mi_ray.stages.trial import Trial, best, settle, sweep, sweep_dtypes, try_batch
+from mi_ray.stages.trial import settle
 
 
 def made(*milliseconds: float) -> list[Trial]:
@@ -77,6 +78,6 @@ def test_auto_is_settled_by_actors_that_share_a_gpu(tiny_pipeline, capsys):
         assert ray.available_resources().get("GPU") == 1  # the probes are gone
     finally:
         ray.shutdown()
-    assert settled.batch_size in trial.BATCH_SIZES
+    assert settled.batch_size in BATCH_SIZES
     assert settled.gpus_per_actor in (1, 1 / 2, 1 / 4)
     assert f"batches of {settled.batch_size} candidates" in capsys.readouterr().out

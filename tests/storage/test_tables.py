@@ -1,16 +1,27 @@
+import json
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
 from mi_ray import storage
+from mi_ray.alignment.metric import Column
+from mi_ray.alignment.oracle import Oracle
 from mi_ray.config import RunConfig
 from mi_ray.storage import tables
 
+METRICS = {
+    "oracle": Oracle.columns,
+    "judges:Likes": (
+        Column("likes", "how much the judge likes it", "nats", None, 7.5, False, "owner/judge", "abc123", True, False),
+    ),
+}
 SCHEMAS = {
-    "candidates": tables.candidates_schema(tuple(tables.SCORES)),
+    "candidates": tables.candidates_schema(tuple(tables.SCORES), METRICS),
     "selected": tables.SELECTED,
-    "evaluation": tables.evaluation_schema(),
+    "evaluation": tables.evaluation_schema(METRICS),
+    "scored": tables.SCORED,
 }
 
 
@@ -28,6 +39,34 @@ def test_descriptions_survive_the_file(tmp_path):
     uri = str(tmp_path / "part.parquet")
     storage.write_table(uri, schema.empty_table())
     assert [(f.name, f.metadata) for f in storage.read_table(uri).schema] == [(f.name, f.metadata) for f in schema]
+
+
+def test_a_file_tells_what_its_metrics_declare(tmp_path):
+    uri = str(tmp_path / "part.parquet")
+    storage.write_table(uri, SCHEMAS["evaluation"].empty_table())
+    schema = storage.ParquetRows(uri).schema
+    assert tables.metric_columns(schema) == METRICS
+    assert list(tables.metric_columns(schema)) == ["oracle", "judges:Likes"]
+    metadata = schema.field("likes").metadata
+    assert metadata[b"metric"] == b"judges:Likes"
+    assert (metadata[b"model"], metadata[b"revision"]) == (b"owner/judge", b"abc123")
+    assert tables.metric_columns(tables.evaluation_schema()) == {}
+
+
+@pytest.mark.parametrize("name", ["rank", "score_pmi", "pmi", "round"])
+def test_a_column_whose_name_is_taken_is_refused(name):
+    with pytest.raises(ValueError, match=f"'m:Mine' declares the column '{name}', a name that the tables use"):
+        tables.candidates_schema(("pmi",), {"m:Mine": (Column(name, "mine"),)})
+
+
+@pytest.mark.parametrize("name", ["candidates", "evaluation", "scored"])
+def test_tables_with_images_say_so_to_hugging_face_datasets(name, tmp_path):
+    """`datasets` takes a column's feature from this metadata if its storage type is the column's."""
+    uri = str(tmp_path / "part.parquet")
+    storage.write_table(uri, SCHEMAS[name].empty_table())
+    schema = storage.read_table(uri).schema
+    assert json.loads(schema.metadata[b"huggingface"]) == {"info": {"features": {"image": {"_type": "Image"}}}}
+    assert schema.field("image").type == pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 def test_every_configurable_score_has_a_column():

@@ -5,6 +5,8 @@ import pyarrow as pa
 import pytest
 
 from mi_ray import storage
+from mi_ray.alignment.metric import Column
+from mi_ray.alignment.oracle import Oracle
 from mi_ray.config import RunConfig, SelectConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.storage import tables
@@ -26,7 +28,16 @@ def test_the_highest_score_ranks_first_and_what_is_not_finite_last():
 
 
 def test_the_oracle_puts_exact_images_first():
-    assert ranks(COLUMNS, "oracle", 0) == [2, 0, 1, 3]
+    columns = COLUMNS | {"count": [1.0, 0.0, 1.0, 1.0]}  # which the oracle declares and does not select by
+    assert ranks(columns, "oracle", 0, Oracle.columns) == [2, 0, 1, 3]
+
+
+def test_a_metric_ranks_by_its_columns_in_the_order_and_direction_that_it_declares():
+    declared = (Column("dark", "pixels", higher_is_better=False), Column("sharp", "any", nullable=True))
+    columns = COLUMNS | {"dark": [3.0, 1.0, 1.0, 1.0], "sharp": [9.0, None, 0.1, float("nan")]}
+    found = ranks(columns, "m:Dark", 0, declared)
+    assert found.index(0) == 2  # of the fewest dark pixels, the one with a value
+    assert found.index(3) == 0
 
 
 def test_random_is_fair_and_repeatable():
@@ -47,7 +58,12 @@ def test_random_is_fair_and_repeatable():
 )
 def test_a_lowest_score_holds_for_scores_and_not_for_controls(by, min_score, kept):
     columns = COLUMNS | {"error": [None] * 4}
-    found = keeps(columns, ranks(columns, by, 0), by, SelectConfig(by="pmi", top_k=3, min_score=min_score))
+    found = keeps(
+        columns,
+        ranks(columns, by, 0, Oracle.columns if by == "oracle" else ()),
+        by,
+        SelectConfig(by="pmi", top_k=3, min_score=min_score),
+    )
     assert found.sum() == (3 if kept is None else len(kept))
     assert kept is None or found.nonzero()[0].tolist() == sorted(kept)
 

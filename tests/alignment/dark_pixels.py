@@ -1,0 +1,32 @@
+"""A user's own metric, in a file of its own: the tests name it dark_pixels:DarkPixels."""
+
+from mi_ray.alignment.metric import Column, Metric
+
+
+class DarkPixels(Metric):
+    columns = (
+        Column("dark_pixels", "number of pixels darker than half", "pixels", 0, 64 * 64, higher_is_better=False),
+        Column("darkest", "the darkest pixel's mean of red, green and blue", low=0, high=255),
+    )
+
+    def measure(self, images, prompts):
+        brightness = images.mean(-1)  # (n, h, w)
+        return {"dark_pixels": (brightness < 128).sum((1, 2)), "darkest": brightness.min((1, 2))}
+
+
+class NoMetric:
+    columns = ()
+
+
+class NeedsAPath(DarkPixels):
+    def __init__(self, path):
+        self.path = path
+
+
+class Exact(Metric):
+    """Declares a column of the same name as the oracle's."""
+
+    columns = (Column("exact", "something else"),)
+
+    def measure(self, images, prompts):
+        return {"exact": [1.0] * len(prompts)}

@@ -1,0 +1,150 @@
+"""What a metric declares and returns, and what is said of one that will not do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mi_ray.alignment.metric import (
+    METRICS,
+    Column,
+    Metric,
+    check_prompts,
+    columns_of,
+    load_metrics,
+    measure,
+    reference_of,
+)
+from mi_ray.alignment.oracle import Oracle
+from mi_ray.shapes.oracle import score
+
+HERE = Path(__file__).parent
+MINE = "dark_pixels:DarkPixels"
+PROMPTS = ["a red circle", "a blue square left of a green star"]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    oracle = Oracle()
+    return np.stack([oracle.reference(prompt, seed) for seed, prompt in enumerate(PROMPTS)])
+
+
+def test_every_metric_of_the_package_loads_by_its_name():
+    for name, metric in load_metrics(list(METRICS)).items():
+        assert metric.columns, name
+
+
+def test_the_metrics_are_measured_together_in_their_order(images):
+    metrics = load_metrics(["oracle", MINE])
+    found = measure(metrics, images, PROMPTS)
+    assert list(found) == [c.name for columns in columns_of(metrics).values() for c in columns]
+    assert found["exact"] == [1, 1]
+    assert found["relation"] == [None, 1]
+    expected = [int((image.mean(-1) < 128).sum()) for image in images]
+    assert found["dark_pixels"] == expected
+    assert all(type(value) is float for value in found["dark_pixels"])  # not NumPy's
+    assert measure(metrics, [], []) == {name: [] for name in found}
+    assert measure({}, images, PROMPTS) == {}
+
+
+def test_the_oracle_says_what_the_worlds_oracle_says(images):
+    swapped = PROMPTS[::-1]
+    found = Oracle().measure(images, swapped)
+    for index, (image, prompt) in enumerate(zip(images, swapped, strict=True)):
+        truth = score(image, prompt)
+        assert {name: values[index] for name, values in found.items()} == vars(truth)
+
+
+def test_only_the_oracles_world_has_real_images(images):
+    assert reference_of(load_metrics([MINE])) is None
+    reference = reference_of(load_metrics([MINE, "oracle"]))
+    assert (reference(PROMPTS[1], 1) == images[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["oracel"], r"'oracel' is no metric: give one of oracle, or your own as package\.module:Class"),
+        (["no_such_module:Metric"], r"cannot be loaded \(ModuleNotFoundError: .*on every node.*PYTHONPATH"),
+        (["dark_pixels:Missing"], r"'dark_pixels:Missing' cannot be loaded \(AttributeError"),
+        (["dark_pixels:NeedsAPath"], r"cannot be loaded \(TypeError: .*class without arguments"),
+        (["dark_pixels:NoMetric"], r"is no metric: derive its class from mi_ray\.alignment\.metric\.Metric"),
+        (["oracle", "dark_pixels:Exact"], r"'oracle' and 'dark_pixels:Exact' both declare the column 'exact'"),
+    ],
+)
+def test_a_name_that_leads_to_no_metric_is_one_message(names, told):
+    with pytest.raises(ValueError, match=told) as refused:
+        load_metrics(names)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_all_faults_of_a_list_are_told():
+    with pytest.raises(ValueError, match="oracel") as refused:
+        load_metrics(["oracel", "nowhere:X", "oracle"])
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_foreign_prompts_are_counted_and_the_first_shown():
+    prompts = ["a cat", "a red circle", "a dog", "an owl", "a cow"]
+    expected = (
+        r"the oracle reads only prompts of the shapes grammar, not 'a cat', 'a dog', 'an owl' \(4 of 5\);"
+        " set it to none for your own prompts"
+    )
+    with pytest.raises(ValueError, match=expected):
+        check_prompts(load_metrics(["oracle"]), iter(prompts))
+    with pytest.raises(ValueError, match="take oracle out for your own prompts"):
+        check_prompts(load_metrics(["oracle", MINE]), prompts)
+    check_prompts(load_metrics([MINE]), prompts)
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        ({"other": [1.0, 2.0]}, r"'m' returned the columns \['other'\] and declares \['mine'\]"),
+        ({"mine": [1.0]}, "'m' returned 1 values of 'mine' for 2 images"),
+        ({"mine": [1.0, None]}, "'m' returned no value of 'mine', which it does not declare nullable"),
+        ({"mine": [1.0, float("nan")]}, "'m' returned no value of 'mine'"),
+    ],
+)
+def test_a_metric_that_returns_what_it_does_not_declare_is_told(images, returned, told):
+    class Mine(Metric):
+        columns = (Column("mine", "mine"),)
+
+        def measure(self, images, prompts):
+            return returned
+
+    with pytest.raises(ValueError, match=told):
+        measure({"m": Mine()}, images, PROMPTS)
+
+
+def test_values_are_as_the_tables_store_them(images):
+    class Mine(Metric):
+        columns = (Column("mine", "mine"),)
+
+        def measure(self, images, prompts):
+            return {"mine": [0.1, 0.1 + 1e-12]}
+
+    assert measure({"m": Mine()}, images, PROMPTS)["mine"] == [np.float32(0.1)] * 2
+
+
+def test_a_declaration_survives_as_text():
+    column = Column("a", "b", "nats", -1.5, None, False, "owner/name", "abc", True, False)
+    texts = column.as_metadata()
+    assert texts["description"] == "b"
+    assert all(isinstance(text, str) for text in texts.values())
+    assert Column.from_metadata("a", texts) == column
+    plain = Column("a", "b")
+    assert Column.from_metadata("a", plain.as_metadata()) == plain
+
+
+def test_metrics_load_without_torch():
+    code = f"import sys; sys.modules['torch'] = None; sys.path.append({str(HERE)!r}); "
+    code += f"from mi_ray.alignment.metric import load_metrics; load_metrics(['oracle', {MINE!r}])"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], check=True)
