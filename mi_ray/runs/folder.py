@@ -89,10 +89,14 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
         )
     commit = content.get("model_commit")
     if commit and commit != model_commit:
-        model = "model.path" if "model.path" in now else "model"
-        message = f"this run began with {commit} of the model, and this is {model_commit}"
-        advice = "give the weights or the revision that it began with, or another --run-dir"
-        raise ConfigError([f"{model}: {message}; {advice}"])
+        field = "model.path" if "model.path" in now else "model"
+        if now[field].startswith("/"):
+            fault = f"{now[field]!r} holds other weights than those that this run began with; put those back"
+        else:
+            fault = (
+                f"this run began with commit {commit} of the model, and this is {model_commit}; leave its revision out"
+            )
+        raise ConfigError([f"{field}: {fault} or give another --run-dir"])
 
 
 # ------------------------------------------------------------------------------------------ commits
