@@ -1,6 +1,6 @@
-"""Run everything up to the fine-tuning of a run, controls included. python jobs/finetune.py --config FILE --run-dir DIR
+"""Run a pipeline up to its fine-tuning (with controls): python jobs/finetune.py --config FILE --run-dir DIR
 
-The same command line and folder as jobs/pipeline.py, which continues from here.
+It has the command line and run folder of jobs/pipeline.py, which continues the run from here.
 """
 
 from mi_ray.config import RunConfig
@@ -8,12 +8,12 @@ from mi_ray.config.command_line import run_command
 
 
 def run(config: RunConfig, dry_run: bool):
-    from mi_ray.stages.preflight import run_or_describe  # seconds, which --help and a wrong flag do without
+    from mi_ray.stages.preflight import run_or_describe  # takes seconds; --help and wrong flags do not need it
 
     run_or_describe(config, dry_run, until="finetune")
 
 
 if __name__ == "__main__":
     run_command(
-        run, "Run everything up to the fine-tuning of a run, controls included.", "jobs/configs/shapes-smoke.yaml"
+        run, "Run a pipeline up to and including its fine-tuning (with controls).", "jobs/configs/shapes-smoke.yaml"
     )

@@ -1,6 +1,6 @@
-"""Generate, score and rank the first round's pool of a run. python jobs/generate.py --config FILE --run-dir DIR
+"""Generate, score and rank the candidates of the first round: python jobs/generate.py --config FILE --run-dir DIR
 
-The same command line and folder as jobs/pipeline.py, which continues from here.
+It has the command line and run folder of jobs/pipeline.py, which continues the run from here.
 """
 
 from mi_ray.config import RunConfig
@@ -8,10 +8,10 @@ from mi_ray.config.command_line import run_command
 
 
 def run(config: RunConfig, dry_run: bool):
-    from mi_ray.stages.preflight import run_or_describe  # seconds, which --help and a wrong flag do without
+    from mi_ray.stages.preflight import run_or_describe  # takes seconds; --help and wrong flags do not need it
 
     run_or_describe(config, dry_run, until="generate")
 
 
 if __name__ == "__main__":
-    run_command(run, "Generate, score and rank the first round's pool of a run.", "jobs/configs/shapes-smoke.yaml")
+    run_command(run, "Generate, score and rank the candidates of the first round.", "jobs/configs/shapes-smoke.yaml")

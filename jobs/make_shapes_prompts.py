@@ -17,10 +17,10 @@ SPLITS = ("train", "test", "ood")
 
 
 def draw(split: str, count: int, *seed: int, without: frozenset[str] = frozenset()) -> list[list[dict[str, str]]]:
-    """Rounds of rows, one of each category in every round; the prompts of a category are distinct.
+    """Draw `count` rounds of rows. Each round has one row of every category. Prompts of a category are distinct.
 
     Args:
-        without: prompts that are left out.
+        without: prompts to leave out.
     """
     streams = []
     for index, category in enumerate(CATEGORIES):
@@ -32,10 +32,10 @@ def draw(split: str, count: int, *seed: int, without: frozenset[str] = frozenset
 
 
 class Command(BaseSettings):
-    """Write shapes-train.jsonl, shapes-test.jsonl and shapes-online.jsonl, which take all categories in turn.
+    """Write shapes-train.jsonl, shapes-test.jsonl and shapes-online.jsonl, in which all categories alternate.
 
-    The test file takes in turn two prompts of the held-out tenth and one that is out of distribution. The online file
-    takes in turn prompts of the kinds that pre-training saw and of the kinds that it did not; none is in another file.
+    In the test file, two prompts of the held-out split test alternate with one prompt of the split ood. In the online
+    file, prompts of the splits train and ood alternate; none of them is in another file.
     """
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
@@ -43,8 +43,8 @@ class Command(BaseSettings):
     folder: LocalOrUri = str(Path(__file__).parent / "configs" / "prompts")
     seed: int = 0
     train_per_category: PositiveInt = 100
-    ood_per_category: PositiveInt = 20  # and twice as many in distribution
-    online_per_category: PositiveInt = 100  # of each of the two kinds
+    ood_per_category: PositiveInt = 20  # and twice as many of the split test
+    online_per_category: PositiveInt = 100  # of each of the two splits
 
     def cli_cmd(self):
         train = draw("train", self.train_per_category, self.seed)
@@ -55,7 +55,7 @@ class Command(BaseSettings):
         kinds = [draw(kind, self.online_per_category, self.seed, 1, without=others) for kind in ("train", "ood")]
         files["online"] = [row for rounds in zip(*kinds, strict=True) for rows in rounds for row in rows]
         if len({row["prompt"] for rows in files.values() for row in rows}) < sum(map(len, files.values())):
-            raise ValueError(f"two categories say the same with seed {self.seed}; take another seed")
+            raise ValueError(f"seed is {self.seed}, and with it two categories have the same prompt; use another seed")
         for name, rows in files.items():
             path = join(self.folder, f"shapes-{name}.jsonl")
             write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

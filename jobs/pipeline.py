@@ -5,7 +5,7 @@ from mi_ray.config.command_line import run_command
 
 
 def run(config: RunConfig, dry_run: bool):
-    from mi_ray.stages.preflight import run_or_describe  # seconds, which --help and a wrong flag do without
+    from mi_ray.stages.preflight import run_or_describe  # takes seconds; --help and wrong flags do not need it
 
     run_or_describe(config, dry_run)
 

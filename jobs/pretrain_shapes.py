@@ -11,11 +11,11 @@ from mi_ray.training.pretrain import PretrainConfig, pretrain
 
 
 class Command(BaseSettings, PretrainConfig):
-    """Train the embedded model from scratch. The same command in the same folder continues."""
+    """Train the embedded model from scratch. The same command with the same folder continues the training."""
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, cli_implicit_flags=True, extra="forbid")
 
-    folder: SharedPath  # where checkpoints, logs and the finished model go
+    folder: SharedPath  # output folder of checkpoints, logs and the trained model
 
     def cli_cmd(self):
         start_ray()

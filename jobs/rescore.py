@@ -1,4 +1,4 @@
-"""Other on-trajectory scores of what a run has stored, nothing generated again: python jobs/rescore.py --run-dir DIR"""
+"""Compute other on-trajectory scores from the stored data of a run: python jobs/rescore.py --run-dir DIR"""
 
 from mi_ray.config.command_line import run_command
 from mi_ray.stages.rescore import RescoreConfig, rescore

@@ -1,4 +1,4 @@
-"""Score pairs of image and caption that exist. python jobs/score.py --input pairs.parquet --run-dir DIR
+"""Score existing pairs of image and caption: python jobs/score.py --input pairs.parquet --run-dir DIR
 
 A single pair: python jobs/score.py --model shapes --image x.png --prompt "a red circle left of a blue square"
 """
@@ -8,7 +8,7 @@ from mi_ray.inputs.pair_config import ScorePairsConfig
 
 
 def run(config: ScorePairsConfig, dry_run: bool):
-    from mi_ray.stages.score import run_or_describe  # seconds, which --help and a wrong flag do without
+    from mi_ray.stages.score import run_or_describe  # takes seconds; --help and wrong flags do not need it
 
     run_or_describe(config, dry_run)
 

@@ -1,4 +1,4 @@
-"""How a run stands, from its folder alone: python jobs/status.py RUN_DIR [--json]"""
+"""Print the status of a run, from its folder: python jobs/status.py RUN_DIR [--json]"""
 
 import json
 
@@ -11,12 +11,12 @@ from mi_ray.runs.status import run_status, status_text
 
 
 class Command(BaseSettings):
-    """Tell what is done, what failed and what is left of a run, and how long that may take. It changes nothing."""
+    """Print what is done, failed and left in a run, and an estimate of the remaining time. It changes nothing."""
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
 
-    run_dir: CliPositionalArg[LocalOrUri] = Field(description="folder of the run, local, s3:// or gs://")
-    json_: CliToggleFlag[bool] = Field(False, alias="json", description="as JSON, for programs")
+    run_dir: CliPositionalArg[LocalOrUri] = Field(description="folder of the run: local, s3:// or gs://")
+    json_: CliToggleFlag[bool] = Field(False, alias="json", description="print JSON, for programs")
 
     def cli_cmd(self):
         status = run_status(self.run_dir)

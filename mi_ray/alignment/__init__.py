@@ -1,4 +1,4 @@
-"""Metrics: one file a metric, images and prompts in, named columns out.
+"""Metrics: one file per metric. A metric takes images and prompts and returns named columns.
 
-This room must not know how an image was made, nor Ray.
+This room must not know how an image was made. It must not know Ray.
 """

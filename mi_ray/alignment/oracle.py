@@ -1,4 +1,4 @@
-"""Alignment by the embedded world's exact oracle: no model's opinion in it. For prompts of the shapes grammar only."""
+"""The exact oracle of the embedded world as a metric. It uses no model. It reads only prompts of the shapes grammar."""
 
 from dataclasses import asdict
 
@@ -11,14 +11,16 @@ from mi_ray.shapes.scenes import render
 
 
 class Oracle(Metric):
-    """Reads the objects of an image back and holds them against its prompt."""
+    """Reads the objects in an image and compares them with its prompt."""
 
     columns = (
-        Column("exact", "1 if everything said is right and nothing is extra", "yes/no", 0, 1),
-        Column("objects", "share of the named objects present with all their attributes", "share", 0, 1),
+        Column("exact", "1 if everything in the prompt is right and nothing is extra", "yes/no", 0, 1),
+        Column("objects", "share of the named objects that are present with all their attributes", "share", 0, 1),
         Column("attributes", "share of the named shapes, colours and textures that are right", "share", 0, 1),
-        Column("count", "share of the named kinds whose number is right", "share", 0, 1, selects=False),
-        Column("relation", "1 if the named relation holds; null where none is named", "yes/no", 0, 1, nullable=True),
+        Column("count", "share of the named kinds of objects whose number is right", "share", 0, 1, selects=False),
+        Column(
+            "relation", "1 if the named relation holds; null if the prompt names none", "yes/no", 0, 1, nullable=True
+        ),
     )
     reads_only = "prompts of the shapes grammar"
 
@@ -34,5 +36,5 @@ class Oracle(Metric):
         return {column.name: [of_image[column.name] for of_image in scores] for column in self.columns}
 
     def reference(self, prompt: str, seed: int) -> np.ndarray:
-        """A real render of what a prompt says, (64, 64, 3) uint8."""
+        """A correct image of a prompt, (64, 64, 3) uint8."""
         return render(draw_scene(parse(prompt), np.random.default_rng(seed), unseen=True))

@@ -1,7 +1,7 @@
-"""Image features that tell when a tuned model has collapsed: statistics of the autoencoder's latents.
+"""Image features that show whether a tuned model has collapsed: statistics of the autoencoder's latents.
 
-The autoencoder is never tuned and is at hand for every model, so no feature network has to be fetched. Real and
-generated images are treated alike: decoded to uint8 pixels and encoded again.
+Every model has an autoencoder, and it is never tuned, so no feature network must be downloaded. Real and generated
+images are treated in the same way: decoded to uint8 pixels and encoded again.
 """
 
 import torch

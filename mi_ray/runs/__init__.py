@@ -1,4 +1,4 @@
-"""What a run folder promises: its layout, exactly-once commits, the lease, its status and its cost.
+"""The run folder: its layout, exactly-once commits, the lease, and the status and cost of the run.
 
-This room must not know how a stage computes its rows, nor Ray.
+This room must not know how a stage computes its rows. It must not know Ray.
 """

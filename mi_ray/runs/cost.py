@@ -1,14 +1,14 @@
-"""What a run costs, in denoiser evaluations, from its config and the number of its prompts."""
+"""The cost of a run in denoiser evaluations, from its config and the number of prompts."""
 
 from mi_ray.config import POINTWISE_SCORES, RunConfig, ScoreConfig
 from mi_ray.runs.layout import baselines
 
-TRAINING_COST = 3  # a training pass in denoiser evaluations: forward, and backward at twice that
-ONLINE_TRAINING_COST = TRAINING_COST + 2  # and forward passes of the policy that drew, and of the base model
+TRAINING_COST = 3  # denoiser evaluations of a training pass: forward (1) and backward (2)
+ONLINE_TRAINING_COST = TRAINING_COST + 2  # plus forward passes of the sampling policy and of the base model
 
 
 def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int]:
-    """Denoiser evaluations by stage; `finetune` counts forward and backward as `TRAINING_COST`.
+    """Number of denoiser evaluations of each stage. A training pass in `finetune` counts as `TRAINING_COST`.
 
     Steps outside sampler.guidance_interval cost half of what is counted here.
     """
@@ -19,7 +19,7 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     per_image = sum(s.branches * s.num_inference_steps + judged for s in config.evaluation.samplers.values())
     if config.online.updates:
         return _online(config, arms) | {"evaluate": images * per_image}
-    pools = 1 + (config.rounds - 1) * arms  # the first round's pool serves all arms
+    pools = 1 + (config.rounds - 1) * arms  # all arms share the candidates of the first round
     each, steps = config.generate.candidates_per_prompt, config.sampler.num_inference_steps
     cuts = config.prune.cuts(steps, each)
     left = [each, *cuts.values()]
@@ -36,7 +36,7 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
 
 
 def _online(config: RunConfig, arms: int) -> dict[str, int]:
-    """Denoiser evaluations of all arms of an online run, up to the evaluation."""
+    """Number of denoiser evaluations of all arms of an online run, without the evaluation."""
     online = config.online
     each, prompts = config.generate.candidates_per_prompt, online.updates * online.prompts_per_update
     trained = prompts * min(each, online.trained_candidates or each)
@@ -51,7 +51,7 @@ def _online(config: RunConfig, arms: int) -> dict[str, int]:
 
 
 def score_evaluations(score: ScoreConfig, names: set[str], samples: int) -> int:
-    """Evaluations of a candidate for these scores."""
+    """Number of denoiser evaluations per candidate for these scores."""
     if not names & set(POINTWISE_SCORES):
         return 0
     spent = samples * (1 + bool(names & {"pmi", "pmi_orthogonal"}))

@@ -1,4 +1,4 @@
-"""What makes a folder a run's: one config, parts committed exactly once, events, and word of a full disk."""
+"""The contents of a run folder: one config, parts committed exactly once, events. And the message for a full disk."""
 
 import errno
 import json
@@ -19,12 +19,12 @@ from mi_ray.config.section import ConfigError, flatten
 
 
 def check_writable(uri: str):
-    """Write and delete a small file, and see that the store keeps a second writer from it.
+    """Check that a folder can be written to and that its store honours conditional writes, by writing a small file.
 
-    A folder on a disk that does not exist yet is not made: what would hold it is tried.
+    If a local folder does not exist, it is not made: its nearest existing parent is checked.
 
     Raises:
-        OSError: the folder cannot be made or written to, or two drivers could both win there.
+        OSError: the folder cannot be made or written to, or two drivers could both get the lease there.
     """
     if "://" not in uri:
         folder = Path(uri).absolute()
@@ -33,22 +33,22 @@ def check_writable(uri: str):
     first, second = storage.create_bytes(probe, b"1"), storage.create_bytes(probe, b"2")
     storage.delete(probe)
     if not first or second:
-        raise OSError("its store does not honour conditional writes, which keep two drivers apart")
+        raise OSError("its store does not honour conditional writes, which prevent two drivers in one run")
 
 
 @contextmanager
 def full_disk_told(run_dir: str) -> Iterator[None]:
-    """Tell of a full disk in one message, whether this process met it or an actor, whose error Ray has wrapped.
+    """Report a full disk as one message, if this process or an actor (whose error Ray wraps) meets it.
 
     Raises:
-        ConfigError: instead of what a full disk is behind.
+        ConfigError: in place of an error that a full disk caused.
     """
     try:
         yield
     except Exception as error:
         if not _is_full(error):
             raise
-        advice = "make room and give the same command again: it goes on from what is written"
+        advice = "free some space and run the same command again: it continues the run"
         raise ConfigError([f"run_dir: the disk of {run_dir!r} is full; {advice}"]) from error
 
 
@@ -61,21 +61,21 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
-    """See that the folder can be written to, and that what it holds was made by the same config and model.
+    """Check that the folder can be written to, and that a run in it has the same config and model.
 
     Args:
-        results: what the results depend on, as run.json holds it under `config`.
-        model_commit: of a model from the hub, or the digest of a folder's, as run.json holds it under that name.
+        results: the fields that the results depend on, stored as `config` in run.json.
+        model_commit: commit of a model from the hub, or digest of a model folder, stored as `model_commit` in run.json.
 
     Raises:
-        ConfigError: naming the fields that differ.
+        ConfigError: with the fields that differ.
     """
     uri = storage.join(run_dir, "run.json")
     try:
         known = storage.exists(uri)
         check_writable(run_dir)
     except (OSError, ValueError) as error:
-        message = f"run_dir: {run_dir!r} cannot be written to ({error}); give another --run-dir"
+        message = f"run_dir: {run_dir!r} cannot be written to ({error}); use another --run-dir"
         raise ConfigError([message]) from error
     if not known:
         return
@@ -85,35 +85,39 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
     if differing := [key for key in began | now_counted if began.get(key) != now_counted.get(key)]:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
         raise ConfigError(
-            [f"run_dir: {run_dir!r} holds a run of another config: {changes}; undo that or give another --run-dir"]
+            [
+                f"run_dir: {run_dir!r} holds a run with another config: {changes}; change it back or use another"
+                " --run-dir"
+            ]
         )
     commit = content.get("model_commit")
     if commit and commit != model_commit:
         field = "model.path" if "model.path" in now else "model"
         if now[field].startswith("/"):
-            fault = f"{now[field]!r} holds other weights than those that this run began with; put those back"
+            fault = f"{now[field]!r} holds other weights than those that this run started with; put those back"
         else:
             fault = (
-                f"this run began with commit {commit} of the model, and this is {model_commit}; leave its revision out"
+                f"this run started with commit {commit} of the model, and now it is {model_commit}; leave its revision"
             )
-        raise ConfigError([f"{field}: {fault} or give another --run-dir"])
+            fault += " out"
+        raise ConfigError([f"{field}: {fault}, or give another --run-dir"])
 
 
 # ------------------------------------------------------------------------------------------ commits
-MANIFEST = "_manifest.json"  # readers of the folder as one table skip a leading underscore
+MANIFEST = "_manifest.json"  # starts with an underscore: programs that read the folder as one table skip it
 COMMITS = "_commits"
 
 
 def commit(folder: str, name: str, table: pa.Table, receipt: dict) -> dict:
-    """Add a part to a folder, once: the table first, then `_commits/<part>.json`, which makes it count.
+    """Add a part to a folder exactly once: first the table, then its receipt `_commits/<part>.json`.
 
-    Neither is ever replaced. Whoever comes second finds the part there and gets the first one's receipt.
+    A part without a receipt does not count. Neither file is ever replaced: a second writer gets the first receipt.
 
     Args:
-        receipt: what is to be known about the part without opening it.
+        receipt: facts about the part, so that readers need not open it.
 
     Returns:
-        The receipt that counts.
+        The receipt that is stored.
     """
     if not storage.create_bytes(storage.join(folder, name), storage.parquet_bytes(table)):
         receipt = receipt | _counts(folder, name)
@@ -123,7 +127,7 @@ def commit(folder: str, name: str, table: pa.Table, receipt: dict) -> dict:
 
 
 def committed(folder: str, name: str) -> dict | None:
-    """The receipt of a part; None if it is not committed."""
+    """The receipt of a part. None if the part is not committed."""
     marker = storage.join(folder, COMMITS, f"{name}.json")
     return storage.read_json(marker) if storage.exists(marker) else None
 
@@ -134,7 +138,7 @@ def _counts(folder: str, name: str) -> dict[str, int]:
 
 
 def adopt_parts(folder: str, names: list[str]) -> list[str]:
-    """Commit the parts that are whole but lack their marker: a kill came between the two. Returns their names."""
+    """Commit complete parts without a receipt (a kill came between the two writes). Returns their names."""
     present = set(storage.list_names(folder)) & set(missing_parts(folder, names))
     for name in present:
         facts = _counts(folder, name) | {"name": name, "adopted": True, "time": round(time.time(), 3)}
@@ -143,13 +147,13 @@ def adopt_parts(folder: str, names: list[str]) -> list[str]:
 
 
 def missing_parts(folder: str, names: list[str]) -> list[str]:
-    """Which of the planned parts are not committed yet."""
+    """The planned parts that are not committed yet."""
     present = set(storage.list_names(storage.join(folder, COMMITS)))
     return [name for name in names if f"{name}.json" not in present]
 
 
 def remove_parts(folder: str, names: Collection[str]):
-    """Take parts out of a folder, receipt first, so that a kill leaves none that counts."""
+    """Remove parts from a folder. The receipt goes first, so that a kill leaves no receipt without a part."""
     committed = set(storage.list_names(storage.join(folder, COMMITS)))
     for name in names:
         if f"{name}.json" in committed:
@@ -158,23 +162,23 @@ def remove_parts(folder: str, names: Collection[str]):
 
 
 # ------------------------------------------------------------------------------------------ events
-_pending: dict[str, list[bytes]] = {}  # by URI of an events.jsonl: lines that its object store has not got yet
+_pending: dict[str, list[bytes]] = {}  # {URI of an events.jsonl: lines not yet written to its object store}
 _written_at: dict[str, float] = {}
-EVENTS_EVERY = 10.0  # seconds; each time the whole file is put anew
+EVENTS_EVERY = 10.0  # seconds; each time the whole file is written again
 
 
 def log_event(run_dir: str, event: str, **facts: str | int | float | bool | None):
-    """Append a line to events.jsonl: what happened, when, to what. The holder of the run alone calls it.
+    """Append a line to events.jsonl: the event, its time and its facts. Only the holder of the lease may call it.
 
-    Object stores have no append: there, the frequent `shard_written` waits for up to `EVENTS_EVERY` seconds. A kill
-    loses none of them, for they are made again from the receipts (`stages.generate`).
+    Object stores have no append, so the frequent `shard_written` is delayed by up to `EVENTS_EVERY` seconds there. A
+    kill loses no event: missing ones are made again from the receipts (`stages.generate`).
     """
     line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}).encode() + b"\n"
     uri = storage.join(run_dir, "events.jsonl")
     system, path = storage.filesystem(uri)
     if isinstance(system, pafs.LocalFileSystem):
         with Path(path).open("ab+") as file:
-            if file.tell() and not _ends_with_newline(file):  # a kill cut the last line short
+            if file.tell() and not _ends_with_newline(file):  # a kill has cut the last line
                 line = b"\n" + line
             file.write(line)
         return

@@ -1,8 +1,8 @@
-"""One driver at a time: the lease of a run folder, its heartbeat, and the token that fences out who lost it.
+"""The lease of a run folder, with its heartbeat and fencing token. It allows one driver at a time.
 
-A lease is a file `lease/<token>.json`, created once (`storage.create_bytes`), so of several drivers one gets the next
-token. Its holder alone rewrites it, as a heartbeat. A driver whose token is not the highest any more has lost the run:
-its actors' commits are refused, and it stops.
+A lease is a file `lease/<token>.json`, created once (`storage.create_bytes`), so exactly one of several drivers gets
+the next token. Only its holder rewrites it, as a heartbeat. If another driver has a higher token, this driver has lost
+the run: commits of its actors are refused, and it stops.
 """
 
 import json
@@ -23,13 +23,13 @@ from mi_ray import storage
 from mi_ray.config.section import ConfigError
 from mi_ray.runs import folder as run_folder
 
-_held: dict[str, "Lease"] = {}  # by run folder: what this process holds
-MAX_ERROR = 2000  # characters of an error that are logged
-BEATS = 4  # in the time of a lease
+_held: dict[str, "Lease"] = {}  # {run folder: lease that this process holds}
+MAX_ERROR = 2000  # characters of an error in the log
+BEATS = 4  # heartbeats in the duration of a lease
 
 
 class Lost(ConfigError):
-    """Another driver has taken over the run."""
+    """Another driver now owns the run."""
 
 
 def _folder(run_dir: str) -> str:
@@ -46,35 +46,35 @@ def _uri(run_dir: str, token: int) -> str:
 
 
 def superseded(run_dir: str, token: int | None) -> bool:
-    """Whether someone took the run over from the driver with this token; None is a driver without a lease."""
+    """Whether another driver has taken over the run from the driver with this token. None: a driver without a lease."""
     return token is not None and max(_tokens(run_dir), default=0) > token
 
 
 def refuse_if_superseded(run_dir: str, token: int | None, what: str):
-    """See, before `what` is written that a successor writes too, that there is none.
+    """Check that no other driver owns the run, before writing `what`, which that driver would write too.
 
     Raises:
-        Lost: someone has taken the run over.
+        Lost: another driver has taken over the run.
     """
     if superseded(run_dir, token):
-        raise Lost([f"{what} is not written: another driver has taken over {run_dir!r}"])
+        raise Lost([f"{what} is not written: another driver has taken over the run {run_dir!r}"])
 
 
 def current_token(run_dir: str) -> int | None:
-    """The token under which this process holds the run; None if it does not."""
+    """The token of this process's lease of the run. None if it has no lease."""
     return _held[run_dir].token if run_dir in _held else None
 
 
 # ------------------------------------------------------------------------------------------ processes
 def _machine() -> str:
-    """Names the space in which a process id means something: this boot, and this container's processes."""
+    """Identifies the place in which a process id is unique: host, boot, and PID namespace of the container."""
     boot, pids = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     known = [boot.read_text().strip(), os.readlink(pids)] if boot.exists() and pids.is_symlink() else []
     return "/".join([platform.node(), *known])
 
 
-def _start_of(pid: int) -> str | None:
-    """When a process of this machine began, in the kernel's ticks; None if it is none or a dead one's remains."""
+def _process_start(pid: int) -> str | None:
+    """Start time of a process of this machine, in kernel ticks. None if it does not run or is a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -82,9 +82,9 @@ def _start_of(pid: int) -> str | None:
     return None if state in "ZX" else fields[18]
 
 
-def _lives(holder: dict) -> bool:
+def _is_alive(holder: dict) -> bool:
     if Path("/proc/self/stat").exists():
-        return _start_of(holder["pid"]) == holder["process_start"] is not None
+        return _process_start(holder["pid"]) == holder["process_start"] is not None
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
@@ -96,7 +96,7 @@ def _lives(holder: dict) -> bool:
 
 # ------------------------------------------------------------------------------------------ the lease
 class Lease:
-    """What the holder of a run has; get one by `held`."""
+    """The lease of a run folder. Get one with `held`."""
 
     def __init__(self, run_dir: str, seconds: float, token: int):
         self.run_dir, self.seconds, self.token = run_dir, seconds, token
@@ -106,7 +106,7 @@ class Lease:
     @cached_property
     def _holder(self) -> dict:
         pid = os.getpid()
-        who = {"host": platform.node(), "pid": pid, "process_start": _start_of(pid), "machine": _machine()}
+        who = {"host": platform.node(), "pid": pid, "process_start": _process_start(pid), "machine": _machine()}
         return {"token": self.token, **who, "since": round(time.time(), 3), "seconds": self.seconds}
 
     def content(self, released: bool = False) -> bytes:
@@ -114,7 +114,7 @@ class Lease:
         return json.dumps(self._holder | beat, indent=2).encode()
 
     def keep(self):
-        """Beat until stopped. A beat that fails is made up for by the next one."""
+        """Write heartbeats until stopped. If one fails, the next one replaces it."""
         while not self._stop.wait(self.seconds / BEATS):
             self._beats += 1
             try:
@@ -122,56 +122,63 @@ class Lease:
                     self.lost = True
                     return
                 storage.write_bytes(_uri(self.run_dir, self.token), self.content())
-            except (OSError, pa.ArrowException) as error:  # the latter for answers that Arrow has no OSError for
-                print(f"warning: the lease of {self.run_dir} cannot be renewed now: {error}", file=sys.stderr)
+            except (OSError, pa.ArrowException) as error:  # Arrow raises its own exception for some answers of a store
+                print(
+                    f"warning: the lease of {self.run_dir} cannot be renewed now: {error}; it is tried again",
+                    file=sys.stderr,
+                )
 
     def confirm(self):
-        """Raise `Lost` if the heartbeat has found another driver at the run."""
+        """Raise `Lost` if the heartbeat has found that another driver owns the run."""
         if self.lost:
-            raise Lost([f"run_dir: {self.run_dir!r} {_holding(self.run_dir)}, which took it over; this driver stops"])
+            raise Lost(
+                [f"run_dir: {self.run_dir!r} {_holder_text(self.run_dir)}, which has taken it over; this driver stops"]
+            )
 
     def stop(self):
-        """Let the heartbeat end."""
+        """Stop the heartbeat."""
         self._stop.set()
 
     def release(self):
-        """Give the run back, once no beat is under way that would take it again. Where that cannot be written, the next
-        driver finds out that this one is gone."""
+        """Release the lease. Call it after the heartbeat has ended, which would overwrite it. If the write fails, the
+        next driver waits until the lease expires."""
         with suppress(OSError):
             if not superseded(self.run_dir, self.token):
                 storage.write_bytes(_uri(self.run_dir, self.token), self.content(released=True))
 
 
 def latest(run_dir: str) -> tuple[int, dict | None]:
-    """The highest token and its holder; (0, None) if no one ever held the run."""
+    """The highest token and its holder; (0, None) if there was no lease yet."""
     for token in reversed(_tokens(run_dir)):
         try:
             return token, storage.read_json(_uri(run_dir, token))
-        except FileNotFoundError:  # its successor has just tidied it away
+        except FileNotFoundError:  # the next holder has just deleted it
             return latest(run_dir)
     return 0, None
 
 
-def _holding(run_dir: str) -> str:
+def _holder_text(run_dir: str) -> str:
     _, holder = latest(run_dir)
     since = datetime.fromtimestamp(holder["since"], UTC).isoformat(" ", "seconds")
     heard = max(0, time.time() - holder["heartbeat"])
-    return f"is held by process {holder['pid']} on {holder['host']} since {since} (heard of {heard:.0f} s ago)"
+    return f"is held by process {holder['pid']} on {holder['host']} since {since} (last heartbeat {heard:.0f} s ago)"
 
 
 def _refuse_if_alive(run_dir: str, token: int, holder: dict, seconds: float):
-    """Return once the holder is known to be gone: at once on its own machine, else after a lease without a heartbeat.
+    """Return when the holder is known to be dead: at once if it was on this machine, else when its lease has expired.
 
-    No clocks are compared between machines: it is watched from here whether the heartbeat goes on.
+    Clocks of different machines are not compared: this process watches whether the heartbeat changes.
     """
-    advice = "wait for it, stop it, or give another --run-dir"
-    refusal = ConfigError([f"run_dir: {run_dir!r} {_holding(run_dir)}; {advice}"])
+    advice = "wait for it, stop it, or use another --run-dir"
+    refusal = ConfigError([f"run_dir: {run_dir!r} {_holder_text(run_dir)}; {advice}"])
     if holder["machine"] == _machine():
-        if _lives(holder):
+        if _is_alive(holder):
             raise refusal
         return
     patience = max(seconds, holder["seconds"])
-    print(f"{run_dir} {_holding(run_dir)}: watching for up to {patience:.0f} s whether it still runs", file=sys.stderr)
+    print(
+        f"{run_dir} {_holder_text(run_dir)}: waiting up to {patience:.0f} s to see whether it is alive", file=sys.stderr
+    )
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         time.sleep(min(1.0, patience / 20))
@@ -179,14 +186,14 @@ def _refuse_if_alive(run_dir: str, token: int, holder: dict, seconds: float):
         if now == token and successor["released"]:
             return
         if now != token or successor["beat"] != holder["beat"]:
-            raise ConfigError([f"run_dir: {run_dir!r} {_holding(run_dir)}; {advice}"])
+            raise ConfigError([f"run_dir: {run_dir!r} {_holder_text(run_dir)}; {advice}"])
 
 
 def acquire(run_dir: str, seconds: float) -> Lease:
-    """Take the run's lease, from no one or from a holder who is gone.
+    """Take the lease of a run, if it is free or its holder is dead.
 
     Raises:
-        ConfigError: another driver holds it; the message tells who.
+        ConfigError: another driver holds it; the message says which one.
     """
     while True:
         token, holder = latest(run_dir)
@@ -203,11 +210,11 @@ def acquire(run_dir: str, seconds: float) -> Lease:
 
 @contextmanager
 def held(run_dir: str, seconds: float) -> Iterator[Lease]:
-    """Hold a run folder's lease, with a heartbeat `BEATS` times in `seconds`; what goes wrong meanwhile is logged.
+    """Hold the lease of a run folder, with `BEATS` heartbeats in `seconds`. An exception in the block is logged.
 
     Raises:
-        ConfigError: another driver holds it.
-        Lost: at the end, instead of what went wrong because another driver had taken over.
+        ConfigError: another driver holds the lease.
+        Lost: another driver has taken over the run; raised in place of the exception that this caused.
     """
     lease = acquire(run_dir, seconds)
     heart = threading.Thread(target=lease.keep, name="lease", daemon=True)
@@ -218,7 +225,7 @@ def held(run_dir: str, seconds: float) -> Iterator[Lease]:
     except Exception as error:
         lease.lost = lease.lost or superseded(run_dir, lease.token)
         lease.confirm()
-        with suppress(OSError):  # of a disk that is full, or a store that is gone
+        with suppress(OSError):  # the disk may be full, or the store unreachable
             run_folder.log_event(run_dir, "run_failed", error=f"{type(error).__name__}: {error}"[:MAX_ERROR])
         raise
     finally:
@@ -229,6 +236,6 @@ def held(run_dir: str, seconds: float) -> Iterator[Lease]:
 
 
 def confirm(run_dir: str):
-    """Raise `Lost` if this process held the run and another driver has taken over."""
+    """Raise `Lost` if this process had the lease and another driver has taken over the run."""
     if run_dir in _held:
         _held[run_dir].confirm()

@@ -1,4 +1,4 @@
-"""How a run stands, from its folder alone: what is done, what failed, what is left, and when it may end."""
+"""The status of a run, from its folder: what is done, failed and left, and an estimate of the remaining time."""
 
 import time
 from bisect import insort
@@ -23,19 +23,19 @@ from mi_ray.runs.layout import (
 )
 from mi_ray.runs.lease import latest
 
-RECENT = 50  # shards whose pace counts
+RECENT = 50  # number of latest shards that the pace is computed from
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage of one model. Units are shards, optimiser steps of `finetune`, or the one table of `select`."""
+    """The status of one stage of one model. Units: shards, optimiser steps (`finetune`), or one table (`select`)."""
 
     stage: str
     model: str
     unit: str
     done: int
-    left: int | None  # None: not known before the stages above have run
-    errors: int = 0  # rows that say why there is no result
+    left: int | None  # None: not known until the earlier stages have run
+    errors: int = 0  # number of rows with an error in place of a result
     seconds_left: float | None = None  # None: not known yet
 
     @property
@@ -46,17 +46,21 @@ class StageStatus:
 
 
 class _Events:
-    """What the status needs of events.jsonl, read once, line by line: it holds nothing of most shards."""
+    """The facts of events.jsonl that the status needs, read once, line by line. It keeps no data per shard."""
 
     def __init__(self, run_dir: str):
-        self.prompts: dict[str, int] = {}  # by stage, those used
-        self.planned: dict[str, int] = {}  # by folder: shards
-        self.left: dict[str, int] = {}  # by folder: shards that the last driver found missing and has not written
-        # By folder: when a driver began with it (False), and when the latest shards were written (True).
+        self.prompts: dict[str, int] = {}  # {stage: number of prompts used}
+        self.planned: dict[str, int] = {}  # {folder: number of planned shards}
+        self.left: dict[
+            str, int
+        ] = {}  # {folder: shards that were missing when the last driver started and are not written yet}
+        # {folder: times when a driver started with it (False) and when the latest shards were written (True)}
         self.times: dict[str, list[tuple[float, bool]]] = defaultdict(list)
-        self.errors: dict[str, dict[str, int]] = defaultdict(dict)  # by folder: of the shards that have any
-        self.spent: dict[str, int] = defaultdict(int)  # by folder: evaluations
-        self.shards: dict[str, int] = defaultdict(int)  # by folder: how often one was written
+        self.errors: dict[str, dict[str, int]] = defaultdict(
+            dict
+        )  # {folder: {shard with errors: number of error rows}}
+        self.spent: dict[str, int] = defaultdict(int)  # {folder: number of denoiser evaluations}
+        self.shards: dict[str, int] = defaultdict(int)  # {folder: number of shards written}
         self.shard_seconds = 0.0
         self.sessions, self.finished = 0, False
         self.skipped: dict[tuple[str, str], int] = {}
@@ -72,7 +76,7 @@ class _Events:
             elif kind == "prompts_read":
                 self.prompts[event["stage"]] = event["used"]
             elif kind == "prompt_skipped":
-                self.skipped[event["prompt"], event["message"]] = event.get("count", 1)  # every session says it again
+                self.skipped[event["prompt"], event["message"]] = event.get("count", 1)  # every session logs it again
             elif kind == "run_started":
                 self.sessions, self.finished = self.sessions + 1, False
             elif kind == "run_finished":
@@ -99,7 +103,7 @@ class _Events:
 
     @property
     def seconds_per_evaluation(self) -> float | None:
-        """Of all actors together, at the pace of their shards; of one actor as long as no folder has a pace."""
+        """Wall time per denoiser evaluation, of all actors together. If no pace is known yet: of one actor."""
         paces = {folder: _pace(times) for folder, times in self.times.items()}
         known = [folder for folder, pace in paces.items() if pace is not None and self.spent[folder]]
         if known:
@@ -109,11 +113,13 @@ class _Events:
 
 
 def _pace(times: list[tuple[float, bool]]) -> float | None:
-    """Seconds a shard, of the latest ones: from when a driver began, or from the shard before, without the pauses in
-    which there was no driver. Shards that come at the same time, since as many actors began with them, share that time.
+    """Mean wall time per shard in seconds, of the latest shards. None if no shard was written.
+
+    The time of a shard starts when the driver started or when the previous shard was written, so pauses without a
+    driver do not count. Shards that several actors finish at the same time share this time.
 
     Args:
-        times: in order, when a driver began (False) and when a shard was written (True).
+        times: in order, the times when a driver started (False) and when a shard was written (True).
     """
     gaps = [after - before for (before, _), (after, written) in pairwise(times) if written]
     return sum(gaps) / len(gaps) if gaps else None
@@ -143,14 +149,14 @@ def _finetune(folder: str, model: str, steps: int) -> StageStatus:
 
 
 def _online(config: RunConfig, arm: str, events: _Events) -> list[StageStatus]:
-    """Of an arm of an online run: its candidates and its training, which go on side by side."""
+    """The stages of an arm of an online run: candidates and training, which run at the same time."""
     folder = online_folder(config.run_dir, arm)
     candidates = storage.join(folder, CANDIDATES)
     planned = events.planned.get(storage.relative(candidates, config.run_dir))
     drawn = _shards(candidates, "online", arm, planned, events, config.run_dir)
     steps = config.online.updates * config.online.inner_steps
     done = len(storage.read_lines(storage.join(folder, "training.jsonl")))
-    if storage.exists(storage.join(folder, "adapter", SUMMARY)):  # it may have stopped early
+    if storage.exists(storage.join(folder, "adapter", SUMMARY)):  # training may have stopped early
         drawn, done, steps = StageStatus("online", arm, "shards", drawn.done, 0, drawn.errors, 0.0), done, done
     return [drawn, StageStatus("finetune", arm, "steps", done, steps - done, 0, 0.0)]
 
@@ -187,16 +193,16 @@ def _stages(config: RunConfig, events: _Events, has_reference: bool) -> list[Sta
 
 
 def _pair_stages(run_dir: str, model: str, events: _Events) -> list[StageStatus]:
-    """Of a run of jobs/score.py."""
+    """The stages of a run of jobs/score.py."""
     planned, left = events.planned.get(SCORES), events.left.get(SCORES)
-    # Not by the receipts: those of what has left the input are there until the end.
+    # Receipts are not counted: those of pairs removed from the input are deleted only at the end.
     done = 0 if planned is None else planned - left
     scored = _of_shards("score", model, done, left, events, SCORES)
     return [scored, StageStatus("audit", "all", "page", int(events.finished), int(not events.finished), 0, 0.0)]
 
 
 def _with_estimates(stages: list[StageStatus], config: RunConfig, events: _Events) -> list[StageStatus]:
-    """Fill in what has no pace of its own yet: by its denoiser evaluations, at the pace of the shards so far."""
+    """Estimate the remaining time of stages without a pace, from their denoiser evaluations and the pace so far."""
     each, prompts = events.seconds_per_evaluation, events.prompts
     if not each or "train" not in prompts:
         return stages
@@ -220,10 +226,10 @@ def _with_estimates(stages: list[StageStatus], config: RunConfig, events: _Event
 
 
 def run_status(run_dir: str) -> dict:
-    """How the run in a folder stands: its stages in order, who drives it, and the errors so far.
+    """The status of the run in a folder: its stages in order, its driver, and the errors so far.
 
     Raises:
-        ConfigError: there is no run in the folder, or one of another job.
+        ConfigError: the folder has no run, or a run of another job.
     """
     content, events = read_content(run_dir), _Events(run_dir)
     if "input" in content["config"]:
@@ -248,7 +254,7 @@ def run_status(run_dir: str) -> dict:
 
 
 def _driver(run_dir: str) -> dict | None:
-    """Who holds the run's lease: host, pid, since and heartbeat (seconds ago); None if no one does."""
+    """The holder of the run's lease: host, pid, since, seconds since its heartbeat. None if there is no holder."""
     _, holder = latest(run_dir)
     if holder is None or holder["released"]:
         return None
@@ -257,7 +263,7 @@ def _driver(run_dir: str) -> dict | None:
 
 
 def rough_duration(seconds: float | None) -> str:
-    """12 s, 12 min or 12.3 h."""
+    """A duration as text: 12 s, 12 min or 12.3 h."""
     if seconds is None:
         return "?"
     minutes, hours = seconds / 60, seconds / 3600
@@ -265,7 +271,7 @@ def rough_duration(seconds: float | None) -> str:
 
 
 def status_text(status: dict) -> str:
-    """The same for the terminal."""
+    """The status as text for the terminal."""
     rows = [("stage", "model", "state", "done", "left", "error rows", "time left")]
     for s in status["stages"]:
         left = "?" if s["left"] is None else f"{s['left']} {s['unit']}"
@@ -277,18 +283,18 @@ def status_text(status: dict) -> str:
     lines.append("")
     if driver:
         silent = driver["heard_of_seconds_ago"] > driver["seconds"]
-        gone = ", so it is gone; the same command continues the run" if silent else ""
-        heard = f"heard of {driver['heard_of_seconds_ago']:.0f} s ago{gone}"
+        gone = ", so it is dead; run the same command to continue the run" if silent else ""
+        heard = f"last heartbeat {driver['heard_of_seconds_ago']:.0f} s ago{gone}"
         lines.append(f"driver: process {driver['pid']} on {driver['host']}, {heard}")
     else:
-        lines.append("driver: none; the same command continues the run")
+        lines.append("driver: none; run the same command to continue the run")
     if (last := status["last_event"]) and last["event"] == "run_failed":
         lines.append(f"the last driver failed: {last['error']}")
     lines.append(f"error rows: {status['error_rows']}, prompts skipped: {status['prompts_skipped']}")
     lines.append(
-        f"drivers so far: {status['sessions']}, actors restarted: {status['actor_restarts']},"
-        f" batches halved for want of memory: {status['batch_halvings']}"
+        f"drivers so far: {status['sessions']}, actors restarted: {status['actor_restarts']}, batches halved because"
+        f" memory ran out: {status['batch_halvings']}"
     )
     if any(s["state"] != "done" for s in status["stages"]):
-        lines.append(f"time left: {rough_duration(status['seconds_left'])}, if it runs on as it did")
+        lines.append(f"time left: about {rough_duration(status['seconds_left'])}, at the present pace")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Where bytes lie: disks, S3 and GCS behind one URI; files written whole or not at all; the schemas of the tables.
+"""Storage: disks, S3 and GCS behind one URI, atomic writes, and the schemas of the tables.
 
-This room must not know what the bytes mean to a run, nor who schedules the work.
+This room must not know what a file means to a run. It must not know how work is scheduled.
 """
 
 from mi_ray.storage.uris import (

@@ -1,5 +1,5 @@
-"""Google Cloud Storage: Arrow's filesystem for the data, Google's own client for what that lacks: uploads on a
-condition, and folders in a list."""
+"""Google Cloud Storage: Arrow's filesystem for the data. Google's client for conditional uploads and for listing
+folders, which Arrow's filesystem lacks."""
 
 import os
 from collections.abc import Iterator
@@ -11,17 +11,21 @@ from urllib.parse import parse_qs
 
 import pyarrow.fs as pafs
 
-PATIENCE_S = 120  # a store that is slow, or answers 429 or 5xx, is asked again for so long; Google's client's own value
+PATIENCE_S = (
+    120  # requests are retried for so long if the store is slow or answers 429 or 5xx; default of Google's client
+)
 
 
 def _parts(uri: str) -> tuple[str, str, str | None]:
-    """Bucket, key and endpoint of a gs:// URI: from its query, else from the environment, else None: Google's."""
+    """Bucket, key and endpoint of a gs:// URI. The endpoint is in its query or the environment; None: Google's."""
     path, _, query = uri.removeprefix("gs://").partition("?")
     bucket, _, key = path.partition("/")
     given = {name: values[-1] for name, values in parse_qs(query).items()}
     endpoint, scheme = given.pop("endpoint_override", None), given.pop("scheme", "https")
     if given:
-        raise ValueError(f"the URI's query says {', '.join(given)}; it may say endpoint_override and scheme")
+        raise ValueError(
+            f"the URI has the unknown query keys {', '.join(given)}; only endpoint_override and scheme are allowed"
+        )
     if not endpoint:
         endpoint, scheme = os.environ.get("STORAGE_EMULATOR_HOST"), "http"
     if endpoint and "://" not in endpoint:
@@ -30,7 +34,7 @@ def _parts(uri: str) -> tuple[str, str, str | None]:
 
 
 def _is_emulator(endpoint: str | None) -> bool:
-    """Google's own endpoints speak https alone: what does not is sent no credentials."""
+    """Whether the endpoint is an emulator, which gets no credentials: Google's own endpoints use https only."""
     return endpoint is not None and endpoint.startswith("http://")
 
 
@@ -50,7 +54,7 @@ def _client(endpoint: str | None):
     """Google's client, with the credentials of the environment or of the machine's service account.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: the client is not installed.
         OSError: there are no credentials.
     """
     try:
@@ -58,18 +62,22 @@ def _client(endpoint: str | None):
         from google.auth.exceptions import GoogleAuthError
         from google.cloud.storage import Client
     except ImportError as error:
-        raise ValueError("gs:// needs google-cloud-storage: pip install 'mi-ray[gcp]'") from error
+        raise ValueError(
+            "google-cloud-storage is not installed, and gs:// needs it: pip install 'mi-ray[gcp]'"
+        ) from error
     credentials = AnonymousCredentials() if _is_emulator(endpoint) else None
     options = {"api_endpoint": endpoint} if endpoint else None
     try:
         return Client(project=None, credentials=credentials, client_options=options)
     except GoogleAuthError as error:
-        raise OSError(f"no credentials for Google Cloud Storage: {error}") from error
+        raise OSError(
+            f"there are no credentials for Google Cloud Storage ({error}); set them in the environment"
+        ) from error
 
 
 @contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """Errors of Google's client as OSErrors."""
+def _as_os_error(uri: str) -> Iterator[None]:
+    """Raise errors of Google's client as OSError."""
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 
@@ -83,25 +91,25 @@ def filesystem(uri: str) -> tuple[pafs.GcsFileSystem, str]:
     """Arrow's filesystem of a gs:// URI, and the path on it.
 
     Raises:
-        ValueError: Google's client, without which nothing can be written, is not installed.
+        ValueError: Google's client is not installed. Writing needs it.
         OSError: there are no credentials.
     """
     bucket, key, endpoint = _parts(uri)
-    _client(endpoint)  # tells at once of missing credentials, which Arrow looks for until its patience ends
+    _client(endpoint)  # raises at once if credentials are missing; Arrow would search for them until its time limit
     return _arrow(endpoint), f"{bucket}/{key}".rstrip("/")
 
 
 def put(uri: str, content: bytes | BinaryIO):
-    """Upload an object in the place of what is there, whole or not at all.
+    """Upload an object atomically. It replaces an existing one.
 
     Raises:
-        OSError: the store cannot be reached or refuses.
+        OSError: the store cannot be reached or refuses the request.
     """
     bucket, key, endpoint = _parts(uri)
     client = _client(endpoint)
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    with _told(f"gs://{bucket}/{key} cannot be written"):
+    with _as_os_error(f"gs://{bucket}/{key} cannot be written"):
         blob = client.bucket(bucket).blob(key)
         how = {"content_type": "application/octet-stream", "timeout": (10, 60), "retry": DEFAULT_RETRY}
         if isinstance(content, bytes):
@@ -111,16 +119,16 @@ def put(uri: str, content: bytes | BinaryIO):
 
 
 def create(uri: str, content: bytes) -> bool:
-    """Upload an object unless there is one of that name (`ifGenerationMatch=0`); whether it was uploaded.
+    """Upload an object if none of this name exists (`ifGenerationMatch=0`). Returns whether it was uploaded.
 
     Raises:
-        OSError: the store cannot be reached or refuses.
+        OSError: the store cannot be reached or refuses the request.
     """
     bucket, key, endpoint = _parts(uri)
     client = _client(endpoint)
     from google.api_core.exceptions import PreconditionFailed
 
-    with _told(f"gs://{bucket}/{key} cannot be written"):
+    with _as_os_error(f"gs://{bucket}/{key} cannot be written"):
         try:
             blob = client.bucket(bucket).blob(key)
             blob.upload_from_string(content, "application/octet-stream", if_generation_match=0, timeout=(10, 60))
@@ -130,15 +138,15 @@ def create(uri: str, content: bytes) -> bool:
 
 
 def list_names(uri: str) -> list[str]:
-    """Names of the objects and folders in a folder, sorted. Arrow tells only those folders that it made itself.
+    """Names of the objects and folders in a folder, sorted. Arrow lists only folders that it made itself.
 
     Raises:
-        OSError: the store cannot be reached or refuses.
+        OSError: the store cannot be reached or refuses the request.
     """
     bucket, key, endpoint = _parts(uri)
     client, prefix = _client(endpoint), f"{key}/" if key else ""
     fields = "items(name),prefixes,nextPageToken"
-    with _told(f"gs://{bucket}/{key} cannot be listed"):
+    with _as_os_error(f"gs://{bucket}/{key} cannot be listed"):
         objects = client.list_blobs(bucket, prefix=prefix, delimiter="/", fields=fields, timeout=(10, 60))
-        names = {found.name for found in objects} | objects.prefixes  # the latter are whole after the former only
+        names = {found.name for found in objects} | objects.prefixes  # prefixes are complete only after the iteration
     return sorted({name.removeprefix(prefix).rstrip("/") for name in names} - {""})

@@ -1,4 +1,4 @@
-"""S3 and what speaks like it: Arrow's filesystem for the data, boto3 for the conditional puts that it lacks."""
+"""S3 and compatible stores: Arrow's filesystem for the data, boto3 for conditional puts, which Arrow lacks."""
 
 import os
 import time
@@ -12,18 +12,21 @@ from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-ATTEMPTS = 8  # the pauses between them grow; a store that is slow, or answers 500 or 503, is asked again
+ATTEMPTS = 8  # of one request, if the store is slow or answers 500 or 503; with growing pauses
 
 
 def _parts(uri: str) -> tuple[str, str, tuple[str | None, str | None]]:
-    """Bucket, key and (endpoint, region) of an s3:// URI: from its query, else from the environment."""
+    """Bucket, key and (endpoint, region) of an s3:// URI. The latter two are in its query or in the environment."""
     path, _, query = uri.removeprefix("s3://").partition("?")
     bucket, _, key = path.partition("/")
     given = {name: values[-1] for name, values in parse_qs(query).items()}
     endpoint, region = given.pop("endpoint_override", None), given.pop("region", None)
     scheme = given.pop("scheme", "https")
     if given:
-        raise ValueError(f"the URI's query says {', '.join(given)}; it may say endpoint_override, scheme and region")
+        raise ValueError(
+            f"the URI has the unknown query keys {', '.join(given)}; only endpoint_override, scheme and region are"
+            " allowed"
+        )
     if endpoint and "://" not in endpoint:
         endpoint = f"{scheme}://{endpoint}"
     endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -33,13 +36,13 @@ def _parts(uri: str) -> tuple[str, str, tuple[str | None, str | None]]:
 
 @lru_cache
 def _arrow(bucket: str, endpoint: str | None, region: str | None) -> pafs.S3FileSystem:
-    """A store that is slow, or answers 500 or 503, is asked again with growing pauses."""
+    """Arrow's filesystem. It retries with growing pauses if the store is slow or answers 500 or 503."""
     if not region and not endpoint:
         region = pafs.resolve_s3_region(bucket)
     return pafs.S3FileSystem(
         endpoint_override=endpoint,
         region=region,
-        allow_delayed_open=True,  # a small file is one put, not three requests
+        allow_delayed_open=True,  # a small file needs one put instead of three requests
         connect_timeout=10,
         request_timeout=60,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
@@ -59,27 +62,28 @@ def filesystem(uri: str) -> tuple[pafs.S3FileSystem, str]:
 
 
 def put(uri: str, content: bytes | BinaryIO):
-    """Put an object in the place of what is there, whole or not at all. Arrow's streams end an upload that an exception
-    interrupts as if it were complete.
+    """Put an object atomically. It replaces an existing one.
+
+    Arrow's streams are not used here: if an exception interrupts an upload, they complete it with the part so far.
 
     Raises:
-        OSError: the store cannot be reached or refuses.
+        OSError: the store cannot be reached or refuses the request.
     """
     bucket, key, place = _parts(uri)
     try:
         if isinstance(content, bytes):
             _client(*place).put_object(Bucket=bucket, Key=key, Body=content)
-        else:  # in pieces if it is large
+        else:  # a multipart upload if it is large
             _client(*place).upload_fileobj(content, bucket, key)
     except (BotoCoreError, ClientError, S3UploadFailedError) as error:
         raise OSError(f"s3://{bucket}/{key} cannot be written: {error}") from error
 
 
 def create(uri: str, content: bytes) -> bool:
-    """Put an object unless there is one of that name (`If-None-Match: *`); whether it was put.
+    """Put an object if none of this name exists (`If-None-Match: *`). Returns whether it was put.
 
     Raises:
-        OSError: the store cannot be reached or refuses.
+        OSError: the store cannot be reached or refuses the request.
     """
     bucket, key, place = _parts(uri)
     for pause in (0.1, 0.5, 2.0, None):
@@ -94,5 +98,5 @@ def create(uri: str, content: bytes) -> bool:
                 raise OSError(f"s3://{bucket}/{key} cannot be written: {error}") from error
         except BotoCoreError as error:
             raise OSError(f"s3://{bucket}/{key} cannot be written: {error}") from error
-        time.sleep(pause)  # 409: another writer is at it, or an object of that name is being deleted
+        time.sleep(pause)  # 409: another writer is active, or an object of this name is being deleted
     return False

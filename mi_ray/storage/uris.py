@@ -1,4 +1,4 @@
-"""Where data lies: URIs to filesystems, files written whole or not at all, tables and lines."""
+"""Access to data by URI: filesystems, atomic writes, tables and JSON lines."""
 
 import json
 import os
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 # ------------------------------------------------------------------------------------------ files
 def join(uri: str, *parts: str) -> str:
-    """Append to the path of a URI; a query (s3://bucket/run?endpoint_override=...) stays at its end."""
+    """Append parts to the path of a URI. A query (s3://bucket/run?endpoint_override=...) stays at the end."""
     path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
     return "/".join([path.rstrip("/"), *parts]) + mark + query
 
@@ -36,41 +36,43 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a URI or local path, and the path on it.
 
     Raises:
-        ValueError: an unknown scheme, one whose package is not installed, or a URI that carries credentials, which
-            would end in logs and in run.json.
+        ValueError: the scheme is unknown, its package is not installed, or the URI contains credentials, which would
+            end up in logs and in run.json.
     """
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).absolute())
     if holds_credentials(uri):
         raise ValueError(
-            "the URI carries credentials; take them out: they come from the environment, "
-            "an instance role or a service account"
+            "the URI contains credentials, which would end up in logs; remove them and use the environment, an instance"
+            " role or a service account"
         )
     store = _store(uri)
     return store.filesystem(uri) if store else pafs.FileSystem.from_uri(uri)
 
 
 def _store(uri: str) -> ModuleType | None:
-    """What speaks to the object store of a URI; None: a store without conditional writes."""
+    """The module for the object store of a URI. None: a store without conditional writes."""
     return {"s3": s3, "gs": gcs}.get(uri.partition("://")[0])
 
 
 def relative(uri: str, folder: str) -> str:
-    """The path of what lies in a folder, from there."""
+    """The path of a file relative to a folder that contains it."""
     return filesystem(uri)[1].removeprefix(filesystem(folder)[1] + "/")
 
 
-_PASSING = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "REQUEST_TIMEOUT")
+_TRANSIENT_ERRORS = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "REQUEST_TIMEOUT")
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether a store says that it fails for now, not that something is wrong with what was asked for."""
-    return any(name in str(error) for name in _PASSING)
+    """Whether an error of a store is temporary, so that the same request may succeed later."""
+    return any(name in str(error) for name in _TRANSIENT_ERRORS)
 
 
-def _patiently(read: Callable[[], Result]) -> Result:
-    """Read again after an error that passes. Arrow does so itself, but for errors whose text is longer than the range
-    that was asked for, which are the rule with small files."""
+def _with_retries(read: Callable[[], Result]) -> Result:
+    """Retry a read after a temporary error.
+
+    Arrow retries too, but not if the text of the error is longer than the requested range, as often with small files.
+    """
     for pause in (0.2, 1.0, 3.0, 10.0, None):
         try:
             return read()
@@ -83,20 +85,20 @@ def _patiently(read: Callable[[], Result]) -> Result:
 
 def exists(uri: str) -> bool:
     system, path = filesystem(uri)
-    return _patiently(lambda: system.get_file_info(path).type) != pafs.FileType.NotFound
+    return _with_retries(lambda: system.get_file_info(path).type) != pafs.FileType.NotFound
 
 
 def list_names(uri: str) -> list[str]:
-    """Names of the files and folders in a folder, sorted; none if it does not exist."""
+    """Names of the files and folders in a folder, sorted. Empty if the folder does not exist."""
     if _store(uri) is gcs:
         return gcs.list_names(uri)
     system, path = filesystem(uri)
-    found = _patiently(lambda: system.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+    found = _with_retries(lambda: system.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
     return sorted(info.base_name for info in found)
 
 
 def list_tables(uri: str) -> list[str]:
-    """Names of the Parquet files in a folder, sorted; none if it does not exist."""
+    """Names of the Parquet files in a folder, sorted. Empty if the folder does not exist."""
     return [name for name in list_names(uri) if name.endswith(".parquet")]
 
 
@@ -107,19 +109,19 @@ def read_bytes(uri: str) -> bytes:
         with system.open_input_stream(path) as stream:
             return stream.read()
 
-    return _patiently(read)
+    return _with_retries(read)
 
 
 def read_chunks(uri: str, size: int = 1 << 22) -> Iterator[bytes]:
     """The content of a file, `size` bytes at a time."""
     system, path = filesystem(uri)
-    with _patiently(lambda: system.open_input_file(path)) as file:
+    with _with_retries(lambda: system.open_input_file(path)) as file:
         for start in range(0, file.size(), size):
-            yield _patiently(lambda start=start: file.read_at(size, start))
+            yield _with_retries(lambda start=start: file.read_at(size, start))
 
 
 def write_bytes(uri: str, content: bytes):
-    """Write a file whole or not at all: a rename on a local disk, one put on an object store."""
+    """Write a file atomically: by a rename on a local disk, by one put on an object store."""
     system, path = filesystem(uri)
     if not isinstance(system, pafs.LocalFileSystem):
         put(uri, content)
@@ -129,7 +131,7 @@ def write_bytes(uri: str, content: bytes):
 
 
 def put(uri: str, content: bytes | BinaryIO):
-    """One put of what is not on a local disk; whole or not at all on the stores that are known."""
+    """Put a file on an object store, atomically on S3 and GCS."""
     if store := _store(uri):
         return store.put(uri, content)
     system, path = filesystem(uri)
@@ -139,7 +141,7 @@ def put(uri: str, content: bytes | BinaryIO):
 
 @contextmanager
 def _partial(target: Path, content: bytes) -> Iterator[Path]:
-    """The content under another name beside its target, on the disk for sure; gone at the end."""
+    """A temporary file with the content, beside its target and flushed to disk. It is removed at the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -153,15 +155,15 @@ def _partial(target: Path, content: bytes) -> Iterator[Path]:
 
 
 def create_bytes(uri: str, content: bytes) -> bool:
-    """Write a file whole, unless there is one of that name: of several writers at once, one alone wins.
+    """Write a file atomically if none of this name exists. Of several writers at once, exactly one succeeds.
 
-    A hard link does it on a local disk, a put with `If-None-Match: *` on S3, with `ifGenerationMatch=0` on Google's.
+    It uses a hard link on a local disk, a put with `If-None-Match: *` on S3, and `ifGenerationMatch=0` on GCS.
 
     Returns:
-        Whether the file holds this content now by this call.
+        Whether this call wrote the file.
 
     Raises:
-        ValueError: the store of the URI has neither.
+        ValueError: the store of the URI has no conditional writes.
     """
     system, path = filesystem(uri)
     if isinstance(system, pafs.LocalFileSystem):
@@ -173,9 +175,11 @@ def create_bytes(uri: str, content: bytes) -> bool:
         return True
     store = _store(uri)
     if store is None:
-        message = f"{uri} is on no store with conditional writes; give a local folder or an s3:// or gs:// URI"
+        message = (
+            f"{uri} is on a store without conditional writes, which are needed; use a local folder, s3:// or gs://"
+        )
         raise ValueError(message)
-    # After a refusal: it may be our own, if the answer to an earlier attempt was lost.
+    # After a refusal, the file may still be ours, if the answer to an earlier attempt was lost.
     return store.create(uri, content) or read_bytes(uri) == content
 
 
@@ -203,24 +207,24 @@ def write_table(uri: str, table: pa.Table):
 
 
 def _read_parquet(system: pafs.FileSystem, path: str, columns: list[str] | None) -> pa.Table:
-    # No partitioning: a folder named lr=1e-4 on the way to the file is no column.
-    table = _patiently(lambda: pq.read_table(path, columns=columns, filesystem=system, partitioning=None))
+    # No partitioning: otherwise a folder named lr=1e-4 in the path would become a column.
+    table = _with_retries(lambda: pq.read_table(path, columns=columns, filesystem=system, partitioning=None))
     check_plain(table.schema, table.schema.names)
     return table
 
 
 def check_plain(schema: pa.Schema, columns: list[str]):
-    """See that some columns are of Arrow's own types: an extension type's values are what some library makes of them,
-    and Ray's unpickles them, which lets a file run code.
+    """Check that columns have plain Arrow types. Extension types are refused: Ray's unpickles its values, so a file
+    could run code.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a column has an extension type.
     """
     for name in columns:
         if _is_extended(schema.field(name).type):
             kind = schema.field(name).type
             raise ValueError(
-                f"column {name!r} is of the type {kind}, whose values may be code; write it as a plain one"
+                f"column {name!r} has the type {kind}, whose values may be code; write it with a plain Arrow type"
             )
 
 
@@ -230,7 +234,7 @@ def _is_extended(kind: pa.DataType) -> bool:
 
 
 def read_tables(folder: str, columns: list[str] | None = None) -> pa.Table:
-    """All parts of a folder as one table, in the order of their names."""
+    """All Parquet files of a folder as one table, in the order of their names."""
     system, path = filesystem(folder)
     parts = [f"{path}/{name}" for name in list_tables(folder)]
     return pa.concat_tables([_read_parquet(system, part, columns) for part in parts])
@@ -242,8 +246,8 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 @contextmanager
 def table_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """Write a Parquet file piece by piece, whole or not at all: until it is whole it lies under another name, or on
-    this machine's disk if its place is an object store."""
+    """Write a Parquet file in pieces, atomically. Until it is complete it has a temporary name, or is on this
+    machine's disk if its destination is an object store."""
     system, path = filesystem(uri)
     local = isinstance(system, pafs.LocalFileSystem)
     if local:
@@ -261,12 +265,12 @@ def table_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
 
 class ParquetRows:
-    """Rows of a Parquet file by their numbers, of which no more is read than the row groups that hold them."""
+    """Rows of a Parquet file by number. It reads only the row groups that contain them."""
 
     def __init__(self, uri: str):
         system, path = filesystem(uri)
         self.uri = uri
-        self._file = _patiently(lambda: pq.ParquetFile(system.open_input_file(path)))
+        self._file = _with_retries(lambda: pq.ParquetFile(system.open_input_file(path)))
         groups = range(self._file.num_row_groups)
         self._ends = np.cumsum([self._file.metadata.row_group(group).num_rows for group in groups], dtype=np.int64)
 
@@ -278,17 +282,17 @@ class ParquetRows:
         return self._file.schema_arrow
 
     def read(self, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
-        """Rows start to stop, as many of them as there are."""
+        """Rows start to stop (exclusive), or to the end of the file."""
         check_plain(self.schema, columns or self.schema.names)
         first, last = np.searchsorted(self._ends, [start, max(start, stop - 1)], side="right")
         groups = list(range(first, min(last + 1, len(self._ends))))
         begins = 0 if first == 0 else int(self._ends[first - 1])
-        table = _patiently(lambda: self._file.read_row_groups(groups, columns))
+        table = _with_retries(lambda: self._file.read_row_groups(groups, columns))
         return table.slice(start - begins, stop - start)
 
     def batches(self, columns: list[str] | None = None, size: int = 1 << 14) -> Iterator[pa.RecordBatch]:
         """All rows in order, at most `size` at a time."""
-        # A reader holds on to what it has read, so each one reads some of the groups.
+        # A reader keeps in memory what it has read, so each reader reads only a few row groups.
         groups = range(len(self._ends))
         check_plain(self.schema, columns or self.schema.names)
         for _, some in groupby(groups, lambda group: int(self._ends[group] - 1) // size):
@@ -296,7 +300,7 @@ class ParquetRows:
 
 
 def local_folder(uri: str) -> str:
-    """The path of a folder on this machine's disk; a remote one's files are copied to a temporary folder."""
+    """The path of a folder on this machine's disk. The files of a remote folder are copied to a temporary one."""
     system, path = filesystem(uri)
     if isinstance(system, pafs.LocalFileSystem):
         return path
@@ -308,7 +312,7 @@ def local_folder(uri: str) -> str:
 
 
 def iter_lines(uri: str) -> Iterator[dict]:
-    """The lines of a .jsonl file; none if it is missing. A line that a kill cut short is left out."""
+    """The lines of a .jsonl file; empty if the file is missing. Lines that are not JSON (cut by a kill) are skipped."""
     rest = b""
     for chunk in chain(read_chunks(uri), [b"\n"]) if exists(uri) else ():
         *lines, rest = (rest + chunk).split(b"\n")
@@ -320,5 +324,5 @@ def iter_lines(uri: str) -> Iterator[dict]:
 
 
 def read_lines(uri: str) -> list[dict]:
-    """The same, all at once."""
+    """The lines of a .jsonl file as a list, see `iter_lines`."""
     return list(iter_lines(uri))

@@ -1,4 +1,4 @@
-"""What a metric declares and returns, and what is said of one that will not do."""
+"""What a metric declares and returns, and the messages for an invalid one."""
 
 import subprocess
 import sys
@@ -71,11 +71,11 @@ def test_only_the_oracles_world_has_real_images(images):
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (["oracel"], r"'oracel' is no metric: give one of oracle, or your own as package\.module:Class"),
+        (["oracel"], r"'oracel' is not a metric: use one of oracle, or your own as package\.module:Class"),
         (["no_such_module:Metric"], r"cannot be loaded \(ModuleNotFoundError: .*on every node.*PYTHONPATH"),
         (["dark_pixels:Missing"], r"'dark_pixels:Missing' cannot be loaded \(AttributeError"),
         (["dark_pixels:NeedsAPath"], r"cannot be loaded \(TypeError: .*class without arguments"),
-        (["dark_pixels:NoMetric"], r"is no metric: derive its class from mi_ray\.alignment\.metric\.Metric"),
+        (["dark_pixels:NoMetric"], r"is not a valid metric: derive its class from mi_ray\.alignment\.metric\.Metric"),
         (["oracle", "dark_pixels:Exact"], r"'oracle' and 'dark_pixels:Exact' both declare the column 'exact'"),
     ],
 )
@@ -99,7 +99,7 @@ def test_foreign_prompts_are_counted_and_the_first_shown():
     )
     with pytest.raises(ValueError, match=expected):
         check_prompts(load_metrics(["oracle"]), iter(prompts))
-    with pytest.raises(ValueError, match="take oracle out for your own prompts"):
+    with pytest.raises(ValueError, match="remove oracle for your own prompts"):
         check_prompts(load_metrics(["oracle", MINE]), prompts)
     check_prompts(load_metrics([MINE]), prompts)
 
@@ -107,10 +107,10 @@ def test_foreign_prompts_are_counted_and_the_first_shown():
 @pytest.mark.parametrize(
     ("returned", "told"),
     [
-        ({"other": [1.0, 2.0]}, r"'m' returned the columns \['other'\] and declares \['mine'\]"),
+        ({"other": [1.0, 2.0]}, r"'m' returned the columns \['other'\], but it declares \['mine'\]"),
         ({"mine": [1.0]}, "'m' returned 1 values of 'mine' for 2 images"),
-        ({"mine": [1.0, None]}, "'m' returned no value of 'mine', which it does not declare nullable"),
-        ({"mine": [1.0, float("nan")]}, "'m' returned no value of 'mine'"),
+        ({"mine": [1.0, None]}, "'m' returned None in the column 'mine', which is not declared nullable"),
+        ({"mine": [1.0, float("nan")]}, "'m' returned None in the column 'mine'"),
     ],
 )
 def test_a_metric_that_returns_what_it_does_not_declare_is_told(images, returned, told):

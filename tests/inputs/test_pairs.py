@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_a_pair_with_its_reason(tmp_path):
         "cannot be read",
         "no column caption, prompt",
         "Expecting value",
-        "no object",
+        "is not a JSON object",
         "cannot be read",
         "no image",
     ]

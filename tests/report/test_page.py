@@ -69,7 +69,7 @@ def test_text_is_escaped(page, written):
 
 def test_every_section_is_there(page):
     headings = "".join(page.text.split("\n"))
-    for heading in ("Alignment", "Base and tuned on the same seeds", "Candidates by score", "What the scores know"):
+    for heading in ("Alignment", "Base and tuned on the same seeds", "Candidates by score", "Quality of the scores"):
         assert heading in headings
     for heading in ("Fine-tuning", "Image quality", "Errors and skipped prompts", "Full configuration"):
         assert heading in headings

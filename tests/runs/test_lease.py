@@ -1,4 +1,4 @@
-"""Who may drive a run: one at a time, and what becomes of one who lost it."""
+"""The lease of a run: one driver at a time, and what happens to a driver that lost the run."""
 
 import json
 import os
@@ -134,7 +134,7 @@ def test_who_lost_the_run_is_fenced_out(run_dir):
                 lease.confirm(run_dir)
                 time.sleep(0.01)
 
-    with pytest.raises(lease.Lost, match="took it over"):
+    with pytest.raises(lease.Lost, match="has taken it over"):
         drive()
     assert json.loads(storage.read_bytes(lease._uri(run_dir, 5)))["released"] is False
 

@@ -55,7 +55,7 @@ def test_a_file_tells_what_its_metrics_declare(tmp_path):
 
 @pytest.mark.parametrize("name", ["rank", "score_pmi", "pmi", "round"])
 def test_a_column_whose_name_is_taken_is_refused(name):
-    with pytest.raises(ValueError, match=f"'m:Mine' declares the column '{name}', a name that the tables use"):
+    with pytest.raises(ValueError, match=f"'m:Mine' declares the column '{name}', but the tables already use"):
         tables.candidates_schema(("pmi",), {"m:Mine": (Column(name, "mine"),)})
 
 

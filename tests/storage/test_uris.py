@@ -212,7 +212,7 @@ def test_google_cloud_storage_without_credentials_or_package_is_told_at_once(mon
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    with pytest.raises(OSError, match="no credentials"):
+    with pytest.raises(OSError, match="there are no credentials"):
         storage.exists("gs://bucket/run")
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
     with pytest.raises(ValueError, match=r"pip install 'mi-ray\[gcp\]'"):
@@ -235,7 +235,7 @@ def test_what_does_not_pass_is_told_at_once(monkeypatch):
 
     monkeypatch.setattr(uris.time, "sleep", lambda seconds: pytest.fail("it waited"))
     with pytest.raises(OSError, match="ACCESS_DENIED"):
-        uris._patiently(denied)
+        uris._with_retries(denied)
 
 
 def test_a_store_that_lets_two_win_is_refused(monkeypatch, root):

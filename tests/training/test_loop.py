@@ -268,7 +268,7 @@ def test_a_driver_that_has_lost_the_run_writes_no_more_of_its_training(tiny_pipe
 
     monkeypatch.setattr(stage, "optimizer_step", take_over)
     monkeypatch.setattr(stage, "ScalingConfig", lambda **_: ScalingConfig(num_workers=0))
-    with pytest.raises(lease.Lost, match="took it over"), lease.held(str(tmp_path), 40) as mine:
+    with pytest.raises(lease.Lost, match="has taken it over"), lease.held(str(tmp_path), 40) as mine:
         stage.finetune(config, selected, str(destination), None, "here")
     assert len(steps) < config.finetune.steps
     monkeypatch.setattr(lease, "current_token", lambda run_dir: mine.token)
