@@ -57,9 +57,9 @@ def attach_adapter(
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's weights under PEFT's names, on the CPU."""
+    """A copy of the adapter's weights under PEFT's names, on the CPU."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
 def load_adapter_state(model: PeftModel, state: dict[str, Tensor]):
