@@ -59,9 +59,9 @@ def attach_adapter(
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's weights on the CPU, under PEFT's names."""
+    """A copy of the adapter's weights on the CPU, under PEFT's names."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
 def load_adapter_state(model: PeftModel, state: dict[str, Tensor]):

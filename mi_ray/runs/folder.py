@@ -96,10 +96,8 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
         if now[field].startswith("/"):
             fault = f"{now[field]!r} holds other weights than those that this run started with; put those back"
         else:
-            fault = (
-                f"this run started with commit {commit} of the model, and now it is {model_commit}; leave its revision"
-            )
-            fault += " out"
+            began = f"this run started with commit {commit} of the model, and now it is {model_commit}"
+            fault = f"{began}; leave its revision out"
         raise ConfigError([f"{field}: {fault}, or give another --run-dir"])
 
 

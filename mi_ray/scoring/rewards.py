@@ -62,6 +62,15 @@ def run_rewards(config: RunConfig) -> tuple[Reward, ...]:
     return rewards_of(config.online, config.select.by, columns_of(load_metrics(config.generate.alignment)))
 
 
+def validation_rewards_of(config: RunConfig) -> tuple[Reward, ...]:
+    """What held-out prompts are judged by: the rewards, or what selects where the rewards are random."""
+    if sound := tuple(reward for reward in run_rewards(config) if reward.name != RANDOM):
+        return sound
+    by = next(name for name in (config.select.by, *config.score.names) if name != RANDOM)
+    unset = config.online.model_copy(update={"rewards": ()})
+    return rewards_of(unset, by, columns_of(load_metrics(config.generate.alignment)))
+
+
 def raw_rewards(rewards: tuple[Reward, ...], columns: Mapping[str, Sequence[float]]) -> np.ndarray:
     """The weighted sum of the rewarded columns of n candidates, (n,) fp64; NaN where one is missing."""
     total = 0.0

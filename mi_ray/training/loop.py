@@ -211,7 +211,7 @@ def train_loop(settings: dict) -> dict | None:
                     )
             if training.average:
                 training.average.step(parameters)
-            figures = objective.figures | source.close(step)
+            figures = (objective.figures if parts else {}) | source.close(step)
             if rank == 0:
                 log.step(step + 1, {"loss": mean_loss, "grad_norm": norm, "learning_rate": rate, **figures})
             earlier, notice = notice, ray.train.get_preemption_info()  # of a node that will go: the same on every rank
