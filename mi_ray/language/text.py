@@ -191,7 +191,7 @@ def _about_one(prompt: str, end: int, start: int, after: int) -> bool:
 
 
 def _object_swaps(prompt: str, phrases: list[Phrase], related: list[re.Match]) -> Iterator[_Change]:
-    """Exchange the head nouns of two phrases. Both must have attributes, or a directed relation or action joins them."""
+    """Exchange the head nouns of two phrases that both have attributes, or that a relation or an action joins."""
     for a, b in combinations(phrases, 2):
         heads = prompt[a.head : a.end], prompt[b.head : b.end]
         if heads[0].lower() == heads[1].lower() or heads[0].endswith("s") != heads[1].endswith("s"):
