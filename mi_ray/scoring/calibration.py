@@ -1,4 +1,4 @@
-"""The probed pool of a calibration: candidates, and their denoising errors at every noise level."""
+"""The pool of a calibration: sampled candidates and their denoising errors at every noise level."""
 
 import math
 from collections.abc import Callable
@@ -30,10 +30,10 @@ Keep = Callable[[np.ndarray, list[str], list[tuple[str, int]]], None]  # images,
 def probed_pool(
     config: CalibrationConfig, prompts: list[str], ids: list[str], keep: Keep | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Errors (N, 1 + J, levels, 2), prompt_index (N,) and, of the metric, labels (N,) of which higher is better.
+    """Errors (N, 1 + J, levels, 2), prompt_index (N,), and labels (N,) from the metric, higher is better, or None.
 
     Args:
-        keep: takes the images of some candidates at a time; None: nobody wants them.
+        keep: is called with the images of each group of candidates; None: images are not stored.
     """
     take_cpus(config.threads)
     denoiser = load_denoiser(config.model.path, config.model.dtype)
@@ -73,10 +73,10 @@ def _halves(
     branches: Tensor,
     ids: list[str],
 ) -> Tensor:
-    """Errors at the middle of every level, from two independent draws: (n, 1 + J, levels, 2) on the CPU.
+    """Errors at the middle of every level, from two independent noise samples: (n, 1 + J, levels, 2) on the CPU.
 
     Args:
-        conditioning, branches: as `denoising_errors` takes them, branches (P, 1 + J) with the prompt itself first.
+        conditioning, branches: arguments of `denoising_errors`; branches is (P, 1 + J), with the prompt itself first.
     """
     index = torch.arange(len(ids)).repeat_interleave(len(latents) // len(ids))
     halves = []

@@ -1,4 +1,4 @@
-"""Measured denoiser batches on one device: which size is the fastest, and which fits."""
+"""Trial runs of the denoiser on one device: which batch size is fastest, and which fits into memory."""
 
 import resource
 import time
@@ -12,21 +12,21 @@ from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.fitting import fitting
 
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
-WORTH_IT = 1.05  # the gain in speed for which larger batches, or more actors to a GPU, are taken
+WORTH_IT = 1.05  # smallest speed-up for which a larger batch, or more actors per GPU, is used
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One denoiser batch of both branches, measured."""
+    """Measurements of a denoiser batch with both branches, conditional and unconditional."""
 
     batch_size: int  # candidates
     seconds_per_evaluation: float
-    memory_gib: float  # at its peak: of the GPU, or of the process where there is none
-    memory_left_gib: float  # what the GPU has beside that; infinite where there is none
+    memory_gib: float  # peak memory of the GPU, or of the process without a GPU
+    memory_left_gib: float  # free memory of the GPU at the peak; infinite without a GPU
 
 
 def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Trial:
-    """Run denoiser batches, after one to warm up, for at least so many seconds and at least once."""
+    """Run denoiser batches for at least `seconds` and at least once, after one warm-up batch."""
     conditioning = denoiser.encode_prompts([""]).expand(2 * batch_size)
     latents = torch.randn(2 * batch_size, *denoiser.latent_shape, device=denoiser.device)
     timesteps = torch.full((2 * batch_size,), 500, device=denoiser.device)
@@ -52,21 +52,21 @@ def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Tria
 
 
 def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
-    """The same with a batch of this size or, where it does not fit, of half as often as an actor would halve it.
+    """`try_batch` with this batch size. If it does not fit, the size is halved until it fits, as in an actor.
 
     Raises:
-        ConfigError: not even one candidate fits.
+        ConfigError: a batch of one candidate does not fit.
     """
     tried = SimpleNamespace(batch_size=batch_size)
     try:
         return fitting(tried, lambda: try_batch(denoiser, tried.batch_size))
     except torch.OutOfMemoryError as error:
-        message = "model.path: not even a batch of one candidate fits into memory; take a larger GPU"
+        message = "model.path: the model does not fit into memory with a batch of one candidate; use a larger GPU"
         raise ConfigError([message]) from error
 
 
 def sweep(denoiser: Denoiser) -> list[Trial]:
-    """Batches of rising size, until one does not fit or two in a row are no faster than what came before."""
+    """Try increasing batch sizes, until one does not fit or two in a row are not faster than the earlier ones."""
     trials: list[Trial] = []
     for batch_size in BATCH_SIZES:
         try:
@@ -81,28 +81,28 @@ def sweep(denoiser: Denoiser) -> list[Trial]:
 
 
 def best(trials: list[Trial]) -> Trial:
-    """The smallest batch that is about as fast as the fastest: it wastes least when the last candidates are few.
+    """The smallest batch that is nearly as fast as the fastest. A small batch wastes less on the last candidates.
 
     Raises:
-        ConfigError: not even the smallest batch fitted.
+        ConfigError: the smallest batch did not fit.
     """
     if not trials:
-        message = f"not even a batch of {BATCH_SIZES[0]} candidates fits; set a lower one instead of auto"
+        message = f"auto failed: the smallest batch, {BATCH_SIZES[0]} candidates, does not fit; set a smaller number"
         raise ConfigError([f"resources.batch_size: {message}"])
     fastest = min(trial.seconds_per_evaluation for trial in trials)
     return next(trial for trial in trials if trial.seconds_per_evaluation <= WORTH_IT * fastest)
 
 
 def sweep_dtypes(path: str, configured: str) -> dict[str, list[Trial]]:
-    """`sweep` in the configured precision of the denoiser (first) and in the others that have a use here."""
+    """`sweep` with the configured dtype of the denoiser (first) and with the other dtypes that are useful here."""
     useful = ("float32", "float16", "bfloat16") if torch.cuda.is_available() else ("float32", "bfloat16")
     trials = {}
     for dtype in (configured, *useful):
         denoiser = load_denoiser(path, dtype)
-        name = str(denoiser.dtype).removeprefix("torch.")  # auto is one of them
+        name = str(denoiser.dtype).removeprefix("torch.")  # `auto` stands for one of these dtypes
         if name not in trials:
             trials[name] = sweep(denoiser)
-        del denoiser  # before the next is loaded
+        del denoiser  # free the memory before the next one is loaded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return trials

@@ -72,7 +72,7 @@ def test_the_table_holds_none_for_what_is_not_trained():
 
 
 def test_a_weight_that_is_no_number_is_refused():
-    with pytest.raises(ConfigError, match=r"online.rewards: 'pmi:much' is not name:weight"):
+    with pytest.raises(ConfigError, match=r"online.rewards: 'pmi:much' has a weight that is not a number"):
         rewards_of(OnlineConfig(updates=1, rewards=("pmi:much",)), "pmi")
 
 

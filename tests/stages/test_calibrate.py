@@ -42,7 +42,7 @@ def test_the_pipeline_takes_the_band_that_is_found(config, tmp_path, capsys):
 
 
 def test_a_range_that_the_model_does_not_know_is_told_and_a_wide_one_cut(config, monkeypatch):
-    with pytest.raises(ConfigError, match=r"log_snr_max: .*not among the model's noise levels"):
+    with pytest.raises(ConfigError, match=r"log_snr_max: .*outside the model's noise levels"):
         calibrate(config.model_copy(update={"log_snr_min": 20.0, "log_snr_max": 30.0}), dry_run=True)
     pool = torch.rand(4, 3, config.levels, 2), torch.tensor([0, 0, 1, 1]), None
     monkeypatch.setattr(stage, "probed_pool", lambda *arguments: pool)

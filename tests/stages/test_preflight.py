@@ -84,6 +84,6 @@ def test_halving_ends_where_memory_suffices(monkeypatch, fits, tried):
     if fits:
         assert try_fitting(None, 64).batch_size == fits
     else:
-        with pytest.raises(ConfigError, match="not even a batch of one"):
+        with pytest.raises(ConfigError, match="does not fit into memory with a batch of one"):
             try_fitting(None, 64)
     assert sizes == tried
