@@ -6,6 +6,7 @@ import numpy as np
 
 from mi_ray.shapes.grammar import parse
 from mi_ray.shapes.oracle import score
+from mi_ray.shapes.scenes import IMAGE_SIZE
 
 METRICS = ("exact", "objects", "attributes", "count", "relation")
 
@@ -19,6 +20,19 @@ def foreign_prompts(prompts: list[str]) -> list[str]:
         except ValueError:
             foreign.append(prompt)
     return foreign
+
+
+def check_image_size(size: tuple[int, int]):
+    """Check that images of a height and width are as large as the scenes that the oracle knows.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if size != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(
+            f"the oracle reads images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, and the model makes {size[0]} x {size[1]};"
+            " set it to none, or the size to the model's own"
+        )
 
 
 def measure(images: np.ndarray, prompts: list[str]) -> dict[str, list[float | None]]:

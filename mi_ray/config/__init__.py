@@ -5,9 +5,11 @@ This room imports nothing else of the package and must not know how a field is u
 
 from mi_ray.config.finetune import FinetuneConfig
 from mi_ray.config.generation import (
+    HEIGHT,
     MODEL,
     POINTWISE_SCORES,
     TRAJECTORY_SCORES,
+    WIDTH,
     Control,
     GenerateConfig,
     ModelConfig,
@@ -23,9 +25,11 @@ from mi_ray.config.generation import (
 from mi_ray.config.run import EvaluationConfig, ResourcesConfig, RunConfig
 
 __all__ = [
+    "HEIGHT",
     "MODEL",
     "POINTWISE_SCORES",
     "TRAJECTORY_SCORES",
+    "WIDTH",
     "Control",
     "EvaluationConfig",
     "FinetuneConfig",

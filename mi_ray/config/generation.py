@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from mi_ray.config.section import Positive, Section, Share, check_band
 
@@ -48,10 +48,16 @@ class PromptsConfig(Section):
     )
 
 
+HEIGHT = "of the images in pixels, a multiple of what the model needs; none: the model's own height"
+WIDTH = "likewise; none: the model's own width"
+
+
 class ModelConfig(Section):
     """The model to align."""
 
     path: str = Field("shapes", description=MODEL)
+    height: Positive | None = Field(None, description=HEIGHT)
+    width: Positive | None = Field(None, description=WIDTH)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="of the denoiser; auto: float16 on a GPU, float32 without. Solver and scores are fp32"
     )
@@ -62,6 +68,17 @@ class ModelConfig(Section):
     compile: Literal["default", "cuda-graphs"] | None = Field(
         None, description="torch.compile of the denoiser, minutes at the start; partial batches are filled up"
     )
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Height and width in pixels; None: the model's own."""
+        return self.height, self.width
+
+    @model_serializer(mode="wrap")
+    def _without_unset_size(self, serialize: SerializerFunctionWrapHandler) -> dict:
+        """A height or width that is not set is left out: it changes no hash of a run at the model's own size."""
+        values = serialize(self)
+        return {name: value for name, value in values.items() if value is not None or name not in ("height", "width")}
 
 
 class SamplerConfig(Section):

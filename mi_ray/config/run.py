@@ -56,7 +56,9 @@ class ResourcesConfig(Section):
         0.0, description="0.5: two actors share a GPU; auto: found by a trial when the run starts"
     )
     batch_size: Positive | Literal["auto"] = Field(
-        64, description="candidates in one denoiser batch (twice that with guidance); auto: found by a trial"
+        64,
+        description="candidates of the model's own size in one denoiser batch (twice that with guidance); with another"
+        " model.height or width as many as have the same latent tokens; auto: found by a trial",
     )
     shard_timeout_s: float | None = Field(
         None,

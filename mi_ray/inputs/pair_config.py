@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mi_ray.config import MODEL, ResourcesConfig, ScoreConfig, without_revision
+from mi_ray.config import HEIGHT, MODEL, WIDTH, ResourcesConfig, ScoreConfig, without_revision
 from mi_ray.config.section import Positive, Section, config_hash
 from mi_ray.inputs.pairs import Columns
 
@@ -42,6 +42,8 @@ class ScorePairsConfig(Section):
     prompt: str | None = Field(None, description="the single image's prompt")
     map: str | None = Field(None, description="where the single pair's map goes; none: beside the image, -map.png")
     model: str = Field("shapes", description=MODEL)
+    height: Positive | None = Field(None, description=HEIGHT)
+    width: Positive | None = Field(None, description=WIDTH)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="of the denoiser")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the noise; a pair's scores depend on nothing else")
     image_column: str | None = Field(None, description="column or key of the image or its path; none: a usual name")
@@ -77,9 +79,15 @@ class ScorePairsConfig(Section):
     def columns(self) -> Columns:
         return Columns(self.image_column, self.caption_column)
 
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Height and width in pixels; None: the model's own."""
+        return self.height, self.width
+
     def results_config(self) -> dict:
-        """What the results depend on."""
-        results = self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map"})
+        """What the results depend on. A size that is not set is left out, as of `ModelConfig`."""
+        unset = {name for name in ("height", "width") if getattr(self, name) is None}
+        results = self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map", *unset})
         return results | {"model": without_revision(self.model)}  # run.json holds the commit
 
     def hash(self) -> str:

@@ -29,11 +29,6 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 # ---------------------------------------------------------------------------------------------- images
-def model_image_size(denoiser: Denoiser) -> tuple[int, int]:
-    """Height and width of the images that the autoencoder makes of a latent."""
-    return denoiser.decode(torch.zeros(1, *denoiser.latent_shape)).shape[1:3]
-
-
 def read_image(content: bytes, size: tuple[int, int], fit: Fit) -> np.ndarray:
     """An encoded image as the model takes it: (*size, 3) uint8.
 

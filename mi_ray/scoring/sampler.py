@@ -1,6 +1,7 @@
 """What one actor does with its prompts: sample, score, measure, decode. Knows the device, not the cluster."""
 
 import hashlib
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -23,6 +24,16 @@ def derived_seed(*parts: str | int) -> int:
     """A 63-bit seed that depends on all parts and on nothing else."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def batch_at_size(denoiser: Denoiser, batch_size: int) -> int:
+    """How many candidates go in one denoiser batch, if at the model's own size `batch_size` do.
+
+    As many as have no more latent tokens together, and at least one: an image of half the height and width has a
+    quarter of them, so that four times as many candidates cost about the same time and memory.
+    """
+    own, here = (math.prod(shape[1:]) for shape in (denoiser.own_latent_shape, denoiser.latent_shape))
+    return max(1, batch_size * own // here)
 
 
 def specialise(denoiser: Denoiser, config: ModelConfig, batch_size: int):

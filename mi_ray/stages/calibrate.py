@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mi_ray import storage
-from mi_ray.alignment.oracle import foreign_prompts
+from mi_ray.alignment.oracle import check_image_size, foreign_prompts
 from mi_ray.config import ModelConfig, PromptsConfig, SamplerConfig, ScoreConfig, pinned
 from mi_ray.config.section import ConfigError, Positive, Section, check_band, collecting, config_hash
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
-from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
+from mi_ray.diffusion.folders import check_model, load_schedule, load_sizes, load_tokenizer, model_commit
 from mi_ray.information.calibration import Band, judge_bands
 from mi_ray.information.pointwise import denoising_errors
 from mi_ray.information.probes import draw_probes
@@ -27,7 +27,7 @@ from mi_ray.inputs.prompts import read_prompts
 from mi_ray.runs import folder as run_folder
 from mi_ray.scoring.images import encode_png, measured
 from mi_ray.scoring.machine import take_cpus
-from mi_ray.scoring.sampler import Sampler, derived_seed
+from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed
 from mi_ray.scoring.scorer import Scorer, known_band
 from mi_ray.scoring.work import Work
 
@@ -59,7 +59,7 @@ class CalibrationConfig(Section):
         description="that metric, higher is better: .jsonl or .parquet with prompt_id, candidate_index, label",
     )
     use_labels: bool = Field(False, description="choose the band by the labels instead of without them")
-    batch_size: Positive = Field(64, description="candidates in one denoiser batch")
+    batch_size: Positive = Field(64, description="candidates of the model's own size in one denoiser batch")
     threads: Positive = Field(2, description="CPU threads")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of candidates and probes")
 
@@ -131,6 +131,8 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
         path = pinned(config.model.path, model_commit(config.model.path))
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
         tokenizer = load_tokenizer(config.model.path)
+        sizes = load_sizes(config.model.path)
+        faults += [f"model.{fault}" for fault in sizes.faults(*config.model.size)]
         with collecting(faults, "log_snr_max"):
             low, high = known_band(config.log_snr_min, config.log_snr_max, load_schedule(config.model.path))
     if faults:
@@ -150,6 +152,9 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
         faults.append(
             f"alignment: the oracle reads only prompts of the shapes grammar, not {foreign[0]!r}; leave it out"
         )
+    if config.alignment:
+        with collecting(faults, "alignment"):
+            check_image_size(sizes.image(*config.model.size))
     if config.labels:
         with collecting(faults, "labels"):
             labels = _read_labels(config.labels, _digest(config))
@@ -170,7 +175,9 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
 def _digest(config: CalibrationConfig) -> str:
     """Tells the images of one pool from another's."""
     return config_hash(
-        config.model_dump(mode="json", include={"model": {"path", "dtype"}, "sampler": True, "seed": True})
+        config.model_dump(
+            mode="json", include={"model": {"path", "dtype", "height", "width"}, "sampler": True, "seed": True}
+        )
     )
 
 
@@ -198,10 +205,11 @@ def _read_labels(uri: str, digest: str) -> dict[tuple[str, int], float]:
 def _probed_pool(config: CalibrationConfig, prompts: list[str], ids: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
     """errors (N, 1 + J, levels, 2), prompt_index (N,) and, where alignment is measured, exact (N,) of 0 and 1."""
     take_cpus(config.threads)
-    denoiser = load_denoiser(config.model.path, config.model.dtype)
-    sampler = Sampler(denoiser, config.sampler, config.batch_size)
+    denoiser = load_denoiser(config.model.path, config.model.dtype, size=config.model.size)
+    batch_size = batch_at_size(denoiser, config.batch_size)
+    sampler = Sampler(denoiser, config.sampler, batch_size)
     score = ScoreConfig(names=("pmi_contrastive",), neighbours=config.neighbours)
-    scorer = Scorer(denoiser, score, config.batch_size, config.seed, prompts)
+    scorer = Scorer(denoiser, score, batch_size, config.seed, prompts)
     each = config.candidates_per_prompt
     errors, exact, written = [], [], []
     for start in tqdm(range(0, len(prompts), PROMPTS_AT_A_TIME), unit=" prompts", unit_scale=PROMPTS_AT_A_TIME):
@@ -265,7 +273,7 @@ def _halves(
             conditioning,
             branches,
             probes,
-            2 * config.batch_size,
+            2 * batch_at_size(denoiser, config.batch_size),
         )
         halves.append(errors.cpu())
     return torch.stack(halves, -1)

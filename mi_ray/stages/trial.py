@@ -17,7 +17,7 @@ from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.scoring.machine import take_share
-from mi_ray.scoring.sampler import specialise
+from mi_ray.scoring.sampler import batch_at_size, specialise
 
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
 ACTORS_TO_A_GPU = (2, 4)
@@ -29,7 +29,7 @@ MEMORY_SHARE = 0.85  # of a GPU, which its actors may fill: scoring and decoding
 class Trial:
     """One denoiser batch of both branches, measured."""
 
-    batch_size: int  # candidates
+    batch_size: int  # as `resources.batch_size` counts: candidates of the model's own size
     seconds_per_evaluation: float
     memory_gib: float  # at its peak: of the GPU, or of the process where there is none
     memory_left_gib: float  # what the GPU has beside that; infinite where there is none
@@ -37,9 +37,10 @@ class Trial:
 
 def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Trial:
     """Run denoiser batches, after one to warm up, for at least so many seconds and at least once."""
-    conditioning = denoiser.encode_prompts([""]).expand(2 * batch_size)
-    latents = torch.randn(2 * batch_size, *denoiser.latent_shape, device=denoiser.device)
-    timesteps = torch.full((2 * batch_size,), 500, device=denoiser.device)
+    rows = 2 * batch_at_size(denoiser, batch_size)
+    conditioning = denoiser.encode_prompts([""]).expand(rows)
+    latents = torch.randn(rows, *denoiser.latent_shape, device=denoiser.device)
+    timesteps = torch.full((rows,), 500, device=denoiser.device)
     on_gpu = denoiser.device.type == "cuda"
 
     def run() -> float:
@@ -54,7 +55,7 @@ def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Tria
     began, now, done = run(), 0.0, 0
     while not done or now - began < seconds:
         now, done = run(), done + 1
-    each = (now - began) / (done * 2 * batch_size)
+    each = (now - began) / (done * rows)
     if not on_gpu:
         return Trial(batch_size, each, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, float("inf"))
     peak = torch.cuda.max_memory_reserved()
@@ -73,6 +74,16 @@ def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
     except torch.OutOfMemoryError as error:
         message = "model.path: not even a batch of one candidate fits into memory; take a larger GPU"
         raise ConfigError([message]) from error
+
+
+def size_text(denoiser: Denoiser) -> str:
+    """The sizes of images and latents and, where they are not the model's own, how batches are counted."""
+    height, width = denoiser.image_size
+    told = f"{height} x {width} pixels, latents of {' x '.join(map(str, denoiser.latent_shape))}"
+    if denoiser.latent_shape == denoiser.own_latent_shape:
+        return f"{told}, the model's own size"
+    own = " x ".join(map(str, denoiser.own_latent_shape))
+    return f"{told}; resources.batch_size counts candidates of the model's own size, {own}"
 
 
 def sweep(denoiser: Denoiser) -> list[Trial]:
@@ -103,12 +114,12 @@ def best(trials: list[Trial]) -> Trial:
     return next(trial for trial in trials if trial.seconds_per_evaluation <= WORTH_IT * fastest)
 
 
-def sweep_dtypes(path: str, configured: str) -> dict[str, list[Trial]]:
+def sweep_dtypes(model: ModelConfig) -> dict[str, list[Trial]]:
     """`sweep` in the configured precision of the denoiser (first) and in the others that have a use here."""
     useful = ("float32", "float16", "bfloat16") if torch.cuda.is_available() else ("float32", "bfloat16")
     trials = {}
-    for dtype in (configured, *useful):
-        denoiser = load_denoiser(path, dtype)
+    for dtype in (model.dtype, *useful):
+        denoiser = load_denoiser(model.path, dtype, size=model.size)
         name = str(denoiser.dtype).removeprefix("torch.")  # auto is one of them
         if name not in trials:
             trials[name] = sweep(denoiser)
@@ -125,17 +136,17 @@ class Probe:
     def __init__(self, model: dict, cpus: float, gpus: float):
         take_share(cpus, gpus)
         self.model = ModelConfig.model_validate(model)
-        self.denoiser = load_denoiser(self.model.path, self.model.dtype)
+        self.denoiser = load_denoiser(self.model.path, self.model.dtype, size=self.model.size)
 
     def sweep(self) -> list[Trial]:
         return sweep(self.denoiser)
 
     def try_fitting(self, batch_size: int) -> Trial:
-        specialise(self.denoiser, self.model, batch_size)
+        specialise(self.denoiser, self.model, batch_at_size(self.denoiser, batch_size))
         return try_fitting(self.denoiser, batch_size)
 
     def try_batch(self, batch_size: int, seconds: float = 0.0) -> Trial:
-        specialise(self.denoiser, self.model, batch_size)
+        specialise(self.denoiser, self.model, batch_at_size(self.denoiser, batch_size))
         return try_batch(self.denoiser, batch_size, seconds)
 
 
@@ -173,9 +184,10 @@ def settle(model: ModelConfig, resources: ResourcesConfig) -> ResourcesConfig:
     if auto_share:
         gpus = _share(model, cpus, chosen)
     settled = resources.model_copy(update={"batch_size": chosen.batch_size, "gpus_per_actor": gpus})
+    of_own = " of the model's own size" if any(model.size) else ""
     print(
-        f"trial: batches of {settled.batch_size} candidates, {1e3 * chosen.seconds_per_evaluation:.2f} ms a denoiser"
-        f" evaluation, {chosen.memory_gib:.1f} GiB; resources.gpus_per_actor {settled.gpus_per_actor:g}"
+        f"trial: batches of {settled.batch_size} candidates{of_own}, {1e3 * chosen.seconds_per_evaluation:.2f} ms a"
+        f" denoiser evaluation, {chosen.memory_gib:.1f} GiB; resources.gpus_per_actor {settled.gpus_per_actor:g}"
     )
     return settled
 
