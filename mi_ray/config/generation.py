@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from mi_ray.config.paths import LocalOrUri, ModelPath
 from mi_ray.config.section import METRIC_NAMES, MetricNames, Positive, Section, Share, check_band
@@ -38,10 +38,16 @@ class PromptsConfig(Section):
     )
 
 
+HEIGHT = "of the images in pixels, a multiple of what the model needs; none: the model's own height"
+WIDTH = "likewise; none: the model's own width"
+
+
 class ModelConfig(Section):
     """The model to align."""
 
     path: ModelPath = Field("shapes", description=MODEL)
+    height: Positive | None = Field(None, description=HEIGHT)
+    width: Positive | None = Field(None, description=WIDTH)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
         description="dtype of the denoiser; auto: float16 on a GPU, else float32. Solver and scores always use float32",
@@ -59,6 +65,17 @@ class ModelConfig(Section):
         description="mode of torch.compile for the denoiser: costs minutes at the start, pads partial batches; none:"
         " not compiled",
     )
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Height and width in pixels; None: the model's own."""
+        return self.height, self.width
+
+    @model_serializer(mode="wrap")
+    def _without_unset_size(self, serialize: SerializerFunctionWrapHandler) -> dict:
+        """A height or width that is not set is left out: it changes no hash of a run at the model's own size."""
+        values = serialize(self)
+        return {name: value for name, value in values.items() if value is not None or name not in ("height", "width")}
 
 
 class SamplerConfig(Section):

@@ -16,7 +16,7 @@ from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.information.pointwise import denoising_errors
 from mi_ray.information.probes import draw_probes
 from mi_ray.scoring.machine import take_cpus
-from mi_ray.scoring.sampler import Sampler, derived_seed
+from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
 
@@ -36,10 +36,11 @@ def probed_pool(
         keep: is called with the images of each group of candidates; None: images are not stored.
     """
     take_cpus(config.threads)
-    denoiser = load_denoiser(config.model.path, config.model.dtype)
-    sampler = Sampler(denoiser, config.sampler, config.batch_size)
+    denoiser = load_denoiser(config.model.path, config.model.dtype, size=config.model.size)
+    batch_size = batch_at_size(denoiser, config.batch_size)
+    sampler = Sampler(denoiser, config.sampler, batch_size)
     score = ScoreConfig(names=("pmi_contrastive",), neighbours=config.neighbours)
-    scorer = Scorer(denoiser, score, config.batch_size, config.seed, prompts)
+    scorer = Scorer(denoiser, score, batch_size, config.seed, prompts)
     each = config.candidates_per_prompt
     errors, labels = [], []
     metrics = load_metrics([config.alignment] if config.alignment else [])
@@ -91,7 +92,7 @@ def _halves(
             conditioning,
             branches,
             probes,
-            2 * config.batch_size,
+            2 * batch_at_size(denoiser, config.batch_size),
         )
         halves.append(errors.cpu())
     return torch.stack(halves, -1)

@@ -13,7 +13,7 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard
 from mi_ray.scoring.rewards import RANDOM, candidate_advantages, run_rewards
-from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
+from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
 
@@ -25,8 +25,9 @@ class PolicySampler:
     """
 
     def __init__(self, config: RunConfig):
-        self.config, tuning, batch_size = config, config.finetune, config.resources.batch_size
-        self.base = load_denoiser(config.model.path, config.model.dtype)
+        self.config, tuning = config, config.finetune
+        self.base = load_denoiser(config.model.path, config.model.dtype, size=config.model.size)
+        batch_size = batch_at_size(self.base, config.resources.batch_size)
         self.drawing = copy.copy(self.base)
         self.drawing.unet = copy.deepcopy(self.base.unet)
         adapted = attach_adapter(

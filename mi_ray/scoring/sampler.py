@@ -28,6 +28,16 @@ def derived_seed(*parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def batch_at_size(denoiser: Denoiser, batch_size: int) -> int:
+    """How many candidates go in one denoiser batch, if at the model's own size `batch_size` do.
+
+    As many as have no more latent tokens together, and at least one: an image of half the height and width has a
+    quarter of them, so that four times as many candidates cost about the same time and memory.
+    """
+    own, here = (math.prod(shape[1:]) for shape in (denoiser.own_latent_shape, denoiser.latent_shape))
+    return max(1, batch_size * own // here)
+
+
 def specialise(denoiser: Denoiser, config: ModelConfig, batch_size: int):
     """Trade the denoiser's generality for speed, as configured; what it computes stays the same."""
     rows = (batch_size, 2 * batch_size)  # one branch, both branches; scoring takes as many as the latter

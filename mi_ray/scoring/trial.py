@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import torch
 
+from mi_ray.config import ModelConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.fitting import fitting
+from mi_ray.scoring.sampler import batch_at_size
 
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
 WORTH_IT = 1.05  # smallest speed-up for which a larger batch, or more actors per GPU, is used
@@ -19,17 +21,18 @@ WORTH_IT = 1.05  # smallest speed-up for which a larger batch, or more actors pe
 class Trial:
     """Measurements of a denoiser batch with both branches, conditional and unconditional."""
 
-    batch_size: int  # candidates
+    batch_size: int  # as `resources.batch_size` counts: candidates of the model's own size
     seconds_per_evaluation: float
     memory_gib: float  # peak memory of the GPU, or of the process without a GPU
     memory_left_gib: float  # free memory of the GPU at the peak; infinite without a GPU
 
 
 def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Trial:
-    """Run denoiser batches for at least `seconds` and at least once, after one warm-up batch."""
-    conditioning = denoiser.encode_prompts([""]).expand(2 * batch_size)
-    latents = torch.randn(2 * batch_size, *denoiser.latent_shape, device=denoiser.device)
-    timesteps = torch.full((2 * batch_size,), 500, device=denoiser.device)
+    """Run denoiser batches, after one to warm up, for at least so many seconds and at least once."""
+    rows = 2 * batch_at_size(denoiser, batch_size)
+    conditioning = denoiser.encode_prompts([""]).expand(rows)
+    latents = torch.randn(rows, *denoiser.latent_shape, device=denoiser.device)
+    timesteps = torch.full((rows,), 500, device=denoiser.device)
     on_gpu = denoiser.device.type == "cuda"
 
     def run() -> float:
@@ -44,7 +47,7 @@ def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Tria
     began, now, done = run(), 0.0, 0
     while not done or now - began < seconds:
         now, done = run(), done + 1
-    each = (now - began) / (done * 2 * batch_size)
+    each = (now - began) / (done * rows)
     if not on_gpu:
         return Trial(batch_size, each, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, float("inf"))
     peak = torch.cuda.max_memory_reserved()
@@ -65,8 +68,18 @@ def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
         raise ConfigError([message]) from error
 
 
+def size_text(denoiser: Denoiser) -> str:
+    """The sizes of images and latents and, where they are not the model's own, how batches are counted."""
+    height, width = denoiser.image_size
+    told = f"{height} x {width} pixels, latents of {' x '.join(map(str, denoiser.latent_shape))}"
+    if denoiser.latent_shape == denoiser.own_latent_shape:
+        return f"{told}, the model's own size"
+    own = " x ".join(map(str, denoiser.own_latent_shape))
+    return f"{told}; resources.batch_size counts candidates of the model's own size, {own}"
+
+
 def sweep(denoiser: Denoiser) -> list[Trial]:
-    """Try increasing batch sizes, until one does not fit or two in a row are not faster than the earlier ones."""
+    """Batches of rising size, until one does not fit or two in a row are no faster than what came before."""
     trials: list[Trial] = []
     for batch_size in BATCH_SIZES:
         try:
@@ -93,16 +106,16 @@ def best(trials: list[Trial]) -> Trial:
     return next(trial for trial in trials if trial.seconds_per_evaluation <= WORTH_IT * fastest)
 
 
-def sweep_dtypes(path: str, configured: str) -> dict[str, list[Trial]]:
-    """`sweep` with the configured dtype of the denoiser (first) and with the other dtypes that are useful here."""
+def sweep_dtypes(model: ModelConfig) -> dict[str, list[Trial]]:
+    """`sweep` in the configured precision of the denoiser (first) and in the others that have a use here."""
     useful = ("float32", "float16", "bfloat16") if torch.cuda.is_available() else ("float32", "bfloat16")
     trials = {}
-    for dtype in (configured, *useful):
-        denoiser = load_denoiser(path, dtype)
-        name = str(denoiser.dtype).removeprefix("torch.")  # `auto` stands for one of these dtypes
+    for dtype in (model.dtype, *useful):
+        denoiser = load_denoiser(model.path, dtype, size=model.size)
+        name = str(denoiser.dtype).removeprefix("torch.")  # auto is one of them
         if name not in trials:
             trials[name] = sweep(denoiser)
-        del denoiser  # free the memory before the next one is loaded
+        del denoiser  # before the next is loaded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return trials

@@ -14,7 +14,7 @@ from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
 from mi_ray.runs.layout import REFERENCE
 from mi_ray.scoring.machine import take_share
-from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
+from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
 from mi_ray.stages.shards import ShardWriter, run_stage
@@ -31,11 +31,12 @@ class Evaluator:
         config = RunConfig.model_validate(config)
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.config, self.model = config, model
-        evaluation, batch_size = config.evaluation, config.resources.batch_size
-        self.base = drawing = load_denoiser(config.model.path, config.model.dtype)
+        evaluation, path, dtype, size = config.evaluation, config.model.path, config.model.dtype, config.model.size
+        self.base = drawing = load_denoiser(path, dtype, size=size)
+        batch_size = batch_at_size(self.base, config.resources.batch_size)
         if adapter:
             merged = storage.local_folder(adapter)
-            drawing = load_denoiser(config.model.path, config.model.dtype, adapter=merged, beside=self.base)
+            drawing = load_denoiser(path, dtype, adapter=merged, beside=self.base, size=size)
         models = {id(d): d for d in (self.base, drawing)}.values()
         for denoiser in models:
             specialise(denoiser, config.model, batch_size)

@@ -11,6 +11,7 @@ from mi_ray.config import RunConfig
 from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.config.section import ConfigError, flatten
+from mi_ray.inputs.pair_config import ScorePairsConfig
 
 ROOT = Path(__file__).parents[2]
 LEAST = ("--run-dir", "runs/test", "--prompts.file", "prompts.txt")
@@ -258,6 +259,18 @@ def test_the_hash_ignores_where_and_how_fast():
     assert load(*moved, "--resources.num_actors", "2,4").hash() == base
     assert load(*LEAST, "--seed", "1").hash() != base
     assert load(*LEAST, "--evaluation.sampler.num-inference-steps", "10").hash() != base
+
+
+def test_the_size_is_part_of_the_hash_and_one_that_is_not_set_leaves_it_as_it_was():
+    base, larger = load(*LEAST), load(*LEAST, "--model.height", "128")
+    assert larger.hash() != base.hash()
+    assert larger.results_config()["model"] == {"path": "shapes", "height": 128, "dtype": "auto"}
+    assert base.results_config()["model"] == {"path": "shapes", "dtype": "auto"}
+    assert RunConfig.model_validate(larger.model_dump(mode="json")) == larger
+    pair = {"image": "a.png", "prompt": "a dog"}
+    alone, wide = (ScorePairsConfig(**pair, **size) for size in ({}, {"width": 96}))
+    assert set(wide.results_config()) - set(alone.results_config()) == {"width"}
+    assert wide.hash() != alone.hash()
 
 
 def test_the_hash_survives_a_round_trip_through_yaml(config_file):
