@@ -84,8 +84,8 @@ class ResourcesConfig(Section):
     batch_size: Positive | Literal["auto"] = Field(
         64,
         description="number of candidates of the model's own size in one denoiser batch (twice as many rows with"
-        " guidance); at another model.height or model.width, as many as have the same number of latent tokens; auto: chosen by a"
-        " trial",
+        " guidance); at another model.height or model.width, as many as have the same number of latent tokens;"
+        " auto: chosen by a trial",
     )
     shard_timeout_s: float | None = Field(
         None,

@@ -267,8 +267,8 @@ def test_the_size_is_part_of_the_hash_and_one_that_is_not_set_leaves_it_as_it_wa
     assert larger.results_config()["model"] == {"path": "shapes", "height": 128, "dtype": "auto"}
     assert base.results_config()["model"] == {"path": "shapes", "dtype": "auto"}
     assert RunConfig.model_validate(larger.model_dump(mode="json")) == larger
-    pair = {"image": "a.png", "prompt": "a dog"}
-    alone, wide = (ScorePairsConfig(**pair, **size) for size in ({}, {"width": 96}))
+    pairs = {"input": "pairs", "run_dir": "audit"}
+    alone, wide = (ScorePairsConfig(**pairs, **size) for size in ({}, {"width": 96}))
     assert set(wide.results_config()) - set(alone.results_config()) == {"width"}
     assert wide.hash() != alone.hash()
 
