@@ -38,7 +38,7 @@ class GuidanceBenchmark(Benchmark):
     """At which guidance scale is the tuned model better than the base and than the one tuned on random images?"""
 
     run_dir: LocalOrUri = Field(description="a finished run that has a metric, whose first column is compared")
-    guidance_scales: tuple[float, ...] = Field((1.5, 2.0, 3.0, 4.0, 6.0), description="each above 1")
+    guidance_scales: tuple[float, ...] = Field((1.5, 2.0, 3.0, 4.0, 6.0), description="each from 1, no guidance")
     prompts: PositiveInt = Field(360, description="held-out prompts, of the run's evaluation file")
     images_per_prompt: PositiveInt = Field(4, description="seeds, the same for every model and scale")
     batch_size: PositiveInt = Field(128, description="images in one denoiser batch")

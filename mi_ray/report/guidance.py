@@ -58,36 +58,43 @@ def guidance_section(
         gammas: effective guidance of the models of which it is known (see `training.online`).
 
     Returns:
-        column: by which the scales are compared. headline: the scale of the report's other sections: the base model's
-        best, or evaluation.sampler's as long as the base model is not evaluated (base_best tells). best: each model's
-        best scale. curves and differences: by model, at each scale, the mean, and the difference to the base model.
-        effective_guidance: `gammas`. rows: the comparisons at one scale, each with its evaluations of the denoiser an
-        image, its mean and the difference to the base model at the headline's scale, paired by prompt and seed.
+        scales: all that were evaluated, and column: by which they are compared. headline: the scale of the report's
+        other sections: the base model's best, or evaluation.sampler's as long as the base model is not evaluated
+        (base_best tells). best: each model's best scale. curves and differences: by model, at each scale, the mean, and
+        the difference to the base model. effective_guidance: `gammas`. rows: models at single scales, each with its
+        evaluations of the denoiser an image (without what a guidance interval saves), its mean and the difference to
+        the base model at the headline's scale, paired by prompt and seed.
     """
-    if len({scale for frame in evaluation.values() for scale in _scales(frame)}) < 2:
+    scales = sorted({scale for frame in evaluation.values() for scale in _scales(frame)})
+    if len(scales) < 2:
         return {}
     column = headline_column(evaluation, metrics)
     measured = {model: frame for model, frame in evaluation.items() if column.name in frame}
     curves = {model: _curve(frame, column) for model, frame in measured.items()}
     best = {model: best_scale(curve, column) for model, curve in curves.items() if curve}
     headline = best.get("base", config.evaluation.sampler.guidance_scale)
-    base = measured.get("base")
+    base, others = measured.get("base"), [model for model in measured if model != "base"]
+    compared = [] if base is None else others
     return {
         "column": column.name,
+        "scales": scales,
         "headline": headline,
         "base_best": "base" in best,
         "best": best,
         "curves": curves,
-        "differences": {}
-        if base is None
-        else {model: _difference_curve(f, base, column) for model, f in measured.items() if model != "base"},
+        "differences": {model: _difference_curve(measured[model], base, column) for model in compared},
         "effective_guidance": gammas,
         "rows": _rows(measured, column, headline, best, gammas, config),
     }
 
 
 def _rows(
-    measured: Frames, column: Column, headline: float, best: dict[str, float], gammas: dict[str, float], config
+    measured: Frames,
+    column: Column,
+    headline: float,
+    best: dict[str, float],
+    gammas: dict[str, float],
+    config: RunConfig,
 ) -> list[dict]:
     """Each model where the base model is best and at its own best; the base model at gamma times that scale; and the
     guidance-free student."""
@@ -102,7 +109,7 @@ def _rows(
         wanted = gamma * headline
         near = min(_scales(measured["base"]) if "base" in measured else [headline], key=lambda s: abs(s - wanted))
         if near != headline and abs(near - wanted) <= NEAR * wanted:
-            note("base", near, f"near γ·w of {model}, {wanted:.2f}")
+            note("base", near, f"near γ·w = {wanted:.2f} of {model}")
     for model in measured:
         if model != "base":
             note(model, headline, "where base is best")

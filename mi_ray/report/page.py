@@ -104,7 +104,8 @@ def headline(report: dict) -> tuple[str, str]:
         random = report["comparison"].get("tuned-random", {}).get(column.name)
         if random:
             clear = {"better": "clear of zero", "worse": "clear of zero, the wrong way", "unclear": "not clear of zero"}
-            verdict += f" Against fine-tuning on randomly chosen candidates: {change(random, column)}"
+            control = "by random rewards" if report.get("online") else "on randomly chosen candidates"
+            verdict += f" Against fine-tuning {control}: {change(random, column)}"
             verdict += f"{unit_of_change(column)} ({clear[direction(random, column)]})."
         if report["quality"].get("tuned", {}).get("collapsed"):
             verdict += " But the tuned model's images have collapsed: see Image quality."

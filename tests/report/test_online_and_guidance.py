@@ -85,7 +85,7 @@ def test_rows_show_each_best_the_base_at_gamma_and_the_student(report, run_dir):
     best = report["guidance"]["best"]["tuned"]
     assert "its best" in rows["tuned", best]["notes"]
     assert rows["base", 4.0]["difference"] is None
-    assert rows["base", 4.4]["notes"] == [f"near γ·w of {arm}, 4.40" for arm in ("tuned", "random")]
+    assert rows["base", 4.4]["notes"] == [f"near γ·w = 4.40 of {arm}" for arm in ("tuned", "random")]
     student = rows["tuned", 1.0]
     assert student["notes"] == ["guidance-free student, one branch"]
     assert (student["evaluations"], rows["tuned", 4.0]["evaluations"]) == (20, 40)
