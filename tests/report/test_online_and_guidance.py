@@ -155,11 +155,13 @@ def test_scores_are_told_of_the_candidates_of_updates(report, run_dir, config):
 
 
 def test_the_page_of_an_online_run(page):
-    for heading in ("Guidance", "Online training", "Fine-tuning", "What the scores know", "Image quality"):
+    for heading in ("Guidance", "Online training", "Fine-tuning", "Image quality"):
         assert f"<h2>{heading}</h2>" in page
     assert f"stopped: {STOPPED}" in page
     assert "guidance-free student, one branch" in page
     assert "6 of 6" in page
+    for figure in ("AUC of each score", "exact against the guidance scale", "Reward, self-score, metrics and guards"):
+        assert f'alt="{figure}' in page
     assert "Candidates by score" not in page
 
 

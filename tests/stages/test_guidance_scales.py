@@ -1,11 +1,14 @@
 """An evaluation at several guidance scales is the evaluations at each of them, with the same prompts and seeds."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from mi_ray import storage
 from mi_ray.config import RunConfig
+from mi_ray.inputs.prompts import PROMPTS as PROMPT_TABLE
 from mi_ray.inputs.prompts import prompt_id
-from mi_ray.inputs.shard_plan import Shard
+from mi_ray.inputs.shard_plan import Shard, ShardPlan, write_prompts
 from mi_ray.runs.cost import evaluations
 from mi_ray.scoring.work import Work
 from mi_ray.stages.evaluate import Evaluator
@@ -64,3 +67,16 @@ def test_real_images_have_no_guidance_scale(tmp_path):
     rows, _ = evaluated(config_of("shapes", tmp_path, 3.0, SCALES), "reference")
     assert len(rows) == len(PROMPTS) * EACH
     assert {row["guidance_scale"] for row in rows} == {None}
+
+
+def test_the_table_is_ordered_by_prompt_then_scale_then_image(tiny_pipeline, tmp_path):
+    config = config_of(tiny_pipeline, tmp_path, 3.0, SCALES)
+    rows = [{"prompt_id": prompt_id(p), "prompt": p} for p in PROMPTS]
+    source, folder = str(tmp_path / "prompts.parquet"), str(tmp_path / "evaluation" / "base")
+    write_prompts(source, pa.Table.from_pylist(rows, PROMPT_TABLE).to_batches())
+    row = ShardPlan(source, len(PROMPTS), "key").row(0)
+    Evaluator(config.model_dump(mode="json"), "base", folder, None)({key: np.array([row[key]]) for key in row})
+    table = storage.read_tables(folder).to_pandas()
+    keys = list(zip(table["prompt"], table["guidance_scale"], table["image_index"], strict=True))
+    assert keys == [(p, s, i) for p in PROMPTS for s in SCALES for i in range(EACH)]
+    assert table["error"].isna().all()
