@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -70,7 +71,7 @@ def run_config(model: Path, run_dir: Path, **settings: dict) -> RunConfig:
         "select": {"by": "mitune"},
         "finetune": finetune | settings.pop("finetune", {}),
         "online": online | settings.pop("online", {}),
-        "resources": {"num_actors": (2, 2), "train_cpus": 0, "batch_size": 4} | settings.pop("resources", {}),
+        "resources": {"num_actors": (2, 2), "train_cpus": 1, "batch_size": 4} | settings.pop("resources", {}),
     }
     assert not settings
     return RunConfig.model_validate(given)
@@ -513,6 +514,7 @@ def test_a_run_whose_driver_actors_and_trainer_die_ends_where_an_undisturbed_one
     tiny_pipeline, undisturbed, tmp_path, monkeypatch
 ):
     config, source = run_config(tiny_pipeline, tmp_path, finetune={"max_failures": 0}), stored_prompts(tmp_path)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # which the workers cannot import
     ray.init(num_cpus=4, logging_level="error")
     try:
         with monkeypatch.context() as patch:
