@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from gates import ROOT, Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveInt
+from pydantic_settings import CliToggleFlag
 from safetensors.numpy import load
 from surroundings import Nodes, flaky_store, head, nodes, small_disk
 
@@ -31,6 +32,14 @@ RUN = [
     *("--finetune.steps", str(STEPS), "--finetune.checkpoint-every", str(EVERY)),
     *("--finetune.batch-size", str(BATCH), "--finetune.gradient-accumulation", str(BATCHES)),
 ]
+UPDATES, INNER = STEPS // 2, 2  # of an online run, which has as many optimiser steps and checkpoints
+ONLINE = [
+    *("--online.updates", str(UPDATES), "--online.inner-steps", str(INNER), "--online.prompts-per-update", "2"),
+    *("--online.validate-every", str(EVERY // INNER), "--online.validation-prompts", "2"),
+    *("--online.validation-candidates", "2", "--finetune.method", "nft", "--score.names", "mitune"),
+    *("--select.by", "mitune", "--resources.num-actors", "2,2", "--resources.cpus-per-actor", "0.5"),
+    *("--resources.train-cpus", "0.5"),  # one actor and one training worker on each node
+]
 WAIT_S = 900
 KILLED = ("driver", "actor", "worker", "node")  # while it generates, from outside
 INSIDE = ("nan", "oom", "hang")  # of the generating actor
@@ -38,8 +47,8 @@ TRAINING = ("trainer", "notice", "growth")  # while it fine-tunes
 WHOLE = (*TRAINING, "driver", "s3", "job")  # up to the adapter; the others up to the candidates
 CALLS = 30  # of the denoiser in one actor, among which the faulty one is drawn
 KINDS = (*KILLED, *INSIDE, "s3", "disk", *TRAINING, "job")
-FAULTLESS = ("lost", "duplicated", "changed", "events_off", "adapters_off", "untold", "half_written")
-KEY = ["prompt_id", "candidate_index"]
+FAULTLESS = ("lost", "duplicated", "changed", "events_off", "curves_off", "adapters_off", "untold", "half_written")
+OF_ONLINE = ("driver", "actor", "trainer", "node", "notice")
 
 
 class FaultsBenchmark(Benchmark):
@@ -56,25 +65,31 @@ class FaultsBenchmark(Benchmark):
         " connections lost), disk (full), notice (of a node's end, to the training), growth (a second node joins the"
         " training), job (jobs/pipeline.py by `ray job submit`, its driver killed)",
     )
+    online: CliToggleFlag[bool] = Field(
+        False, description=f"disturb an online run: {', '.join(OF_ONLINE)}, where --kinds names no others"
+    )
     driver_kills: PositiveInt = Field(20, description="of the driver; of the other kinds half as many")
     seed: int = Field(0, description="of the moments")
 
     def answer(self) -> Findings:
         if unknown := set(self.kinds) - set(KINDS):
             raise ValueError(f"kinds: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
-        counts = {kind: self.driver_kills if kind == "driver" else -(-self.driver_kills // 2) for kind in self.kinds}
+        kinds = list(OF_ONLINE) if self.online and self.kinds == list(KINDS) else self.kinds
+        if self.online and (unfit := set(kinds) - set(OF_ONLINE)):
+            raise ValueError(f"kinds: {', '.join(sorted(unfit))} is none of {', '.join(OF_ONLINE)}, those of --online")
+        counts = {kind: self.driver_kills if kind == "driver" else -(-self.driver_kills // 2) for kind in kinds}
         if self.smoke:
-            counts = dict.fromkeys([kind for kind in ("driver", "oom", "disk", "notice") if kind in self.kinds], 1)
+            counts = dict.fromkeys([kind for kind in ("driver", "oom", "disk", "notice") if kind in kinds], 1)
         lots = random.Random(self.seed)
         rows = []
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, nodes() as cluster:
-            truth = Disturbed(Path(folder) / "undisturbed", "none", lots)
-            truth.until = "finetune" if set(counts) & set(WHOLE) else "generate"
+            truth = Disturbed(Path(folder) / "undisturbed", "none", lots, self.online)
+            truth.until = "finetune" if self.online or set(counts) & set(WHOLE) else "generate"
             truth.run(cluster)
             for kind, count in counts.items():
                 results = []
                 while sum(r["happened"] for r in results) < count and (number := len(results)) < 2 * count:
-                    run = Disturbed(Path(folder) / f"{kind}-{number}", kind, lots)
+                    run = Disturbed(Path(folder) / f"{kind}-{number}", kind, lots, self.online)
                     began = time.monotonic()
                     run.run(cluster, truth.run_dir)
                     results.append(run.against(truth))
@@ -94,12 +109,14 @@ def summed(results: list[dict[str, int]]) -> dict[str, int]:
 class Disturbed:
     """One run, with a fault of one kind at a random moment."""
 
-    def __init__(self, folder: Path, kind: str, lots: random.Random):
-        self.folder, self.kind = folder, kind
+    def __init__(self, folder: Path, kind: str, lots: random.Random, online: bool):
+        self.folder, self.kind, self.online = folder, kind, online
+        self.home = "online" if online else "round-0"
+        self.key = ["prompt_id", "candidate_index", *(["update"] if online else [])]
         self.after, self.pause = lots.randrange(SHARDS - 1), lots.uniform(0, 1.5)
         self.step, self.seed = lots.randrange(2, STEPS - 2), lots.randrange(2**31)
         self.call, self.late = lots.randrange(1, CALLS), lots.random() < 0.5  # late: while it fine-tunes
-        self.until = "finetune" if kind in WHOLE else "generate"
+        self.until = "finetune" if online or kind in WHOLE else "generate"
         self.run_dir = str(folder / "run")
         self.commands, self.happened, self.untold, self.half_written = 0, False, 0, 0
         folder.mkdir(parents=True)
@@ -135,7 +152,7 @@ class Disturbed:
                 os.environ |= store.environment
             if self.kind == "growth":
                 cluster.kill(cluster.nodes[0])
-            if self.kind in TRAINING:
+            if self.kind in TRAINING and not self.online:
                 shutil.copytree(generated, self.run_dir, ignore=shutil.ignore_patterns("adapter"))
             for _ in range(4):
                 self.commands += 1
@@ -149,19 +166,29 @@ class Disturbed:
         cluster.mend()
 
     def _read(self):
-        self.table = storage.read_tables(storage.join(self.run_dir, "round-0", "candidates")).to_pandas()
+        self.table = storage.read_tables(storage.join(self.run_dir, self.home, "candidates")).to_pandas()
         self.receipts = self._receipts()
         self.events = storage.read_lines(storage.join(self.run_dir, "events.jsonl"))
         self.adapter, self.steps = {}, []
         if self.until == "finetune":
-            adapter = storage.join(self.run_dir, "round-0", "adapter")
+            adapter = storage.join(self.run_dir, self.home, "adapter")
             self.adapter = load(storage.read_bytes(storage.join(adapter, "adapter_model.safetensors")))
-            self.steps = storage.read_lines(storage.join(adapter, "training.jsonl"))
+            self.steps = storage.read_lines(
+                storage.join(self.run_dir, self.home, *([] if self.online else ["adapter"]), "training.jsonl")
+            )
 
     def _command(self) -> int:
         script = ROOT / ("jobs/pipeline.py" if self.head else "benchmarks/faulty_run.py")
-        command = [*(self.head or ()), sys.executable, str(script), *RUN, "--run-dir", self.run_dir]
-        if self.kind == "node":
+        command = [
+            *(self.head or ()),
+            sys.executable,
+            str(script),
+            *RUN,
+            *(ONLINE if self.online else ()),
+            "--run-dir",
+            self.run_dir,
+        ]
+        if self.kind == "node" and not self.online:
             command += ["--resources.num-actors", "2,2"]  # one on each
         if self.kind in TRAINING:
             command += ["--resources.train-workers", "1,2"]
@@ -205,7 +232,7 @@ class Disturbed:
             self.happened = True
             return
         workers = [pid for pid, name in descendants(os.getpid()) if name.startswith("ray::") and "Agent" not in name]
-        actors = [pid for pid, name in descendants(os.getpid()) if "FaultyGenerator" in name]
+        actors = [pid for pid, name in descendants(os.getpid()) if "Faulty" in name]
         victims = {"driver": [driver.pid], "actor": actors, "worker": workers}[self.kind]
         if victims:
             os.kill(victims[self.seed % len(victims)], signal.SIGKILL)
@@ -244,25 +271,33 @@ class Disturbed:
         return list((self.folder / "begun-steps").glob("[!.]*"))
 
     def _receipts(self) -> list[dict]:
-        folder = storage.join(self.run_dir, "round-0", "candidates", run_folder.COMMITS)
+        folder = storage.join(self.run_dir, self.home, "candidates", run_folder.COMMITS)
         return [storage.read_json(storage.join(folder, name)) for name in storage.list_names(folder) if name[0] != "."]
 
     # -------------------------------------------------------------------------------------- what came of it
     def rows(self) -> pd.DataFrame:
-        return self.table.sort_values(KEY).reset_index(drop=True)
+        return self.table.sort_values(self.key).reset_index(drop=True)
 
     def against(self, undisturbed: "Disturbed") -> dict[str, int]:
         """What differs from the undisturbed run: rows lost, duplicated, changed, events and adapters off; and what was
         begun again, in shards, optimiser steps and the denoiser evaluations of both (a training row counts as one)."""
         mine, truth = self.rows(), undisturbed.rows()
-        keys, wanted = ({tuple(key) for key in frame[KEY].itertuples(index=False)} for frame in (mine, truth))
-        both = truth.merge(mine.drop_duplicates(KEY), on=KEY, suffixes=("", "_mine"))
+        key = self.key
+        keys, wanted = ({tuple(row) for row in frame[key].itertuples(index=False)} for frame in (mine, truth))
+        both = truth.merge(mine.drop_duplicates(key), on=key, suffixes=("", "_mine"))
         failed = both["error_mine"].notna()
         same = (both["seed"] == both["seed_mine"]) & (
             failed | np.isclose(both["score_mitune"], both["score_mitune_mine"], rtol=1e-3)
         )
-        kept_off = (both["kept"] != both["kept_mine"]) & ~both["prompt_id"].isin(both["prompt_id"][failed])
-        written = sum(e["event"] == "shard_written" and e["stage"] == "generate" for e in self.events)
+        learnt = "advantage" if self.online else "kept"
+        learnt_off = ~np.isclose(
+            both[learnt].astype(float), both[f"{learnt}_mine"].astype(float), atol=1e-2, equal_nan=True
+        )
+        kept_off = learnt_off & ~both["prompt_id"].isin(both["prompt_id"][failed])
+        written = sum(
+            e["event"] == "shard_written" and e["stage"] == ("online" if self.online else "generate")
+            for e in self.events
+        )
         expected_errors = 1 if self.kind == "nan" and self.happened else 0
         begun, steps_begun = self._begun(), self._begun_steps()
         shards = len(begun) - len(self.receipts) if begun else 0
@@ -276,7 +311,8 @@ class Disturbed:
             "duplicated": len(mine) - len(keys),
             "changed": int((~same | kept_off).sum()) + abs(int(failed.sum()) - expected_errors),
             "events_off": abs(written - len(self.receipts)),
-            "adapters_off": int(self.until == "finetune" and not self._learned_as(undisturbed)),
+            "curves_off": sum(self._curve_off(undisturbed, name) for name in ("loss", "reward")),
+            "adapters_off": int(not self._learned_as(undisturbed)),
             "untold": self.untold,
             "half_written": self.half_written,
             "shards_repeated": shards,
@@ -284,13 +320,17 @@ class Disturbed:
             "evaluations_repeated": shards * of_shard + steps * BATCHES * BATCH,
         }
 
+    def _curve_off(self, other: "Disturbed", name: str) -> bool:
+        """Whether a figure of the training's log is another one at some step."""
+        if self.until != "finetune":
+            return False
+        mine, theirs = (np.array([line.get(name) for line in run.steps], float) for run in (self, other))
+        return len(mine) != len(theirs) or not np.allclose(mine, theirs, rtol=1e-3, equal_nan=True)
+
     def _learned_as(self, other: "Disturbed") -> bool:
-        """The same losses step by step and the same weights, but for the order of additions."""
-        losses, theirs = ([line["loss"] for line in run.steps] for run in (self, other))
-        return (
-            len(losses) == len(theirs)
-            and np.allclose(losses, theirs, rtol=1e-3)
-            and self.adapter.keys() == other.adapter.keys()
+        """The same weights, but for the order of additions."""
+        return self.until != "finetune" or (
+            self.adapter.keys() == other.adapter.keys()
             and all(np.allclose(w, other.adapter[n], atol=1e-4, rtol=1e-2) for n, w in self.adapter.items())
         )
 

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -16,6 +17,7 @@ import torch
 
 from mi_ray.config.command_line import run_command
 from mi_ray.stages import generate as stage
+from mi_ray.stages import online as online_stage
 from mi_ray.stages.preflight import run_or_describe
 from mi_ray.storage import create_bytes
 from mi_ray.training import loop as finetune_stage
@@ -52,6 +54,14 @@ class FaultyGenerator(stage.CandidateGenerator):
     def __call__(self, batch):
         noted(f"begun/{uuid.uuid4().hex}", str(batch["name"][0]))
         return super().__call__(batch)
+
+
+class FaultyOnlineGenerator(online_stage.OnlineGenerator):
+    """Notes every part that is begun."""
+
+    def _write(self, row):
+        noted(f"begun/{uuid.uuid4().hex}", row["name"])
+        return super()._write(row)
 
 
 def faulty_train_loop(settings: dict) -> dict | None:
@@ -98,4 +108,6 @@ def run(config, dry_run):
 
 if __name__ == "__main__":
     stage.CandidateGenerator, finetune_stage.train_loop = FaultyGenerator, faulty_train_loop
+    online_stage.OnlineGenerator = FaultyOnlineGenerator
+    finetune_stage.ScalingConfig = partial(finetune_stage.ScalingConfig, placement_strategy="SPREAD")  # over the nodes
     run_command(run, "A run with a fault.", "jobs/configs/shapes-smoke.yaml")

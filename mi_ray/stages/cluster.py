@@ -57,8 +57,11 @@ def room(each: dict[str, float]) -> float:
     return sum(math.floor(min(share) + 1e-9) if share else math.inf for share in shares)
 
 
-def check_room(resources: ResourcesConfig, train: bool):
+def check_room(resources: ResourcesConfig, train: bool, at_once: bool = False):
     """See that the cluster has room for one actor and, if asked, for the least number of training workers.
+
+    Args:
+        at_once: they run beside the actors, whose least number then needs room too.
 
     Raises:
         ConfigError: it has not, and no autoscaler either; with one, what is waited for is printed.
@@ -75,6 +78,13 @@ def check_room(resources: ResourcesConfig, train: bool):
             needs = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
             fault = f"asks for at least {count} times {needs}, and the cluster ({has}) has room for {there}"
             faults.append(f"resources.{field}: {fault}")
+    if train and at_once and not faults:
+        (_, generating), (workers, training) = asked.values()
+        for name in ("CPU", "GPU"):
+            needs = resources.num_actors[0] * generating[name] + workers * training[name]
+            if needs > (there := ray.cluster_resources().get(name, 0)) + 1e-9:
+                fault = f"{resources.num_actors[0]} actors beside {workers} training workers, as online.updates needs,"
+                faults.append(f"resources.num_actors: {fault} take {needs:g} {name}, and the cluster has {there:g}")
     if faults and not _autoscales():
         raise ConfigError(
             [f"{fault} and starts no nodes by itself: ask for less or start Ray with more" for fault in faults]

@@ -321,7 +321,7 @@ def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
 def _run(plan: Plan, until: str) -> str | None:
     start_ray()
     if not storage.exists(storage.join(plan.config.run_dir, "report", "report.json")):  # else nothing is left to do
-        check_room(plan.config.resources, until != "generate")
+        check_room(plan.config.resources, until != "generate", at_once=plan.config.online.updates > 0)
     plan.settle()
     config = plan.config
     open_run(plan)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,6 +153,23 @@ def test_what_a_cluster_lacks_is_told(nodes, resources, train, faults, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(faults)
     assert all(line.endswith("waiting for its autoscaler") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("resources", "fault"),
+    [
+        ({"num_actors": 3}, None),
+        ({"num_actors": (1, 8)}, None),
+        ({"num_actors": 4}, "4 actors beside 1 training workers, as online.updates needs, take 5 CPU, and .* has 4"),
+        ({"num_actors": 4, "train_cpus": 0}, None),
+    ],
+)
+def test_an_online_run_needs_room_for_actors_and_workers_at_once(nodes, resources, fault):
+    nodes({"CPU": 2}, {"CPU": 2})
+    config = ResourcesConfig.model_validate(resources)
+    cluster.check_room(config, True)
+    with pytest.raises(ConfigError, match=fault) if fault else nullcontext():
+        cluster.check_room(config, True, at_once=True)
 
 
 @pytest.mark.ray

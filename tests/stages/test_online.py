@@ -3,7 +3,9 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import ray
 import torch
 from diffusers import UNet2DConditionModel
-from ray.train import ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 
@@ -70,7 +72,7 @@ def run_config(model: Path, run_dir: Path, **settings: dict) -> RunConfig:
         "select": {"by": "mitune"},
         "finetune": finetune | settings.pop("finetune", {}),
         "online": online | settings.pop("online", {}),
-        "resources": {"num_actors": (2, 2), "train_cpus": 0, "batch_size": 4} | settings.pop("resources", {}),
+        "resources": {"num_actors": (2, 2), "train_cpus": 1, "batch_size": 4} | settings.pop("resources", {}),
     }
     assert not settings
     return RunConfig.model_validate(given)
@@ -512,21 +514,32 @@ def mortal_loop(settings: dict) -> dict | None:
 def test_a_run_whose_driver_actors_and_trainer_die_ends_where_an_undisturbed_one_does(
     tiny_pipeline, undisturbed, tmp_path, monkeypatch
 ):
-    config, source = run_config(tiny_pipeline, tmp_path, finetune={"max_failures": 0}), stored_prompts(tmp_path)
+    config, source = run_config(tiny_pipeline, tmp_path), stored_prompts(tmp_path)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # which the workers cannot import
+    run = (config, source, str(tmp_path), "test")
     ray.init(num_cpus=4, logging_level="error")
     try:
+        monkeypatch.setattr(loop, "train_loop", mortal_loop)
+        monkeypatch.setattr(stage, "OnlineGenerator", Mortal)
+        monkeypatch.setattr(stage, "remove_checkpoints", lambda folder: None)
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "train_loop", mortal_loop)
-            patch.setattr(stage, "OnlineGenerator", Mortal)
+            patch.setattr(loop, "FailureConfig", lambda max_failures: FailureConfig(max_failures=0))
             with pytest.raises(ray.train.TrainingFailedError, match="as if the driver had gone"):
-                stage.online(config, source, str(tmp_path), "test")
-            more = {"finetune": config.finetune.model_copy(update={"max_failures": 1})}
-            adapter = stage.online(config.model_copy(update=more), source, str(tmp_path), "test")
+                stage.online(*run)
+        adapter = stage.online(*run)
         assert all((tmp_path / f"{who}-died").exists() for who in ("driver", "trainer"))
         assert all((tmp_path / f"died-{when}").exists() for when in ("before", "after"))
         same_as(undisturbed, tmp_path)
         summary = storage.read_json(storage.join(adapter, "summary.json"))
-        assert summary["version"] == max(map(int, summary["validation"]), key=lambda v: summary["validation"][str(v)])
+        weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        shutil.rmtree(adapter)  # the driver died before it wrote that
+        begun = (tmp_path / "begun").stat().st_size
+        assert stage.online(*run) == adapter
+        assert (tmp_path / "begun").stat().st_size == begun + 2 * INNER, "from the last checkpoint"
+        same_as(undisturbed, tmp_path)
+        assert storage.read_json(storage.join(adapter, "summary.json"))["version"] == summary["version"]
+        for name, values in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
+            torch.testing.assert_close(values, weights[name])
     finally:
         ray.shutdown()
 
