@@ -21,7 +21,7 @@ _LATENTS = pa.list_(pa.float16())
 SCORES = {
     "mitune": "MI-TUNE on-trajectory score, nats; as in the released code (no alpha_t), arXiv 2405.20759 alg. 2",
     "mitune_eq2": "MI-TUNE on-trajectory score, nats; with eq. 2's factor alpha_t, arXiv 2405.20759",
-    "asd": "sum over the steps of ||conditional - unconditional prediction||^2, without weights (ASD / CFG-rejection)",
+    "asd": "sum over the steps of ||conditional - unconditional prediction||^2, no weights (ASD / CFG-rejection)",
     "trajectory_banded": "on-trajectory score score.banded, only of the steps within score.log_snr_min..max, nats",
     "pmi": "log p(x|y) - log p(x), signed i_s over the log SNR band, nats; arXiv 2310.07972 eq. 7",
     "pmi_orthogonal": "i_o: change of the prediction by the prompt over the same band, >= 0, nats; eq. 8",
