@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN_DIR ?= runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-paper test lint clean
 
-demo: .venv/installed  ## from prompts to a report, on two CPU cores
+demo: .venv/installed  ## online fine-tuning of the embedded model, from prompts to a report, on two CPU cores
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes.yaml --run-dir $(RUN_DIR)
+
+demo-paper: .venv/installed  ## the same with the paper's procedure: one pool, the best kept, supervised fine-tuning
+	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes-paper.yaml --run-dir $(RUN_DIR)-paper
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q

@@ -9,6 +9,7 @@ from gates import Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from mi_ray.config.paths import ModelPath
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.schedules import NoiseSchedule
@@ -79,7 +80,7 @@ class EstimatorsBenchmark(Benchmark):
     """How much variance does the signed point-wise mutual information have per denoiser evaluation, by how log SNR and
     noise are drawn?"""
 
-    model: str | None = Field(
+    model: ModelPath | None = Field(
         None, description="measure a model instead of the closed forms: a shipped one (shapes) or a diffusers folder"
     )
     pairs: PositiveInt = Field(8, description="image-prompt pairs")

@@ -8,15 +8,18 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, CliApp, CliToggleFlag, SettingsConfigDict
 
+from mi_ray.config.paths import absolute
 from mi_ray.storage import write_json
 
 PACKAGES = ("mi-ray", "torch", "ray", "diffusers", "transformers", "peft", "numpy", "scipy", "pyarrow")
 ROOT = Path(__file__).parent.parent
+LocalPath = Annotated[Path, AfterValidator(lambda path: Path(absolute(str(path))))]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Benchmark(BaseSettings):
         cli_kebab_case=True, cli_hide_none_type=True, cli_parse_none_str="none", extra="forbid"
     )
 
-    out: Path | None = Field(None, description="JSON file to write")
+    out: LocalPath | None = Field(None, description="JSON file to write")
     check: CliToggleFlag[bool] = Field(False, description="exit with 1 if a gate does not hold")
     smoke: CliToggleFlag[bool] = Field(False, description="a smaller measurement by the same code, in seconds")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from gates import Benchmark, Findings, main
+from gates import Benchmark, Findings, LocalPath, main
 from matplotlib.figure import Figure
 from pydantic import Field, PositiveInt
 from tqdm import tqdm
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mi_ray import storage
 from mi_ray.alignment.metric import Column, Metric, load_metrics
 from mi_ray.config import RunConfig
+from mi_ray.config.paths import LocalOrUri
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import UNetDenoiser, load_denoiser
 from mi_ray.inputs.prompts import read_prompts
@@ -36,12 +37,12 @@ PROMPTS_AT_A_TIME = 16
 class GuidanceBenchmark(Benchmark):
     """At which guidance scale is the tuned model better than the base and than the one tuned on random images?"""
 
-    run_dir: str = Field(description="a finished run that has a metric, whose first column is compared")
-    guidance_scales: tuple[float, ...] = Field((1.5, 2.0, 3.0, 4.0, 6.0), description="each above 1")
+    run_dir: LocalOrUri = Field(description="a finished run that has a metric, whose first column is compared")
+    guidance_scales: tuple[float, ...] = Field((1.5, 2.0, 3.0, 4.0, 6.0), description="each from 1, no guidance")
     prompts: PositiveInt = Field(360, description="held-out prompts, of the run's evaluation file")
     images_per_prompt: PositiveInt = Field(4, description="seeds, the same for every model and scale")
     batch_size: PositiveInt = Field(128, description="images in one denoiser batch")
-    figure: Path | None = Field(None, description="PNG to draw: the metric against guidance scale")
+    figure: LocalPath | None = Field(None, description="PNG to draw: the metric against guidance scale")
 
     def answer(self) -> Findings:
         config, adapters = finished_run(self.run_dir)

@@ -6,6 +6,7 @@ import numpy as np
 from gates import Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveInt
 
+from mi_ray.config.paths import ModelPath
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.shapes.grammar import CATEGORIES, SceneSpec, draw_scene, sample_spec
 from mi_ray.shapes.oracle import score
@@ -18,7 +19,7 @@ SMOKE_RENDERS = 60
 class OracleBenchmark(Benchmark):
     """How often does the oracle read back exactly what was drawn, fresh and after the model's autoencoder?"""
 
-    model: str = Field("shapes", description="a shipped model or a diffusers folder, whose autoencoder is tested")
+    model: ModelPath = Field("shapes", description="a shipped model or a diffusers folder, whose autoencoder is tested")
     renders: PositiveInt = Field(1000, description="scenes, the categories in turn")
 
     def answer(self) -> Findings:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gates import Benchmark, Findings, Gate, main
+from gates import Benchmark, Findings, Gate, LocalPath, main
 from matplotlib.figure import Figure
 from pydantic import Field, PositiveInt
 from torch import Tensor
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mi_ray.alignment.metric import Column, Metric, load_metrics
 from mi_ray.config import PruneConfig, SamplerConfig, ScoreConfig, ScoreName
 from mi_ray.config.command_line import load_config
+from mi_ray.config.paths import ModelPath
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.inputs.prompts import read_prompts
@@ -50,7 +51,9 @@ AIM, WITHIN = 6.0, 0.01  # times fewer evaluations than the paper's setting, at 
 class PruningBenchmark(Benchmark):
     """How many denoiser evaluations does pruning save, and what does it cost in the alignment of each prompt's best?"""
 
-    model: str = Field("shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar")
+    model: ModelPath = Field(
+        "shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar"
+    )
     prompts: PositiveInt = Field(60, description="taken from the demo's training prompts, the categories in turn")
     candidates: PositiveInt = Field(DEMO.generate.candidates_per_prompt, description="per prompt")
     guidance_scale: float = Field(DEMO.sampler.guidance_scale, gt=1, description="of all samplers")
@@ -62,7 +65,7 @@ class PruningBenchmark(Benchmark):
     score: ScoreConfig = Field(DEMO.score, description="settings of the scores, the demo's; its names are not read")
     batch_size: PositiveInt = Field(128, description="candidates in one denoiser batch")
     seed: int = Field(0, description="of the candidates and of the probes")
-    figure: Path | None = Field(None, description="PNG to draw: alignment against evaluations")
+    figure: LocalPath | None = Field(None, description="PNG to draw: alignment against evaluations")
 
     def answer(self) -> Findings:
         if self.smoke:

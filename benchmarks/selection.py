@@ -11,7 +11,7 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 import torch
-from gates import Benchmark, Findings, Gate, main
+from gates import Benchmark, Findings, Gate, LocalPath, main
 from matplotlib.figure import Figure
 from pydantic import Field, PositiveInt
 from scipy.stats import bootstrap
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mi_ray.alignment.metric import Column, Metric, load_metrics
 from mi_ray.config import TRAJECTORY_SCORES, SamplerConfig, ScoreConfig, ScoreName
 from mi_ray.config.command_line import load_config
+from mi_ray.config.paths import ModelPath
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.prompts import read_prompts
 from mi_ray.report.columns import label
@@ -55,7 +56,9 @@ MAX_RELATIVE_COST = 1.5  # of a score's evaluations to those of generating the c
 class SelectionBenchmark(Benchmark):
     """Which score finds the best images of a prompt, and what does it cost?"""
 
-    model: str = Field("shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar")
+    model: ModelPath = Field(
+        "shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar"
+    )
     prompts: PositiveInt = Field(150, description="taken from the demo's training prompts, the categories in turn")
     candidates: PositiveInt = Field(16, description="per prompt")
     alignment: str = Field(DEMO.evaluation.alignment[0], description="metric that the scores are held against")
@@ -63,7 +66,7 @@ class SelectionBenchmark(Benchmark):
     scores: tuple[ScoreName, ...] = Field(get_args(ScoreName), description="to compare, each at its own settings")
     batch_size: PositiveInt = Field(128, description="candidates in one denoiser batch")
     seed: int = Field(0, description="of the candidates and of the probes")
-    figure: Path | None = Field(None, description="PNG to draw: quality against cost")
+    figure: LocalPath | None = Field(None, description="PNG to draw: quality against cost")
 
     def answer(self) -> Findings:
         count, each = (12, 6) if self.smoke else (self.prompts, self.candidates)

@@ -19,12 +19,13 @@ from unittest.mock import patch
 
 import pyarrow as pa
 import torch
-from gates import Benchmark
+from gates import Benchmark, LocalPath
 from pydantic import Field, PositiveInt
 
 from mi_ray import storage
 from mi_ray.config import FinetuneConfig, ModelConfig, PruneConfig, RunConfig, SamplerConfig
 from mi_ray.config.command_line import load_config
+from mi_ray.config.paths import ModelPath
 from mi_ray.diffusion.adapters import attach_adapter
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
@@ -51,7 +52,7 @@ CUT_SCORE = DEMO.score.model_copy(update={"names": ("pmi_negatives",)})
 class ThroughputSettings(Benchmark):
     """What is measured, and at which sizes."""
 
-    model: str = Field("shapes", description="a shipped model or a diffusers folder")
+    model: ModelPath = Field("shapes", description="a shipped model or a diffusers folder")
     dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: float16 on a GPU, float32 without")
     channels_last: bool = Field(True, description="memory layout of our UNet, as `model.channels_last`; stock's stays")
     compile: Literal["default", "cuda-graphs"] | None = Field(None, description="our UNet, as `model.compile`")
@@ -66,7 +67,9 @@ class ThroughputSettings(Benchmark):
     training_batch: PositiveInt = Field(16, description="rows of a fine-tuning batch")
     training_steps: PositiveInt = Field(10, description="of each measured fine-tuning")
     repeats: PositiveInt = Field(3, description="measurements of each way")
-    figure: Path | None = Field(None, description="PNG to draw: candidates a second by way, and the batch-size sweep")
+    figure: LocalPath | None = Field(
+        None, description="PNG to draw: candidates a second by way, and the batch-size sweep"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- measuring

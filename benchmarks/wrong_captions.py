@@ -8,6 +8,7 @@ from gates import Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveInt
 
 from mi_ray.config import ScoreConfig
+from mi_ray.config.paths import ModelPath
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.inputs.pair_config import PairScoreConfig
@@ -28,7 +29,9 @@ AT_ONCE = 50  # pairs, so that progress is seen and memory stays flat
 class WrongCaptionsBenchmark(Benchmark):
     """How well does each score tell captions that are wrong in one thing from right ones, on fresh renders?"""
 
-    model: str = Field("shapes", description="a shipped model or a diffusers folder that reads the embedded world")
+    model: ModelPath = Field(
+        "shapes", description="a shipped model or a diffusers folder that reads the embedded world"
+    )
     pairs: PositiveInt = Field(200, description="fresh renders with a caption each, the categories in turn")
     wrong_share: float = Field(0.3, gt=0, lt=1, description="share of the captions that are corrupted")
     score: PairScoreConfig = Field(PairScoreConfig(), description="as jobs/score.py takes it")

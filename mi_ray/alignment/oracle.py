@@ -7,7 +7,7 @@ import numpy as np
 from mi_ray.alignment.metric import Column, Metric
 from mi_ray.shapes.grammar import draw_scene, parse
 from mi_ray.shapes.oracle import score
-from mi_ray.shapes.scenes import render
+from mi_ray.shapes.scenes import IMAGE_SIZE, render
 
 
 class Oracle(Metric):
@@ -23,6 +23,7 @@ class Oracle(Metric):
         ),
     )
     reads_only = "prompts of the shapes grammar"
+    image_size = (IMAGE_SIZE, IMAGE_SIZE)
 
     def reads(self, prompt: str) -> bool:
         try:

@@ -5,9 +5,11 @@ This room imports nothing else from the package. It must not know how a field is
 
 from mi_ray.config.finetune import BETA, FinetuneConfig, MethodName, OnlineConfig
 from mi_ray.config.generation import (
+    HEIGHT,
     MODEL,
     POINTWISE_SCORES,
     TRAJECTORY_SCORES,
+    WIDTH,
     GenerateConfig,
     ModelConfig,
     PromptsConfig,
@@ -22,9 +24,11 @@ from mi_ray.config.run import EvaluationConfig, ResourcesConfig, RunConfig
 
 __all__ = [
     "BETA",
+    "HEIGHT",
     "MODEL",
     "POINTWISE_SCORES",
     "TRAJECTORY_SCORES",
+    "WIDTH",
     "EvaluationConfig",
     "FinetuneConfig",
     "GenerateConfig",

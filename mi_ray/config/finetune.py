@@ -113,6 +113,10 @@ class OnlineConfig(Section):
     reward_clip: float = Field(
         2.0, gt=0, description="advantages are clipped to plus and minus this, in standard deviations"
     )
+    trained_candidates: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="number of candidates of each prompt to train: half of them the best, half the worst; none: all",
+    )
     lag: Annotated[int, Field(ge=0, le=1)] = Field(
         1, description="1: draw the candidates of an update while the previous update is trained; 0: after it"
     )

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from mi_ray.config.paths import LocalOrUri, ModelPath
 from mi_ray.config.section import METRIC_NAMES, MetricNames, Positive, Section, Share, check_band
@@ -38,10 +38,16 @@ class PromptsConfig(Section):
     )
 
 
+HEIGHT = "of the images in pixels, a multiple of what the model needs; none: the model's own height"
+WIDTH = "likewise; none: the model's own width"
+
+
 class ModelConfig(Section):
     """The model to align."""
 
     path: ModelPath = Field("shapes", description=MODEL)
+    height: Positive | None = Field(None, description=HEIGHT)
+    width: Positive | None = Field(None, description=WIDTH)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
         description="dtype of the denoiser; auto: float16 on a GPU, else float32. Solver and scores always use float32",
@@ -60,6 +66,17 @@ class ModelConfig(Section):
         " not compiled",
     )
 
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Height and width in pixels; None: the model's own."""
+        return self.height, self.width
+
+    @model_serializer(mode="wrap")
+    def _without_unset_size(self, serialize: SerializerFunctionWrapHandler) -> dict:
+        """A height or width that is not set is left out: it changes no hash of a run at the model's own size."""
+        values = serialize(self)
+        return {name: value for name, value in values.items() if value is not None or name not in ("height", "width")}
+
 
 class SamplerConfig(Section):
     """How candidates are sampled. Defaults: the paper's (DDPM, 100 steps, guidance_scale 7.5)."""
@@ -71,8 +88,11 @@ class SamplerConfig(Section):
     )
     num_inference_steps: Positive = Field(100, description="number of denoising steps")  # MI-TUNE's released code
     guidance_scale: float = Field(
-        7.5, gt=1, description="scale of classifier-free guidance; above 1, because the scores need both branches"
-    )  # released code
+        7.5,
+        ge=1,
+        description="scale of classifier-free guidance; 1: the conditional branch alone, half the evaluations and no"
+        " on-trajectory score",
+    )  # 7.5: released code
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
         None, description="spacing of the timesteps, as in diffusers; none: that of the model's scheduler"
     )
@@ -81,6 +101,11 @@ class SamplerConfig(Section):
         description="(lower, upper) log SNR of the steps with guidance; other steps cost one evaluation instead of"
         " two; none: guidance at all steps",
     )  # Kynkaanniemi et al. 2024, arXiv 2404.07724
+
+    @property
+    def branches(self) -> int:
+        """Denoiser evaluations of one step: with the prompt and, where there is guidance, without it."""
+        return 1 if self.guidance_scale == 1 else 2
 
     @model_validator(mode="after")
     def _interval(self):

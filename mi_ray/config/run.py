@@ -20,6 +20,11 @@ from mi_ray.config.paths import LocalOrUri, SharedPath, counted, without_revisio
 from mi_ray.config.section import METRIC_NAMES, MetricNames, Positive, Section, config_hash
 
 
+def _several(value: object) -> object:
+    """One number stands for a list of it."""
+    return (value,) if isinstance(value, (int, float, str)) else value
+
+
 class EvaluationConfig(Section):
     """Base and tuned model on the same held-out prompts and seeds. The paper's defaults: 10 images, DDIM, 50 steps."""
 
@@ -35,6 +40,11 @@ class EvaluationConfig(Section):
         10, description="number of images per prompt; each has its own seed"
     )
     sampler: SamplerConfig = SamplerConfig(solver="ddim", num_inference_steps=50)
+    guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_several)] = Field(
+        (),
+        description="every model is evaluated at each of these guidance scales and at evaluation.sampler's; 1: one"
+        " branch, half the cost; none: at evaluation.sampler's alone",
+    )
     alignment: MetricNames = Field(
         (),
         description="metrics measured on every image; the report's headline is the first; one name or a list:"
@@ -43,7 +53,13 @@ class EvaluationConfig(Section):
     controls: tuple[str, ...] = Field(
         (), description="other selections to fine-tune on and evaluate: random, or metrics of generate.alignment"
     )
-    pmi: bool = Field(True, description="compute the pmi score of every image")
+    pmi: bool = Field(True, description="compute the pmi score of every image, at every guidance scale")
+
+    @property
+    def samplers(self) -> dict[float, SamplerConfig]:
+        """The sampler at each guidance scale, in rising order."""
+        scales = sorted({*self.guidance_scales, self.sampler.guidance_scale})
+        return {scale: self.sampler.model_copy(update={"guidance_scale": scale}) for scale in scales}
 
 
 def _pair(value: object) -> object:
@@ -67,8 +83,9 @@ class ResourcesConfig(Section):
     )
     batch_size: Positive | Literal["auto"] = Field(
         64,
-        description="number of candidates in one denoiser batch (twice as many rows with guidance); auto: chosen by a"
-        " trial",
+        description="number of candidates of the model's own size in one denoiser batch (twice as many rows with"
+        " guidance); at another model.height or model.width, as many as have the same number of latent tokens;"
+        " auto: chosen by a trial",
     )
     shard_timeout_s: float | None = Field(
         None,
@@ -229,6 +246,12 @@ class RunConfig(Section):
             " from score.names and prune.by, or set the interval to none"
             + (", or widen it to the band" if name == "trajectory_banded" else "")
             for name in sorted(named)
+        ]
+        unguided = {*score.names, self.prune.by} & set(TRAJECTORY_SCORES) if self.sampler.branches == 1 else set()
+        faults += [
+            f"{name} needs both branches, and sampler.guidance_scale is 1, which evaluates one: take the score out of"
+            " score.names and prune.by, or raise sampler.guidance_scale"
+            for name in sorted(unguided)
         ]
         return faults
 

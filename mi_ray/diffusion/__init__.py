@@ -1,4 +1,4 @@
-"""Models and sampling: folders, denoisers, noise schedules, solvers, kernels, adapters.
+"""Models and sampling: model folders, denoisers, noise schedules, solvers, kernels, adapters.
 
-This room must not know Ray, configuration, files of ours, or what a score is.
+This room must not know Ray, the configuration, the project's file formats, or what a score is.
 """

@@ -1,4 +1,4 @@
-"""LoRA and DoRA on a denoiser: attach, load, save for PEFT and for diffusers."""
+"""LoRA and DoRA adapters of a denoiser: attach, load, save for PEFT and for diffusers."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,20 +12,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-_PEFT_PREFIX = "base_model.model."  # of every module of a PeftModel
+_PEFT_PREFIX = "base_model.model."  # every module name of a PeftModel starts with it
 
 
 # ---------------------------------------------------------------------------------------------- the adapter
 def target_faults(unet: nn.Module, target_modules: Iterable[str]) -> list[str]:
-    """One message for each target that is no linear or convolution layer of `unet`, naming those most like it.
+    """One error message for each target that matches no linear or convolution layer of `unet`.
 
-    A target names the layers whose dotted path ends with it, as in peft. One that binds to nothing is a mistake
-    even where others bind: peft would train without it and say nothing.
+    A target matches the layers whose dotted path ends with it, as in PEFT. A target that matches nothing is an error
+    even if other targets match: PEFT would train without it and give no warning. The message lists similar layer names.
     """
     layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     endings = {".".join(name.split(".")[-2 if name.rsplit(".", 1)[-1].isdigit() else -1 :]) for name in layers}
     return [
-        f"{target!r} is the name of no linear or convolution layer of the model; it has, among others, "
+        f"{target!r} matches no linear or convolution layer of the model; use names of its layers, such as "
         + ", ".join(difflib.get_close_matches(target, sorted(endings), 8, cutoff=0))
         for target in target_modules
         if not any(f".{name}".endswith(f".{target}") for name in layers)
@@ -35,53 +35,61 @@ def target_faults(unet: nn.Module, target_modules: Iterable[str]) -> list[str]:
 def attach_adapter(
     unet: nn.Module, *, rank: int, alpha: float, target_modules: Iterable[str], use_dora: bool = False
 ) -> PeftModel:
-    """Freeze `unet` and put a fresh adapter on it: LoRA (Hu et al. 2022) or DoRA (Liu et al. 2024).
+    """Freeze `unet` and attach a new adapter: LoRA (Hu et al. 2022) or DoRA (Liu et al. 2024).
 
-    The adapter's parameters are fp32 whatever the dtype of `unet`; its first output is that of `unet` (B = 0). The
-    random A is drawn from torch's global generator.
+    The adapter's parameters are fp32 for any dtype of `unet`. B starts at 0, so the output is at first that of `unet`.
+    The matrix A is drawn from torch's global random generator.
 
     Raises:
-        ValueError: a target binds to nothing; one line for each.
+        ValueError: a target matches no layer; one line for each such target.
     """
     target_modules = list(target_modules)
-    if faults := target_faults(unet, target_modules) or ([] if target_modules else ["no target is named"]):
+    if faults := target_faults(unet, target_modules) or (
+        [] if target_modules else ["the list of target modules is empty; name at least one"]
+    ):
         raise ValueError("\n".join(faults))
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=target_modules,
         use_dora=use_dora,
-        init_lora_weights="gaussian",  # as MI-TUNE's released code
+        init_lora_weights="gaussian",  # as in MI-TUNE's released code
     )
     return get_peft_model(unet, config)
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's weights under PEFT's names, on the CPU."""
+    """A copy of the adapter's weights on the CPU, under PEFT's names."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
 def load_adapter_state(model: PeftModel, state: dict[str, Tensor]):
-    """Give the adapter of `model` the weights of `state`, as `adapter_state` names them.
+    """Load weights into the adapter of `model`.
+
+    Args:
+        state: weights under the names that `adapter_state` gives.
 
     Raises:
-        ValueError: `state` belongs to an adapter of another kind, rank or set of targets.
+        ValueError: `state` comes from an adapter of another kind, rank or set of targets.
     """
     own = adapter_state(model)
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
-        raise ValueError("the adapter's weights do not fit: it was trained with another adapter, rank or targets")
+        raise ValueError(
+            "the adapter's weights do not fit the model's adapter: its kind, rank or target modules differ; use the"
+            " settings that it was trained with"
+        )
     set_peft_model_state_dict(model, state)
 
 
 class MergedAdapter:
-    """A denoiser whose adapter is merged into its weights, so that inference pays nothing for it, and can be exchanged.
+    """A denoiser with its adapter merged into its weights. The adapter can be replaced.
 
-    The weights of the adapted layers are kept and restored before each merge: the result depends on the last adapter
-    alone.
+    A merged adapter costs no time at inference. The base weights of the adapted layers are stored and restored before
+    each merge, so the result depends only on the last adapter.
 
     Args:
-        model: as `attach_adapter` leaves it.
+        model: result of `attach_adapter`.
     """
 
     def __init__(self, model: PeftModel):
@@ -91,7 +99,7 @@ class MergedAdapter:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]):
-        """Exchange the adapter for one with these weights, as `adapter_state` names them."""
+        """Replace the adapter by one with these weights, under the names that `adapter_state` gives."""
         for layer, weight in zip(self._layers, self._weights, strict=True):
             layer.get_base_layer().weight.copy_(weight)
             layer.merged_adapters = []
@@ -100,10 +108,11 @@ class MergedAdapter:
 
 
 def save_adapter(model: PeftModel, folder: Path, base_model: str):
-    """Write the adapter into `folder`, for PEFT and for stock diffusers.
+    """Write the adapter into `folder`, for PEFT and for unmodified diffusers.
 
-    PEFT reads adapter_config.json and adapter_model.safetensors; `load_lora_weights` of a diffusers pipeline reads
-    pytorch_lora_weights.safetensors, whose metadata holds the configuration (without it diffusers takes alpha = rank).
+    PEFT reads adapter_config.json and adapter_model.safetensors. `load_lora_weights` of a diffusers pipeline reads
+    pytorch_lora_weights.safetensors. The metadata of that file holds the configuration; without it diffusers assumes
+    alpha = rank.
     """
     config = LoraConfig(**model.peft_config["default"].to_dict())
     config.base_model_name_or_path, config.inference_mode = base_model, True
@@ -111,7 +120,7 @@ def save_adapter(model: PeftModel, folder: Path, base_model: str):
 
 
 def _save(config: LoraConfig, state: dict[str, Tensor], folder: Path):
-    config.target_modules = sorted(config.target_modules)  # a set's order would change from run to run
+    config.target_modules = sorted(config.target_modules)  # the order of a set changes from run to run
     config.save_pretrained(folder)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     layers = convert_state_dict_to_diffusers({name.removeprefix(_PEFT_PREFIX): value for name, value in state.items()})
@@ -120,12 +129,13 @@ def _save(config: LoraConfig, state: dict[str, Tensor], folder: Path):
 
 
 def save_weighted_sum(terms: list[tuple[float, Path]], folder: Path):
-    """Write the LoRA adapter whose update is the weighted sum of others', exactly: its rank is the sum of theirs.
+    """Write a LoRA adapter whose update is exactly the weighted sum of other adapters' updates.
 
     Sum_i w_i B_i A_i = [w_1 B_1, w_2 B_2, ...] [A_1; A_2; ...] (task arithmetic: Ilharco et al., ICLR 2023).
+    The rank is the sum of the adapters' ranks.
 
     Args:
-        terms: weight and folder of each adapter; all of the same rank, alpha and targets.
+        terms: weight and folder of each adapter; all have the same rank, alpha and targets.
     """
     config = LoraConfig.from_pretrained(str(terms[0][1]))
     states = [(weight, load_file(source / "adapter_model.safetensors")) for weight, source in terms]
@@ -134,5 +144,5 @@ def save_weighted_sum(terms: list[tuple[float, Path]], folder: Path):
         down = ".lora_A." in name
         parts = [state[name] if down else weight * state[name] for weight, state in states]
         summed[name] = torch.cat(parts, dim=0 if down else 1).contiguous()
-    config.r, config.lora_alpha = config.r * len(terms), config.lora_alpha * len(terms)  # the same alpha / rank
+    config.r, config.lora_alpha = config.r * len(terms), config.lora_alpha * len(terms)  # alpha / rank stays the same
     _save(config, summed, folder)

@@ -1,7 +1,8 @@
-"""What prompts become for a denoiser: named tensors with one row a prompt, held as one value.
+"""Encoded prompts, the input of a denoiser: named tensors with one row per prompt.
 
-Each model family puts in what its network reads (Stable Diffusion 1 and 2: `embeds`; others also `mask`, `pooled` or
-`size`), and its denoiser alone takes it out again. All other code only picks, joins, moves and repeats rows.
+Each model family stores the tensors that its network reads: Stable Diffusion 1 and 2 `embeds`, others also `mask`,
+`pooled` or `size`. Only the denoiser of the family reads the tensors. All other code selects, joins, moves and repeats
+rows.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,11 +17,11 @@ class Conditioning:
     """The conditioning of n prompts: `tensors[name]` is (n, ...), row i belongs to prompt i.
 
     A family pads every prompt to one fixed length. A row therefore has the same shape in every batch and does not
-    depend on the other prompts of its batch, and rows of different batches can be joined. `cat` refuses rows of
-    different shapes: it cannot know what a family pads with, nor which tensor masks the padding.
+    depend on the other prompts of the batch, so rows of different batches can be joined. `cat` refuses rows of
+    different shapes: it does not know the padding value of a family or the tensor that masks the padding.
 
     Raises:
-        ValueError: there is no tensor, or their numbers of rows differ.
+        ValueError: there is no tensor, or the tensors have different numbers of rows.
     """
 
     tensors: Mapping[str, Tensor]
@@ -28,44 +29,48 @@ class Conditioning:
     def __post_init__(self):
         if len({len(tensor) for tensor in self.tensors.values()}) != 1:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.tensors.items()) or "no tensor"
-            raise ValueError(f"the tensors of a conditioning must have one row a prompt each; these are: {shapes}")
+            raise ValueError(
+                f"a conditioning has these tensors: {shapes}; give one or more tensors, each with one row per prompt"
+            )
 
     def __len__(self) -> int:
         """Number of prompts."""
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, name: str) -> Tensor:
-        """One of the tensors, (n, ...): for the family's own denoiser.
+        """The tensor of this name, (n, ...). Only the denoiser of the model family uses it.
 
         Raises:
-            KeyError: there is no tensor of that name.
+            KeyError: there is no tensor of this name.
         """
         return self.tensors[name]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        """A function of rows, (n, ...) -> (m, ...), applied to every tensor."""
+        """Apply a function of rows, (n, ...) -> (m, ...), to every tensor."""
         return Conditioning({name: function(tensor) for name, tensor in self.tensors.items()})
 
     def rows(self, index: Tensor | slice) -> "Conditioning":
-        """Some rows, in the order of the index, which may repeat them.
+        """Select rows, in the order of the index.
 
         Args:
-            index: (m,) long, on any device; or a slice.
+            index: (m,) long, on any device, may repeat rows; or a slice.
         """
         return self.map(lambda tensor: tensor[index.to(tensor.device) if isinstance(index, Tensor) else index])
 
     def expand(self, count: int) -> "Conditioning":
-        """A single row seen `count` times, without a copy; `count` rows stay as they are.
+        """Repeat a single row `count` times, without a copy. A conditioning of `count` rows stays unchanged.
 
         Raises:
-            ValueError: there are neither one nor `count` rows.
+            ValueError: the number of rows is neither 1 nor `count`.
         """
         if len(self) not in (1, count):
-            raise ValueError(f"a conditioning of {len(self)} prompts cannot stand for {count}; give one, or {count}")
+            raise ValueError(
+                f"a conditioning of {len(self)} prompts cannot be expanded to {count} rows; give 1 prompt or {count}"
+            )
         return self.map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
-        """The same on another device or in another precision; `dtype` applies to floating-point tensors only."""
+        """Move to another device or dtype. `dtype` applies only to floating-point tensors."""
         return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
     def cpu(self) -> "Conditioning":
@@ -73,19 +78,25 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Iterable["Conditioning"]) -> "Conditioning":
-        """The rows of all parts, in their order.
+        """Join the rows of all parts, in order.
 
         Raises:
-            ValueError: the parts hold different names, or rows of different shapes.
+            ValueError: the parts have different tensor names, or rows of different shapes.
         """
         parts = list(parts)
         names = [sorted(part.tensors) for part in parts]
         if any(other != names[0] for other in names):
-            told = " and ".join(", ".join(other) for other in sorted({tuple(other) for other in names}))
-            raise ValueError(f"conditionings of different models cannot be joined: they hold {told}; encode with one")
+            found = " and ".join(", ".join(other) for other in sorted({tuple(other) for other in names}))
+            raise ValueError(
+                f"cannot join conditionings with the tensors {found}: they come from different models; encode all"
+                " prompts with one model"
+            )
         for name in names[0]:
             shapes = sorted({tuple(part[name].shape[1:]) for part in parts})
             if len(shapes) > 1:
-                told = " and ".join(map(str, shapes))
-                raise ValueError(f"rows of {name} have the shapes {told}; a family must pad all prompts to one length")
+                found = " and ".join(map(str, shapes))
+                raise ValueError(
+                    f"cannot join rows of {name} with the shapes {found}; the model family must pad all prompts to one"
+                    " length"
+                )
         return Conditioning({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})

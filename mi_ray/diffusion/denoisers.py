@@ -21,6 +21,7 @@ from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.folders import check_adapter, fetch_model, read_config
 from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at, epsilon_from
+from mi_ray.diffusion.sizes import Sizes
 
 CHUNK = 32  # images or prompts that the autoencoder or the text encoder takes at a time
 
@@ -29,7 +30,9 @@ class Denoiser(Protocol):
     """A text-conditioned denoiser of latents, whatever its architecture and prediction type."""
 
     schedule: NoiseSchedule
+    image_size: tuple[int, int]  # height and width in pixels
     latent_shape: tuple[int, ...]  # of one candidate
+    own_latent_shape: tuple[int, ...]  # likewise, at the size that the model was trained at
     device: torch.device
     max_tokens: int  # that the text encoder reads, with those of start and end
     calls: int  # of the denoiser and the autoencoder that were begun so far
@@ -56,10 +59,10 @@ class Denoiser(Protocol):
         """Predicted noise (n, *latent_shape) fp32, whatever the model predicts; the arguments are `predict`'s."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents (n, *latent_shape) fp32 -> images (n, h, w, 3) uint8."""
+        """Latents (n, *latent_shape) fp32 -> images (n, *image_size, 3) uint8."""
 
     def encode_images(self, images: np.ndarray) -> Tensor:
-        """Images (n, h, w, 3) uint8 -> latents (n, *latent_shape) fp32: posterior mode times scaling factor."""
+        """Images (n, *image_size, 3) uint8 -> latents (n, *latent_shape) fp32: posterior mode times scaling factor."""
 
 
 def unet_arguments(conditioning: Conditioning) -> dict[str, Tensor]:
@@ -81,6 +84,8 @@ class UNetDenoiser:
         tokenizer: CLIPTokenizer,
         vae: AutoencoderKL,
         schedule: NoiseSchedule,
+        sizes: Sizes,
+        image_size: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
     ):
@@ -91,8 +96,9 @@ class UNetDenoiser:
         self.tokenizer, self.schedule, self.dtype, self.device = tokenizer, schedule, dtype, device
         self._autoencoder = SimpleNamespace(batch_size=CHUNK)
         self._tokenizing = Lock()  # it holds how to pad and cut, and threads ask it for both
-        size = unet.config.sample_size
-        self.latent_shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        self.image_size, channels = image_size, unet.config.in_channels
+        self.latent_shape = (channels, *sizes.latent(image_size))
+        self.own_latent_shape = (channels, *sizes.latent(sizes.own))
         self.max_tokens = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
         self._log_snr = schedule.log_snr.to(device, torch.float32)
         self._compiled, self._rows = None, ()
@@ -185,6 +191,7 @@ def load_denoiser(
     device: str = "auto",
     adapter: str | Path | None = None,
     beside: UNetDenoiser | None = None,
+    size: tuple[int | None, int | None] = (None, None),
 ) -> UNetDenoiser:
     """Load a model, and merge an adapter into it so that inference pays nothing for it.
 
@@ -194,14 +201,17 @@ def load_denoiser(
         device: as torch names it; "auto": a GPU if there is one.
         adapter: local folder with adapter_config.json and adapter_model.safetensors of PEFT, for the UNet.
         beside: the same model, loaded already: all but the UNet is shared with it.
+        size: height and width of the images in pixels; None: the model's own.
 
     Raises:
-        ValueError: with a line for each thing that is wrong with the model or the adapter.
+        ValueError: with a line for each thing that is wrong with the model, the adapter or the size.
     """
     folder = fetch_model(path)
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if dtype == "auto":
         dtype = "float16" if chosen.type == "cuda" else "float32"
+    sizes = Sizes.of_unet(read_config(folder, "unet"), read_config(folder, "vae"))
+    image_size = sizes.image(*size)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
     if adapter is not None:
         check_adapter(adapter)
@@ -218,6 +228,8 @@ def load_denoiser(
         tokenizer=tokenizer,
         vae=vae,
         schedule=NoiseSchedule.from_config(read_config(folder, "scheduler")),
+        sizes=sizes,
+        image_size=image_size,
         dtype=getattr(torch, dtype),
         device=chosen,
     )

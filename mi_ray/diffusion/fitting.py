@@ -1,4 +1,4 @@
-"""Batches that fit: one that runs out of memory is halved and done again, and the size that fits is remembered."""
+"""Batch sizes that fit into memory: after an out-of-memory error the batch size is halved and the work is repeated."""
 
 import logging
 from collections.abc import Callable
@@ -11,27 +11,28 @@ log = logging.getLogger(__name__)
 
 
 class Batched(Protocol):
-    """Works through its rows batch_size at a time."""
+    """An object that processes `batch_size` rows at a time."""
 
     batch_size: int
 
 
 class Halvings(Protocol):
-    """Counts how often a batch was halved."""
+    """Counts how often a batch size was halved."""
 
     batch_halvings: int
 
 
 def fitting(worker: Batched, run: Callable[[], Result], work: Halvings | None = None) -> Result:
-    """Run what takes batches of `worker.batch_size`; where memory does not suffice, halve that for good and run again.
+    """Call `run`, which uses batches of `worker.batch_size`. If memory runs out, halve that size and call `run` again.
 
-    `run` is done from its start again, so it must leave nothing behind when it fails.
+    The smaller batch size stays. `run` starts again from the beginning, so it must have no lasting effect when it
+    fails.
 
     Args:
-        work: where the halvings are counted, if anywhere.
+        work: counts the halvings; None: they are not counted.
 
     Raises:
-        torch.OutOfMemoryError: not even one row fits.
+        torch.OutOfMemoryError: a batch of one row does not fit.
     """
     while True:
         try:
@@ -40,9 +41,9 @@ def fitting(worker: Batched, run: Callable[[], Result], work: Halvings | None = 
             if worker.batch_size == 1:
                 raise
             reason = str(error).partition(".")[0]
-        worker.batch_size //= 2  # outside of the handler, whose traceback holds the tensors
+        worker.batch_size //= 2  # outside the except block: its traceback keeps the tensors alive
         if work is not None:
             work.batch_halvings += 1
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("%s: going on with batches of %d", reason, worker.batch_size)
+        log.warning("%s; the batch size is now %d", reason, worker.batch_size)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTokenizer
 
 from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.diffusion.sizes import Sizes
 
 SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
 
@@ -49,10 +50,20 @@ def load_schedule(path: str) -> NoiseSchedule:
     Raises:
         ValueError: if the model has none that is supported, or the hub cannot be asked.
     """
-    config, fault = _part_config(_folder_with(path, "scheduler/*"), "scheduler")
-    if config is None:
-        _refuse(path, [fault])
-    return NoiseSchedule.from_config(config)
+    return NoiseSchedule.from_config(part_config(path, "scheduler"))
+
+
+def load_sizes(path: str) -> Sizes:
+    """The image sizes that the model can make; reads the configurations of its UNet and autoencoder alone.
+
+    Raises:
+        ValueError: the model lacks one of them, or the hub cannot be asked.
+    """
+    unet, vae = part_config(path, "unet"), part_config(path, "vae")
+    try:
+        return Sizes.of_unet(unet, vae)
+    except ValueError as error:
+        raise ValueError(f"{path!r} {error}") from error
 
 
 def load_tokenizer(path: str) -> CLIPTokenizer:
@@ -155,13 +166,13 @@ def _folder_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def unet_config(path: str) -> dict:
-    """Of the UNet, without its weights.
+def part_config(path: str, part: str) -> dict:
+    """The configuration of a part (unet, vae, text_encoder, tokenizer, scheduler) of a model, without its weights.
 
     Raises:
         ValueError: the model has none, or the hub cannot be asked.
     """
-    config, fault = _part_config(_folder_with(path, f"unet/{_CONFIGS['unet']}"), "unet")
+    config, fault = _part_config(_folder_with(path, f"{part}/{_CONFIGS[part]}"), part)
     if config is None:
         _refuse(path, [fault])
     return config
@@ -248,6 +259,10 @@ def _folder_faults(folder: Path) -> list[str]:
         except ValueError as error:
             faults += [f"has in scheduler/scheduler_config.json {fault}" for fault in str(error).split("\n")]
     if "unet" in configs and "vae" in configs:
+        try:
+            Sizes.of_unet(configs["unet"], configs["vae"])
+        except ValueError as error:
+            faults.append(str(error))
         channels = configs["unet"].get("in_channels", 4), configs["unet"].get("out_channels", 4)
         wanted = configs["vae"].get("latent_channels", 4)
         if channels != (wanted, wanted):

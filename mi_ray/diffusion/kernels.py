@@ -1,16 +1,16 @@
-"""One solver step, fused: guidance, the linear update of the latents and the step's statistics.
+"""One fused solver step: guidance, the linear update of the latents, and the statistics of the step.
 
-With c and u the model's own predictions with and without the prompt, x = x_t and w the guidance scale
-(Ho & Salimans 2022, arXiv 2207.12598, eq. 6), a step is linear in what it reads:
+Let c and u be the model's predictions with and without the prompt, x = x_t, and w the guidance scale
+(Ho & Salimans 2022, arXiv 2207.12598, eq. 6). A step is linear in its inputs:
 
     x0   = kx x + kp (u + w (c - u))
     next = A x + B x0 + C previous_x0 + D noise          see `sampling.SolverPlan`
 
-and what the prompt had to say is told by g = p c + q x, the prediction that the scores speak of (epsilon, or the
-velocity of a flow), and Delta = p (c - u), its difference: ||Delta||^2 and <g, Delta>, sums in fp32.
+The scores use g = p c + q x, the prediction as epsilon (or as the velocity of a flow), and Delta = p (c - u), the
+difference of g with and without the prompt. The statistics are ||Delta||^2 and <g, Delta>, summed in fp32.
 
-`guided_step` has two implementations that agree up to rounding: in PyTorch, and as one Triton program
-(`triton_step`), which reads and writes each number once.
+`guided_step` has two implementations that agree up to rounding: one in PyTorch, and one Triton program
+(`triton_step`) that reads and writes each number once.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Coefficients(NamedTuple):
-    """The columns of a step's table, in this order; each broadcasts against the latents."""
+    """The coefficients of a step, in the order of the table's columns; each broadcasts against the latents."""
 
     keep: Tensor  # A
     clean: Tensor  # B
@@ -40,17 +40,17 @@ class Coefficients(NamedTuple):
 
 
 def choose_kernel(wanted: Literal["auto", "eager", "triton"], device: torch.device) -> Kernel:
-    """Which implementation runs on a device. "auto" takes Triton on a CUDA GPU, else PyTorch, and logs what it took.
+    """The implementation to use on a device. "auto" selects Triton on a CUDA GPU, otherwise PyTorch, and logs it.
 
     Raises:
-        ValueError: "triton" is wanted where it cannot run.
+        ValueError: "triton" is requested but cannot run.
     """
     installed = find_spec("triton") is not None
     if wanted == "triton":
         if not installed:
-            raise ValueError("kernel 'triton' will not do: Triton is not installed; install it, or take eager")
+            raise ValueError("kernel 'triton' cannot run: Triton is not installed; install it, or use eager")
         if device.type != "cuda" and not _interpreting():
-            raise ValueError(f"kernel 'triton' will not do: the device is {device.type}, not a CUDA GPU; take eager")
+            raise ValueError(f"kernel 'triton' cannot run: the device is {device.type}, not a CUDA GPU; use eager")
         return "triton"
     if wanted == "eager":
         return "eager"
@@ -60,12 +60,12 @@ def choose_kernel(wanted: Literal["auto", "eager", "triton"], device: torch.devi
 
 
 def _interpreting() -> bool:
-    """Whether Triton's interpreter runs its programs, on any device."""
+    """Whether Triton runs in interpreter mode, which works on any device."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def statistics_parts(latent_shape: tuple[int, ...], kernel: Kernel, with_map: bool = False) -> int:
-    """In how many partial sums a kernel leaves each statistic of one sample; depends on nothing but its shape."""
+    """Number of partial sums that a kernel writes for each statistic of one sample; depends only on the shape."""
     if kernel == "eager":
         return 1
     from mi_ray.diffusion.triton_step import parts
@@ -88,23 +88,23 @@ def guided_step(
     delta_map: Tensor | None = None,
     kernel: Kernel = "eager",
 ) -> tuple[Tensor, Tensor | None]:
-    """Advance the latents by one step and record how much the prompt had to say. Nothing waits for the device.
+    """Advance the latents by one step and record the statistics of the prompt's effect. Does not wait for the device.
 
     Args:
-        conditional, unconditional: (n, *shape) fp32, fp16 or bf16, the model's predictions; unconditional None where
-            there is no guidance: then the statistics are NaN.
-        latents: (n, *shape) x_t; fp32 in sampling, any of the three here.
-        previous_x0: (n, *shape), x0 of the step before; None where C is 0.
-        noise: (n, *shape); None where D is 0.
+        conditional, unconditional: (n, *shape) fp32, fp16 or bf16, the model's predictions. unconditional is None
+            without guidance; the statistics are then NaN.
+        latents: (n, *shape) x_t in fp32, fp16 or bf16; sampling uses fp32.
+        previous_x0: (n, *shape), x0 of the previous step; None if C is 0.
+        noise: (n, *shape); None if D is 0.
         coefficients: (1, 8) or (n, 8) fp32 on the same device, the columns of `Coefficients`.
-        guidance_scale: w; or (n,) fp32 on the same device, each sample's own.
-        statistics: (2, n, parts) fp32, written: summed over `statistics_parts`, ||Delta||^2 and <g, Delta>.
-        converted: whether p, q differ from 1, 0: whether g is another thing than the model's prediction.
-        with_x0: whether x0 is wanted.
-        delta_map: (n, *shape[1:]) fp32, written: Delta^2 summed over the first dimension of shape, the channels.
+        guidance_scale: w; or (n,) fp32 on the same device, one value per sample.
+        statistics: (2, n, parts) fp32, output: partial sums of ||Delta||^2 and <g, Delta>, see `statistics_parts`.
+        converted: whether (p, q) differs from (1, 0), so that g is not the model's own prediction.
+        with_x0: whether x0 is returned.
+        delta_map: (n, *shape[1:]) fp32, output: Delta^2 summed over the channels, the first dimension of shape.
 
     Returns:
-        The next latents, and x0 or None: (n, *shape), in the dtype and layout of the latents.
+        The next latents, and x0 or None: (n, *shape), in the dtype and memory layout of the latents.
     """
     arguments = (conditional, unconditional, latents, previous_x0, noise, coefficients, guidance_scale, statistics)
     if kernel == "triton":
@@ -118,10 +118,10 @@ def _eager_step(
     conditional, unconditional, latents, previous_x0, noise, coefficients, guidance_scale, statistics, *,
     converted, with_x0, delta_map,
 ):  # fmt: skip
-    """Each operation on (n, *shape) is one pass over memory; the fewest that PyTorch's operations allow."""
+    """Each operation on (n, *shape) is one pass over memory. This is the smallest number of PyTorch operations."""
     column = (-1, *[1] * (latents.ndim - 1))
     c = Coefficients(*(values.view(column) for values in coefficients.unbind(1)))
-    conditional, x_t = conditional.float(), latents.float()  # no pass where they are fp32
+    conditional, x_t = conditional.float(), latents.float()  # no copy if they are fp32
     if unconditional is None:
         guided = conditional
         statistics.fill_(torch.nan)
@@ -149,11 +149,11 @@ def _eager_step(
 
 
 def _record(conditional, delta, x_t, c: Coefficients, statistics, converted: bool, delta_map):
-    """Write ||p delta||^2 and <p c + q x, p delta> into statistics (2, n), without forming either."""
+    """Write ||p delta||^2 and <p c + q x, p delta> into statistics (2, n), without forming p delta or p c + q x."""
     delta_sq, cross = statistics
     flat = _flat(delta)
     torch.linalg.vector_norm(flat, dim=1, out=delta_sq).square_()
-    torch.linalg.vecdot(_flat(conditional), flat, out=cross)  # product and sum; a matrix product is slower on a CPU
+    torch.linalg.vecdot(_flat(conditional), flat, out=cross)  # faster on a CPU than a matrix product
     if delta_map is not None:
         torch.sum(delta.square(), 1, out=delta_map)
     if converted:
@@ -165,7 +165,7 @@ def _record(conditional, delta, x_t, c: Coefficients, statistics, converted: boo
 
 
 def _flat(values: Tensor) -> Tensor:
-    """(n, *shape) -> (n, -1) without a copy, channels-last memory included: the order does not matter to a sum."""
+    """(n, *shape) -> (n, -1) without a copy, also for channels-last memory. The order of the elements may change."""
     if values.ndim == 4 and not values.is_contiguous():
         values = values.permute(0, 2, 3, 1)
     return values.flatten(1)

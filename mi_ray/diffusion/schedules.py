@@ -1,4 +1,4 @@
-"""Noise schedules of variance-preserving diffusion, and the conversions between what a denoiser may predict.
+"""Noise schedules of variance-preserving diffusion, and conversions between prediction types.
 
 x_t = alpha * x0 + sigma * epsilon with alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t) (Ho et al. 2020, arXiv
 2006.11239, eq. 4). alpha and sigma below are tensors that broadcast against x_t.
@@ -16,7 +16,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
-# diffusers' schedulers of a variance-preserving model with discrete timesteps: their configs say the same of a model
+# The diffusers schedulers for variance-preserving models with discrete timesteps. Their configs describe a model in the
+# same way.
 SCHEDULERS = (
     "DDIMScheduler",
     "DDPMScheduler",
@@ -30,7 +31,7 @@ SCHEDULERS = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
-_CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # whose clip_sample is true unless the config says otherwise
+_CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # their default of clip_sample is true
 
 
 # ---------------------------------------------------------------------------------------------- conversions
@@ -67,7 +68,7 @@ def epsilon_from(prediction_type: str, prediction: Tensor, x_t: Tensor, alpha: T
     """The noise that a model's prediction implies.
 
     Raises:
-        ValueError: for a prediction type other than epsilon, v_prediction, sample.
+        ValueError: the prediction type is not epsilon, v_prediction or sample.
     """
     match prediction_type:
         case "epsilon":
@@ -76,14 +77,14 @@ def epsilon_from(prediction_type: str, prediction: Tensor, x_t: Tensor, alpha: T
             return epsilon_from_velocity(prediction, x_t, alpha, sigma)
         case "sample":
             return epsilon_from_x0(prediction, x_t, alpha, sigma)
-    raise ValueError(f"prediction_type {prediction_type!r} is not supported: one of {', '.join(PREDICTION_TYPES)}")
+    raise ValueError(f"prediction_type {prediction_type!r} is not supported; use one of {', '.join(PREDICTION_TYPES)}")
 
 
 def prediction_from(prediction_type: str, x0: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What a model of that type should predict at alpha * x0 + sigma * epsilon; inverse of `epsilon_from`.
+    """The target of a model of this prediction type at x_t = alpha * x0 + sigma * epsilon; inverse of `epsilon_from`.
 
     Raises:
-        ValueError: for a prediction type other than epsilon, v_prediction, sample.
+        ValueError: the prediction type is not epsilon, v_prediction or sample.
     """
     match prediction_type:
         case "epsilon":
@@ -92,26 +93,26 @@ def prediction_from(prediction_type: str, x0: Tensor, epsilon: Tensor, alpha: Te
             return velocity(x0, epsilon, alpha, sigma)
         case "sample":
             return x0
-    raise ValueError(f"prediction_type {prediction_type!r} is not supported: one of {', '.join(PREDICTION_TYPES)}")
+    raise ValueError(f"prediction_type {prediction_type!r} is not supported; use one of {', '.join(PREDICTION_TYPES)}")
 
 
 # ---------------------------------------------------------------------------------------------- schedule
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """What a model was trained with, and how its config wants timesteps spread."""
+    """The noise schedule that a model was trained with, and the timestep spacing of its config."""
 
     alphas_cumprod: Tensor  # (T,) float64 on the CPU, decreasing, within (0, 1)
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 0
-    final_alpha_cumprod: float = 1.0  # abar that DDIM's last step arrives at: 1, or alphas_cumprod[0]
+    final_alpha_cumprod: float = 1.0  # abar after DDIM's last step: 1, or alphas_cumprod[0]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """From a diffusers scheduler config; a key that it lacks has the value that DDPMScheduler gives it.
+        """Read a diffusers scheduler config. A missing key has the default value of DDPMScheduler.
 
         Raises:
-            ValueError: with a line for each setting that is not supported.
+            ValueError: a setting is not supported; one line for each such setting.
         """
         if faults := _faults(config):
             raise ValueError("\n".join(faults))
@@ -126,7 +127,7 @@ class NoiseSchedule:
 
     @property
     def num_train_timesteps(self) -> int:
-        """T."""
+        """T, the number of training timesteps."""
         return len(self.alphas_cumprod)
 
     @property
@@ -145,9 +146,9 @@ class NoiseSchedule:
         return torch.logit(self.alphas_cumprod)
 
     def timestep_at(self, log_snr: Tensor) -> Tensor:
-        """The fractional timesteps, within [0, T - 1], at which the noise has these log SNRs; same shape and dtype.
+        """The fractional timesteps in [0, T - 1] with these log SNRs; same shape and dtype.
 
-        Linear between the timesteps; beyond the ends, the ends.
+        Linear interpolation between timesteps. Values outside the schedule give the first or last timestep.
         """
         table = -self.log_snr.to(log_snr.device)
         wanted = -log_snr.double()
@@ -158,11 +159,11 @@ class NoiseSchedule:
 
 
 def alpha_sigma_at(log_snr_table: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(abar), sqrt(1 - abar) at whole or fractional timesteps (n,): two (n,) in the table's dtype.
+    """sqrt(abar) and sqrt(1 - abar) at integer or fractional timesteps (n,): two tensors (n,) in the table's dtype.
 
     Args:
-        log_snr_table: (T,) `NoiseSchedule.log_snr` on the timesteps' device; linear between its entries, so that
-            this inverts `NoiseSchedule.timestep_at`.
+        log_snr_table: (T,) `NoiseSchedule.log_snr` on the device of the timesteps. It is interpolated linearly, so
+            this function inverts `NoiseSchedule.timestep_at`.
     """
     lower = timesteps.long().clamp(0, len(log_snr_table) - 2)
     fraction = timesteps.to(log_snr_table.dtype) - lower
@@ -172,7 +173,7 @@ def alpha_sigma_at(log_snr_table: Tensor, timesteps: Tensor) -> tuple[Tensor, Te
 
 # ---------------------------------------------------------------------------------------------- scheduler configs
 def _betas(config: Mapping[str, Any]) -> Tensor:
-    """beta_t as diffusers defines them, in float64: (T,)."""
+    """beta_t as diffusers defines it: (T,) float64."""
     if config.get("trained_betas") is not None:
         return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
     count = config.get("num_train_timesteps", 1000)
@@ -189,11 +190,11 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
 
 
 def _faults(config: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that is not supported."""
+    """One error message for each setting that is not supported."""
     faults = []
     name = config.get("_class_name")
     if name is not None and name not in SCHEDULERS:
-        faults.append(f"_class_name {name!r} is not supported: use a model trained with one of {', '.join(SCHEDULERS)}")
+        faults.append(f"_class_name {name!r} is not supported; use a model with one of {', '.join(SCHEDULERS)}")
     for key, known, default in (
         ("prediction_type", PREDICTION_TYPES, "epsilon"),
         ("timestep_spacing", TIMESTEP_SPACINGS, "leading"),
@@ -201,25 +202,26 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
     ):
         value = config.get(key, default)
         if value not in known and not (key == "beta_schedule" and config.get("trained_betas") is not None):
-            faults.append(f"{key} {value!r} is not supported: one of {', '.join(known)}")
+            faults.append(f"{key} {value!r} is not supported; use a model with one of {', '.join(known)}")
     if config.get("rescale_betas_zero_snr"):
-        faults.append(
-            "rescale_betas_zero_snr true is not supported (epsilon is undefined at zero SNR): set it to false"
-        )
+        faults.append("rescale_betas_zero_snr true is not supported: epsilon is undefined at zero SNR; set it to false")
     if config.get("clip_sample", name in _CLIPPING):
-        faults.append("clip_sample true is not supported (latents have no fixed range): set it to false")
+        faults.append("clip_sample true is not supported: latents have no fixed range; set it to false")
     if config.get("thresholding"):
-        faults.append("thresholding true is not supported (latents have no fixed range): set it to false")
+        faults.append("thresholding true is not supported: latents have no fixed range; set it to false")
     if config.get("use_flow_sigmas"):
-        faults.append("use_flow_sigmas true is not supported: flow-matching models are not variance-preserving")
+        faults.append(
+            "use_flow_sigmas true is not supported: flow-matching models are not variance-preserving; use another model"
+        )
     if str(config.get("variance_type")).startswith("learned"):
         faults.append(
-            f"variance_type {config['variance_type']!r} is not supported: use a model that predicts no variance"
+            f"variance_type {config['variance_type']!r} is not supported: a predicted variance is not used; use a model"
+            " that predicts no variance"
         )
     if not faults:
         betas = _betas(config)
         if len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
             faults.append(
-                "betas must be two or more numbers between 0 and 1: mend beta_start, beta_end or trained_betas"
+                "the betas are not two or more numbers between 0 and 1; correct beta_start, beta_end or trained_betas"
             )
     return faults

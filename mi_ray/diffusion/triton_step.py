@@ -1,7 +1,7 @@
-"""`kernels.guided_step` as one Triton program: every number is read once, written once, and summed on the way.
+"""`kernels.guided_step` as one Triton program: it reads and writes every number once and computes the sums as it goes.
 
-A program takes BLOCK neighbouring numbers of one sample and leaves its own partial sums, so that neither atomics nor
-a second kernel are needed, and the result depends on nothing but the sample.
+A program processes BLOCK neighbouring numbers of one sample and writes its own partial sums. This needs no atomics and
+no second kernel, and the result depends only on the sample.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # numbers of one program: eight a thread, which is 16 bytes of fp16
+BLOCK = 1024  # numbers per program: eight per thread, which is 16 bytes in fp16
 NUM_WARPS = 4
 
 
@@ -26,11 +26,11 @@ def step_program(
     x0_out,
     statistics,
     delta_map,
-    pixels,  # numbers of one channel
-    coefficients_stride,  # 0 where all samples share a row
+    pixels,  # numbers per channel
+    coefficients_stride,  # 0 if all samples share one row
     guidance_stride,
-    cross_offset,  # from a sample's ||Delta||^2 to its <g, Delta>
-    CHANNELS: tl.constexpr,  # more than one only where the map asks for a sum over them
+    cross_offset,  # from ||Delta||^2 of a sample to its <g, Delta>
+    CHANNELS: tl.constexpr,  # more than one only if the map needs a sum over channels
     GUIDED: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NOISY: tl.constexpr,
@@ -78,7 +78,7 @@ def step_program(
 
 
 def parts(latent_shape: tuple[int, ...], with_map: bool = False) -> int:
-    """How many programs share one sample."""
+    """Number of programs per sample."""
     return triton.cdiv(torch.Size(latent_shape[1:] if with_map else latent_shape).numel(), BLOCK)
 
 
@@ -95,9 +95,9 @@ def triton_step(
     with_x0: bool = True,
     delta_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The arguments and results of `kernels.guided_step`.
+    """The Triton implementation of `kernels.guided_step`, with the same arguments and results.
 
-    All tensors are read in the memory layout of `latents`; one that has another is copied into it.
+    All tensors are read in the memory layout of `latents`. A tensor with another layout is copied first.
     """
     channels = latents.shape[1] if delta_map is not None else 1
     if delta_map is not None or not _dense(latents):
@@ -108,7 +108,7 @@ def triton_step(
         guidance_scale = torch.full((1,), guidance_scale, dtype=torch.float32, device=latents.device)
     following = torch.empty_like(latents)
     x0 = torch.empty_like(latents) if with_x0 else None
-    nothing = latents  # stands for a pointer that is not followed
+    nothing = latents  # placeholder for a pointer that is not read
     if unconditional is None:
         statistics.fill_(torch.nan)
         if delta_map is not None:
@@ -166,10 +166,10 @@ def compile_step(
     with_x0: bool = False,
     with_map: bool = False,
 ):
-    """What a launch would compile for predictions of that dtype and fp32 latents; needs no GPU.
+    """Compile the program that a launch would use for predictions of this dtype and fp32 latents; needs no GPU.
 
     Args:
-        capability: of the GPU, such as 80 or 90.
+        capability: compute capability of the GPU, such as 80 or 90.
 
     Returns:
         Triton's CompiledKernel: `asm["ptx"]` and `metadata`.

@@ -1,4 +1,4 @@
-"""Estimators of the information between prompt and image: tensors in, nats out.
+"""Estimators of the mutual information between prompt and image. Input: tensors. Output: nats.
 
-This room must not know models, prompts as text, files or Ray.
+This room must not know models, prompt texts, files or Ray.
 """

@@ -1,6 +1,7 @@
-"""Worlds in which every likelihood and every optimal denoiser is known: the estimators' truth, with no network.
+"""Distributions with a known likelihood and a known optimal denoiser: the exact values that test the estimators.
 
-A prompt is a row of numbers, `embeds` (n, dim) of its conditioning; the null prompt is the row of zeros.
+No network is needed. A prompt is a row of numbers, `embeds` (n, dim) of its conditioning. The null prompt is a row of
+zeros.
 """
 
 import math
@@ -16,7 +17,7 @@ _LOG_SNR = SCHEDULE.log_snr.float()
 
 
 class JointGaussian:
-    """x and y standard normal in d dimensions, x_i and y_i correlated: x | y ~ N(rho y, (1 - rho^2) I)."""
+    """x, y standard normal in d dimensions, x_i and y_i with correlation rho: x | y ~ N(rho y, (1 - rho^2) I)."""
 
     def __init__(self, dim: int, correlation: float):
         self.dim, self.correlation = dim, correlation
@@ -24,13 +25,13 @@ class JointGaussian:
         self.null = Conditioning({"embeds": torch.zeros(1, dim + 1)})
 
     def draw(self, count: int, seed: int = 0) -> tuple[Tensor, Conditioning]:
-        """x (count, d) and the conditioning of its y: y and a one that says that it is known, (count, d + 1)."""
+        """Draw x (count, d) and the conditioning of its y, (count, d + 1). The last column is 1: y is known."""
         y, rest = torch.randn(2, count, self.dim, generator=torch.Generator().manual_seed(seed))
         x = self.correlation * y + (1 - self.correlation**2) ** 0.5 * rest
         return x, Conditioning({"embeds": torch.cat([y, torch.ones(count, 1)], 1)})
 
     def pmi(self, x: Tensor, conditioning: Conditioning, low: float = -40.0, high: float = 40.0) -> Tensor:
-        """log p(x|y) - log p(x), or what a band of log SNR contributes to it: (count,)."""
+        """log p(x|y) - log p(x), or the contribution of a band of log SNR to it: (count,)."""
         mean, variance = self._given(conditioning)
         distance = (x - mean).double().square().sum(1), x.double().square().sum(1)
         conditional, marginal = self._error(variance[0], low, high), self._error(1.0, low, high)
@@ -39,7 +40,7 @@ class JointGaussian:
 
     @staticmethod
     def _error(variance, low: float, high: float) -> tuple[float, float]:
-        """int E ||eps - eps_hat||^2 d alpha under N(m, v I) as (a, b): a dim + b ||x - m||^2.
+        """The pair (a, b) with int E ||eps - eps_hat||^2 d alpha = a dim + b ||x - m||^2 for x ~ N(m, v I).
 
         With V = signal^2 v + sigma^2, eps - eps_hat = eps signal^2 v / V - signal sigma (x - m) / V.
         """
@@ -55,14 +56,14 @@ class JointGaussian:
         return self.correlation * y * known, 1 - known * self.correlation**2
 
     def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """E[eps | x_t, y], or of the marginal."""
+        """E[eps | x_t, y], or E[eps | x_t] for the null prompt."""
         signal, sigma = (a[:, None] for a in alpha_sigma_at(_LOG_SNR, timesteps))
         mean, variance = self._given(conditioning)
         return sigma * (x_t - signal * mean) / (signal.square() * variance + sigma.square())
 
 
 class LabelledMixture:
-    """x | label k ~ N(means[k], spread^2 I), labels equally likely; a prompt's row holds 1 + the label."""
+    """x | label k ~ N(means[k], spread^2 I), all labels equally likely. The row of a prompt holds 1 + label."""
 
     def __init__(self, labels: int, dim: int, distance: float, spread: float = 0.5):
         self.dim, self.spread = dim, spread
@@ -75,7 +76,7 @@ class LabelledMixture:
 
     @staticmethod
     def embed(*labels: int) -> Conditioning:
-        """One row a label."""
+        """The conditioning, one row per label."""
         return Conditioning({"embeds": torch.tensor(labels, dtype=torch.float32)[:, None] + 1})
 
     def log_likelihood(self, x: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class LabelledMixture:
         return logits[:, label] - logits.logsumexp(1) + math.log(len(self.means))
 
     def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """E[eps | x_t, label], or under the mixture."""
+        """E[eps | x_t, label], or E[eps | x_t] for the null prompt."""
         signal, sigma = (a[:, None] for a in alpha_sigma_at(_LOG_SNR, timesteps))
         total = signal.square() * self.spread**2 + sigma.square()
         residual = x_t[:, None] - signal[..., None] * self.means

@@ -1,8 +1,8 @@
-"""Where in an image the information about its prompt lies, and in which words.
+"""Maps of the information about a prompt over the pixels of an image, for the whole prompt or for one word.
 
-The integrands of i_s and i_o (arXiv 2310.07972, eq. 7 and 8) are squared norms over latent pixels, so that each pixel's
-part is a map: summed over channels and noise levels per pixel, summed over pixels the value itself, in nats. A word's
-part takes the prompt without that word in place of the null prompt: log p(x|y) - log p(x|y without the word).
+The integrands of i_s and i_o (arXiv 2310.07972, eq. 7 and 8) are squared norms over latent pixels. The contribution of
+each pixel, summed over channels and noise levels, is a map in nats. The sum of the map over pixels is the estimate. For
+one word, the prompt without this word replaces the null prompt: log p(x|y) - log p(x|y without the word).
 """
 
 import re
@@ -23,10 +23,10 @@ _FUNCTION_WORDS = "a an the and or of to in on at is are there with by as it its
 
 @dataclass(frozen=True)
 class InformationMaps:
-    """Of N images, (N, h, w) fp32 over the latents' pixels, in nats; sums over pixels are i_s and i_o.
+    """Maps of N images, (N, h, w) fp32 over latent pixels, in nats. Their sums over pixels are i_s and i_o.
 
-    direct: signed, negative where the prompt misinforms. orthogonal: never negative, how much it changes the
-    prediction.
+    direct: signed; negative where the prompt makes the prediction worse.
+    orthogonal: never negative; how much the prompt changes the prediction.
     """
 
     direct: Tensor
@@ -44,15 +44,15 @@ def information_maps(
     probes: Probes,
     batch_size: int,
 ) -> InformationMaps:
-    """The maps of what each image's prompt says beyond a reference: the null prompt, or the prompt without a word.
+    """Maps of the information that each prompt adds to a reference: the null prompt, or the prompt without a word.
 
     Args:
         predict_epsilon: (x_t, timesteps, conditioning) -> epsilon, each with a leading batch dimension.
         latents: (N, channels, h, w) clean latents.
-        prompt_index: (N,) the prompt of each, an index into conditioning, reference and the probes' noise.
+        prompt_index: (N,) prompt of each latent, an index into conditioning, reference and the probes' noise.
         conditioning: of the prompts, P rows.
-        reference: of what each is held against, P rows, or one for all.
-        batch_size: denoiser evaluations at a time, two for each noised latent; memory does not depend on N or K.
+        reference: conditioning of the references, P rows, or one row for all prompts.
+        batch_size: denoiser evaluations per batch, two for each noised latent; memory does not depend on N or K.
     """
     branches = beside(conditioning, reference)
     weight = probes.weight.to(latents.device)
@@ -67,9 +67,9 @@ def information_maps(
 
 
 def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, h, w) in nats a latent pixel -> (N, *size) in nats an image pixel, bilinear; sums stay the same.
+    """Maps (N, h, w) in nats per latent pixel -> (N, *size) in nats per image pixel, bilinear, with the same sums.
 
-    They do exactly where `size` is a whole multiple, as it is for an autoencoder.
+    The sums are exactly the same if `size` is an integer multiple of (h, w), as it is for an autoencoder.
     """
     scale = maps.shape[-2] * maps.shape[-1] / (size[0] * size[1])
     return scale * interpolate(maps[:, None], size, mode="bilinear")[:, 0]
@@ -77,6 +77,6 @@ def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- words
 def without_each_word(prompt: str) -> list[tuple[str, str]]:
-    """(word, the prompt without it) of every word that says something: no articles, conjunctions and the like."""
+    """(word, prompt without this word) for every content word. Articles, conjunctions and the like are skipped."""
     words = [match for match in _WORD.finditer(prompt) if match.group().lower() not in _FUNCTION_WORDS.split()]
     return [(m.group(), " ".join((prompt[: m.start()] + prompt[m.end() :]).split())) for m in words]

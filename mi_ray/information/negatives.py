@@ -1,13 +1,13 @@
-"""Which of a prompt and its hard negatives an image shows, by the model's own likelihoods, in nats.
+"""Does an image show its prompt or a hard negative of it? Decided by the model's own likelihoods, in nats.
 
-A hard negative y_j is the prompt y changed in one thing. With log p(x|y) of `pointwise` (up to a constant of x, which
+A hard negative y_j is the prompt y with one change. With log p(x|y) of `pointwise` (up to a constant of x, which
 cancels), the score
 
     log p(x|y) - logsumexp_j log p(x|y_j)
 
-is the log odds that x shows y and not one of its J negatives, all 1 + J held equally likely before: above zero, y is
-more likely than all of them together (`pointwise.log_odds`). The negative with the highest posterior says which way the
-prompt is wrong.
+is the log odds that x shows y and not one of its J negatives, with equal prior probabilities. Above zero, y is more
+likely than all negatives together (`pointwise.log_odds`). The negative with the highest posterior tells what is wrong
+in the prompt.
 """
 
 import torch
@@ -18,12 +18,13 @@ from mi_ray.information.probes import Probes
 
 
 def margin(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Estimate:
-    """log p(x|y) - max_j log p(x|y_j), the lead over the likeliest alternative: (N, K), (N, J, K) -> (N,).
+    """log p(x|y) - max_j log p(x|y_j), the margin over the most likely negative: (N, K), (N, J, K) -> (N,).
 
-    It falls less with the number of negatives than the log odds. But the alternative is the likeliest by the same draws
-    that it is then judged by: of J whose errors agreed in nothing but their mean, the lead would be too low by 0.7
-    standard errors for J = 4 and by 1.4 for J = 24. Hard negatives are nearly the prompt and meet the same noise, so
-    it is less; how often two standard errors mislead is measured in `benchmarks/wrong_captions.py`.
+    The margin falls less with the number of negatives than the log odds. But it is biased: the same noise samples
+    select the most likely negative and estimate its likelihood. For J negatives with independent errors and the same
+    mean, the margin is too low by 0.7 standard errors at J = 4 and by 1.4 at J = 24. Hard negatives are similar to the
+    prompt and use the same noise samples, so the bias is smaller. `benchmarks/wrong_captions.py` measures how often a
+    threshold of two standard errors gives a wrong result.
     """
     likeliest = log_density(negative_errors, probes).argmax(-1)
     strongest = negative_errors[torch.arange(len(errors), device=errors.device), likeliest]
@@ -31,5 +32,5 @@ def margin(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Estimate:
 
 
 def posteriors(errors: Tensor, negative_errors: Tensor, probes: Probes) -> Tensor:
-    """Of the prompt (first) and each negative, all equally likely before: (N, K), (N, J, K) -> (N, 1 + J)."""
+    """Posteriors of the prompt (first) and each negative, with equal priors: (N, K), (N, J, K) -> (N, 1 + J)."""
     return log_density(torch.cat([errors[:, None], negative_errors], 1), probes).softmax(-1)

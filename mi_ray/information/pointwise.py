@@ -1,20 +1,21 @@
-"""Image-conditioned estimators: the point-wise mutual information of any latent and prompt, in nats.
+"""Pointwise estimators: the pointwise mutual information of any latent and prompt, in nats.
 
-With alpha = log SNR and x_alpha = sqrt(sigmoid(alpha)) x + sqrt(sigmoid(-alpha)) eps (Kong et al., ICLR 2024,
-arXiv 2310.07972, eq. 5-7):
+Let alpha = log SNR and x_alpha = sqrt(sigmoid(alpha)) x + sqrt(sigmoid(-alpha)) eps (Kong et al., ICLR 2024,
+arXiv 2310.07972, eq. 5-7). Then
 
     log p(x|y) = const - 1/2 int E_eps ||eps - eps_hat(x_alpha | y)||^2 d alpha
 
-so that differences between prompts y, or to the null prompt, are differences of log-densities. The integral may be
-restricted to a band: the noise levels at which layout and binding are decided carry the signal.
+so the difference of this integral between two prompts, or between a prompt and the null prompt, is a difference of
+log-densities. The integral can be restricted to a band of log SNR: the noise levels that decide layout and attribute
+binding carry the signal.
 
-The denoiser predicts epsilon at x_alpha, whatever its own parameterisation. A rectified flow's path is the same one
-at another scale: (1 - t) x + t eps = x_alpha / (sqrt(sigmoid(alpha)) + sqrt(sigmoid(-alpha))) with t = sigmoid(-alpha
-/ 2), and there eps_hat = x_t + (1 - t) u.
+The denoiser predicts epsilon at x_alpha, for any prediction_type. The path of a rectified flow is the same up to scale:
+(1 - t) x + t eps = x_alpha / (sqrt(sigmoid(alpha)) + sqrt(sigmoid(-alpha))) with t = sigmoid(-alpha / 2). There,
+eps_hat = x_t + (1 - t) u.
 
-Estimates are sums over K probes (a log SNR and a noise each) of weight times integrand. All candidates and branches of
-a prompt meet the same probes, so that differences between them are far tighter than the values: `integrate` the
-difference of two integrands to know how much.
+An estimate is a sum over K probes of weight times integrand. A probe is a log SNR and a noise sample. All candidates
+and branches of a prompt use the same probes. Differences between them therefore have a much smaller standard error than
+the values: pass the difference of two integrands to `integrate` to get it.
 """
 
 import math
@@ -33,11 +34,11 @@ PredictEpsilon = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x_t, times
 
 # ---------------------------------------------------------------------------------------------- probing
 def beside(conditioning: Conditioning, reference: Conditioning) -> tuple[Conditioning, Tensor]:
-    """Two branches of each of P prompts, itself and a reference, as `denoising_errors` takes them.
+    """Two branches for each of P prompts, the prompt and a reference, as input of `denoising_errors`.
 
     Args:
         conditioning: of the prompts, P rows.
-        reference: P rows, or one for all: the null prompt's.
+        reference: P rows, or one row for all prompts: the null prompt.
 
     Returns:
         The conditioning of all texts, and branches (P, 2).
@@ -48,7 +49,8 @@ def beside(conditioning: Conditioning, reference: Conditioning) -> tuple[Conditi
 
 
 class Chunk(NamedTuple):
-    """Some pairs: candidate (u,), probe (u,), noise (u, *latent_shape), predicted (u, B, *latent_shape)."""
+    """u pairs of candidate and probe: candidate (u,) and probe (u,) are indices, noise (u, *latent_shape),
+    predicted (u, B, *latent_shape)."""
 
     candidate: Tensor
     probe: Tensor
@@ -67,8 +69,10 @@ def predictions(
     probes: Probes,
     batch_size: int,
 ) -> Iterator[Chunk]:
-    """The denoiser's answers for every candidate, branch and probe, a chunk at a time. The arguments are
-    `denoising_errors`'; memory depends on batch_size alone."""
+    """Yield the denoiser's predictions for every candidate, branch and probe in chunks.
+
+    The arguments are those of `denoising_errors`. Memory depends only on batch_size.
+    """
     device, count, width = latents.device, len(latents), branches.shape[1]
     conditioning, branches, owner = conditioning.to(device), branches.to(device), prompt_index.cpu()
     signal = torch.sigmoid(probes.log_snr).sqrt().to(device)
@@ -104,11 +108,11 @@ def denoising_errors(
     Args:
         predict_epsilon: (x_t, timesteps, conditioning) -> epsilon, each with a leading batch dimension.
         latents: (N, *latent_shape) clean latents.
-        prompt_index: (N,) the prompt of each, an index into branches and the probes' noise.
-        conditioning: of all texts that occur, one row each.
-        branches: (P, B) the rows of `conditioning` under which the candidates of each prompt are probed: the prompt
-            itself, the null prompt, others to contrast with.
-        batch_size: denoiser evaluations at a time; memory does not depend on N, B or K but for the result.
+        prompt_index: (N,) prompt of each latent, an index into branches and the probes' noise.
+        conditioning: of all texts, one row per text.
+        branches: (P, B) rows of `conditioning` to evaluate for the candidates of each prompt: the prompt itself, the
+            null prompt, or other prompts for contrast.
+        batch_size: denoiser evaluations per batch; apart from the result, memory does not depend on N, B or K.
     """
     return denoising_statistics(
         predict_epsilon, schedule, latents, prompt_index, conditioning, branches, probes, batch_size, reference=None
@@ -129,7 +133,7 @@ def denoising_statistics(
     """`denoising_errors`, and ||eps_hat - eps_hat of the branch `reference`||^2 from the same evaluations.
 
     Returns:
-        (N, B, K) fp32 each; the second is None where reference is.
+        Two tensors (N, B, K) fp32; the second is None if `reference` is None.
     """
     shape = len(latents), branches.shape[1], len(probes.log_snr)
     errors = torch.empty(shape, device=latents.device)
@@ -146,21 +150,25 @@ def denoising_statistics(
 
 # ---------------------------------------------------------------------------------------------- estimates
 class Estimate(NamedTuple):
-    """A value in nats and its standard error over draws of the probes; tensors of one shape."""
+    """A value in nats and its standard error over the random probes; tensors of the same shape."""
 
     value: Tensor
     standard_error: Tensor
 
 
 def integrate(integrand: Tensor, probes: Probes) -> Estimate:
-    """The band's integral of an integrand known at the probes: (..., K) -> (...).
+    """Integrate over the band an integrand that is known at the probes: (..., K) -> (...).
 
-    The standard error takes the design into account. An antithetic pair is one draw: its halves are added first. Of
-    independent draws it is the usual one. A stratum holds a single draw, so neighbouring strata are taken together
-    (Cochran 1977, Sampling Techniques, section 5A.12), four or a few more at a time, and what a straight line through
-    them leaves is their variance. It is exact on average where the integrand is straight and its variance constant
-    across a group, and too large where the integrand bends. With fewer than four strata, or than two draws, there is
-    no line to draw: the usual one, too large, or nan.
+    The standard error takes the design into account:
+
+    - An antithetic pair counts as one sample: its two terms are added first.
+    - For independent samples it is the usual standard error.
+    - For stratified levels each stratum holds one sample. Groups of four or a few more neighbouring strata are formed
+      (Cochran 1977, Sampling Techniques, section 5A.12). A straight line is fitted to each group, and the residuals
+      give the variance. Its expectation is exact if the integrand is linear and its variance constant within a group,
+      and too large if the integrand is curved.
+    - With fewer than four strata no line is fitted: the usual standard error is returned, which is too large.
+    - With one sample it is NaN.
     """
     terms = integrand * probes.weight.to(integrand.device)
     value = terms.sum(-1)
@@ -179,7 +187,7 @@ def integrate(integrand: Tensor, probes: Probes) -> Estimate:
 
 
 def degrees_of_freedom(probes: Probes) -> int:
-    """On which the standard errors of `integrate` rest."""
+    """Degrees of freedom of the standard errors of `integrate`."""
     draws = _draws(probes)
     return draws - 2 * (draws // 4) if _grouped(probes) else draws - 1
 
@@ -193,7 +201,7 @@ def _grouped(probes: Probes) -> bool:
 
 
 def _about_a_line(terms: Tensor) -> Tensor:
-    """The variance of the sum of m neighbours, from how they scatter about the straight line through them: (..., m)."""
+    """Variance of the sum of m neighbouring terms, (..., m), from the residuals of a straight line fitted to them."""
     count = terms.shape[-1]
     place = torch.arange(count, device=terms.device, dtype=terms.dtype)
     place = place - place.mean()
@@ -203,14 +211,14 @@ def _about_a_line(terms: Tensor) -> Tensor:
 
 
 def log_density(errors: Tensor, probes: Probes) -> Tensor:
-    """The band's part of log p(x|branch), up to a constant of x: (..., K) -> (...)."""
+    """Contribution of the band to log p(x|branch), up to a constant of x: (..., K) -> (...)."""
     return (-0.5 * errors * probes.weight.to(errors.device)).sum(-1)
 
 
 def pmi(errors: Tensor, null_errors: Tensor, probes: Probes) -> Estimate:
-    """The signed i_s(x; y) = log p(x|y) - log p(x): (N, K) each -> (N,).
+    """The signed i_s(x; y) = log p(x|y) - log p(x): (N, K), (N, K) -> (N,).
 
-    The difference between two candidates of one prompt, with its standard error under the noise they share, is
+    For the difference between two candidates of one prompt, with its standard error under the shared noise samples, use
     `pmi(errors[i] - errors[j], null_errors[i] - null_errors[j], probes)`.
     """
     return integrate(0.5 * (null_errors - errors), probes)
@@ -219,7 +227,8 @@ def pmi(errors: Tensor, null_errors: Tensor, probes: Probes) -> Estimate:
 def pmi_orthogonal(distances: Tensor, probes: Probes) -> Estimate:
     """i_o(x; y) = 1/2 int E ||eps_hat(y) - eps_hat(null)||^2 d alpha >= 0: (N, K) -> (N,). ITD, eq. 8.
 
-    On average over p(x, y) it equals i_s; of one image it says how much the prompt matters, not whether it is right.
+    Its expectation over p(x, y) equals that of i_s. For a single image it measures how much the prompt changes the
+    prediction, not whether the prompt is right.
     """
     return integrate(0.5 * distances, probes)
 
@@ -227,8 +236,8 @@ def pmi_orthogonal(distances: Tensor, probes: Probes) -> Estimate:
 def log_odds(errors: Tensor, other_errors: Tensor, probes: Probes) -> Estimate:
     """log p(x|y) - log sum_j p(x|y_j): (N, K), (N, J, K) -> (N,).
 
-    The standard error is that of the first-order expansion, the integral of the paired difference between the prompt's
-    error and those of the others weighted by their posteriors among themselves (the delta method).
+    The standard error is a first-order approximation (the delta method): that of the integral of the paired difference
+    between the prompt's error and the mean error of the other prompts, weighted by their posteriors.
     """
     densities = log_density(other_errors, probes)
     shares = densities.softmax(-1)[..., None]
@@ -237,12 +246,14 @@ def log_odds(errors: Tensor, other_errors: Tensor, probes: Probes) -> Estimate:
 
 
 def pmi_contrastive(errors: Tensor, other_errors: Tensor, probes: Probes, total: int | None = None) -> Estimate:
-    """log p(x|y) - log mean_j p(x|y_j), the PMI with the prompts y_j as marginal: (N, K), (N, J, K) -> (N,).
+    """log p(x|y) - log mean_j p(x|y_j), the PMI with the mixture of the prompts y_j as marginal.
 
-    The form of InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4) with the model's own likelihoods.
+    This is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, eq. 4) with the model's own likelihoods.
+    Shapes: (N, K), (N, J, K) -> (N,).
 
     Args:
-        total: how many prompts the mean is over, where only the J likeliest are here; the others count as impossible.
+        total: number of prompts in the mean, if only the J most likely are given; the likelihood of the others is
+            taken as 0.
     """
     odds = log_odds(errors, other_errors, probes)
     return Estimate(odds.value + math.log(total or other_errors.shape[1]), odds.standard_error)

@@ -1,7 +1,7 @@
-"""Probes: the noise levels and noise draws at which the estimators of `pointwise` ask the denoiser.
+"""Probes: the noise levels and noise samples at which the estimators of `pointwise` evaluate the denoiser.
 
-An estimate is a sum over K probes (a log SNR and a noise each) of weight times integrand. How probes are spread over a
-band of log SNR changes the variance of the estimate, not its expectation.
+An estimate is a sum over K probes of weight times integrand. A probe is a log SNR and a noise sample. The distribution
+of the probes over a band of log SNR changes the variance of the estimate, not its expectation.
 """
 
 from dataclasses import dataclass, replace
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Design:
-    """How probes are spread over a band of log SNR. The estimand is the band's integral, whatever the design.
+    """How probes are distributed over a band of log SNR. Every design estimates the same integral over the band.
 
-    loc, scale: log SNRs follow this logistic density, cut to the band (ITD, arXiv 2310.07972, appendix B); loc None:
-        the uniform one.
-    levels: the density's probability is cut into equal strata, one a draw. "midpoints": their centres, a quadrature
-        rule without a random part; "jittered": a random place in each, unbiased however few they are; "random": no
-        strata, independent draws.
-    antithetic: each noise serves twice, as +eps and -eps at one log SNR, which cancels all that is odd in eps.
+    loc, scale: log SNRs follow this logistic density, truncated to the band (ITD, arXiv 2310.07972, appendix B). loc
+        None: uniform density.
+    levels: how log SNRs are drawn from the density. The first two divide it into strata of equal probability, one
+        sample per stratum. "midpoints": the centre of each stratum, a quadrature rule without randomness. "jittered": a
+        random point in each stratum, unbiased for any number of samples. "random": independent samples, no strata.
+    antithetic: use each noise sample twice, as +eps and -eps at the same log SNR. Terms that are odd in eps cancel.
     """
 
     loc: float | None = None
@@ -31,10 +31,13 @@ class Design:
 
 @dataclass(frozen=True)
 class Probes:
-    """Noise levels and draws at which candidates are probed; the same for all candidates and branches of a prompt.
+    """Noise levels and noise samples, the same for all candidates and branches of a prompt.
 
-    log_snr (K,); weight (K,): the width of log SNR each stands for; noise_seeds (P, K): noise is made when needed, so
-    that memory does not grow with K. Under an antithetic design probes 2i and 2i + 1 are a pair.
+    log_snr: (K,).
+    weight: (K,) the width of log SNR that each probe represents.
+    noise_seeds: (P, K). The noise is generated when it is needed, so memory does not grow with K.
+
+    In an antithetic design probes 2i and 2i + 1 are a pair.
     """
 
     log_snr: Tensor
@@ -44,23 +47,23 @@ class Probes:
     design: Design
 
     def draw(self, prompt: int, probe: int) -> Tensor:
-        """One noise, standard normal (*latent_shape,) fp32 on the CPU."""
+        """One standard normal noise sample, (*latent_shape,) fp32 on the CPU."""
         generator = torch.Generator().manual_seed(int(self.noise_seeds[prompt, probe]))
         draw = torch.randn(self.latent_shape, generator=generator)
         return -draw if self.design.antithetic and probe % 2 else draw
 
     def of(self, prompts: Tensor) -> "Probes":
-        """Those of some prompts, an index (Q,) into the P, in that order."""
+        """The probes of the prompts with these indices (Q,), in this order."""
         return replace(self, noise_seeds=self.noise_seeds[prompts])
 
     def at(self, which: Tensor) -> "Probes":
-        """Some of the K probes; a pair stays together."""
+        """The probes with these indices; both probes of an antithetic pair must be selected."""
         return replace(
             self, log_snr=self.log_snr[which], weight=self.weight[which], noise_seeds=self.noise_seeds[:, which]
         )
 
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
-        """Which probes make `count` that are spread over all K, and which are the others: indices, ascending."""
+        """Indices of `count` probes spread evenly over all K, and indices of the others; both ascending."""
         each = 2 if self.design.antithetic else 1
         draws, some = len(self.log_snr) // each, count // each
         if some >= draws:
@@ -72,13 +75,13 @@ class Probes:
 
     @property
     def noise(self) -> Tensor:
-        """All of it at once, (P, K, *latent_shape), where there is little."""
+        """All noise samples at once, (P, K, *latent_shape). Only for small P and K."""
         prompts, probes = self.noise_seeds.shape
         return torch.stack([torch.stack([self.draw(p, k) for k in range(probes)]) for p in range(prompts)])
 
 
 def logistic_band(loc: float, scale: float, clip: float) -> tuple[float, float]:
-    """The band loc -+ clip scale that ITD's importance sampling covers; published for SD2.1: 1, 2, 3."""
+    """The band [loc - clip scale, loc + clip scale] of ITD's importance sampling; for SD2.1 it uses 1, 2, 3."""
     return loc - clip * scale, loc + clip * scale
 
 
@@ -91,20 +94,20 @@ def draw_probes(
     design: Design = Design(),
     level_seed: int = 0,
 ) -> Probes:
-    """Draw K = num_samples probes of a band for each of P = len(seeds) prompts.
+    """Draw K = num_samples probes in a band of log SNR for each of P = len(seeds) prompts.
 
-    The weight of a log SNR is 1 / (K density), ITD's importance weight: scale tanh(c/2) / (sigmoid(z) sigmoid(-z)) / K
-    with z = (log_snr - loc) / scale, where the band is loc -+ c scale.
+    The weight of a probe is 1 / (K density), ITD's importance weight: scale tanh(c/2) / (sigmoid(z) sigmoid(-z)) / K
+    with z = (log_snr - loc) / scale, for the band [loc - c scale, loc + c scale].
 
     Args:
-        seeds: of each prompt's noise.
-        level_seed: of the places of jittered and random levels, which all prompts share.
+        seeds: seed of each prompt's noise samples.
+        level_seed: seed of jittered and random noise levels, which are the same for all prompts.
 
     Raises:
-        ValueError: if an antithetic design is to have an odd number of samples.
+        ValueError: the design is antithetic and num_samples is odd.
     """
     if design.antithetic and num_samples % 2:
-        raise ValueError(f"num_samples is {num_samples}, and antithetic samples come in pairs: make it even")
+        raise ValueError(f"num_samples is {num_samples}: antithetic samples come in pairs; set an even number")
     each = 2 if design.antithetic else 1
     log_snr, weight = _levels(design, num_samples // each, log_snr_min, log_snr_max, level_seed)
     noise_seeds = [
@@ -121,7 +124,7 @@ def draw_probes(
 
 
 def _levels(design: Design, count: int, low: float, high: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Log SNRs, ascending, and their weights: (count,) float64 each."""
+    """Log SNRs in ascending order, and their weights: (count,) float64 each."""
     random = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     match design.levels:
         case "midpoints":
@@ -141,14 +144,14 @@ def _levels(design: Design, count: int, low: float, high: float, seed: int) -> t
 def adaptive_logistic(errors: Tensor, log_snr: Tensor, dim: int) -> tuple[float, float]:
     """MMG's location and scale of the logistic density (arXiv 2509.20609), from the errors of a pilot: (loc, scale).
 
-    For a Gaussian the conditional MMSE of epsilon is d sigmoid((alpha - loc) / scale) with scale 1: it crosses d/2 at
-    loc and d/4 at loc - scale log 3. A curve that does not reach a level within the pilot counts as reaching it at
-    the pilot's end; the scale is at least the distance of the pilot's levels.
+    For a Gaussian, the conditional MMSE of epsilon is d sigmoid((alpha - loc) / scale) with scale 1. It crosses d/2 at
+    loc and d/4 at loc - scale log 3. If the curve does not reach one of these values within the pilot, the end of the
+    pilot's band is used. The scale is at least the distance between the pilot's noise levels.
 
     Args:
-        errors: (N, K) of candidates under their own prompts, from `denoising_errors`.
+        errors: (N, K) errors of candidates under their own prompts, from `denoising_errors`.
         log_snr: (K,) ascending, of the pilot's probes.
-        dim: d, the number of a latent's elements.
+        dim: d, the number of elements of a latent.
     """
     share = (errors.double().mean(0) / dim).cummax(0).values.cpu()
     alpha = log_snr.double().cpu()
@@ -158,7 +161,7 @@ def adaptive_logistic(errors: Tensor, log_snr: Tensor, dim: int) -> tuple[float,
 
 
 def _crossing(alpha: Tensor, rising: Tensor, level: float) -> float:
-    """Where a rising curve crosses a level, linear between its points; beyond its ends, the ends."""
+    """Where a rising curve crosses a level, with linear interpolation; outside the curve, its first or last point."""
     above = int(torch.searchsorted(rising, level))
     if above in (0, len(alpha)):
         return alpha[min(above, len(alpha) - 1)].item()
@@ -167,5 +170,5 @@ def _crossing(alpha: Tensor, rising: Tensor, level: float) -> float:
 
 
 def effective_sample_size(weight: Tensor) -> float:
-    """Kish's (sum w)^2 / sum w^2: how many equally weighted probes these (K,) are worth."""
+    """Kish's (sum w)^2 / sum w^2: the number of equally weighted probes that are equivalent to these weights (K,)."""
     return (weight.sum().square() / weight.square().sum()).item()

@@ -1,4 +1,4 @@
-"""Choosing the best of a pool with no more probes than it takes: rounds, until the top-k is separated from the rest."""
+"""Sequential choice of the best candidates: probes are added in rounds until the top k are separated from the rest."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from mi_ray.information.probes import Probes
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What a pool of N candidates came to."""
+    """The result of the choice from a pool of N candidates."""
 
     chosen: Tensor  # (k,) indices into the pool, the best first
-    value: Tensor  # (N,) i_s in nats, from the rounds that the candidate took part in
-    standard_error: Tensor  # (N,) of the values; differences between candidates are tighter
-    rounds: Tensor  # (N,) long, in which each took part
+    value: Tensor  # (N,) i_s in nats, mean over the rounds in which the candidate was evaluated
+    standard_error: Tensor  # (N,) of the values; differences between candidates have smaller standard errors
+    rounds: Tensor  # (N,) long, number of rounds in which each candidate was evaluated
     separated: bool  # whether the confidence was reached; if not, `chosen` is the best guess
-    evaluations: int  # of the denoiser
+    evaluations: int  # number of denoiser evaluations
 
 
 def choose(
@@ -36,24 +36,27 @@ def choose(
     max_rounds: int,
     batch_size: int,
 ) -> Choice:
-    """The top_k of a pool by i_s, probed in rounds; a candidate leaves as soon as its fate is decided.
+    """Choose the top_k candidates of a pool by i_s in rounds. A decided candidate is not evaluated again.
 
-    After each round all pairs of undecided candidates are compared by their paired difference, common noise and all. A
-    candidate that loses significantly against as many as there are places is out; one that wins significantly
-    against all but as many is in. The level is Bonferroni's over the top_k (N - top_k) comparisons that matter and
-    the max_rounds looks, with Student's quantile, so that the chance of a wrong decision is at most 1 - confidence.
+    After each round, all pairs of undecided candidates are compared by their difference under the same noise samples.
+    Let m be the number of places that are still free. A candidate is rejected if it is significantly worse than m or
+    more others. It is accepted if it is significantly better than all but m. The test uses Student's t quantile with a
+    Bonferroni correction for the top_k (N - top_k) relevant comparisons and the max_rounds rounds, so the probability
+    of a wrong decision is at most 1 - confidence.
 
     Args:
-        latents: (N, *latent_shape) the candidates of one prompt.
+        latents: (N, *latent_shape) candidates of one prompt.
         conditioning: of the prompt and the null prompt, two rows.
-        draw_round: round 0, 1, .. -> its probes, for one prompt; independent of the other rounds'.
+        draw_round: round number 0, 1, ... -> its probes for one prompt, independent of those of other rounds.
 
     Raises:
-        ValueError: if top_k leaves nothing to choose.
+        ValueError: top_k is not between 1 and N - 1.
     """
     count = len(latents)
     if not 0 < top_k < count:
-        raise ValueError(f"top_k is {top_k}, which leaves nothing to choose from {count} candidates")
+        raise ValueError(
+            f"top_k is {top_k}: with {count} candidates there is nothing to choose; set a value from 1 to {count - 1}"
+        )
     total, variance = torch.zeros(2, count, device=latents.device)
     pair_total, pair_variance = torch.zeros(2, count, count, device=latents.device)
     rounds = torch.zeros(count, dtype=torch.long)
@@ -77,7 +80,7 @@ def choose(
         pair_variance[block] += pairs.standard_error.square()
         rounds[undecided] += 1
         quantile = stdtrit(freedom, 1 - level)
-        beats = pair_total[block] > quantile * pair_variance[block].sqrt()  # never true of nan
+        beats = pair_total[block] > quantile * pair_variance[block].sqrt()  # false for NaN
         places = top_k - len(winners)
         loses, wins = beats.sum(0).cpu() >= places, beats.sum(1).cpu() >= len(undecided) - places
         winners += undecided[wins].tolist()

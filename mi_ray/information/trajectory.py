@@ -1,14 +1,14 @@
-"""On-trajectory scores: pure functions of the statistics that sampling records, so stored candidates can be rescored.
+"""On-trajectory scores: pure functions of the statistics recorded during sampling. Stored candidates can be rescored.
 
-Guidance evaluates the denoiser with and without the prompt at every step; these scores weigh what that already tells:
+Guidance evaluates the denoiser with and without the prompt at every step. The scores are weighted sums of
 
     delta_sq = ||Delta||^2,  cross = <g, Delta>,  Delta = g - g_null
 
-with g the model's conditional prediction, g_null its unconditional one: epsilon of a variance-preserving model, the
-velocity u = epsilon - x0 of a rectified flow. Guidance itself never enters, but in `rfmi_guided`.
+where g is the model's conditional prediction and g_null the unconditional one: epsilon of a variance-preserving model,
+or the velocity u = epsilon - x0 of a rectified flow. Only `rfmi_guided` depends on the guidance scale.
 
-Shapes throughout: delta_sq, cross (n, S) fp32; timesteps, times (S,) of the sampler's steps; result (n,) in nats.
-Every score is linear in its curves, so that `banded` curves give the part of it that falls into a band.
+Shapes: delta_sq, cross (n, S) fp32; timesteps, times (S,) of the sampler's steps; result (n,) in nats.
+Every score is linear in its curves. A score of `banded` curves is therefore the contribution of that band.
 """
 
 import torch
@@ -16,21 +16,21 @@ from torch import Tensor
 
 from mi_ray.diffusion.schedules import NoiseSchedule
 
-DROPPED_SHARE = 0.05  # steps with t <= 50 of 1000: the weight is unbounded as t -> 0 (both papers' released code)
+DROPPED_SHARE = 0.05  # drop steps with t <= 50 of 1000: the weight diverges as t -> 0 (released code of both papers)
 
 
 def banded(curve: Tensor, log_snr: Tensor, log_snr_min: float, log_snr_max: float) -> Tensor:
-    """The curve (n, S) with zeros at the steps outside a band of log SNR: any score of it is the band's part.
+    """The curve (n, S) with zeros at the steps outside a band of log SNR. Its score is the contribution of the band.
 
     Args:
-        log_snr: (S,) at the steps: `schedule.log_snr[timesteps]`, or `flow_log_snr` of a rectified flow.
+        log_snr: (S,) at the steps: `schedule.log_snr[timesteps]`, or `flow_log_snr` for a rectified flow.
     """
     inside = (log_snr >= log_snr_min) & (log_snr <= log_snr_max)
-    return torch.where(inside.to(curve.device), curve, 0.0)  # outside, it may be NaN: there was no guidance
+    return torch.where(inside.to(curve.device), curve, 0.0)  # NaN outside the band if guidance was off
 
 
 def asd(delta_sq: Tensor) -> Tensor:
-    """Sum of ||Delta||^2 over the steps, with no weight: the signal of ASD / CFG-rejection. Not in nats."""
+    """Unweighted sum of ||Delta||^2 over the steps, the signal of ASD / CFG-rejection. Not in nats."""
     return delta_sq.sum(1)
 
 
@@ -38,7 +38,7 @@ def asd(delta_sq: Tensor) -> Tensor:
 def kappa(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     """kappa_t = beta_t T / (2 (1 - alphabar_t)), MI-TUNE (arXiv 2405.20759) algorithm 2: shape (S,).
 
-    It is half of |d log SNR| per step for a variance-preserving schedule, times T.
+    For a variance-preserving schedule this is T times half of |d log SNR| per step.
     """
     t = timesteps.long().cpu()
     weights = schedule.betas[t] * schedule.num_train_timesteps / (2 * (1 - schedule.alphas_cumprod[t]))
@@ -46,13 +46,13 @@ def kappa(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
 
 
 def mitune(delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """The released code's score: mean over steps t > T/20 of kappa_t ||Delta||^2."""
+    """The score of the released code: mean over steps t > T/20 of kappa_t ||Delta||^2."""
     retained = timesteps > DROPPED_SHARE * schedule.num_train_timesteps
     return (delta_sq * kappa(schedule, timesteps).to(delta_sq.device))[:, retained].mean(1)
 
 
 def mitune_eq2(delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """The paper's eq. 2: `mitune` with a further factor alpha_t = 1 - beta_t in the weight."""
+    """The paper's eq. 2: `mitune` with the additional factor alpha_t = 1 - beta_t in the weight."""
     alpha = schedule.alphas[timesteps.long().cpu()].float().to(delta_sq.device)
     return mitune(delta_sq * alpha, timesteps, schedule)
 
@@ -64,16 +64,16 @@ def flow_log_snr(times: Tensor) -> Tensor:
 
 
 def rfmi(cross: Tensor, times: Tensor) -> Tensor:
-    """RFMI (arXiv 2503.14358): mean over steps of (1 - t) / t <u, u - u_null>, t <= 0.05 and t = 1 dropped.
+    """RFMI (arXiv 2503.14358): mean over steps of (1 - t) / t <u, u - u_null>, without steps t <= 0.05 and t = 1.
 
     Args:
-        times: (S,) within (0, 1], 1 is noise: diffusers' timesteps / 1000.
+        times: (S,) in (0, 1], where 1 is pure noise: diffusers' timesteps / 1000.
     """
     return (cross * _flow_weight(times, cross))[:, _flow_retained(times)].mean(1)
 
 
 def rfmi_guided(cross: Tensor, delta_sq: Tensor, times: Tensor, guidance_scale: float) -> Tensor:
-    """RFMI's released code: `rfmi` with the guided velocity u_cfg = u_null + w Delta in u's place.
+    """RFMI's released code: `rfmi` with the guided velocity u_cfg = u_null + w Delta instead of u.
 
     <u_cfg, u_cfg - u_null> = w <u_null + w Delta, Delta> = w (cross + (w - 1) delta_sq).
     """
@@ -81,10 +81,11 @@ def rfmi_guided(cross: Tensor, delta_sq: Tensor, times: Tensor, guidance_scale: 
 
 
 def flow_difference(delta_sq: Tensor, times: Tensor) -> Tensor:
-    """The integral of (1 - t) / t ||u - u_null||^2 dt over the retained steps: a flow's i_o on its sampling path.
+    """The integral of (1 - t) / t ||u - u_null||^2 dt over the retained steps: i_o of a flow on its sampling path.
 
-    epsilon_hat = x_t + (1 - t) u turns i_o's 1/2 ||epsilon difference||^2 d log SNR into this, since
-    d log SNR = 2 dt / (t (1 - t)). Each step stands for half the way to each neighbour, cut at t = 0.05 and 1.
+    It follows from i_o's 1/2 ||epsilon difference||^2 d log SNR with epsilon_hat = x_t + (1 - t) u and
+    d log SNR = 2 dt / (t (1 - t)). Each step represents the interval up to half the distance to its neighbours, limited
+    to t = 0.05 and 1.
     """
     retained = _flow_retained(times)
     kept = times[retained].double()

@@ -36,12 +36,15 @@ class OnlinePlan:
                     f" and {self.held * per_shard} are held out; give more, or lower online.prompts_per_update"
                 ]
             )
-        parts = []
+        # A version is scored just before the first update that it draws: until it is there, nothing waits for it that
+        # could be drawn without it.
+        parts, versions = [], [v for v in range(config.updates + 1) if self.is_checkpoint(v)]
         for update in range(config.updates):
-            if update % config.validate_every == 0:
-                parts += [(update, -1, chunk) for chunk in range(self.held)]
+            while versions and versions[0] <= max(0, update - config.lag):
+                parts += [(versions[0], -1, chunk) for chunk in range(self.held)]
+                versions.pop(0)
             parts += [(update, 1, group) for group in range(self.groups)]
-        parts += [(config.updates, -1, chunk) for chunk in range(self.held)]
+        parts += [(version, -1, chunk) for version in versions for chunk in range(self.held)]
         self._parts = np.array(parts, np.int32)
 
     def __len__(self) -> int:
@@ -71,6 +74,10 @@ class OnlinePlan:
         version = update if kind < 0 else max(0, update - self.config.lag)
         row = self.shards.row(self._chunk(index)) | {"index": index, "name": self.name(index)}
         return row | {"update": update, "version": version, "validation": kind < 0}
+
+    def is_checkpoint(self, version: int) -> bool:
+        """Whether a version of the policy is saved, and scored on the held-out prompts."""
+        return version % self.config.validate_every == 0 or version == self.config.updates
 
     def of_update(self, update: int) -> list[int]:
         """Indices of the parts that an update trains on."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mi_ray.config import MODEL, ResourcesConfig, ScoreConfig, without_revision
+from mi_ray.config import HEIGHT, MODEL, WIDTH, ResourcesConfig, ScoreConfig, without_revision
 from mi_ray.config.paths import LocalOrUri, ModelPath, SharedPath, absolute, counted, shared
 from mi_ray.config.section import Positive, Section, config_hash
 from mi_ray.inputs.pairs import Columns
@@ -48,6 +48,8 @@ class ScorePairsConfig(Section):
         None, description="output file for the map of the single pair; none: beside the image, ending in -map.png"
     )
     model: ModelPath = Field("shapes", description=MODEL)
+    height: Positive | None = Field(None, description=HEIGHT)
+    width: Positive | None = Field(None, description=WIDTH)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="dtype of the denoiser; auto: float16 on a GPU, else float32"
     )
@@ -103,9 +105,15 @@ class ScorePairsConfig(Section):
     def columns(self) -> Columns:
         return Columns(self.image_column, self.caption_column)
 
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Height and width in pixels; None: the model's own."""
+        return self.height, self.width
+
     def results_config(self) -> dict:
-        """The fields that the results depend on."""
-        results = self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map"})
+        """The fields that the results depend on. A size that is not set is left out, as of `ModelConfig`."""
+        unset = {name for name in ("height", "width") if getattr(self, name) is None}
+        results = self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map", *unset})
         return results | {"model": without_revision(self.model)}  # run.json holds the commit
 
     def hash(self) -> str:

@@ -1,4 +1,4 @@
-"""Prompts changed in one thing: the hard negatives of a prompt.
+"""Changes of prompts: hard negatives, which differ from a prompt in one thing, and new prompts from templates.
 
-This room knows text alone; it must not know models or scores.
+This room knows only text. It must not know models or scores.
 """

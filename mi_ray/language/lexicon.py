@@ -1,7 +1,7 @@
-"""Words of free English whose contraries are known: what text-to-image prompts say most of colour, texture and place.
+"""A small lexicon of English words with known alternatives: the common words for colour, texture, place and number.
 
-Small and plain on purpose. The attribute words are those of T2I-CompBench's colour, shape and texture prompts (Huang et
-al., NeurIPS 2023) and their like; a word that is in no list is left alone.
+The lexicon is small on purpose. The attribute words are those of T2I-CompBench's colour, shape and texture prompts
+(Huang et al., NeurIPS 2023) and similar words. A word that is in no list is never changed.
 """
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -53,7 +53,7 @@ SYNONYMS: tuple[frozenset[str], ...] = tuple(
         ),
     )
 )
-CONTRARIES: dict[str, str] = {  # where the list alone would offer something that may hold as well
+CONTRARIES: dict[str, str] = {  # words whose only safe alternative is the opposite: others may be true at the same time
     **{"open": "closed", "closed": "open", "empty": "full", "full": "empty", "wet": "dry", "dry": "wet"},
     **{"clean": "dirty", "dirty": "clean", "broken": "clean", "bright": "dark", "dark": "bright"},
 }
@@ -63,7 +63,7 @@ NUMBERS: dict[str, int] = {
         ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"), start=1
     )
 }
-RELATIONS: dict[str, str] = {  # a directed relation and its opposite, the longest phrases first
+RELATIONS: dict[str, str] = {  # directed relations and their opposites, longest phrases first
     "on the left side of": "on the right side of",
     "on the right side of": "on the left side of",
     "to the left of": "to the right of",
@@ -87,7 +87,7 @@ RELATIONS: dict[str, str] = {  # a directed relation and its opposite, the longe
     "inside": "outside",
     "outside": "inside",
 }
-NEARNESS: tuple[str, ...] = (  # relations that have no opposite
+NEARNESS: tuple[str, ...] = (  # relations without an opposite
     *("on the side of", "on side of", "adjacent to", "close to", "next to", "near", "beside"),
 )
 _DETERMINERS = "a an the this that these those some its his her their my your our another each every"
@@ -99,12 +99,12 @@ when front top bottom wearing holding sitting standing riding
 DETERMINERS = frozenset(_DETERMINERS.split())
 BOUNDARIES = frozenset(_BOUNDARIES.split())  # words that end a noun phrase
 
-# Verbs of which it does not matter who does it to whom.
+# Symmetric verbs: subject and object can be exchanged without a change of meaning.
 MUTUAL = frozenset(
     ("facing", "meeting", "touching", "kissing", "hugging", "fighting", "adjoining", "resembling", "including")
 )
 
-# Past forms that neither -ed nor -ing tells, as captions have them after the noun that does it.
+# Irregular past forms, without -ed or -ing. Captions use them after their subject.
 _VERBS = """
 lay sat stood hung rose fell swam spun grew shone cast lit flew ran slid sank shook drove rode stuck swept crept hid
 held wore ate drank slept leapt lept blew broke kept made met read sang sought struck swung threw told took wound wrote
@@ -115,4 +115,4 @@ _PICTURES = "photo photograph picture image painting drawing sketch illustration
 VERBS = frozenset(_VERBS.split())
 PRONOUNS = frozenset(_PRONOUNS.split())
 PICTURES = frozenset(_PICTURES.split())
-SHADES = frozenset(("dark", "bright", "light", "pale", "deep"))  # before a colour they are part of it
+SHADES = frozenset(("dark", "bright", "light", "pale", "deep"))  # before a colour word they belong to the colour

@@ -1,34 +1,34 @@
-"""Hard negatives: a prompt changed in one thing, so that a model's likelihood can say which of them an image shows."""
+"""Hard negatives: prompts that differ from a prompt in one thing. Likelihoods tell which one fits an image."""
 
 import hashlib
 from dataclasses import dataclass
 
 KINDS = (
-    "attribute swap",  # two objects exchange an attribute: the model binds it to the wrong one
+    "attribute swap",  # two objects exchange an attribute, as when a model binds it to the wrong object
     "relation flip",
-    "object swap",  # two objects exchange their places, in a relation or under their attributes
+    "object swap",  # two objects exchange their places in a relation or their attributes
     "attribute replacement",
     "count change",
-    "object omission",  # an object is not there: the model neglects it
+    "object omission",  # an object is left out, as when a model neglects it
 )
 
 
 @dataclass(frozen=True)
 class Negative:
-    """A prompt that differs from another in one thing."""
+    """A prompt that differs from the original prompt in one thing."""
 
     prompt: str
     kind: str  # one of KINDS
-    attribute: str  # what sort of word changed: color, shape, texture, size, count, relation, object ...
-    said: str  # the words that an image of this negative contradicts, as the original has them
-    instead: str  # what this negative says in their place; empty where it leaves them out
+    attribute: str  # category of the changed words: color, shape, texture, size, count, relation, object ...
+    said: str  # the changed words in the original prompt; an image of this negative contradicts them
+    instead: str  # the words that replace them in this negative; empty if they are left out
 
 
 def chosen(negatives: list[Negative], limit: int) -> list[Negative]:
-    """At most `limit` of a prompt's negatives: the kinds in turn, each in the order that it was made in.
+    """Select at most `limit` negatives: take the kinds in turn, each kind in the given order.
 
-    Replacements come three at a turn: an image most often has an attribute that another object should have, and any of
-    the objects may be the one that has it.
+    Each turn takes three attribute replacements: the most common error of an image is an attribute that belongs to
+    another object, and it can appear on any object.
     """
     queues = {kind: [n for n in negatives if n.kind == kind] for kind in KINDS}
     in_turn = []
@@ -41,5 +41,5 @@ def chosen(negatives: list[Negative], limit: int) -> list[Negative]:
 
 
 def shuffled(values: list[str], *key: str) -> list[str]:
-    """The values in an order that depends on them and on `key` alone, so that a prompt's negatives never change."""
+    """Shuffle values deterministically. The order depends only on values and `key`, so negatives are reproducible."""
     return sorted(values, key=lambda value: hashlib.sha256("/".join([*key, value]).encode()).digest())

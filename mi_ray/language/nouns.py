@@ -1,4 +1,4 @@
-"""Singular and plural of English nouns, by rule and a list of the irregular ones."""
+"""Singular and plural of English nouns, by rules and a list of irregular nouns."""
 
 import re
 
@@ -24,7 +24,7 @@ _UNCHANGED, _ONLY_PLURAL = frozenset(_THE_SAME.split()), frozenset(_PAIRS.split(
 
 
 def is_plural(noun: str) -> bool:
-    """Whether the last word of a noun can stand after a number above one."""
+    """Whether the last word of the noun can follow a number above one."""
     word = _last(noun)
     if word in _UNCHANGED or word in _ONLY_PLURAL or word in _SINGULAR:
         return True
@@ -32,12 +32,12 @@ def is_plural(noun: str) -> bool:
 
 
 def is_singular(noun: str) -> bool:
-    """Whether the last word of a noun can stand after `a` or `one`."""
+    """Whether the last word of the noun can follow `a` or `one`."""
     return _last(noun) in _UNCHANGED or not is_plural(noun)
 
 
 def plural(noun: str) -> str:
-    """The plural of a singular noun, of whose words only the last changes."""
+    """The plural of a singular noun. Only the last word changes."""
     word = _last(noun)
     if word in _UNCHANGED or word in _ONLY_PLURAL:
         return noun
@@ -49,7 +49,7 @@ def plural(noun: str) -> str:
 
 
 def singular(noun: str) -> str | None:
-    """The singular of a plural noun; None where it has none, as scissors."""
+    """The singular of a plural noun; None if it has no singular, such as scissors."""
     word = _last(noun)
     if word in _ONLY_PLURAL:
         return None

@@ -1,8 +1,10 @@
-"""More prompts from a list: the template of one prompt, filled with phrases, attributes, counts and relations of all.
+"""New prompts from a list of prompts: the template of one prompt, filled with phrases, attributes, counts and relations
+of all prompts.
 
-A filler has the grammar of what it replaces and was seen where it comes to stand (`templates`). A colour may go to
-every noun that has one somewhere in the list; any other attribute to nouns that have it, or that have two others of its
-kind in common with a noun that does (a plastic fork, if spoons and forks are both wooden and metal in the list).
+A filler has the same grammar as the phrase that it replaces, and was seen in the same context (`templates`). A colour
+can go to every noun that has a colour somewhere in the list. Any other attribute can go to a noun that has it in the
+list, or that shares two other attributes of the same kind with a noun that has it. Example: "a plastic fork", if the
+list has plastic spoons, and both spoons and forks are wooden and metal.
 """
 
 import random
@@ -19,9 +21,9 @@ from mi_ray.language.nouns import is_singular, plural
 from mi_ray.language.templates import Form, Relation, Slot, Template, template_of
 from mi_ray.language.text import FindPhrases, plain_phrases, synonymous, with_right_articles
 
-DRAWS_IN_VAIN = 10_000  # in a row without a new prompt: then there are no more
+DRAWS_IN_VAIN = 10_000  # stop after this number of consecutive draws without a new prompt
 _NUMERALS = {number: word for word, number in NUMBERS.items()}
-_TRIES = 20  # to fill one template so that its objects differ
+_TRIES = 20  # attempts to fill one template with different objects
 
 Value = TypeVar("Value")
 
@@ -30,14 +32,14 @@ class Templates(Protocol):
     """The templates of a list of prompts."""
 
     def varies(self, index: int) -> bool:
-        """Whether the template of a prompt can say anything else than the prompt."""
+        """Whether the template of the prompt can give another prompt."""
 
     def draw(self, index: int, rng: random.Random) -> str | None:
-        """The template of a prompt with other fillers; None if those that were drawn do not go together."""
+        """Fill the template of the prompt with random fillers; None if the drawn fillers do not fit together."""
 
 
 class Weighted(Generic[Value]):
-    """Values, each drawn as often as its weight says."""
+    """Values that are drawn with probability proportional to their weights."""
 
     def __init__(self, weights: dict[Value, float]):
         self.values = list(weights)
@@ -54,8 +56,8 @@ class TextTemplates:
     """Templates of free English.
 
     Args:
-        weights: of the prompts. Fillers are drawn by the weights of the prompts that hold them; a prompt of weight 0
-            only tells what goes together.
+        weights: weight of each prompt. Fillers are drawn by the weights of the prompts that contain them. A prompt of
+            weight 0 gives no fillers; it only shows which attributes fit which nouns.
     """
 
     def __init__(self, prompts: Sequence[str], weights: Sequence[float], find_phrases: FindPhrases = plain_phrases):
@@ -71,7 +73,7 @@ class TextTemplates:
         self._relations = Weighted(self._said_relations)
 
     def varies(self, index: int) -> bool:
-        """Whether any slot of the template has a choice."""
+        """Whether any slot of the template has more than one possible filler."""
         for piece in self.templates[index]:
             if isinstance(piece, Relation) and len(self._relations) > 1:
                 return True
@@ -109,12 +111,12 @@ class TextTemplates:
                         self._counts[piece.group][piece.count] += weight
 
     def _forms(self, slot: Slot) -> Weighted[Form]:
-        """What may stand in a slot: phrases of its noun and, where others may stand there, those too."""
+        """Fillers of a slot: phrases with the same noun and, if the slot allows other nouns, phrases with those."""
         key = (slot.context, slot.form.noun, slot.grammar, slot.form.signature)
         if key not in self._cache:
             found = Counter(self._phrases[key[1:]])
             if slot.context is not None:
-                found |= self._phrases[key[:1] + key[2:]]  # the greater weight of each
+                found |= self._phrases[key[:1] + key[2:]]  # the larger weight of each phrase
             self._cache[key] = Weighted(found)
         return self._cache[key]
 
@@ -158,7 +160,7 @@ class TextTemplates:
 
 
 def _differ(slots: list[Slot], filled: list[Slot]) -> bool:
-    """Whether objects and attributes differ from each other where those of the template do."""
+    """Whether objects and attributes that differ in the template also differ after filling."""
     for (a, b), (x, y) in zip(combinations(slots, 2), combinations(filled, 2), strict=True):
         if a.form.noun != b.form.noun and x.form.noun == y.form.noun:
             return False
@@ -192,7 +194,7 @@ def _spoken(slot: Slot) -> str:
 
 # ---------------------------------------------------------------------------------------------- drawing
 def same(prompt: str) -> tuple:
-    """Equal for prompts that differ only in case, spaces, a or an, a full stop, or the order of what they enumerate."""
+    """A key that is equal for prompts that differ only in case, spaces, a/an, full stop, or the order of a list."""
     plain = re.sub(r"\ban\b", "a", " ".join(prompt.lower().split()).rstrip(" ."))
     pieces = template_of(plain)
     slots = iter([piece for piece in pieces if isinstance(piece, Slot)])
@@ -210,12 +212,12 @@ def recombined(
     excluded: Iterable[str],
     fits: Callable[[str], bool] = lambda prompt: True,
 ) -> Iterator[tuple[int, str]]:
-    """(index of the prompt whose template it has, new prompt), all different, until `DRAWS_IN_VAIN` found nothing new.
+    """Yield (index of the source template, new prompt). All prompts differ. Stops after `DRAWS_IN_VAIN` vain draws.
 
     Args:
-        weights: how often each prompt's template is drawn.
-        excluded: prompts that must not come out, the list's own among them.
-        fits: what else a prompt must satisfy.
+        weights: relative frequency of each prompt's template.
+        excluded: prompts that must not be generated, including those of the list itself.
+        fits: an additional condition for a prompt.
     """
     usable = {i: weight for i, weight in enumerate(weights) if weight > 0 and templates.varies(i)}
     if not usable:

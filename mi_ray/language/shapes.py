@@ -1,4 +1,4 @@
-"""Hard negatives of the embedded world's prompts, by its grammar: exact, since a sentence's meaning is known."""
+"""Hard negatives for prompts of the shapes grammar. They are exact: the grammar defines the meaning of a sentence."""
 
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above
 _PLURAL = tuple(word for count, word in NUMERALS.items() if count > 1)
 _SPOKEN = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
-_Change = tuple[str, str, str, str, SceneSpec]  # kind, attribute, said, instead, what the negative says
+_Change = tuple[str, str, str, str, SceneSpec]  # kind, attribute, said, instead, specification of the negative
 
 
 def reads(prompt: str) -> bool:
@@ -38,10 +38,11 @@ def reads(prompt: str) -> bool:
 
 
 def negatives(prompt: str) -> list[Negative]:
-    """Sentences of the prompt's own form, each of which every image of the prompt contradicts; distinct in meaning.
+    """Negatives of the prompt, in its own sentence form. Every image of the prompt contradicts every negative, and all
+    negatives have different meanings.
 
     Raises:
-        ValueError: the prompt is not of the grammar.
+        ValueError: the prompt is not a sentence of the grammar.
     """
     spec = parse(prompt)
     form = form_of(prompt, spec)
@@ -56,7 +57,7 @@ def negatives(prompt: str) -> list[Negative]:
 
 # ---------------------------------------------------------------------------------------------- meaning
 def can_both_hold(spec: SceneSpec, other: SceneSpec) -> bool:
-    """Whether one image can be exactly what both say: some pairing of their objects contradicts itself nowhere."""
+    """Whether one image can exactly match both specifications: some pairing of their objects has no contradiction."""
     own, others = (_individuals(s) for s in (spec, other))
     return len(own) == len(others) and any(
         all(_compatible(own[i], others[j]) for i, j in enumerate(pairing)) and _relations_agree(spec, other, pairing)
@@ -73,7 +74,7 @@ def _compatible(a: ObjectSpec, b: ObjectSpec) -> bool:
 
 
 def _related(spec: SceneSpec) -> dict[tuple[int, int], str]:
-    """The relation of each pair of individuals, from both sides."""
+    """The relation of each pair of objects, in both directions."""
     if not spec.relation:
         return {}
     first, second = (obj.count for obj in spec.objects[:2])
@@ -89,7 +90,7 @@ def _relations_agree(spec: SceneSpec, other: SceneSpec, pairing: tuple[int, ...]
 
 
 def _meaning(spec: SceneSpec) -> tuple:
-    """The same for sentences that say the same."""
+    """A key that is equal for specifications with the same meaning."""
     relation, related, rest = spec.relation, spec.objects[:2] if spec.relation else (), spec.objects
     if relation:
         rest = rest[2:]
@@ -103,9 +104,9 @@ def _meaning(spec: SceneSpec) -> tuple:
 
 # ---------------------------------------------------------------------------------------------- changes
 def _changes(prompt: str, spec: SceneSpec) -> Iterator[_Change]:
-    """Every change of one thing, those first that models get wrong most."""
+    """Every change of one thing, the most common model errors first."""
     yield from _swaps(spec)
-    if spec.relation:  # where the objects change places the opposite relation holds, so that needs no negative
+    if spec.relation:  # an exchange of the two objects means the opposite relation, so it needs no negative of its own
         others = shuffled([r for r in RELATIONS if r not in (spec.relation, _OPPOSITE[spec.relation])], prompt)
         for relation in (_OPPOSITE[spec.relation], *others):
             said, instead = _SPOKEN[spec.relation], _SPOKEN[relation]
@@ -156,7 +157,7 @@ def _count_swaps(spec: SceneSpec) -> Iterator[_Change]:
 
 
 def _replacements(prompt: str, spec: SceneSpec) -> Iterator[_Change]:
-    """Every attribute once, then every one again: another object's value first, then any other."""
+    """Replace every attribute once, then again, and so on: first by another object's value, then by any other value."""
     queues = []
     for i, obj in enumerate(spec.objects):
         for key, values in _VALUES.items():
@@ -179,19 +180,19 @@ def _forms(structure: str) -> tuple[str, ...]:
 
 
 def form_of(prompt: str, spec: SceneSpec) -> str:
-    """The form that the prompt is said in; the plainest one if its numerals and articles are mixed."""
+    """The sentence form of the prompt; the simplest form if the prompt mixes numerals and articles."""
     words = prompt.lower().replace(".", " ").split()
     return next((f for f in _forms(spec.structure) if sentence(spec, f).split() == words), _forms(spec.structure)[0])
 
 
 def worded(spec: SceneSpec, form: str) -> str:
-    """The sentence, its verb in agreement."""
+    """The sentence in this form, with the verb in agreement."""
     text = sentence(spec, form)
     return text if spec.objects[0].count == 1 else re.sub(rf"^there is (?={'|'.join(_PLURAL)})", "there are ", text)
 
 
 def _adapted(form: str, spec: SceneSpec, other: SceneSpec) -> str:
-    """The form, or the one most like it of another structure."""
+    """The form if it fits the structure of `other`, otherwise the most similar form that does."""
     if spec.structure == other.structure:
         return form
     return next(f for f in FORMS[other.structure] if f.startswith("there is") == form.startswith("there is"))

@@ -1,4 +1,4 @@
-"""Templates of the embedded world's prompts: the same structure and form, said of other shapes, colours and counts."""
+"""Templates of prompts of the shapes grammar: same structure and form, with other shapes, colours and counts."""
 
 import random
 from collections import Counter, defaultdict
@@ -16,10 +16,10 @@ _KEYS = ("shape", "color", "texture")
 
 
 class ShapesTemplates:
-    """Templates of a list of the grammar's prompts; fillers are the list's, drawn by the weights of its prompts.
+    """Templates of a list of prompts of the grammar. Fillers come from the list, drawn by the weights of its prompts.
 
     Args:
-        split: train, test or ood: what comes out belongs to it, whatever the list's prompts do.
+        split: train, test or ood. All generated prompts belong to this split; the prompts of the list need not.
     """
 
     def __init__(self, prompts: Sequence[str], weights: Sequence[float], split: str):
@@ -40,7 +40,7 @@ class ShapesTemplates:
         self._counts = {length: Weighted(some) for length, some in counts.items()}
 
     def varies(self, index: int) -> bool:
-        """Whether there is another shape, colour, texture, relation or count."""
+        """Whether the list has another shape, colour, texture, relation or count for this template."""
         spec = self.specs[index]
         said = [key for key in _KEYS if any(getattr(obj, key) for obj in spec.objects)]
         choices = [self._values[key] for key in said]
@@ -49,7 +49,7 @@ class ShapesTemplates:
         return any(len(choice) > 1 for choice in choices)
 
     def draw(self, index: int, rng: random.Random) -> str | None:
-        """The form with other words; None where objects would be too many or alike, or it is of another split."""
+        """Fill the template; None if there are too many objects, two equal objects, or the split is another one."""
         source, form = self.specs[index], self.forms[index]
         counts = self._counts[len(source.objects)].draw(rng) if source.numeric else [1] * len(source.objects)
         objects = tuple(
@@ -65,7 +65,7 @@ class ShapesTemplates:
 
 
 class GrammarTemplates:
-    """All that the grammar says in a split; the indices are those of `CATEGORIES`."""
+    """All sentences of the grammar in a split. The indices are those of `CATEGORIES`."""
 
     def __init__(self, split: str):
         self.split = split
@@ -78,7 +78,7 @@ class GrammarTemplates:
 
 
 def _differ(source: SceneSpec, spec: SceneSpec) -> bool:
-    """Whether objects differ from each other in what those of the source do."""
+    """Whether objects that differ in an attribute in the source also differ in it here."""
     pairs = zip(combinations(source.objects, 2), combinations(spec.objects, 2), strict=True)
     return all(
         getattr(a, key) == getattr(b, key) or getattr(x, key) != getattr(y, key)

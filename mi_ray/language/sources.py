@@ -1,4 +1,4 @@
-"""Who reads a prompt, to change or to recombine it: the grammar of the embedded world, or rules for free English."""
+"""The parser of prompts for negatives and templates: the shapes grammar, or rules for general English."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -17,9 +17,10 @@ def negatives_by(source: str) -> MakeNegatives:
     """The function that makes the negatives of a prompt.
 
     Args:
-        source: "shapes": the embedded world's grammar. "text": free English, by a lexicon and regular expressions.
-            "spacy": free English, its noun phrases found by spaCy (extra `nlp`, and a model of spaCy's). "auto": the
-            grammar where it reads the prompt, else "text". "spacy" with a model of another name: "spacy:NAME".
+        source: "shapes": the shapes grammar. "text": general English, with a lexicon and regular expressions.
+            "spacy": general English, with noun phrases from spaCy (needs the extra `nlp` and a spaCy model).
+            "spacy:NAME": the same with another spaCy model. "auto": the grammar if it can parse the prompt, otherwise
+            "text".
 
     Raises:
         ValueError: the source is unknown, or spaCy or its model is not installed.
@@ -34,22 +35,22 @@ def negatives_by(source: str) -> MakeNegatives:
             return text.negatives
         case "spacy":
             return partial(text.negatives, find_phrases=text.spacy_phrases(model or "en_core_web_sm"))
-    raise ValueError(f"{source!r} makes no negatives: one of auto, shapes, text, spacy, spacy:MODEL")
+    raise ValueError(f"{source!r} is not a source of negatives; use one of auto, shapes, text, spacy, spacy:MODEL")
 
 
 def templates_by(source: str, split: str) -> MakeTemplates:
-    """The function that makes the templates of a list of prompts, given the weights of their fillers.
+    """The function that makes the templates of a list of prompts, from the prompts and their weights.
 
     Args:
-        source: who reads the prompts, as for `negatives_by`.
-        split: of the grammar, which its prompts shall be of.
+        source: the parser of the prompts, as in `negatives_by`.
+        split: the split of the grammar that new prompts of the grammar belong to.
 
     Raises:
         ValueError: the source is unknown, or spaCy or its model is not installed.
     """
     name, _, model = source.partition(":")
     if name not in ("auto", "shapes", "text", "spacy"):
-        raise ValueError(f"{source!r} reads no prompts: one of auto, shapes, text, spacy, spacy:MODEL")
+        raise ValueError(f"{source!r} is not a parser of prompts; use one of auto, shapes, text, spacy, spacy:MODEL")
     find_phrases = text.spacy_phrases(model or "en_core_web_sm") if name == "spacy" else text.plain_phrases
 
     def make(prompts: Sequence[str], weights: Sequence[float]) -> Templates:
@@ -63,7 +64,7 @@ def templates_by(source: str, split: str) -> MakeTemplates:
 
 
 class _Shared:
-    """A list of which each part has templates of its own; prompts of no part have none."""
+    """Templates of a list that is divided into parts, each with its own templates. Other prompts have no template."""
 
     def __init__(self, parts: list[tuple[list[int], Templates]]):
         self._where = {index: (part, place) for some, part in parts for place, index in enumerate(some)}

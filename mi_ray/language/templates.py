@@ -1,8 +1,11 @@
 """A prompt as a template: its noun phrases, with their attributes and counts, and its relations are slots.
 
-What is not understood stays as it is. A noun phrase that stands alone, in an enumeration or beside a relation may be
-any that stands so; one beside other words (The blanket draped over the couch) only one that was seen beside the same
-words; one beside a mere preposition (a bathroom with a sink), or in a prompt with a pronoun, keeps its noun.
+All other text stays unchanged. Which noun phrase can fill a slot depends on the words beside it:
+
+- A phrase that stands alone, in a list or beside a relation can be replaced by any phrase that stands like this.
+- A phrase beside other words (The blanket draped over the couch) can be replaced only by a phrase that was seen beside
+  the same words.
+- A phrase beside a plain preposition (a bathroom with a sink), or in a prompt with a pronoun, keeps its noun.
 """
 
 import re
@@ -26,29 +29,29 @@ from mi_ray.language.nouns import is_plural, singular
 from mi_ray.language.text import WORD, FindPhrases, Phrase, is_opener, plain_phrases
 
 _KINDS = {word: kind for kind, words in reversed(ATTRIBUTES.items()) for word in words}
-# What is inside another must fit: such words do not change places with others.
+# An object inside another one must fit into it, so "inside" and "outside" are not exchanged with other relations.
 _PLACES = [relation for relation in (*RELATIONS, *NEARNESS) if relation not in ("inside", "outside")]
 _ANY_RELATION = "|".join(sorted(_PLACES, key=len, reverse=True)).replace(" ", r"\s+")
 _BESIDE_RELATION = re.compile(rf"(\s+(?:(?:is|are|was|were)\s+)?)({_ANY_RELATION})(\s+)", re.IGNORECASE)
 _JOINED = re.compile(r"\s*,\s+|\s*,?\s+and\s+", re.IGNORECASE)
 _THERE = re.compile(r"there\s+(?:is|are|was|were)", re.IGNORECASE)
-_RELATION = "<relation>"  # in a context
+_RELATION = "<relation>"  # placeholder for any relation in a context
 _COPULAS = ("is", "are", "was", "were")
 
-Context = tuple[str, str]  # what stands before and after, as `_said_between` says it
+Context = tuple[str, str]  # the text before and after, normalised by `_said_between`
 FREE: Context = ("", "")
 
 
 @dataclass(frozen=True)
 class Form:
-    """A noun phrase without its opener: its words, and what sort of attribute each is. The noun comes last."""
+    """A noun phrase without its opener: its words, and the attribute kind of each word. The noun is the last word."""
 
     words: tuple[str, ...]
     kinds: tuple[str | None, ...]
 
     @property
     def noun(self) -> str:
-        """The last word in the singular, which tells objects apart."""
+        """The last word in the singular, which identifies the object."""
         word = self.words[-1].lower()
         return (singular(word) or word) if is_plural(word) else word
 
@@ -59,18 +62,18 @@ class Form:
 
 @dataclass(frozen=True)
 class Slot:
-    """A noun phrase in its place."""
+    """A noun phrase at its place in a template."""
 
-    opener: str  # the determiner or number as the prompt has it; empty: none
-    form: Form  # after a number in the singular
+    opener: str  # the determiner or number as in the prompt; empty: none
+    form: Form  # in the singular after a number
     count: int | None = None
-    context: Context | None = None  # where other phrases with this context may stand; None: the noun stays
-    group: int = 1  # noun phrases in the same enumeration
-    agrees: bool = False  # a verb agrees with it, so that one stays one and many stay many
+    context: Context | None = None  # phrases with the same context can replace this one; None: the noun stays
+    group: int = 1  # number of noun phrases in the same list
+    agrees: bool = False  # a verb agrees with it, so singular stays singular and plural stays plural
 
     @property
     def grammar(self) -> str:
-        """Phrases with the same can stand in the same places: what the determiner and number ask for."""
+        """The grammatical form that the determiner or number requires. Phrases with the same value can be exchanged."""
         if self.count is not None:
             return "number"
         opener = "a" if self.opener.lower() in ("a", "an") else self.opener.lower()
@@ -88,7 +91,7 @@ Template = tuple[str | Slot | Relation, ...]
 
 
 def template_of(prompt: str, find_phrases: FindPhrases = plain_phrases) -> Template:
-    """The prompt in pieces, with no slot where nothing is understood; all in capitals, it is read in small letters."""
+    """Split the prompt into text and slots. A prompt in capital letters is read in lower case."""
     prompt = prompt.lower() if prompt.isupper() else prompt
     found = list(_slots(prompt, find_phrases(prompt)))
     edges = [0, *(edge for start, end, _ in found for edge in (start, end)), len(prompt)]
@@ -104,7 +107,7 @@ def template_of(prompt: str, find_phrases: FindPhrases = plain_phrases) -> Templ
 
 # ---------------------------------------------------------------------------------------------- noun phrases
 def _slots(prompt: str, phrases: list[Phrase]) -> Iterator[tuple[int, int, Slot]]:
-    """(start, end, slot) of each noun phrase that is understood, its opener included."""
+    """(start, end, slot) of each noun phrase that can be parsed, including its opener."""
     for phrase in sorted(phrases, key=lambda phrase: phrase.start):
         before = re.search(r"[\w'’-]+(?=\s+$)", prompt[: phrase.start])
         opener = before.group() if before and is_opener(before.group()) else ""
@@ -122,7 +125,7 @@ def _slots(prompt: str, phrases: list[Phrase]) -> Iterator[tuple[int, int, Slot]
 
 
 def _without_verb(prompt: str, words: list[re.Match], opener: str, count: int | None) -> list[re.Match]:
-    """The words of the phrase before a verb or adverb that was taken for a part of it."""
+    """The words of the phrase before a verb or adverb that was wrongly included in it."""
     said = [word.group().lower() for word in words]
     after = re.match(r"\s+([\w'’-]+)", prompt[words[-1].end() :])
     follows = after[1].lower() if after else ""
@@ -143,7 +146,7 @@ def _without_verb(prompt: str, words: list[re.Match], opener: str, count: int | 
 
 
 def _goes_on(prompt: str, words: list[re.Match]) -> bool:
-    """Whether the phrase is not whole: its last word is an adjective, or more nouns follow."""
+    """Whether the phrase is incomplete: its last word is an adjective, or more nouns follow."""
     last, rest = words[-1].group().lower(), prompt[words[-1].end() :]
     following = re.match(r"(\s*,|\s+and\b|\s*,\s+and\b)?\s+([\w'’-]+)", rest)
     if not following:
@@ -156,7 +159,7 @@ def _goes_on(prompt: str, words: list[re.Match]) -> bool:
 
 
 def _form(words: list[str]) -> Form:
-    """The words with what they are; a shade before its colour is one with it (dark grey)."""
+    """The words with their attribute kinds. A shade and its colour are one attribute (dark grey)."""
     kinds = [_KINDS.get(word.lower()) for word in words[:-1]] + [None]
     for i in reversed(range(len(words) - 1)):
         if words[i].lower() in SHADES and kinds[i + 1] == "color":
@@ -167,7 +170,7 @@ def _form(words: list[str]) -> Form:
 
 # ---------------------------------------------------------------------------------------------- contexts
 def _placed(slots: list[Slot], between: list[str], prompt: str) -> list[Slot]:
-    """The slots with what they may be exchanged for: those joined by commas and `and` share their context."""
+    """Set the context of each slot. Slots that are joined by commas and `and` share one context."""
     if not slots:
         return []
     said = [_said_between(text) for text in between]
@@ -193,7 +196,7 @@ def _placed(slots: list[Slot], between: list[str], prompt: str) -> list[Slot]:
 
 
 def _said_between(text: str) -> str:
-    """The words of a text between noun phrases; a relation is not told from another."""
+    """The normalised text between two noun phrases. Every relation is replaced by the same placeholder."""
     match = _BESIDE_RELATION.fullmatch(text)
     if match:
         return " ".join([*match[1].lower().split(), _RELATION])
@@ -205,6 +208,6 @@ def _opens(said: str) -> bool:
 
 
 def _is_mere_preposition(said: str) -> bool:
-    """Words that say too little of what may stand beside them."""
+    """Whether the words are only prepositions and the like, which do not restrict the noun phrase beside them."""
     words = [word for word in said.split() if word not in DETERMINERS]
     return bool(words) and _RELATION not in words and all(word in BOUNDARIES for word in words)

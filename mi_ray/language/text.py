@@ -1,9 +1,10 @@
-"""Hard negatives of free English, by a small lexicon and the noun phrases of the prompt.
+"""Hard negatives of general English prompts, from a small lexicon and the noun phrases of the prompt.
 
-Noun phrases come from regular expressions, or from spaCy if it and one of its models are installed. Neither knows what
-the words mean: an alternative is a word of the same list (`lexicon`), and a prompt without any known word, number,
-relation or second noun phrase has no negatives. On the embedded world's prompts `shapes` is exact and comes first.
-Two noun phrases change places about a verb in -ing as about a relation, and one of two joined by `and` may be missing.
+Noun phrases come from regular expressions, or from spaCy if it and a spaCy model are installed. Neither knows the
+meaning of words: a word is replaced by another word of the same list (`lexicon`). A prompt without a known word,
+number, relation or second noun phrase has no negatives. Two noun phrases can be exchanged around a verb in -ing or a
+relation. One of two noun phrases joined by `and` can be omitted. For prompts of the shapes grammar, the module `shapes`
+gives exact negatives.
 """
 
 import re
@@ -32,21 +33,21 @@ _MAX_MODIFIERS = 4
 
 @dataclass(frozen=True)
 class Phrase:
-    """A noun phrase by its character offsets, determiner left out: the whole, and its head noun."""
+    """Character offsets of a noun phrase without its determiner, and of its head noun."""
 
     start: int
     end: int
-    head: int  # where the head noun begins; it ends with the phrase
+    head: int  # start of the head noun, which ends with the phrase
 
 
 FindPhrases = Callable[[str], list[Phrase]]
-_Edit = tuple[int, int, str]  # start, end, what stands there instead
+_Edit = tuple[int, int, str]  # start, end, replacement
 _Change = tuple[str, str, str, str, list[_Edit]]  # kind, attribute, said, instead, the edits
 
 
 # ---------------------------------------------------------------------------------------------- noun phrases
 def plain_phrases(prompt: str) -> list[Phrase]:
-    """Noun phrases as the words between a determiner or number and the next boundary, comma or form in -ing."""
+    """Noun phrases: the words between a determiner or number and the next boundary word, comma or word in -ing."""
     words = list(WORD.finditer(prompt))
     relations = [match.span() for match in _RELATION.finditer(prompt)]
     phrases, index = [], 0
@@ -72,7 +73,10 @@ def plain_phrases(prompt: str) -> list[Phrase]:
 
 
 def spacy_phrases(model: str) -> FindPhrases:
-    """Noun phrases as spaCy's noun chunks. `model`: an installed pipeline with a parser, or its folder.
+    """Noun phrases from spaCy's noun chunks.
+
+    Args:
+        model: name or folder of an installed spaCy pipeline with a parser.
 
     Raises:
         ValueError: spaCy or the model is not installed.
@@ -80,11 +84,11 @@ def spacy_phrases(model: str) -> FindPhrases:
     try:
         import spacy
     except ImportError as error:
-        raise ValueError('"spacy" needs spaCy: pip install "mi-ray[nlp]"') from error
+        raise ValueError('"spacy" needs spaCy, which is not installed; run: pip install "mi-ray[nlp]"') from error
     try:
         pipeline = spacy.load(model)
     except OSError as error:
-        message = f"spaCy's model {model!r} is not installed: python -m spacy download {model}"
+        message = f"the spaCy model {model!r} is not installed; run: python -m spacy download {model}"
         raise ValueError(message) from error
     return lambda prompt: chunks(pipeline(prompt))
 
@@ -102,7 +106,7 @@ def chunks(document) -> list[Phrase]:
 
 # ---------------------------------------------------------------------------------------------- negatives
 def negatives(prompt: str, find_phrases: FindPhrases = plain_phrases) -> list[Negative]:
-    """The prompt changed in one thing, as often as the lexicon allows; none repeats the prompt or another."""
+    """All negatives of the prompt that the lexicon allows. None repeats the prompt or another negative."""
     phrases = find_phrases(prompt)
     made, meanings = [], {_meaning(prompt, phrases)}
     for kind, attribute, said, instead, edits in _changes(prompt, phrases):
@@ -115,7 +119,7 @@ def negatives(prompt: str, find_phrases: FindPhrases = plain_phrases) -> list[Ne
 
 
 def _meaning(prompt: str, phrases: list[Phrase]) -> tuple:
-    """The same where two noun phrases have changed places that no relation tells apart."""
+    """A key that is equal for prompts that differ only in the order of noun phrases without a relation or verb."""
     text = " ".join(prompt.lower().split())
     gaps = _gaps(prompt, phrases)[1:-1]
     if _RELATION.search(text) or any(len(WORD.findall(gap)) > 1 or _is_deed(gap) for gap in gaps):
@@ -144,13 +148,13 @@ def _edited(prompt: str, edits: list[_Edit]) -> str:
 
 
 def with_right_articles(text: str) -> str:
-    """a before consonants, an before vowels; by the letters of the next word."""
+    """Use `a` before consonants and `an` before vowels, by the spelling of the next word."""
     return re.sub(r"\b([Aa])n?(?=\s+(\w+))", lambda m: m.group(1) + "n" * bool(_VOWEL.match(m.group(2))), text)
 
 
 def _changes(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
     words = [(m.start(), m.end(), m.group()) for m in WORD.finditer(prompt)]
-    heads = {phrase.head for phrase in phrases}  # an orange is no attribute
+    heads = {phrase.head for phrase in phrases}  # "orange" in "an orange" is a noun, not an attribute
     attributes = [
         (kind, start, end, word)
         for start, end, word in words
@@ -174,8 +178,10 @@ def _changes(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
 
 
 def _about_one(prompt: str, end: int, start: int, after: int) -> bool:
-    """Whether nothing changes where two attributes, one up to `end`, one from `start` to `after`, change places: those
-    of one noun (a red, white and blue flag), or of like nouns that are only counted up (red cars and blue cars).
+    """Whether an exchange of two attributes does not change the meaning. One ends at `end`, one is at [start, after).
+
+    This holds for attributes of one noun (a red, white and blue flag) and of equal nouns in a list (red cars and blue
+    cars).
     """
     between = [m.group().lower() for m in WORD.finditer(prompt, end, start)]
     between = [word for word in between if word not in ("and", "or", "a", "an")]
@@ -185,11 +191,11 @@ def _about_one(prompt: str, end: int, start: int, after: int) -> bool:
 
 
 def _object_swaps(prompt: str, phrases: list[Phrase], related: list[re.Match]) -> Iterator[_Change]:
-    """Heads change places under their attributes; without attributes, two about a directed relation or a deed do."""
+    """Exchange the head nouns of two phrases that both have attributes, or that a relation or an action joins."""
     for a, b in combinations(phrases, 2):
         heads = prompt[a.head : a.end], prompt[b.head : b.end]
         if heads[0].lower() == heads[1].lower() or heads[0].endswith("s") != heads[1].endswith("s"):
-            continue  # a plural would meet the singular's article
+            continue  # a plural noun would get the article of the singular one
         between = any(a.end <= match.start() and match.end() <= b.start for match in related)
         between = between or _is_deed(prompt[a.end : b.start])
         part = {"of", "with"} & set(prompt[a.end : b.start].lower().split())  # a woman with golden hair
@@ -200,13 +206,13 @@ def _object_swaps(prompt: str, phrases: list[Phrase], related: list[re.Match]) -
 
 
 def _is_deed(gap: str) -> bool:
-    """What one noun phrase does to the next: an astronaut riding a horse."""
+    """Whether the text between two noun phrases is an action, as in "an astronaut riding a horse"."""
     words = [word for word in WORD.findall(gap.lower()) if word not in DETERMINERS]
     return len(words) == 1 and words[0].endswith("ing") and words[0] not in MUTUAL
 
 
 def _omissions(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
-    """One of two that are joined by `and` is not there; nothing where a verb agrees with both."""
+    """Omit one of two noun phrases that are joined by `and`. No omission if a verb agrees with both."""
     for a, b in pairwise(phrases):
         joined = _AND.fullmatch(prompt, a.end, b.start)
         if not joined or re.match(r"\s+(?:are|were|both)\b", prompt[b.end :]):
@@ -223,7 +229,7 @@ def is_opener(word: str) -> bool:
 
 
 def _replacements(prompt: str, attributes: list[tuple[str, int, int, str]]) -> Iterator[_Change]:
-    """Every attribute once, then every one again: another one of the prompt first, then any of its list."""
+    """Replace every attribute once, then again, and so on: first by another word of the prompt, then of its list."""
     queues = []
     for kind, start, end, word in attributes:
         others = [v for v in ATTRIBUTES[kind] if not synonymous(v, word)]
@@ -238,7 +244,7 @@ def _replacements(prompt: str, attributes: list[tuple[str, int, int, str]]) -> I
 
 
 def _counts(start: int, end: int, word: str, after: str) -> Iterator[_Change]:
-    """Another number of the same plural: one more, one less. `one` and a year stay as they are."""
+    """Replace a number by one more and one less, still plural. `one` and years stay unchanged."""
     known = {number: name for name, number in NUMBERS.items()}
     number = NUMBERS.get(word.lower()) or (int(word) if re.fullmatch("[0-9]{1,2}", word) else 0)
     if not 2 <= number <= 12 or after.lower() in ("of", "am", "pm", "k", "d", "mm"):

@@ -3,8 +3,9 @@
 import base64
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import cycle
 
 import matplotlib as mpl
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mi_ray.alignment.metric import Column
-from mi_ray.report.columns import direction, label, scale, unit_of_change
+from mi_ray.report.columns import direction, heading, label, scale, unit_of_change
 
 INK = "#010203"  # stands for the page's text colour; replaced when the figure is written
 COLORS = {"base": "#8b929e", "tuned": "#3f74d8", "random": "#c98a1b"}
@@ -66,6 +67,103 @@ def _errorbar(axes: Axes, result: dict, key: str, y: float, scale: float, color:
     if result["low"] is not None:
         axes.plot([result["low"] * scale, result["high"] * scale], [y, y], color=color, lw=1.6, solid_capstyle="round")
     axes.plot(value, y, "o", color=color, ms=5)
+
+
+def _colors(models: Iterable[str]) -> dict[str, str]:
+    """One a model."""
+    return COLORS | dict(zip((m for m in models if m not in COLORS), cycle(OTHER_COLORS), strict=False))
+
+
+def _curve(axes: Axes, points: list[dict], x: str, times: float, color: str, name: str | None):
+    """A line through the values of points, with their 95 % intervals as a band, where they have any."""
+    places = [point[x] for point in points]
+    axes.plot(places, [times * point["value"] for point in points], "o-", color=color, lw=1.4, ms=3, label=name)
+    if points and all(point.get("low") is not None for point in points):
+        ends = ([times * point[end] for point in points] for end in ("low", "high"))
+        axes.fill_between(places, *ends, color=color, alpha=0.15, lw=0)
+
+
+def guidance_plot(guidance: dict, column: Column) -> str:
+    """Mean of a column against the guidance scale, one line a model, and where the headline stands."""
+    with styled_figure(6.4, 3.2) as figure:
+        axes, colors = figure.subplots(), _colors(guidance["curves"])
+        axes.axvline(guidance["headline"], color=INK, lw=0.8, alpha=0.5, ls=(0, (3, 3)))
+        for model, points in guidance["curves"].items():
+            _curve(axes, points, "guidance_scale", scale(column), colors[model], model)
+        axes.set_xlabel("guidance scale (dashed: the headline's)")
+        axes.set_title(heading(column), loc="left")
+        axes.legend(loc="best")
+        return data_uri(figure)
+
+
+GUARDS = {  # of an online run's updates: title, and whether it is shown relative to the first update's
+    "reward": ("reward of the candidates", False),
+    "latent_std": ("std of latents, of the first", True),
+    "diversity": ("diversity, of the first", True),
+    "distance_to_base": ("squared distance to base", False),
+    "effective_guidance": ("effective guidance γ", False),
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    x: str  # update, or version of the policy
+    curves: dict[str, list[dict]]  # of each arm: points with x and value, perhaps low and high
+    times: float = 1
+
+
+def online_panels(online: dict[str, dict], columns: list[Column]) -> list[Panel]:
+    """Reward and guards by update, self-score and means of columns by validated version; without the empty ones.
+
+    Args:
+        columns: metrics, and scores as columns named score_<name>.
+    """
+    panels = [
+        Panel(title, "update", {arm: _of_updates(found["updates"], key, first) for arm, found in online.items()})
+        for key, (title, first) in GUARDS.items()
+    ]
+    validated = [Panel("self-score (held out)", "version", {arm: found["self_score"] for arm, found in online.items()})]
+    for column in columns:
+        curves = {
+            arm: [
+                {"version": one["version"], **one["columns"][column.name]}
+                for one in found["validations"]
+                if column.name in one["columns"]
+            ]
+            for arm, found in online.items()
+        }
+        title = f"{heading(column).removeprefix('score ')} (held out)"
+        validated.append(Panel(title, "version", curves, scale(column)))
+    return [panel for panel in (panels[0], *validated, *panels[1:]) if any(panel.curves.values())]
+
+
+def online_plot(panels: list[Panel], kept: dict[str, int | None]) -> str:
+    """The panels, one line an arm; dotted where the version is that an arm keeps."""
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    with styled_figure(11, 0.3 + 1.9 * down) as figure:
+        places, colors = figure.subplots(down, across, squeeze=False).ravel(), _colors(kept)
+        for axes, panel in zip(places, panels, strict=False):
+            for arm, points in panel.curves.items():
+                _curve(axes, points, panel.x, panel.times, colors[arm], arm)
+                if panel.x == "version" and points and kept[arm] is not None:
+                    axes.axvline(kept[arm], color=colors[arm], lw=0.8, ls=(0, (2, 3)))
+            axes.set_title(panel.title, loc="left")
+        for axes in places[len(panels) :]:
+            axes.set_visible(False)
+        for axes in places[max(0, len(panels) - across) : len(panels)]:
+            axes.set_xlabel("update")
+        if len(kept) > 1:
+            places[0].legend(loc="best")
+        return data_uri(figure)
+
+
+def _of_updates(updates: list[dict], key: str, relative: bool) -> list[dict]:
+    """The points of a curve; relative: as shares of the first."""
+    points = [{"update": line["update"], "value": line[key]} for line in updates if line.get(key) is not None]
+    first = points[0]["value"] if relative and points else 1
+    return [point | {"value": point["value"] / first} for point in points] if first else []
 
 
 def difference_plot(groups: dict[str, dict], column: Column) -> str:
@@ -132,9 +230,9 @@ def training_plot(training: dict[str, dict]) -> str:
     """Loss, raw and smoothed, and gradient norm over the optimiser steps, one colour a model."""
     with styled_figure(11, 2.8) as figure:
         panels = figure.subplots(1, 2)
-        others = dict(zip((m for m in training if m not in COLORS), cycle(OTHER_COLORS), strict=False))
+        colors = _colors(training)
         for model, result in training.items():
-            color = (COLORS | others)[model]
+            color = colors[model]
             for axes, key in zip(panels, ("loss", "grad_norm"), strict=True):
                 values = pd.Series(result[key], dtype=float)
                 window = max(1, len(values) // 20)

@@ -27,6 +27,7 @@ from mi_ray.report.columns import (
     unit_of_change,
     value,
 )
+from mi_ray.report.guidance import SCALE
 from mi_ray.report.pools import declared_in, round_numbers
 from mi_ray.report.summary import declared, pairs_of, summarise
 from mi_ray.storage import join, list_tables, read_table, write_bytes, write_json
@@ -79,6 +80,15 @@ def _shown_columns(report: dict) -> list[Column]:
     return [c for c in (*columns, PMI) if any(c.name in result for result in report["alignment"].values())]
 
 
+def compared_at(report: dict) -> str:
+    """At which guidance scale models are compared, as a sentence; empty where there is one alone."""
+    guidance = report.get("guidance")
+    if not guidance:
+        return ""
+    why = ", where the base model is best" if guidance["base_best"] else ", evaluation.sampler's"
+    return f"Compared at guidance {guidance['headline']:g}{why}."
+
+
 def headline(report: dict) -> tuple[str, str]:
     """What came out, in one line, and what may be concluded from it: by the first metric, else by the model's PMI."""
     alignment, comparison = report["alignment"], report["comparison"].get("tuned-base", {})
@@ -94,12 +104,16 @@ def headline(report: dict) -> tuple[str, str]:
         random = report["comparison"].get("tuned-random", {}).get(column.name)
         if random:
             clear = {"better": "clear of zero", "worse": "clear of zero, the wrong way", "unclear": "not clear of zero"}
-            verdict += f" Against fine-tuning on randomly chosen candidates: {change(random, column)}"
+            control = "by random rewards" if report.get("online") else "on randomly chosen candidates"
+            verdict += f" Against fine-tuning {control}: {change(random, column)}"
             verdict += f"{unit_of_change(column)} ({clear[direction(random, column)]})."
         if report["quality"].get("tuned", {}).get("collapsed"):
             verdict += " But the tuned model's images have collapsed: see Image quality."
         changed = f"{change(difference, column)}{unit_of_change(column)}"
-        return f"{label(column)}: {before}{unit} → {after}{unit} ({changed})", verdict
+        return (
+            f"{label(column)}: {before}{unit} → {after}{unit} ({changed})",
+            f"{compared_at(report)} {verdict}".strip(),
+        )
     if alignment:
         return f"Evaluated so far: {', '.join(alignment)}", "Base and tuned model cannot be compared yet."
     return "Not evaluated yet", "The evaluation has not run; below is what the run has so far."
@@ -137,7 +151,7 @@ def alignment_table(report: dict) -> str:
             results = [alignment[model][grouping].get(name, {}) for model in models]
             difference = pair[grouping].get(name, {}) if pair else {}
             rows.append(row(f"  {heading(first)}, {name}", results, difference, first))
-    notes = []
+    notes = [compared_at(report)] if report.get("guidance") else []
     if sizes := size(alignment[models[0]], columns):
         counts = f"{sizes['n_prompts']} prompts, {sizes['n_images']} images a model"
         notes.append(f"{counts}; ± is a 95 % interval over prompts, differences are paired")
@@ -176,8 +190,12 @@ def _parts(folder: str, columns: list[str], first: int | None = None):
         yield read_table(join(folder, name), columns).to_pylist()
 
 
-def side_by_side(run_dir: str) -> list[dict]:
-    """Images of base and tuned model on the same seeds, for prompts drawn at random with a fixed seed."""
+def side_by_side(run_dir: str, scale: float | None = None) -> list[dict]:
+    """Images of base and tuned model on the same seeds, for prompts drawn at random with a fixed seed.
+
+    Args:
+        scale: of guidance, where the images have several.
+    """
     folders = {model: join(run_dir, "evaluation", model) for model in ("base", "tuned")}
     rows = {model: {} for model in folders}
     for model, folder in folders.items():
@@ -187,11 +205,13 @@ def side_by_side(run_dir: str) -> list[dict]:
     order = np.random.default_rng(SAMPLE_SEED).permutation(len(both))
     chosen = {both[i] for i in order[:SIDE_BY_SIDE_PROMPTS]}
     marking = _marking(folders["base"])
-    measured = [marking.name] if marking else []
-    columns = ["prompt_id", "prompt", "category", "split", "seed", *measured, "image", "error"]
+    measured, only = [marking.name] if marking else [], [] if scale is None else [SCALE]
+    columns = ["prompt_id", "prompt", "category", "split", "seed", *only, *measured, "image", "error"]
     for model, folder in folders.items():
         for part in _parts(folder, columns):
             for row in part:
+                if only and (row[SCALE] is None or round(row[SCALE], 4) != scale):
+                    continue
                 if row["prompt_id"] in chosen and row["image"] and row["error"] is None:
                     rows[model][row["prompt_id"]].append(row)
     cards = []
@@ -266,10 +286,28 @@ def _plots(report: dict) -> dict:
         plots["auc"] = figures.auc_plot({labels[name]: aucs for name, aucs in report["selection"]["auc"].items()})
     if report["selection"]["distributions"]:
         plots["scores"] = figures.score_plot(report["selection"]["distributions"])
+    if report["guidance"]:
+        plots["guidance"] = figures.guidance_plot(report["guidance"], _named(report, report["guidance"]["column"]))
+    if panels := figures.online_panels(report["online"], _validated(report)):
+        plots["online"] = figures.online_plot(panels, {arm: found["kept"] for arm, found in report["online"].items()})
     curves = {model: result for model, result in report["training"].items() if result["loss"]}
     if curves:
         plots["training"] = figures.training_plot(curves)
     return plots
+
+
+def _named(report: dict, name: str) -> Column:
+    """A metric's column, or the model's own."""
+    columns = [column for of_metric in declared(report["metrics"]).values() for column in of_metric]
+    return next((column for column in columns if column.name == name), PMI)
+
+
+def _validated(report: dict) -> list[Column]:
+    """What the validations of an online run tell: scores, then the columns of metrics."""
+    validations = [validation["columns"] for arm in report["online"].values() for validation in arm["validations"]]
+    names = dict.fromkeys(name for columns in validations for name in columns)
+    scores = [Column(name, "a score", "nats") for name in names if name.startswith("score_")]
+    return scores + [_named(report, name) for name in names if not name.startswith("score_")]
 
 
 def _broken_down(report: dict, columns: list[Column]) -> list[tuple[Column, list[str]]]:
@@ -312,7 +350,9 @@ def render(report: dict, config: RunConfig) -> str:
         pooled=[column for column in primary if f"kept_{column.name}" in report["selection"]],
         pairs=[pair for pair in pairs if pair in report["comparison"]],
         plots=_plots(report),
-        side_by_side=side_by_side(run_dir),
+        guided=_named(report, report["guidance"]["column"]) if report["guidance"] else None,
+        compared_at=compared_at(report),
+        side_by_side=side_by_side(run_dir, report["guidance"].get("headline")),
         previews=previews(run_dir, config),
         shown_score=shown_score(config),
         shown_errors=SHOWN_ERRORS,

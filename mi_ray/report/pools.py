@@ -14,6 +14,7 @@ from mi_ray.storage.tables import metric_columns
 
 DRAWN = 20_000  # candidates at least, if there are so many, whose scores' distribution is shown
 MAX_TOLD = 1000  # different errors; what comes after is told by stage alone
+VALIDATION = "validation-"  # how the names of an online run's parts begin that no update trains
 UNTOLD = "further error rows: see the column `error` of the tables"
 
 
@@ -96,11 +97,16 @@ def read_pools(run_dir: str, score_names: tuple[str, ...]) -> Pools:
     """What is told of a run's candidates.
 
     A prompt's candidates of one round lie in one part, and in the part of the same name in every round: so a part is
-    read in all rounds at once, since a prompt's rounds are averaged before anything else.
+    read in all rounds at once, since a prompt's rounds are averaged before anything else. Of an online run these are
+    the candidates of all updates, without the validations; a prompt counts once for each update that draws it.
     """
     scores = [f"score_{name}" for name in score_names]
     folders = {number: join(run_dir, f"round-{number}", "candidates") for number in round_numbers(run_dir)}
-    names = {number: set(list_tables(folder)) for number, folder in folders.items()}
+    folders = folders or {0: join(run_dir, "online", "candidates")}
+    names = {
+        number: {name for name in list_tables(folder) if not name.startswith(VALIDATION)}
+        for number, folder in folders.items()
+    }
     metrics = next((declared_in(folder) for number, folder in folders.items() if names[number]), {})
     truths = [declared[0] for declared in metrics.values()]
     measured = [truth.name for truth in truths]

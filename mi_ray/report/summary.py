@@ -12,6 +12,8 @@ import pandas as pd
 from mi_ray.alignment.metric import Column
 from mi_ray.config import RunConfig
 from mi_ray.report.columns import PMI
+from mi_ray.report.guidance import SCALE, at_scale, guidance_section
+from mi_ray.report.online import online_folders, read_online
 from mi_ray.report.pools import count_error, declared_in, numeric, present, read_pools, round_numbers
 from mi_ray.report.statistics import (
     diversity,
@@ -21,6 +23,7 @@ from mi_ray.report.statistics import (
     prompt_mean,
 )
 from mi_ray.storage import (
+    ParquetRows,
     exists,
     iter_lines,
     join,
@@ -33,7 +36,7 @@ from mi_ray.storage import (
 )
 
 REFERENCE = "reference"  # real renders, evaluated like a model
-STAGES = ("generate", "evaluate")  # that write shards
+STAGES = {"generate": "generate", "online": "generate", "evaluate": "evaluate"}  # that write shards; how they count
 AMOUNTS = ("rows", "denoiser_evaluations", "score_evaluations")  # of a shard
 QUALITY_IMAGES = 20_000  # of a model, enough for quality: what is measured by them needs no more
 CLOCK_SLACK_S = 1.0  # between a stage's own stopwatch and the times in events.jsonl
@@ -44,29 +47,31 @@ def _events(run_dir: str) -> tuple[list[dict], dict[str, Counter]]:
     """All events but those of shards, which are many: of these, by stage, the sums of their numbers.
 
     Returns:
-        The events, and of each stage: rows, denoiser_evaluations, score_evaluations; and the same as timed_<name>, of
-        the shards that were written in sessions that finished the stage. A killed session leaves shards but no time; to
-        count them would overstate the throughput. The reference, which no model draws, counts for nothing.
+        The events, and of generate (an online run's candidates too) and evaluate: rows, denoiser_evaluations,
+        score_evaluations; and the same as timed_<name>, of the shards that were written in sessions that finished the
+        stage. A killed session leaves shards but no time; to count them would overstate the throughput. The reference,
+        which no model draws, counts for nothing.
     """
     uri = join(run_dir, "events.jsonl")
     events = [event for event in iter_lines(uri) if event["event"] != "shard_written"]
     windows = {
         stage: [(e["time"] - e["seconds"] - CLOCK_SLACK_S, e["time"]) for e in _finished(events, stage)]
-        for stage in STAGES
+        for stage in STAGES.values()
     }
-    work = {stage: Counter() for stage in STAGES}
+    work = {stage: Counter() for stage in windows}
     for event in iter_lines(uri):
-        if event["event"] == "shard_written" and event["stage"] in work and event["model"] != REFERENCE:
-            amounts = {name: event[name] for name in AMOUNTS}
-            work[event["stage"]].update(amounts)
-            if any(start <= event["time"] <= end for start, end in windows[event["stage"]]):
-                work[event["stage"]].update({f"timed_{name}": amount for name, amount in amounts.items()})
+        if event["event"] == "shard_written" and event["stage"] in STAGES and event["model"] != REFERENCE:
+            amounts, stage = {name: event[name] for name in AMOUNTS}, STAGES[event["stage"]]
+            work[stage].update(amounts)
+            if any(start <= event["time"] <= end for start, end in windows[stage]):
+                work[stage].update({f"timed_{name}": amount for name, amount in amounts.items()})
     return events, work
 
 
 def _finished(events: list[dict], stage: str) -> list[dict]:
     """The sessions that finished a stage, which stands for all its arms too (evaluate: evaluate_base, ...)."""
-    finished = [e for e in events if e["event"] == "stage_finished" and e["stage"].partition("_")[0] == stage]
+    ended = [e for e in events if e["event"] == "stage_finished"]
+    finished = [e for e in ended if STAGES.get(e["stage"].partition("_")[0]) == stage]
     return [e for e in finished if not e["stage"].endswith(REFERENCE)]
 
 
@@ -90,20 +95,28 @@ def declared(metrics: dict[str, list[dict]]) -> dict[str, list[Column]]:
 def read_evaluation(run_dir: str, model: str) -> pd.DataFrame | None:
     """The evaluated images of a model (or of `REFERENCE`) without images and features; None if there are none."""
     folder = join(run_dir, "evaluation", model)
-    if not list_tables(folder):
+    if not (parts := list_tables(folder)):
         return None
     measured = ["score_pmi", *(c.name for columns in declared_in(folder).values() for c in columns)]
-    columns = ["prompt_id", "prompt", "category", "split", "seed", *measured, "error"]
-    return numeric(read_tables(folder, columns).to_pandas(), measured).rename(columns={"score_pmi": PMI.name})
+    # Runs that began before there were several guidance scales do not say the one that they have.
+    scale = [SCALE] if SCALE in ParquetRows(join(folder, parts[0])).schema.names else []
+    columns = ["prompt_id", "prompt", "category", "split", "seed", *scale, *measured, "error"]
+    frame = numeric(read_tables(folder, columns).to_pandas(), [*scale, *measured])
+    return frame.assign(**{SCALE: frame[SCALE].round(4) if scale else np.nan}).rename(columns={"score_pmi": PMI.name})
 
 
-def read_features(run_dir: str, model: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Features (n, d) and prompt ids (n,) of a model's images, of the first parts that hold `QUALITY_IMAGES`."""
-    folder = join(run_dir, "evaluation", model)
+def read_features(run_dir: str, model: str, scale: float | None = None) -> tuple[np.ndarray, np.ndarray] | None:
+    """Features (n, d) and prompt ids (n,) of a model's images, of the first parts that hold `QUALITY_IMAGES`.
+
+    Args:
+        scale: of guidance, of the images; None: all images.
+    """
+    folder, only = join(run_dir, "evaluation", model), [] if scale is None else [SCALE]
     features, ids = [], []
     for name in list_tables(folder):
-        frame = read_table(join(folder, name), ["prompt_id", "features", "error"]).to_pandas()
+        frame = read_table(join(folder, name), ["prompt_id", "features", "error", *only]).to_pandas()
         frame = frame[frame["error"].isna() & frame["features"].notna()]
+        frame = frame[frame[SCALE].round(4) == np.float32(scale).round(4)] if only else frame
         features += list(frame["features"])
         ids += list(frame["prompt_id"])
         if len(ids) >= QUALITY_IMAGES:
@@ -137,7 +150,7 @@ def _timing(events: list[dict]) -> dict:
 
 def _throughput(events: list[dict], work: dict[str, Counter]) -> dict:
     """Per second of wall time: candidates of generate, images of evaluate, and the denoiser evaluations of both."""
-    seconds = {stage: sum(e["seconds"] for e in _finished(events, stage)) for stage in STAGES}
+    seconds = {stage: sum(e["seconds"] for e in _finished(events, stage)) for stage in work}
     evaluations = sum(of["timed_denoiser_evaluations"] + of["timed_score_evaluations"] for of in work.values())
 
     def rate(amount: float, seconds: float) -> float | None:
@@ -216,19 +229,22 @@ def _difference(baseline: pd.DataFrame, rows: pd.DataFrame, column: str) -> dict
     return paired_difference(rows, baseline, column) if column in baseline else None
 
 
-def _quality(run_dir: str, models: list[str]) -> dict:
-    """Distance to the reference images (a metric's real ones, else the base model's) and diversity within a prompt."""
-    found = present({model: read_features(run_dir, model) for model in models})
+def _quality(run_dir: str, models: list[str], scale: float | None) -> dict:
+    """Distance to the reference images (a metric's real ones, else the base model's) and diversity within a prompt;
+    relative_diversity: as a share of the base model's, both in standard deviations of the base model's features."""
+    found = present({model: read_features(run_dir, model, scale) for model in models})
     if "base" not in found:
         return {}
     real = read_features(run_dir, REFERENCE)
     reference, _ = real or found["base"]
-    quality = {}
+    quality, base = {}, found["base"][0]
+    whole = diversity(base, found["base"][1], base)
     for model, (features, ids) in found.items():
         itself = model == "base" and not real
         quality[model] = {
             "kernel_distance": 0.0 if itself else kernel_distance(features, reference),
             "diversity": diversity(features, ids, reference),
+            "relative_diversity": diversity(features, ids, base) / whole if whole else None,
             "reference": "real" if real else "base",
             "n_images": len(features),
         }
@@ -237,13 +253,17 @@ def _quality(run_dir: str, models: list[str]) -> dict:
     return quality
 
 
-def _training_of(folders: list[str]) -> dict | None:
-    """The training of one model, its rounds one after the other; `round_starts` are indices into the curves."""
+def _training_of(folders: list[tuple[str, str]]) -> dict | None:
+    """The training of one model, its rounds one after the other; `round_starts` are indices into the curves.
+
+    Args:
+        folders: of each round's log, and of its adapter.
+    """
     curves, summaries, starts = [], [], []
-    for folder in folders:
+    for folder, adapter in folders:
         # Steps since the last checkpoint are repeated after a restart: the later line counts.
         lines = {line["step"]: line for line in read_lines(join(folder, "training.jsonl"))}
-        uri = join(folder, "summary.json")
+        uri = join(adapter, "summary.json")
         summary = read_json(uri) if exists(uri) else {}
         if lines or summary:
             starts.append(len(curves))
@@ -262,12 +282,13 @@ def _training_of(folders: list[str]) -> dict | None:
 
 def _training(run_dir: str, models: list[str]) -> dict:
     homes = {model: join(run_dir, "controls", model) for model in models if model != "base"} | {"tuned": run_dir}
-    return present(
-        {
-            model: _training_of([join(home, f"round-{number}", "adapter") for number in round_numbers(home)])
-            for model, home in homes.items()
-        }
-    )
+    online = online_folders(run_dir, models)
+    folders = {
+        model: [(join(home, f"round-{number}", "adapter"),) * 2 for number in round_numbers(home)]
+        or [(online[model], join(online[model], "adapter"))]
+        for model, home in homes.items()
+    }
+    return present({model: _training_of(of_model) for model, of_model in folders.items()})
 
 
 def _errors(events: list[dict], generated: Counter, evaluation: dict[str, pd.DataFrame]) -> list[dict]:
@@ -312,7 +333,8 @@ def summarise(run_dir: str, config: RunConfig) -> dict:
     """The content of report.json, from the run's folder alone; what has not run yet is left out.
 
     Intervals are 95 % t-intervals over prompts; metrics are in the units that `metrics` declares, those of the
-    evaluation first; scores are in nats, times in seconds.
+    evaluation first; scores are in nats, times in seconds. Where images have several guidance scales, alignment,
+    comparison and quality are those of the headline's (see `guidance.guidance_section`).
     """
     events, work = _events(run_dir)
     pools, models = read_pools(run_dir, config.score.names), models_of(config)
@@ -321,6 +343,11 @@ def summarise(run_dir: str, config: RunConfig) -> dict:
     metrics = {**(evaluated[0] if evaluated else {})}
     metrics |= {name: columns for name, columns in pools.metrics.items() if name not in metrics}
     sound = {model: frame[frame["error"].isna()] for model, frame in evaluation.items()}
+    online = read_online(run_dir, models)
+    gammas = present({model: arm["effective_guidance"] for model, arm in online.items()})
+    guidance = guidance_section(sound, metrics, config, gammas)
+    if guidance:
+        sound = {model: at_scale(frame, guidance["headline"]) for model, frame in sound.items()}
     report = {
         "run": _run(run_dir, config, events),
         "timing": _timing(events),
@@ -330,9 +357,11 @@ def summarise(run_dir: str, config: RunConfig) -> dict:
         "metrics": {name: [asdict(column) for column in columns] for name, columns in metrics.items()},
         "alignment": _alignment(sound, metrics),
         "comparison": _comparison(sound, metrics, pairs_of(config)),
-        "quality": _quality(run_dir, models),
+        "guidance": guidance,
+        "quality": _quality(run_dir, models, guidance.get("headline")),
         "selection": {**pools.selection, "distributions": pools.distributions},
         "training": _training(run_dir, models),
+        "online": online,
         "errors": _errors(events, pools.errors, evaluation),
         "benchmarks": _benchmarks(run_dir),
     }

@@ -14,7 +14,9 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     """
     arms = 1 + len(config.evaluation.controls)
     images = held_out * config.evaluation.images_per_prompt * (1 + arms)
-    per_image = 2 * config.evaluation.sampler.num_inference_steps + 2 * config.score.num_samples * config.evaluation.pmi
+    judged = 2 * config.score.num_samples * config.evaluation.pmi
+    # Of the image that a prompt and a seed have at each guidance scale.
+    per_image = sum(s.branches * s.num_inference_steps + judged for s in config.evaluation.samplers.values())
     if config.online.updates:
         return _online(config, arms) | {"evaluate": images * per_image}
     pools = 1 + (config.rounds - 1) * arms  # all arms share the candidates of the first round
@@ -26,7 +28,7 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     finetune = config.finetune
     samples = finetune.steps * finetune.batch_size * finetune.gradient_accumulation
     return {
-        "generate": prompts * pools * 2 * config.prune.candidate_steps(steps, each),
+        "generate": prompts * pools * config.sampler.branches * config.prune.candidate_steps(steps, each),
         "score": prompts * pools * (at_cuts + at_the_end),
         "finetune": samples * TRAINING_COST * (config.rounds * arms + len(baselines(config))),
         "evaluate": images * per_image,
@@ -36,12 +38,13 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
 def _online(config: RunConfig, arms: int) -> dict[str, int]:
     """Number of denoiser evaluations of all arms of an online run, without the evaluation."""
     online = config.online
-    trained = online.updates * online.prompts_per_update * config.generate.candidates_per_prompt
+    each, prompts = config.generate.candidates_per_prompt, online.updates * online.prompts_per_update
+    trained = prompts * min(each, online.trained_candidates or each)
     checkpoints = -(-online.updates // online.validate_every) + 1
-    drawn = trained + checkpoints * online.validation_prompts * online.validation_candidates
+    drawn = prompts * each + checkpoints * online.validation_prompts * online.validation_candidates
     score = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
     return {
-        "generate": drawn * 2 * config.sampler.num_inference_steps * arms,
+        "generate": drawn * config.sampler.branches * config.sampler.num_inference_steps * arms,
         "score": drawn * score * arms,
         "finetune": trained * online.inner_steps * online.noise_levels * ONLINE_TRAINING_COST * arms,
     }

@@ -92,10 +92,13 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
         )
     commit = content.get("model_commit")
     if commit and commit != model_commit:
-        model = "model.path" if "model.path" in now else "model"
-        message = f"this run started with {commit} of the model, but now it is {model_commit}"
-        advice = "use the weights or the revision that the run started with, or another --run-dir"
-        raise ConfigError([f"{model}: {message}; {advice}"])
+        field = "model.path" if "model.path" in now else "model"
+        if now[field].startswith("/"):
+            fault = f"{now[field]!r} holds other weights than those that this run started with; put those back"
+        else:
+            began = f"this run started with commit {commit} of the model, and now it is {model_commit}"
+            fault = f"{began}; leave its revision out"
+        raise ConfigError([f"{field}: {fault}, or give another --run-dir"])
 
 
 # ------------------------------------------------------------------------------------------ commits

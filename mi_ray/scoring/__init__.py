@@ -1,4 +1,4 @@
-"""What one actor does with its prompts or pairs, on one device: sample, score, prune, decode.
+"""The work of one actor on its prompts or pairs, on one device: sample, score, prune, decode.
 
-This room must not know files of ours, other actors or Ray.
+This room must not know the project's file formats, other actors or Ray.
 """

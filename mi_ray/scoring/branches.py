@@ -1,7 +1,7 @@
-"""Denoising errors under branches whose number differs from prompt to prompt: other prompts, hard negatives, prompts
-without a word. Where only the likeliest count, the others are dropped after a few probes.
+"""Denoising errors under branches: other prompts, hard negatives, or the prompt without a word.
 
-The branches of P prompts are a conditioning of all their texts and, for each prompt, which of its rows are its own.
+The number of branches can differ between prompts. If only the most likely branches matter, the others are dropped after
+a few probes. The branches of P prompts are a conditioning of all texts and, for each prompt, the indices of its rows.
 """
 
 from typing import NamedTuple
@@ -18,9 +18,11 @@ from mi_ray.language.sources import MakeNegatives
 
 
 def hard_negatives(denoiser: Denoiser, make: MakeNegatives, prompt: str, limit: int) -> list[Negative]:
-    """At most `limit` negatives of a prompt that the text encoder tells from it: of a prompt that is cut, what changes
-    beyond the cut is none."""
-    made, last = make(prompt), denoiser.max_tokens - 1  # where the token of the end comes to stand
+    """At most `limit` negatives of a prompt that the text encoder can distinguish from it.
+
+    If the prompt is truncated to `max_tokens`, negatives that change only the truncated part are dropped.
+    """
+    made, last = make(prompt), denoiser.max_tokens - 1  # position of the end token
     tokens = denoiser.token_ids(prompt)
     if len(tokens) > denoiser.max_tokens:
         made = [negative for negative in made if denoiser.token_ids(negative.prompt)[:last] != tokens[:last]]
@@ -28,7 +30,7 @@ def hard_negatives(denoiser: Denoiser, make: MakeNegatives, prompt: str, limit: 
 
 
 def encode_each(denoiser: Denoiser, texts: list[list[str]]) -> tuple[Conditioning, list[Tensor]]:
-    """The texts of each prompt as its branches: the conditioning of all, and which rows (J,) are each prompt's."""
+    """Encode the texts of each prompt as its branches: the conditioning of all, and the rows (J,) of each prompt."""
     flat = [text for of_prompt in texts for text in of_prompt]
     rows = torch.arange(len(flat)).split([len(of_prompt) for of_prompt in texts])
     return denoiser.encode_prompts(flat or [""]), list(rows)  # a conditioning has at least one row
@@ -43,18 +45,18 @@ def branch_errors(
     probes: Probes,
     batch_size: int,
 ) -> list[Tensor]:
-    """||eps - eps_hat||^2 of every candidate under each of its prompt's branches, at the probes of the prompt itself.
+    """||eps - eps_hat||^2 of every candidate under each branch of its prompt, at the probes of the prompt.
 
-    Prompts with equally many branches go together, so that no evaluation is spent on filling up.
+    Prompts with the same number of branches are evaluated together, so no evaluation is wasted on padding.
 
     Args:
         latents: (N, *latent_shape) clean latents.
-        index: (N,) the prompt of each.
-        conditioning: of all texts, one row each.
-        branches: of each of the P prompts, the rows (J,) that are its branches.
+        index: (N,) prompt of each candidate.
+        conditioning: of all texts, one row per text.
+        branches: for each of the P prompts, the rows (J,) that are its branches.
 
     Returns:
-        For each candidate (J, K) fp32 on the latents' device, J the number of its prompt's branches.
+        For each candidate (J, K) fp32 on the latents' device, where J is the number of branches of its prompt.
     """
     levels, index = len(probes.log_snr), index.cpu()
     errors = [torch.empty(0, levels, device=latents.device)] * len(latents)
@@ -77,11 +79,11 @@ def branch_errors(
 
 
 class Likeliest(NamedTuple):
-    """What is left of each of N candidates' branches."""
+    """The most likely branches of each of N candidates."""
 
-    errors: list[Tensor]  # (at most count, K) of each, the columns in the probes' order
-    kept: list[Tensor]  # (at most count,) of each: which of its prompt's branches the rows are
-    evaluations: int  # spent on them and on those that dropped out
+    errors: list[Tensor]  # per candidate (at most count, K), columns in the order of the probes
+    kept: list[Tensor]  # per candidate (at most count,): indices of these rows among the branches of its prompt
+    evaluations: int  # number of denoiser evaluations, including those of dropped branches
 
 
 def likeliest_errors(
@@ -96,11 +98,11 @@ def likeliest_errors(
     count: int,
     first: int,
 ) -> Likeliest:
-    """`branch_errors` of each candidate's `count` likeliest branches alone: all meet `first` of the probes, which are
-    spread over the band, and those to which these give the highest likelihood meet the others too.
+    """`branch_errors` of only the `count` most likely branches of each candidate.
 
-    A sum of likelihoods is that of its few largest terms, and a few probes tell which they are: so more noise levels
-    are had for the same evaluations, and more branches.
+    All branches are evaluated at `first` probes, spread over the band. The `count` branches with the highest likelihood
+    at these probes are also evaluated at the other probes. A sum of likelihoods is dominated by a few large terms, and
+    a few probes are enough to find them. The same number of evaluations then allows more noise levels and branches.
     """
     early, late = probes.spread(first)
     if not len(late):

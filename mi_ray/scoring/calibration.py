@@ -1,4 +1,4 @@
-"""The probed pool of a calibration: candidates, and their denoising errors at every noise level."""
+"""The pool of a calibration: sampled candidates and their denoising errors at every noise level."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.information.pointwise import denoising_errors
 from mi_ray.information.probes import draw_probes
 from mi_ray.scoring.machine import take_cpus
-from mi_ray.scoring.sampler import Sampler, derived_seed
+from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
 
@@ -30,16 +30,17 @@ Keep = Callable[[np.ndarray, list[str], list[tuple[str, int]]], None]  # images,
 def probed_pool(
     config: CalibrationConfig, prompts: list[str], ids: list[str], keep: Keep | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Errors (N, 1 + J, levels, 2), prompt_index (N,) and, of the metric, labels (N,) of which higher is better.
+    """Errors (N, 1 + J, levels, 2), prompt_index (N,), and labels (N,) from the metric, higher is better, or None.
 
     Args:
-        keep: takes the images of some candidates at a time; None: nobody wants them.
+        keep: is called with the images of each group of candidates; None: images are not stored.
     """
     take_cpus(config.threads)
-    denoiser = load_denoiser(config.model.path, config.model.dtype)
-    sampler = Sampler(denoiser, config.sampler, config.batch_size)
+    denoiser = load_denoiser(config.model.path, config.model.dtype, size=config.model.size)
+    batch_size = batch_at_size(denoiser, config.batch_size)
+    sampler = Sampler(denoiser, config.sampler, batch_size)
     score = ScoreConfig(names=("pmi_contrastive",), neighbours=config.neighbours)
-    scorer = Scorer(denoiser, score, config.batch_size, config.seed, prompts)
+    scorer = Scorer(denoiser, score, batch_size, config.seed, prompts)
     each = config.candidates_per_prompt
     errors, labels = [], []
     metrics = load_metrics([config.alignment] if config.alignment else [])
@@ -73,10 +74,10 @@ def _halves(
     branches: Tensor,
     ids: list[str],
 ) -> Tensor:
-    """Errors at the middle of every level, from two independent draws: (n, 1 + J, levels, 2) on the CPU.
+    """Errors at the middle of every level, from two independent noise samples: (n, 1 + J, levels, 2) on the CPU.
 
     Args:
-        conditioning, branches: as `denoising_errors` takes them, branches (P, 1 + J) with the prompt itself first.
+        conditioning, branches: arguments of `denoising_errors`; branches is (P, 1 + J), with the prompt itself first.
     """
     index = torch.arange(len(ids)).repeat_interleave(len(latents) // len(ids))
     halves = []
@@ -91,7 +92,7 @@ def _halves(
             conditioning,
             branches,
             probes,
-            2 * config.batch_size,
+            2 * batch_at_size(denoiser, config.batch_size),
         )
         halves.append(errors.cpu())
     return torch.stack(halves, -1)

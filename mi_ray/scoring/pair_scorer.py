@@ -25,11 +25,6 @@ CLEAR = 2.0  # standard errors by which an alternative must lead
 
 
 # ---------------------------------------------------------------------------------------------- images
-def model_image_size(denoiser: Denoiser) -> tuple[int, int]:
-    """Height and width of the images that the autoencoder makes of a latent."""
-    return denoiser.decode(torch.zeros(1, *denoiser.latent_shape)).shape[1:3]
-
-
 class _Encoded(NamedTuple):
     """n pairs, ready for the denoiser."""
 

@@ -13,7 +13,7 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard
 from mi_ray.scoring.rewards import RANDOM, candidate_advantages, run_rewards
-from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
+from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
 
@@ -25,8 +25,9 @@ class PolicySampler:
     """
 
     def __init__(self, config: RunConfig):
-        self.config, tuning, batch_size = config, config.finetune, config.resources.batch_size
-        self.base = load_denoiser(config.model.path, config.model.dtype)
+        self.config, tuning = config, config.finetune
+        self.base = load_denoiser(config.model.path, config.model.dtype, size=config.model.size)
+        batch_size = batch_at_size(self.base, config.resources.batch_size)
         self.drawing = copy.copy(self.base)
         self.drawing.unet = copy.deepcopy(self.base.unet)
         adapted = attach_adapter(
@@ -42,6 +43,9 @@ class PolicySampler:
             specialise(denoiser, config.model, batch_size)
         self.sampler = Sampler(self.drawing, config.sampler, batch_size, config.model.kernel)
         self.metrics = load_metrics(config.generate.alignment)
+        # A validation is also measured by the metrics of the evaluation, which nobody learns from.
+        both = dict.fromkeys([*config.generate.alignment, *config.evaluation.alignment])
+        self.validation_metrics = load_metrics(tuple(both))
         self.rewards = run_rewards(config)
         self.random = all(reward.name == RANDOM for reward in self.rewards)
         self.scorer = Scorer(self.base, config.score, batch_size, config.seed, [])
@@ -93,10 +97,13 @@ class PolicySampler:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _measured(self, latents, prompts: list[str], validation: bool, columns: dict, work: Work) -> dict[str, list]:
-        """Metrics of all, where they are asked for; of a validation the first image of each prompt."""
-        began = time.perf_counter()
+        """Metrics of all images, where there are metrics; of a validation also the first image of each prompt."""
+        began, metrics = time.perf_counter(), self.metrics
+        if validation:
+            measuring = self.validation_metrics.items()
+            metrics = {name: metric for name, metric in measuring if all(map(metric.reads, prompts))}
         firsts = [i for i, number in enumerate(columns["candidate_index"]) if number == 0] if validation else []
-        wanted = list(range(len(prompts))) if self.metrics else firsts
+        wanted = list(range(len(prompts))) if metrics else firsts
         if not wanted:
             return {}
         images = self.base.decode(latents[wanted])
@@ -104,4 +111,4 @@ class PolicySampler:
         shown: list[dict | None] = [None] * len(prompts)
         for row in firsts:
             shown[row] = encode_png(images[wanted.index(row)])
-        return {"image": shown} | (measure(self.metrics, images, prompts) if self.metrics else {})
+        return {"image": shown} | (measure(metrics, images, prompts) if metrics else {})

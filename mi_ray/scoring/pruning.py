@@ -1,4 +1,4 @@
-"""Successive halving of the pool while it is sampled: what scores low on the way is not sampled to the end."""
+"""Successive halving of the pool during sampling: candidates with low intermediate scores are sampled no further."""
 
 import numpy as np
 import torch
@@ -12,19 +12,20 @@ from mi_ray.scoring.work import Work
 
 
 def cut_scorer(config: RunConfig, scorer: Scorer, pool: list[str]) -> Scorer:
-    """The scorer of the cuts: as `scorer`, but by the one score and with the number of noise draws of the cuts."""
+    """The scorer of the cuts: as `scorer`, with the single score and the number of noise samples of `config.prune`."""
     names = {"names": (config.prune.by,), "num_samples": config.prune.num_samples}
     return Scorer(scorer.denoiser, config.score.model_copy(update=names), scorer.batch_size, config.seed, pool)
 
 
 class Halving:
-    """The cuts of the pools of P prompts, each of as many candidates. A candidate's fate depends on nothing but its
-    own prompt's pool: not on batches, nor on the other prompts.
+    """The cuts of the pools of P prompts, which all have the same number of candidates.
+
+    Whether a candidate is pruned depends only on the pool of its own prompt, not on batches or other prompts.
 
     Args:
-        counts: {after so many steps: how many of a prompt's candidates go on}, as `PruneConfig.cuts` gives.
-        carried: (N,) bool, candidates that go to the end whatever their scores, beside those that win their place: a
-            control's, which must not depend on any score.
+        counts: {number of steps: number of candidates of each prompt that continue}, from `PruneConfig.cuts`.
+        carried: (N,) bool, candidates that are always sampled to the end, in addition to those that survive the cuts:
+            the candidates of a control selection, which must not depend on a score.
     """
 
     def __init__(
@@ -39,11 +40,11 @@ class Halving:
         self.after, self._counts = tuple(counts), counts
         self._scorer, self._prompts, self._conditioning, self._work = scorer, prompts, conditioning, work
         self._carried = torch.from_numpy(carried)
-        self.pruned_after = np.zeros(len(carried), np.int64)  # number of steps; 0: it was not
-        self.scores = np.full(len(carried), np.nan)  # at the last cut that it faced
+        self.pruned_after = np.zeros(len(carried), np.int64)  # number of steps; 0: not pruned
+        self.scores = np.full(len(carried), np.nan)  # score at the candidate's last cut
 
     def survivors(self, pool: Pool, rows: Tensor, steps: int) -> Tensor:
-        """Which of the candidates `rows` go on: the best of each prompt's, and the carried."""
+        """The candidates among `rows` that continue: the best of each prompt, and the carried ones."""
         running = torch.from_numpy(self.pruned_after == 0)
         racing = rows[running[rows]]
         sampled = pool.so_far(racing, steps)
@@ -60,15 +61,15 @@ class Halving:
 
     @property
     def finished(self) -> np.ndarray:
-        """(N,) bool: what was sampled to the end."""
+        """(N,) bool: the candidates that were sampled to the end."""
         return (self.pruned_after == 0) | self._carried.numpy()
 
     def steps_done(self, whole: int) -> list[int]:
-        """How many of the whole way's steps each candidate did."""
+        """Number of sampling steps of each candidate, out of `whole`."""
         return np.where(self.finished, whole, self.pruned_after).tolist()
 
     def columns(self) -> dict[str, list]:
-        """pruned_after and prune_score, as the table of candidates holds them."""
+        """The columns pruned_after and prune_score of the table of candidates."""
         return {
             "pruned_after": [steps or None for steps in self.pruned_after.tolist()],
             "prune_score": self.scores.tolist(),

@@ -1,4 +1,4 @@
-"""Rewards of the candidates of an update: any scores or metrics, made advantages within each prompt."""
+"""Rewards of candidates, from any scores or metrics, and their advantages within each prompt."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,18 @@ from mi_ray.config import OnlineConfig, RunConfig
 from mi_ray.config.section import ConfigError
 
 RANDOM = "random"
-MEASURED = 1e-4  # the least spread of rewards without a standard error
+MEASURED = 1e-4  # smallest standard deviation that counts, for rewards without a standard error
 
 
 @dataclass(frozen=True)
 class Reward:
-    """One rewarded column of the table of candidates."""
+    """A column of the table of candidates that is used as a reward."""
 
-    name: str  # of a score, of a metric's column, or `random`
+    name: str  # a score, a column of a metric, or `random`
     weight: float
 
     def columns(self, present: Sequence[str]) -> tuple[str, str | None]:
-        """Its column among those present, and that of its standard error if there is one."""
+        """The names of its column and of the column of its standard error, or None, among those present."""
         column = f"score_{self.name}" if f"score_{self.name}" in present else self.name
         error = f"{column}_se"
         return column, error if error in present else None
@@ -32,15 +32,15 @@ class Reward:
 def rewards_of(
     config: OnlineConfig, by: str, metrics: Mapping[str, Sequence[Column]] = MappingProxyType({})
 ) -> tuple[Reward, ...]:
-    """The rewards of `online.rewards`; `by`, what selects, where it names none.
+    """The rewards of `online.rewards`. If the list is empty, the reward is `by`, the score that selects.
 
-    A metric's name stands for its first column. A column of which lower is better counts with the opposite sign.
+    The name of a metric means its first column. If lower is better for a column, its weight is negated.
 
     Args:
-        metrics: what those of generate.alignment declare.
+        metrics: the columns that the metrics of generate.alignment declare.
 
     Raises:
-        ConfigError: a weight is no number.
+        ConfigError: a weight is not a number.
     """
     declared = {column.name: column for columns in metrics.values() for column in columns}
     declared |= {metric: columns[0] for metric, columns in metrics.items()}
@@ -51,7 +51,7 @@ def rewards_of(
             column = declared.get(name)
             found.append(Reward(column.name, column.sign * float(weight)) if column else Reward(name, float(weight)))
         except ValueError:
-            faults.append(f"online.rewards: {text!r} is not name:weight; give a number after the colon")
+            faults.append(f"online.rewards: {text!r} has a weight that is not a number; write name:number")
     if faults:
         raise ConfigError(faults)
     return tuple(found)
@@ -62,8 +62,17 @@ def run_rewards(config: RunConfig) -> tuple[Reward, ...]:
     return rewards_of(config.online, config.select.by, columns_of(load_metrics(config.generate.alignment)))
 
 
+def validation_rewards_of(config: RunConfig) -> tuple[Reward, ...]:
+    """What held-out prompts are judged by: the rewards, or what selects where the rewards are random."""
+    if sound := tuple(reward for reward in run_rewards(config) if reward.name != RANDOM):
+        return sound
+    by = next(name for name in (config.select.by, *config.score.names) if name != RANDOM)
+    unset = config.online.model_copy(update={"rewards": ()})
+    return rewards_of(unset, by, columns_of(load_metrics(config.generate.alignment)))
+
+
 def raw_rewards(rewards: tuple[Reward, ...], columns: Mapping[str, Sequence[float]]) -> np.ndarray:
-    """The weighted sum of the rewarded columns of n candidates, (n,) fp64; NaN where one is missing."""
+    """The weighted sum of the reward columns of n candidates, (n,) fp64; NaN if a value is missing."""
     total = 0.0
     for reward in rewards:
         column, _ = reward.columns(list(columns))
@@ -74,15 +83,16 @@ def raw_rewards(rewards: tuple[Reward, ...], columns: Mapping[str, Sequence[floa
 def advantages(
     rewards: tuple[Reward, ...], columns: Mapping[str, Sequence[float]], seeds: Sequence[int], config: OnlineConfig
 ) -> np.ndarray:
-    """Advantages of the candidates of one prompt, (n,) fp64 in [-1, 1]; NaN of what is not trained.
+    """Advantages of the candidates of one prompt, (n,) fp64 in [-1, 1]; NaN for candidates that are not trained on.
 
-    Each rewarded column is centred and divided by its spread plus `reward_floor`; the weighted sum of them is cut at
-    `reward_clip` and divided by it. A column whose spread is below its own standard error says nothing and counts as
-    zero; a prompt of which no column says anything is dropped, and so is a candidate without a finite reward.
+    Each reward column is centred and divided by its standard deviation plus `reward_floor`. The weighted sum of the
+    columns is clipped at `reward_clip` and divided by it. A column whose standard deviation is not above its mean
+    standard error carries no signal and counts as zero. A prompt without any column that carries signal is dropped. A
+    candidate without a finite reward is dropped.
 
     Args:
-        columns: of the candidates of one prompt; `error` may be among them.
-        seeds: of the candidates, which the reward `random` depends on alone.
+        columns: of the candidates of one prompt; can include `error`.
+        seeds: seeds of the candidates; the reward `random` depends only on them.
     """
     count = len(seeds)
     sound = np.array([error is None for error in columns.get("error", [None] * count)])
@@ -102,7 +112,7 @@ def advantages(
         if spread <= error:
             continue
         said = True
-        floor = config.reward_floor if error > MEASURED else 0.0  # of scores, whose spread is partly their error
+        floor = config.reward_floor if error > MEASURED else 0.0  # only for scores: their spread includes their error
         total += reward.weight * (values - values[sound].mean()) / (spread + floor)
     if not said or sound.sum() < 2:
         return np.full(count, np.nan)
@@ -111,7 +121,7 @@ def advantages(
 
 
 def prompts_of(ids: Sequence[str]) -> list[tuple[int, int]]:
-    """Where the rows of each prompt start and stop; a prompt's rows are one after the other."""
+    """(start, stop) of the rows of each prompt; the rows of a prompt are consecutive."""
     starts = [i for i, prompt in enumerate(ids) if i == 0 or prompt != ids[i - 1]]
     return list(zip(starts, [*starts[1:], len(ids)], strict=True))
 
@@ -119,10 +129,21 @@ def prompts_of(ids: Sequence[str]) -> list[tuple[int, int]]:
 def candidate_advantages(
     rewards: tuple[Reward, ...], columns: dict[str, list], config: RunConfig
 ) -> list[float | None]:
-    """The advantages of the candidates of some prompts, for the table: None of what is not trained."""
+    """The advantages of the candidates of several prompts, for the table; None: not trained on."""
     found: list[float | None] = []
     for start, stop in prompts_of(columns["prompt_id"]):
         of_prompt = {name: values[start:stop] for name, values in columns.items()}
         values = advantages(rewards, of_prompt, of_prompt["seed"], config.online)
+        values = _extremes(values, config.online.trained_candidates)
         found += [float(value) if math.isfinite(value) else None for value in values]
     return found
+
+
+def _extremes(values: np.ndarray, count: int | None) -> np.ndarray:
+    """The advantages of a prompt's best and worst candidates, `count` in all; NaN for the others. None: all of them."""
+    finite = np.flatnonzero(np.isfinite(values))
+    if count is None or len(finite) <= count:
+        return values
+    order = finite[np.argsort(values[finite], kind="stable")]
+    kept = np.r_[order[: count // 2], order[len(order) - (count - count // 2) :]]
+    return np.where(np.isin(np.arange(len(values)), kept), values, np.nan)

@@ -1,6 +1,7 @@
 """What one actor does with its prompts: sample, score, measure, decode. Knows the device, not the cluster."""
 
 import hashlib
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -18,11 +19,23 @@ from mi_ray.diffusion.kernels import choose_kernel
 from mi_ray.diffusion.sampling import CandidateNoise, State, Trajectory, sampling_steps, solver_plan
 from mi_ray.scoring.work import Work
 
+NOWHERE = (math.inf, -math.inf)  # the interval of log SNR without any: one branch at every step
+
 
 def derived_seed(*parts: str | int) -> int:
     """A 63-bit seed that depends on all parts and on nothing else."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def batch_at_size(denoiser: Denoiser, batch_size: int) -> int:
+    """How many candidates go in one denoiser batch, if at the model's own size `batch_size` do.
+
+    As many as have no more latent tokens together, and at least one: an image of half the height and width has a
+    quarter of them, so that four times as many candidates cost about the same time and memory.
+    """
+    own, here = (math.prod(shape[1:]) for shape in (denoiser.own_latent_shape, denoiser.latent_shape))
+    return max(1, batch_size * own // here)
 
 
 def specialise(denoiser: Denoiser, config: ModelConfig, batch_size: int):
@@ -88,7 +101,8 @@ class Sampler:
         self.plan = solver_plan(
             denoiser.schedule, config.solver, config.num_inference_steps, timestep_spacing=config.timestep_spacing
         )
-        self.guided = self.plan.guided(config.guidance_interval)
+        self.guidance_interval = config.guidance_interval if config.branches == 2 else NOWHERE
+        self.guided = self.plan.guided(self.guidance_interval)
         self.null = denoiser.encode_prompts([""])
 
     def __call__(
@@ -135,7 +149,7 @@ class Sampler:
             pool.latents[on_device],
             self.config.guidance_scale,
             (lambda step: noise.draw(chosen)) if self.plan.stochastic else None,
-            guidance_interval=self.config.guidance_interval,
+            guidance_interval=self.guidance_interval,
             kernel=self.kernel,
             steps=steps,
             previous_x0=pool.x0[on_device] if self.plan.multistep and steps.start else None,

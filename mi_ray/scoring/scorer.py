@@ -1,4 +1,4 @@
-"""Scores of sampled candidates: on-trajectory scores from recorded curves, pointwise scores by the model's denoiser."""
+"""Scores of sampled candidates: on-trajectory scores from recorded curves, pointwise scores from the denoiser."""
 
 import time
 from collections.abc import Callable
@@ -20,15 +20,16 @@ from mi_ray.scoring.branches import encode_each, hard_negatives, likeliest_error
 from mi_ray.scoring.sampler import derived_seed
 from mi_ray.scoring.work import Work
 
-NEIGHBOUR_POOL = 2000  # prompts among which the nearest are sought; keeps memory flat however long the list is
+NEIGHBOUR_POOL = 2000  # number of prompts that are searched for neighbours; limits memory for long prompt lists
 
 
 def trajectory_scores(
     config: ScoreConfig, delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule
 ) -> dict[str, Tensor]:
-    """The on-trajectory scores of config.names from curves (n, S), just recorded or stored: {name: (n,)}.
+    """The on-trajectory scores in config.names from recorded or stored curves (n, S): {name: (n,)}.
 
-    A curve is NaN where there was no guidance, which the configuration grants to `trajectory_banded` outside its band.
+    A curve is NaN at steps without guidance. The configuration allows such steps only outside the band, and only for
+    `trajectory_banded`.
     """
     by_name = {
         "mitune": lambda curve: trajectory.mitune(curve, timesteps, schedule),
@@ -44,40 +45,40 @@ def trajectory_scores(
 
 
 def probed_band(config: ScoreConfig, schedule: NoiseSchedule) -> tuple[float, float]:
-    """The log SNRs over which the pmi scores integrate: what is configured, as far as the model knows such noise.
+    """The band of log SNR of the pmi scores: the configured band, limited to the model's noise levels.
 
     Raises:
-        ValueError: it knows none of them.
+        ValueError: the band contains none of the model's noise levels.
     """
     return known_band(*config.probed_band, schedule)
 
 
 def known_band(low: float, high: float, schedule: NoiseSchedule) -> tuple[float, float]:
-    """A band of log SNR, as far as the model knows such noise.
+    """A band of log SNR, limited to the model's noise levels.
 
     Raises:
-        ValueError: it knows none of it.
+        ValueError: the band contains none of the model's noise levels.
     """
     noisiest, clearest = schedule.log_snr[[-1, 0]].tolist()
     if high <= noisiest or clearest <= low:
         raise ValueError(
-            f"log_snr_min {low:g} to log_snr_max {high:g} is not among the model's noise levels, {noisiest:.2f} to"
-            f" {clearest:.2f}; move the band"
+            f"log_snr_min {low:g} to log_snr_max {high:g} is outside the model's noise levels, {noisiest:.2f} to"
+            f" {clearest:.2f}; move the band into this range"
         )
     return max(low, noisiest), min(high, clearest)
 
 
 def probe_design(config: ScoreConfig) -> Design:
-    """How the configured probes are spread over their band."""
+    """The configured distribution of the probes over the band."""
     loc = config.logistic_loc if config.sampling == "logistic" else None
     return Design(loc, config.logistic_scale, config.levels, config.antithetic)
 
 
 def draw_probes_of(prompts: list[str], config: ScoreConfig, seed: int, denoiser: Denoiser) -> Probes:
-    """The probes that all candidates and branches of each prompt meet; a prompt's depend on it and the seed alone.
+    """The probes of each prompt, the same for all its candidates and branches. They depend only on prompt and seed.
 
     Raises:
-        ValueError: the configured band reaches none of the model's noise levels.
+        ValueError: the configured band contains none of the model's noise levels.
     """
     return draw_probes(
         [derived_seed(seed, "probes", prompt) for prompt in prompts],
@@ -90,7 +91,7 @@ def draw_probes_of(prompts: list[str], config: ScoreConfig, seed: int, denoiser:
 
 
 class Scorer:
-    """Turns trajectories and latents into the columns score_<name>."""
+    """Computes the columns score_<name> from trajectories and latents."""
 
     def __init__(self, denoiser: Denoiser, config: ScoreConfig, batch_size: int, seed: int, pool: list[str]):
         self.denoiser, self.config, self.batch_size, self.seed = denoiser, config, batch_size, seed
@@ -101,7 +102,7 @@ class Scorer:
         self.pool_conditioning = Conditioning.cat(map(denoiser.encode_prompts, chunks)) if chunks else None
 
     def neighbours(self, prompts: list[str], conditioning: Conditioning) -> Tensor:
-        """The J other prompts nearest to each in the text encoder's space: rows (P, J) of `pool_conditioning`."""
+        """The J other prompts nearest to each prompt in text-encoder space: rows (P, J) of `pool_conditioning`."""
         distance = self.denoiser.prompt_distances(conditioning, self.pool_conditioning)
         for row, prompt in enumerate(prompts):
             distance[row, [column for column, other in enumerate(self.pool) if other == prompt]] = torch.inf
@@ -114,10 +115,10 @@ class Scorer:
 
         Args:
             conditioning: of the prompts, P rows.
-            index: (N,) the prompt of each candidate.
+            index: (N,) prompt of each candidate.
 
         Returns:
-            {score_<name>: N values in nats}, and of the pointwise ones {score_<name>_se: their standard errors}.
+            {score_<name>: N values in nats}, and for pointwise scores {score_<name>_se: N standard errors}.
         """
         config = self.config
         scores = trajectory_scores(config, sampled.delta_sq, sampled.timesteps, self.denoiser.schedule)
@@ -162,7 +163,7 @@ class Scorer:
             negatives = [
                 hard_negatives(self.denoiser, self.negatives, prompt, config.max_negatives) for prompt in prompts
             ]
-            # A prompt of which nothing can be changed is held against none at all.
+            # A prompt without negatives is compared with the empty prompt.
             others = encode_each(self.denoiser, [[n.prompt for n in of_prompt] or [""] for of_prompt in negatives])
             scores["pmi_negatives"] = self._against(*others, pointwise.log_odds, index, latents, own, probes, work)
         work.timed("score", began)
@@ -179,12 +180,12 @@ class Scorer:
         probes: Probes,
         work: Work,
     ) -> pointwise.Estimate:
-        """A score of each candidate's prompt against others, (N,).
+        """Score of each candidate's own prompt against other prompts, (N,).
 
         Args:
-            others: of all other prompts, one row each.
-            branches: of each prompt, the rows (J,) of the others that it is held against, at least one.
-            own: (N, K) errors under the prompts themselves, at the probes that the others meet too.
+            others: conditioning of all other prompts, one row per prompt.
+            branches: for each prompt, the rows (J,) of `others` that it is compared with, at least one.
+            own: (N, K) errors under the candidates' own prompts, at the same probes.
         """
         config = self.config
         found = likeliest_errors(

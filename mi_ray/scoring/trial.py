@@ -1,4 +1,4 @@
-"""Measured denoiser batches on one device: which size is the fastest, and which fits."""
+"""Trial runs of the denoiser on one device: which batch size is fastest, and which fits into memory."""
 
 import resource
 import time
@@ -7,29 +7,32 @@ from types import SimpleNamespace
 
 import torch
 
+from mi_ray.config import ModelConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.fitting import fitting
+from mi_ray.scoring.sampler import batch_at_size
 
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512)
-WORTH_IT = 1.05  # the gain in speed for which larger batches, or more actors to a GPU, are taken
+WORTH_IT = 1.05  # smallest speed-up for which a larger batch, or more actors per GPU, is used
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One denoiser batch of both branches, measured."""
+    """Measurements of a denoiser batch with both branches, conditional and unconditional."""
 
-    batch_size: int  # candidates
+    batch_size: int  # as `resources.batch_size` counts: candidates of the model's own size
     seconds_per_evaluation: float
-    memory_gib: float  # at its peak: of the GPU, or of the process where there is none
-    memory_left_gib: float  # what the GPU has beside that; infinite where there is none
+    memory_gib: float  # peak memory of the GPU, or of the process without a GPU
+    memory_left_gib: float  # free memory of the GPU at the peak; infinite without a GPU
 
 
 def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Trial:
     """Run denoiser batches, after one to warm up, for at least so many seconds and at least once."""
-    conditioning = denoiser.encode_prompts([""]).expand(2 * batch_size)
-    latents = torch.randn(2 * batch_size, *denoiser.latent_shape, device=denoiser.device)
-    timesteps = torch.full((2 * batch_size,), 500, device=denoiser.device)
+    rows = 2 * batch_at_size(denoiser, batch_size)
+    conditioning = denoiser.encode_prompts([""]).expand(rows)
+    latents = torch.randn(rows, *denoiser.latent_shape, device=denoiser.device)
+    timesteps = torch.full((rows,), 500, device=denoiser.device)
     on_gpu = denoiser.device.type == "cuda"
 
     def run() -> float:
@@ -44,7 +47,7 @@ def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Tria
     began, now, done = run(), 0.0, 0
     while not done or now - began < seconds:
         now, done = run(), done + 1
-    each = (now - began) / (done * 2 * batch_size)
+    each = (now - began) / (done * rows)
     if not on_gpu:
         return Trial(batch_size, each, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, float("inf"))
     peak = torch.cuda.max_memory_reserved()
@@ -52,17 +55,27 @@ def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Tria
 
 
 def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
-    """The same with a batch of this size or, where it does not fit, of half as often as an actor would halve it.
+    """`try_batch` with this batch size. If it does not fit, the size is halved until it fits, as in an actor.
 
     Raises:
-        ConfigError: not even one candidate fits.
+        ConfigError: a batch of one candidate does not fit.
     """
     tried = SimpleNamespace(batch_size=batch_size)
     try:
         return fitting(tried, lambda: try_batch(denoiser, tried.batch_size))
     except torch.OutOfMemoryError as error:
-        message = "model.path: not even a batch of one candidate fits into memory; take a larger GPU"
+        message = "model.path: the model does not fit into memory with a batch of one candidate; use a larger GPU"
         raise ConfigError([message]) from error
+
+
+def size_text(denoiser: Denoiser) -> str:
+    """The sizes of images and latents and, where they are not the model's own, how batches are counted."""
+    height, width = denoiser.image_size
+    told = f"{height} x {width} pixels, latents of {' x '.join(map(str, denoiser.latent_shape))}"
+    if denoiser.latent_shape == denoiser.own_latent_shape:
+        return f"{told}, the model's own size"
+    own = " x ".join(map(str, denoiser.own_latent_shape))
+    return f"{told}; resources.batch_size counts candidates of the model's own size, {own}"
 
 
 def sweep(denoiser: Denoiser) -> list[Trial]:
@@ -81,24 +94,24 @@ def sweep(denoiser: Denoiser) -> list[Trial]:
 
 
 def best(trials: list[Trial]) -> Trial:
-    """The smallest batch that is about as fast as the fastest: it wastes least when the last candidates are few.
+    """The smallest batch that is nearly as fast as the fastest. A small batch wastes less on the last candidates.
 
     Raises:
-        ConfigError: not even the smallest batch fitted.
+        ConfigError: the smallest batch did not fit.
     """
     if not trials:
-        message = f"not even a batch of {BATCH_SIZES[0]} candidates fits; set a lower one instead of auto"
+        message = f"auto failed: the smallest batch, {BATCH_SIZES[0]} candidates, does not fit; set a smaller number"
         raise ConfigError([f"resources.batch_size: {message}"])
     fastest = min(trial.seconds_per_evaluation for trial in trials)
     return next(trial for trial in trials if trial.seconds_per_evaluation <= WORTH_IT * fastest)
 
 
-def sweep_dtypes(path: str, configured: str) -> dict[str, list[Trial]]:
+def sweep_dtypes(model: ModelConfig) -> dict[str, list[Trial]]:
     """`sweep` in the configured precision of the denoiser (first) and in the others that have a use here."""
     useful = ("float32", "float16", "bfloat16") if torch.cuda.is_available() else ("float32", "bfloat16")
     trials = {}
-    for dtype in (configured, *useful):
-        denoiser = load_denoiser(path, dtype)
+    for dtype in (model.dtype, *useful):
+        denoiser = load_denoiser(model.path, dtype, size=model.size)
         name = str(denoiser.dtype).removeprefix("torch.")  # auto is one of them
         if name not in trials:
             trials[name] = sweep(denoiser)

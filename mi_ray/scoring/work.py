@@ -1,4 +1,4 @@
-"""What an actor's work costs."""
+"""The cost of an actor's work."""
 
 import time
 from dataclasses import dataclass, field
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Work:
-    """What was spent: denoiser evaluations of sampling and of pointwise scores, seconds inside each; and how often a
-    batch did not fit into memory and was halved.
+    """Number of denoiser evaluations for sampling and for pointwise scores, number of times a batch was halved because
+    it did not fit into memory, and seconds for each kind of work.
     """
 
     denoiser_evaluations: int = 0

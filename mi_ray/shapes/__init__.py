@@ -1,4 +1,4 @@
-"""The embedded world: scenes, their grammar, the exact oracle, and the model trained on them.
+"""The shapes world: scenes, the grammar of their prompts, an exact oracle, and a small model trained on them.
 
 This room must not know runs, scores or Ray.
 """

@@ -1,8 +1,8 @@
-"""Prompts of the embedded world: specifications, the sentences that state them, and a parser that reads them back.
+"""Prompts of the shapes world: scene specifications, sentences for them, and a parser for these sentences.
 
-Six categories, after T2I-CompBench (Huang et al., NeurIPS 2023): color, shape, texture, spatial, numeracy, complex.
-A tenth of the specifications is held out of pre-training (`is_held_out`), some attribute combinations are never
-drawn in training (`UNSEEN_COLOR_SHAPE`, `UNSEEN_TEXTURE_SHAPE`) and some sentence forms never said (`UNSEEN_FORMS`).
+The six categories follow T2I-CompBench (Huang et al., NeurIPS 2023): color, shape, texture, spatial, numeracy, complex.
+Training never sees a tenth of the specifications (`is_held_out`), some attribute combinations (`UNSEEN_COLOR_SHAPE`,
+`UNSEEN_TEXTURE_SHAPE`) and some sentence forms (`UNSEEN_FORMS`).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex")
 NUMERALS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MAX_OBJECTS = 4
 HELD_OUT_SHARE = 0.1
-MAX_DRAWS_IN_VAIN = 10_000  # in a row without a new prompt: then there are no more
+MAX_DRAWS_IN_VAIN = 10_000  # stop after this number of consecutive draws without a new prompt
 
 UNSEEN_COLOR_SHAPE = frozenset(
     {("purple", "heart"), ("yellow", "star"), ("cyan", "cross"), ("red", "triangle"), ("green", "circle")}
@@ -47,7 +47,7 @@ UNSEEN_FORMS = {
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """What a prompt says of one kind of object; None where it says nothing."""
+    """What a prompt says about one kind of object. None: it says nothing about this attribute."""
 
     shape: str
     color: str | None = None
@@ -57,11 +57,11 @@ class ObjectSpec:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What a prompt says: kinds of objects, and the relation of the first to the second."""
+    """What a prompt says: the kinds of objects, and the relation of the first kind to the second."""
 
     objects: tuple[ObjectSpec, ...]
     relation: str | None = None
-    numeric: bool = False  # counts are said with numerals instead of articles
+    numeric: bool = False  # counts are written as numerals instead of articles
 
     @property
     def total(self) -> int:
@@ -85,7 +85,7 @@ def noun_phrase(obj: ObjectSpec, numeric: bool) -> str:
 
 
 def sentence(spec: SceneSpec, form: str) -> str:
-    """Say `spec` in one of `FORMS[spec.structure]` (or of the unseen forms)."""
+    """The sentence for `spec` in one of `FORMS[spec.structure]` or `UNSEEN_FORMS[spec.structure]`."""
     phrases = [noun_phrase(o, spec.numeric) for o in spec.objects]
     fields = dict(zip("abc", phrases, strict=False))
     if spec.relation:
@@ -103,7 +103,7 @@ _NOUN = (
 
 
 def _patterns() -> list[tuple[re.Pattern, str, str | None]]:
-    """Every sentence form as a regular expression, with its structure and relation."""
+    """A regular expression for every sentence form, with its structure and relation."""
     patterns = []
     for forms in (FORMS, UNSEEN_FORMS):
         for structure, templates in forms.items():
@@ -131,10 +131,10 @@ def _read_noun(text: str) -> tuple[ObjectSpec, bool]:
 
 
 def parse(prompt: str) -> SceneSpec:
-    """Read a sentence of the grammar back into its specification.
+    """Parse a sentence of the grammar into its specification.
 
     Raises:
-        ValueError: the sentence is not of the grammar, or names more than `MAX_OBJECTS`.
+        ValueError: the prompt is not a sentence of the grammar, or has more than `MAX_OBJECTS` objects.
     """
     text = " ".join(prompt.lower().replace(".", " ").split())
     for pattern, _, relation in _PATTERNS:
@@ -143,16 +143,16 @@ def parse(prompt: str) -> SceneSpec:
             nouns = [_read_noun(groups[key]) for key in "abc" if groups.get(key)]
             spec = SceneSpec(tuple(o for o, _ in nouns), relation, any(n for _, n in nouns))
             if spec.total > MAX_OBJECTS:
-                raise ValueError(f"a scene holds at most {MAX_OBJECTS} objects: {prompt!r}")
+                raise ValueError(f"a scene holds at most {MAX_OBJECTS} objects: {prompt!r}; name fewer")
             return spec
     raise ValueError(f"not a sentence of the shapes grammar: {prompt!r}")
 
 
 # ---------------------------------------------------------------------------------------------- sampling
 def is_held_out(spec: SceneSpec) -> bool:
-    """Whether `spec` belongs to the tenth that pre-training and fine-tuning never see; the same for every wording."""
+    """Whether `spec` is in the tenth that is never used for pre-training or fine-tuning. Independent of the wording."""
     kinds, relation = [repr(o) for o in spec.objects], spec.relation
-    if relation in _MIRRORED:  # "a right of b" says "b left of a"
+    if relation in _MIRRORED:  # "a right of b" means "b left of a"
         kinds[:2], relation = kinds[1::-1], _MIRRORED[relation]
     key = "|".join([*(kinds if relation else sorted(kinds)), str(relation)])
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") < HELD_OUT_SHARE * 2**32
@@ -163,14 +163,14 @@ def is_unseen_combination(obj: ObjectSpec | SceneObject) -> bool:
 
 
 def split_of(spec: SceneSpec, form: str) -> str:
-    """train, test or ood: the split that a specification belongs to when it is said in a form."""
+    """The split of a specification in a sentence form: train, test or ood."""
     if form in UNSEEN_FORMS.get(spec.structure, ()) or any(map(is_unseen_combination, spec.objects)):
         return "ood"
     return "test" if is_held_out(spec) else "train"
 
 
 def sample_spec(category: str, rng: np.random.Generator) -> SceneSpec:
-    """Draw a specification of one category, unseen combinations and held-out ones included."""
+    """Draw a specification of a category. It can be held out or contain an unseen combination."""
 
     def some(values, probability=1.0):
         return str(rng.choice(values)) if rng.random() < probability else None
@@ -206,17 +206,17 @@ def sample_spec(category: str, rng: np.random.Generator) -> SceneSpec:
         if kind == 1:  # three objects
             return SceneSpec(distinct(3, lambda o: o.shape, color=0.8, texture=0.25))
         return SceneSpec(distinct(3, lambda o: o.shape, color=1), some(RELATIONS))
-    raise ValueError(f"unknown category {category!r}; one of {', '.join(CATEGORIES)}")
+    raise ValueError(f"unknown category {category!r}; use one of {', '.join(CATEGORIES)}")
 
 
 def sample_prompts(category: str, split: str, count: int, rng: np.random.Generator) -> list[str]:
     """Draw `count` distinct prompts of a category and split.
 
-    train: seen forms and combinations, not held out. test: the same, held out. ood: an unseen combination, an
-    unseen sentence form, or both.
+    train: seen sentence forms and combinations, not held out. test: the same, but held out. ood: an unseen
+    combination, an unseen sentence form, or both.
 
     Raises:
-        ValueError: the grammar has fewer.
+        ValueError: the grammar has fewer such prompts.
     """
     prompts: dict[str, None] = {}
     last_new = 0
@@ -224,7 +224,9 @@ def sample_prompts(category: str, split: str, count: int, rng: np.random.Generat
         if len(prompts) == count:
             return list(prompts)
         if draw - last_new > MAX_DRAWS_IN_VAIN:
-            raise ValueError(f"the grammar has fewer than {count} prompts of category {category!r} in split {split!r}")
+            raise ValueError(
+                f"the grammar has fewer than {count} prompts of category {category!r} in split {split!r}; ask for fewer"
+            )
         spec = sample_spec(category, rng)
         unseen = any(is_unseen_combination(o) for o in spec.objects)
         if split == "ood":
@@ -242,9 +244,9 @@ def sample_prompts(category: str, split: str, count: int, rng: np.random.Generat
 
 
 def draw_scene(spec: SceneSpec, rng: np.random.Generator, unseen: bool = False) -> tuple[SceneObject, ...]:
-    """Draw a scene that `spec` describes; what it leaves open is drawn at random (texture: mostly solid).
+    """Draw a scene that matches `spec`. Attributes that it does not name are random (texture: mostly solid).
 
-    With `unseen` false, open attributes never complete one of the unseen combinations.
+    If `unseen` is false, the random attributes never form an unseen combination.
     """
     kinds = []
     for obj in spec.objects:

@@ -1,4 +1,4 @@
-"""The architecture, tokenizer and training pairs of the embedded Stable-Diffusion-type model."""
+"""Architecture, tokenizer and training pairs of the shapes model, a small Stable Diffusion model."""
 
 from collections import Counter
 from dataclasses import replace
@@ -31,7 +31,7 @@ _OTHER_WORDS = ("a", "an", "and", "with", "there", "is", "are", "to", "the", "of
 
 # ---------------------------------------------------------------------------------------------- architecture
 def _byte_pairs(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent first and ties in lexical order, until every word is one token."""
+    """Byte-pair merges until every word is one token: most frequent first, ties in lexical order."""
     split = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while counts := Counter(pair for parts in split for pair in pairwise(parts)):
@@ -45,7 +45,7 @@ def _byte_pairs(words: list[str]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte pairs are learned from the grammar's words, so that each word is one token."""
+    """A CLIP tokenizer with byte pairs learned from the words of the grammar, so each word is one token."""
     plurals = [s + ("es" if s == "cross" else "s") for s in SHAPES]
     merges = _byte_pairs([*COLORS, *SHAPES, *plurals, *TEXTURES, *RELATIONS, *NUMERALS.values(), *_OTHER_WORDS])
     printable = [chr(c) for c in range(ord("!"), ord("~") + 1)]
@@ -91,7 +91,7 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=LATENT_CHANNELS,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
-        block_out_channels=(96, 96),  # the width at full resolution is what binds attributes to objects
+        block_out_channels=(96, 96),  # attribute binding needs the width at full resolution
         layers_per_block=1,
         cross_attention_dim=EMBEDDING_SIZE,
         attention_head_dim=4,  # diffusers reads this as the number of heads
@@ -100,7 +100,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDPMScheduler:
-    """Stable Diffusion's own schedule: scaled-linear betas, 1000 steps, epsilon-prediction."""
+    """The noise schedule of Stable Diffusion: scaled-linear betas, 1000 steps, epsilon prediction."""
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -126,7 +126,7 @@ def build_pipeline(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipelin
 
 # ---------------------------------------------------------------------------------------------- training pairs
 def corrupt(spec: SceneSpec, rng: np.random.Generator) -> SceneSpec:
-    """Change one thing that `spec` says: swapped or replaced attributes, a flipped relation, another count."""
+    """Change one thing in `spec`: swap or replace an attribute, flip the relation, or change a count."""
     objects = spec.objects
     options = []
 
@@ -156,9 +156,9 @@ def corrupt(spec: SceneSpec, rng: np.random.Generator) -> SceneSpec:
 
 
 def draw_pair(rng: np.random.Generator) -> tuple[str, np.ndarray]:
-    """Draw a training caption and its image; the share `WRONG_CAPTION_SHARE` of the captions is wrong in one thing.
+    """Draw a training caption and its image. The share `WRONG_CAPTION_SHARE` of the captions has one error.
 
-    Nothing held out and no unseen combination is ever drawn or said.
+    Captions and images never contain a held-out specification or an unseen combination.
     """
     while True:
         spec = sample_spec(CATEGORIES[rng.integers(len(CATEGORIES))], rng)
@@ -169,6 +169,6 @@ def draw_pair(rng: np.random.Generator) -> tuple[str, np.ndarray]:
 
 
 def draw_textured(rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene of any objects and textures for the decoder, which sees no captions: (64, 64, 3) uint8."""
+    """Draw an image of any objects and textures, without a caption, to train the decoder: (64, 64, 3) uint8."""
     scene = draw_scene(sample_spec(CATEGORIES[rng.integers(len(CATEGORIES))], rng), rng, unseen=True)
     return render(tuple(replace(o, texture=str(rng.choice(TEXTURES))) if rng.random() < 0.7 else o for o in scene))

@@ -1,4 +1,4 @@
-"""The exact oracle: reads the objects of an image back and holds them against a prompt. No model is involved."""
+"""The exact oracle: detect the objects of an image and compare them with a prompt. It uses no model."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,22 +12,22 @@ from mi_ray.shapes.grammar import ObjectSpec, SceneSpec, parse
 from mi_ray.shapes.scenes import BACKGROUND, COLORS, PALETTE, SHAPES, relation_holds, silhouette
 
 FOREGROUND_DISTANCE = 60.0  # RGB distance from the background
-MIN_AREA = 20  # pixels; a smaller speck is no object
+MIN_AREA = 20  # pixels; smaller regions are ignored
 MAX_ASPECT = 1.45
 MIN_SHAPE_IOU = 0.72
-COVERAGE = 0.25  # a pixel covered that far is foreground
+COVERAGE = 0.25  # a pixel with this coverage or more is foreground
 MAX_COLOR_DISTANCE = 75.0  # RGB distance from the palette
-PAINT_LEVEL = 0.8  # paint is what reaches this share of an object's brightest tenth; the rest is ink or edge
-INK_LEVEL = 118.0  # a pixel whose brightest channel lies below is ink
+PAINT_LEVEL = 0.8  # paint: at least this share of the 90th percentile of an object's brightness; the rest: ink or edge
+INK_LEVEL = 118.0  # a pixel is ink if its brightest channel is below this value
 MIN_INK_SHARE = 0.08
-STRIPED_ROW_SHARE = 0.55  # share of the ink's variance that lies between rows
+STRIPED_ROW_SHARE = 0.55  # striped: the share of the ink's variance between rows is above this value
 
 _OVERSAMPLING = 8
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object read from an image; an attribute is None where nothing fits. `x`, `y`: its centre in pixels."""
+    """One object detected in an image; an attribute is None if no value fits. `x`, `y`: its centre in pixels."""
 
     color: str | None
     shape: str | None
@@ -38,18 +38,18 @@ class Detection:
 
 @dataclass(frozen=True)
 class OracleScore:
-    """How an image fulfils its prompt. All in [0, 1]; `relation` is None where the prompt names none."""
+    """How well an image matches its prompt. All values in [0, 1]; `relation` is None if the prompt has no relation."""
 
-    exact: float  # everything said is right and nothing is extra
+    exact: float  # 1 if everything in the prompt is right and there is no extra object
     objects: float  # share of the named objects that are present with all their attributes
     attributes: float  # share of the named shapes, colours and textures that are right
-    count: float  # share of the named kinds whose number is right (by shape)
+    count: float  # share of the named shapes with the right number of objects
     relation: float | None
 
 
 @cache
 def _outline(shape: str) -> tuple[float, float, float, float]:
-    """The box of a silhouette in its own coordinates: left, right, top, bottom, in [-1, 1]."""
+    """The bounding box of a silhouette in its own coordinates: left, right, top, bottom, in [-1, 1]."""
     axis = np.linspace(-1, 1, 801)
     mask = silhouette(shape, axis[None, :], axis[:, None])
     columns, rows = axis[mask.any(0)], axis[mask.any(1)]
@@ -58,7 +58,7 @@ def _outline(shape: str) -> tuple[float, float, float, float]:
 
 @cache
 def _template(shape: str, height: int, width: int) -> np.ndarray:
-    """The silhouette, cropped to its box, as a mask of (height, width) pixels."""
+    """The silhouette, cropped to its bounding box, as a mask of (height, width) pixels."""
     left, right, top, bottom = _outline(shape)
     u = left + (right - left) * (np.arange(width * _OVERSAMPLING) + 0.5) / (width * _OVERSAMPLING)
     v = top + (bottom - top) * (np.arange(height * _OVERSAMPLING) + 0.5) / (height * _OVERSAMPLING)
@@ -97,7 +97,7 @@ def _read_texture(ink: np.ndarray, interior: np.ndarray) -> str:
 
 
 def _centre(box: tuple[slice, slice], shape: str | None) -> tuple[float, float]:
-    """Where the object was centred (x, y): its box's centre, but for shapes that reach further to one side."""
+    """The centre (x, y) of the object: the centre of its box, corrected for shapes that are not symmetric."""
     (top, bottom), (left, right) = ((s.start, s.stop) for s in box)
     if shape is None:
         return (left + right) / 2, (top + bottom) / 2
@@ -106,7 +106,7 @@ def _centre(box: tuple[slice, slice], shape: str | None) -> tuple[float, float]:
 
 
 def read(image: np.ndarray) -> list[Detection]:
-    """Read the objects of an image (uint8, shape (64, 64, 3))."""
+    """Detect the objects of an image (uint8, shape (64, 64, 3))."""
     pixels = image.astype(np.float32)
     foreground = np.linalg.norm(pixels - np.array(BACKGROUND, np.float32), axis=-1) > FOREGROUND_DISTANCE
     labels, _ = ndimage.label(foreground)
@@ -129,22 +129,22 @@ def read(image: np.ndarray) -> list[Detection]:
 
 
 def _rights(spec: ObjectSpec, found: Detection | None) -> tuple[bool, int]:
-    """Whether all that `spec` names is right about `found`, and how many of its attributes are."""
+    """Whether all attributes that `spec` names are right in `found`, and the number of right attributes."""
     named = [(spec.shape, "shape"), (spec.color, "color"), (spec.texture, "texture")]
     right = [found is not None and getattr(found, key) == value for value, key in named if value]
     return all(right), sum(right)
 
 
 def score(image: np.ndarray, prompt: str | SceneSpec) -> OracleScore:
-    """Hold an image (uint8, (64, 64, 3)) against a prompt of the grammar, under the assignment that fits best.
+    """Compare an image (uint8, (64, 64, 3)) with a prompt of the grammar, under the best assignment of objects.
 
     Raises:
-        ValueError: the prompt is not of the grammar.
+        ValueError: the prompt is not a sentence of the grammar.
     """
     spec = parse(prompt) if isinstance(prompt, str) else prompt
     found = read(image)
     required = [obj for obj in spec.objects for _ in range(obj.count)]
-    # Only the detections that fit an object best can be its own in the best assignment, as many as there are objects.
+    # With n required objects, the best assignment gives each object one of the n detections that fit it best.
     near = set()
     for obj in spec.objects:
         near.update(sorted(range(len(found)), key=lambda i, o=obj: _rights(o, found[i]))[-len(required) :])

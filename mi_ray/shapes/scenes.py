@@ -1,4 +1,4 @@
-"""Scenes of the embedded world and their renderer: 8 colours x 6 shapes x 3 textures on 64x64 pixels."""
+"""Scenes of the shapes world and their renderer: 8 colours x 6 shapes x 3 textures on 64x64 pixels."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 
 IMAGE_SIZE = 64
 BACKGROUND = (248, 248, 244)
-INK = (38, 38, 46)  # stripes and dots; dark on every colour, so a texture never breaks a silhouette
+INK = (38, 38, 46)  # colour of stripes and dots: dark on every colour, so a texture never interrupts a silhouette
 PALETTE = {
     "red": (220, 40, 40),
     "orange": (245, 140, 30),
@@ -22,7 +22,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 TEXTURES = ("solid", "striped", "dotted")
 RELATIONS = ("left", "right", "above", "below")
 
-STRIPE_PERIOD = 6  # pixels, half of them ink
+STRIPE_PERIOD = 6  # pixels; half of them are ink
 DOT_PITCH, DOT_RADIUS = 6.5, 2.0  # pixels
 SUPERSAMPLING = 4
 MARGIN = 2  # pixels between an object and the border
@@ -32,7 +32,7 @@ SIZE_RANGE = {1: (22, 34), 2: (19, 27), 3: (18, 24), 4: (17, 22)}  # by number o
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object; `x`, `y` is its centre and `size` its side, in pixels."""
+    """One drawn object; (`x`, `y`) is its centre and `size` its side length, in pixels."""
 
     color: str
     shape: str
@@ -51,7 +51,7 @@ def silhouette(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "triangle":
         return (v <= 0.85) & (np.abs(u) <= (v + 0.95) / 1.8)
     if shape == "star":
-        fold = np.pi / 5  # the outline is ten copies of the edge from an outer to an inner corner
+        fold = np.pi / 5  # the outline consists of ten copies of the edge from an outer to an inner corner
         angle = np.abs((np.arctan2(u, -v) + fold) % (2 * fold) - fold)
         outer, inner = 1.0, 0.46
         edge = outer * inner * np.sin(fold) / (outer * np.sin(angle) + inner * np.sin(fold - angle))
@@ -61,11 +61,11 @@ def silhouette(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "heart":
         x, y = 1.18 * u, -1.18 * v + 0.12
         return (x**2 + y**2 - 1) ** 3 - x**2 * y**3 <= 0
-    raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
+    raise ValueError(f"unknown shape {shape!r}; use one of {', '.join(SHAPES)}")
 
 
 def _ink(texture: str, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
-    """Whether each point (pixels from the object's centre) is inked."""
+    """Whether each point (in pixels from the object's centre) is ink."""
     if texture == "solid":
         return np.zeros(x.shape, bool)
     if texture == "striped":
@@ -74,7 +74,7 @@ def _ink(texture: str, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
         dx = (x + DOT_PITCH / 2) % DOT_PITCH - DOT_PITCH / 2
         dy = (y + DOT_PITCH / 2) % DOT_PITCH - DOT_PITCH / 2
         return dx**2 + dy**2 <= DOT_RADIUS**2
-    raise ValueError(f"unknown texture {texture!r}; one of {', '.join(TEXTURES)}")
+    raise ValueError(f"unknown texture {texture!r}; use one of {', '.join(TEXTURES)}")
 
 
 def render(scene: tuple[SceneObject, ...]) -> np.ndarray:
@@ -90,7 +90,7 @@ def render(scene: tuple[SceneObject, ...]) -> np.ndarray:
         y, x = np.meshgrid(*axes, indexing="ij")
         inside = silhouette(obj.shape, x / half, y / half)
         ink = inside & _ink(obj.texture, x, y, obj.size)
-        # Shares of each pixel that ink, paint and background cover.
+        # Shares of each pixel that are covered by ink, by paint and by background.
         ink_share, inside_share = (
             m.reshape(rows.stop - rows.start, SUPERSAMPLING, -1, SUPERSAMPLING).mean((1, 3))[..., None]
             for m in (ink, inside)
@@ -103,7 +103,7 @@ def render(scene: tuple[SceneObject, ...]) -> np.ndarray:
 
 
 def relation_holds(relation: str, a: tuple[float, float], b: tuple[float, float]) -> bool:
-    """Whether centre `a` (x, y) stands in `relation` to centre `b`, along the dominant axis."""
+    """Whether centre `a` (x, y) is in `relation` to centre `b`, along the axis with the larger distance."""
     dx, dy = a[0] - b[0], a[1] - b[1]
     if relation in ("left", "right"):
         return abs(dx) > abs(dy) and (dx < 0) == (relation == "left")
@@ -111,7 +111,7 @@ def relation_holds(relation: str, a: tuple[float, float], b: tuple[float, float]
 
 
 def place(count: int, relation: str | None, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Draw `count` boxes (x, y, size) that keep their distance; the first two stand in `relation`."""
+    """Draw `count` boxes (x, y, size) with a gap of at least `GAP`; the first is in `relation` to the second."""
     low, high = SIZE_RANGE[count]
     while True:
         boxes: list[tuple[float, float, float]] = []

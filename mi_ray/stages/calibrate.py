@@ -8,11 +8,11 @@ import torch
 import yaml
 
 from mi_ray import storage
-from mi_ray.alignment.metric import check_prompts, load_metrics
+from mi_ray.alignment.metric import check_image_size, check_prompts, load_metrics
 from mi_ray.config import pinned
 from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.section import ConfigError, collecting, config_hash
-from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
+from mi_ray.diffusion.folders import check_model, load_schedule, load_sizes, load_tokenizer, model_commit
 from mi_ray.information.calibration import Band, judge_bands
 from mi_ray.inputs.labels import PoolImages, read_labels
 from mi_ray.inputs.prompts import read_prompts
@@ -80,6 +80,8 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
         path = pinned(config.model.path, model_commit(config.model.path))
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
         tokenizer = load_tokenizer(config.model.path)
+        sizes = load_sizes(config.model.path)
+        faults += [f"model.{fault}" for fault in sizes.faults(*config.model.size)]
         with collecting(faults, "log_snr_max"):
             low, high = known_band(config.log_snr_min, config.log_snr_max, load_schedule(config.model.path))
     if faults:
@@ -96,7 +98,9 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
     if len(prompts) < 2:
         faults.append(f"prompts.file: {config.prompts.file!r} holds one prompt only; each is held against others")
     with collecting(faults, "alignment"):
-        check_prompts(load_metrics([config.alignment] if config.alignment else []), prompts["prompt"].to_pylist())
+        metrics = load_metrics([config.alignment] if config.alignment else [])
+        check_prompts(metrics, prompts["prompt"].to_pylist())
+        check_image_size(metrics, sizes.image(*config.model.size))
     if config.labels:
         with collecting(faults, "labels"):
             labels = read_labels(config.labels, _digest(config))
@@ -116,7 +120,8 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
 
 def _digest(config: CalibrationConfig) -> str:
     """Tells the images of one pool from another's."""
-    results = config.model_dump(mode="json", include={"model": {"path", "dtype"}, "sampler": True, "seed": True})
+    fields = {"model": {"path", "dtype", "height", "width"}, "sampler": True, "seed": True}
+    results = config.model_dump(mode="json", include=fields)
     if config.model.path.startswith("/"):  # wherever the folder lies
         results["model"]["path"] = model_commit(config.model.path)
     return config_hash(results)

@@ -14,7 +14,7 @@ from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
 from mi_ray.runs.layout import REFERENCE
 from mi_ray.scoring.machine import take_share
-from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
+from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
 from mi_ray.stages.shards import ShardWriter, run_stage
@@ -31,15 +31,17 @@ class Evaluator:
         config = RunConfig.model_validate(config)
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.config, self.model = config, model
-        evaluation, batch_size = config.evaluation, config.resources.batch_size
-        self.base = drawing = load_denoiser(config.model.path, config.model.dtype)
+        evaluation, path, dtype, size = config.evaluation, config.model.path, config.model.dtype, config.model.size
+        self.base = drawing = load_denoiser(path, dtype, size=size)
+        batch_size = batch_at_size(self.base, config.resources.batch_size)
         if adapter:
             merged = storage.local_folder(adapter)
-            drawing = load_denoiser(config.model.path, config.model.dtype, adapter=merged, beside=self.base)
+            drawing = load_denoiser(path, dtype, adapter=merged, beside=self.base, size=size)
         models = {id(d): d for d in (self.base, drawing)}.values()
         for denoiser in models:
             specialise(denoiser, config.model, batch_size)
-        self.sampler = Sampler(drawing, evaluation.sampler, batch_size, config.model.kernel)
+        kernel, by_scale = config.model.kernel, evaluation.samplers.items()
+        self.samplers = {scale: Sampler(drawing, sampler, batch_size, kernel) for scale, sampler in by_scale}
         judged = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, judged, batch_size, config.seed, []) if evaluation.pmi else None
 
@@ -55,47 +57,56 @@ class Evaluator:
         return self.write(batch, self._rows)
 
     def _rows(self, shard: Shard, positions: list[int], work: Work) -> list[dict]:
-        evaluation = self.config.evaluation
-        each = evaluation.images_per_prompt
+        each = self.config.evaluation.images_per_prompt
         owner = [p for p in positions for _ in range(each)]
         seeds = [
             [derived_seed(self.config.seed, "evaluation", shard.prompt_ids[p], i) for i in range(each)]
             for p in positions
         ]
-        prompts = [shard.prompts[p] for p in owner]
-        flat_seeds = [seed for of_prompt in seeds for seed in of_prompt]
-        scores = dict.fromkeys(("score_pmi", "score_pmi_se"), [None] * len(owner))
-        if self.model == REFERENCE:
-            images = np.stack([self.reference(p, seed) for p, seed in zip(prompts, flat_seeds, strict=True)])
-        else:
-            distinct = [shard.prompts[p] for p in positions]
-            conditioning = self.base.encode_prompts(distinct)
-            sampled = self.sampler(conditioning, seeds, work)
-            index = torch.arange(len(positions)).repeat_interleave(each)
-            if self.scorer:
-                scores = self.scorer(distinct, conditioning, index, sampled, work)
-            began = time.perf_counter()
-            images = self.base.decode(sampled.latents)
-            work.timed("decode", began)
-        features = latent_features(self.base.encode_images(images)).cpu().numpy()
         columns = {
             "prompt_id": [shard.prompt_ids[p] for p in owner],
-            "prompt": prompts,
+            "prompt": [shard.prompts[p] for p in owner],
             "category": [shard.categories[p] for p in owner],
             "split": [shard.splits[p] for p in owner],
             "image_index": list(range(each)) * len(positions),
-            "seed": flat_seeds,
-            **scores,
-            **measure(self.metrics, images, prompts),
-            "features": list(features),
-            "image": [encode_png(image) for image in images],
+            "seed": [seed for of_prompt in seeds for seed in of_prompt],
             "error": [None] * len(owner),
         }
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows = []
+        for scale in (None,) if self.model == REFERENCE else self.samplers:
+            drawn = columns | self._drawn(scale, [shard.prompts[p] for p in positions], seeds, work)
+            rows += [dict(zip(drawn, values, strict=True)) for values in zip(*drawn.values(), strict=True)]
+        return rows
+
+    def _drawn(self, scale: float | None, prompts: list[str], seeds: list[list[int]], work: Work) -> dict[str, list]:
+        """The columns that depend on the guidance scale, of the images of prompts with these seeds; scale None: real
+        images."""
+        prompt_of = [prompt for prompt, of_prompt in zip(prompts, seeds, strict=True) for _ in of_prompt]
+        scores = dict.fromkeys(("score_pmi", "score_pmi_se"), [None] * len(prompt_of))
+        if scale is None:
+            flat = [seed for of_prompt in seeds for seed in of_prompt]
+            images = np.stack([self.reference(p, seed) for p, seed in zip(prompt_of, flat, strict=True)])
+        else:
+            conditioning = self.base.encode_prompts(prompts)
+            sampled = self.samplers[scale](conditioning, seeds, work)
+            index = torch.arange(len(prompts)).repeat_interleave(len(seeds[0]))
+            if self.scorer:
+                scores = self.scorer(prompts, conditioning, index, sampled, work)
+            began = time.perf_counter()
+            images = self.base.decode(sampled.latents)
+            work.timed("decode", began)
+        return {
+            "guidance_scale": [scale] * len(prompt_of),
+            **scores,
+            **measure(self.metrics, images, prompt_of),
+            "features": list(latent_features(self.base.encode_images(images)).cpu().numpy()),
+            "image": [encode_png(image) for image in images],
+        }
 
 
 def evaluate(config: RunConfig, shards: ShardPlan, model: str, adapter: str | None) -> dict:
-    """Draw and measure `images_per_prompt` images of every held-out prompt into evaluation/<model>.
+    """Draw and measure `images_per_prompt` images of every held-out prompt at each guidance scale, into
+    evaluation/<model>.
 
     Args:
         model: base, tuned, a control, or `REFERENCE`: real images of a metric's own, for the quality measures.

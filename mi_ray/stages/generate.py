@@ -15,7 +15,7 @@ from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
 from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.pruning import Halving, cut_scorer
-from mi_ray.scoring.sampler import Sampler, derived_seed, specialise
+from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
 from mi_ray.stages.shards import ShardWriter, run_stage
@@ -42,8 +42,9 @@ class CandidateGenerator:
         self.config, self.round, self.keep_by = config, round_index, keep_by
         self.previews = frozenset(previews)
         adapter = adapter and storage.local_folder(adapter)
-        batch_size = config.resources.batch_size
-        self.denoiser = load_denoiser(config.model.path, config.model.dtype, adapter=adapter)
+        model = config.model
+        self.denoiser = load_denoiser(model.path, model.dtype, adapter=adapter, size=model.size)
+        batch_size = batch_at_size(self.denoiser, config.resources.batch_size)
         specialise(self.denoiser, config.model, batch_size)
         self.sampler = Sampler(self.denoiser, config.sampler, batch_size, config.model.kernel)
         self.scorer = Scorer(self.denoiser, config.score, batch_size, config.seed, pool)

@@ -4,19 +4,17 @@ The actors are a Ray Data pool that lives as long as the run and writes the part
 workers are Ray Train's. Both meet at a board: it knows which parts are committed and holds the newest policies.
 """
 
-import asyncio
-import math
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from mi_ray import storage
-from mi_ray.alignment.metric import columns_of, load_metrics
+from mi_ray.alignment.metric import columns_of
 from mi_ray.config import RunConfig
 from mi_ray.inputs.online_plan import plan_of
 from mi_ray.inputs.shard_plan import Shard
@@ -27,67 +25,35 @@ from mi_ray.scoring.policy import PolicySampler
 from mi_ray.scoring.work import Work
 from mi_ray.stages.shards import FACTS, ShardWriter, rows_of, write_missing
 from mi_ray.storage import tables
+from mi_ray.training.board import Meeting
 from mi_ray.training.loop import loop_settings, remove_checkpoints, train
 from mi_ray.training.online import best_version
 
-LOOK_S = 30.0  # between two looks of a waiting actor at whether a part before its own was lost
-POLL_S = 0.02  # between two looks of the board at what it knows
+LOOK_S = 30.0  # that an actor waits for a policy before it looks whether a part before its own was lost
+
+GRACE_S = 60.0  # for parts in the making, where the training has failed
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
-class _Board:
-    """An asynchronous actor: all may wait in it at once."""
+class _Meeting(Meeting):
+    """The board's actor. It owns the weights in the object store: what a worker puts there dies with the worker."""
 
-    def __init__(self, keep: int):
-        self.keep, self.done, self.policies, self.ended = keep, set(), {}, False
-
-    async def finished(self, indices: list[int]):
-        self.done.update(indices)
-
-    async def publish(self, version: int, policy: list):
-        """`policy` holds the reference of the weights, which Ray then does not resolve."""
-        self.policies[version] = policy
-        self.policies = {v: self.policies[v] for v in sorted(self.policies)[-self.keep :]}
-
-    async def end(self):
-        self.ended = True
-
-    async def policy(self, version: int, timeout_s: float) -> tuple[str, list | None]:
-        """The weights of a version, behind one word: here, past (it is kept no more), ended, or wait."""
-        until = time.monotonic() + timeout_s
-        while True:
-            if version in self.policies:
-                return "here", self.policies[version]
-            if self.policies and version < max(self.policies):
-                return "past", None
-            if self.ended or time.monotonic() > until:
-                return ("ended" if self.ended else "wait"), None
-            await asyncio.sleep(POLL_S)
-
-    async def wait(self, indices: list[int], deadline_s: float | None) -> list[int] | None:
-        first = math.inf
-        while True:
-            here = [index for index in indices if index in self.done]
-            first = min(first, time.monotonic() if here else math.inf)
-            late = deadline_s is not None and time.monotonic() - first >= deadline_s
-            if here and (len(here) == len(indices) or late):
-                return here
-            if self.ended:
-                return None
-            await asyncio.sleep(POLL_S)
+    async def publish(self, version: int, policy: dict[str, Tensor]):
+        await super().publish(version, [ray.put(policy)])  # a list: Ray resolves no reference within one
 
 
 class Board:
-    """What the workers and actors see of the board, as `training.online.Board` has it."""
+    """What the workers and actors see of the board, as `training.online.Board` has it. It lives on the driver's node,
+    without which the run ends anyway."""
 
     def __init__(self, keep: int):
-        self.actor = _Board.remote(keep)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.actor = ray.remote(_Meeting).options(num_cpus=0, max_restarts=0, scheduling_strategy=here).remote(keep)
 
     def wait(self, indices: Sequence[int], deadline_s: float | None) -> list[int] | None:
         return ray.get(self.actor.wait.remote(list(indices), deadline_s))
 
     def publish(self, version: int, policy: dict[str, Tensor]):
-        ray.get(self.actor.publish.remote(version, [ray.put(policy)]))
+        ray.get(self.actor.publish.remote(version, policy))
 
     def policy(self, version: int, timeout: float) -> tuple[str, dict[str, Tensor] | None]:
         word, reference = ray.get(self.actor.policy.remote(version, timeout))
@@ -97,14 +63,15 @@ class Board:
         ray.get(self.actor.finished.remote(list(indices)))
 
     def end(self):
-        ray.get(self.actor.end.remote())
+        if ray.is_initialized():  # a call would start Ray again
+            self.actor.end.remote()
 
 
 class OnlineGenerator:
     """Ray Data actor: a batch holding one part of the plan -> one row that says what was written.
 
     A part waits for the version of the policy that its row names. While it waits, it looks from time to time whether a
-    part that this version needs was lost with another actor, and makes that one itself: so nobody waits for ever.
+    part before it was lost with another actor, and makes that one itself: so nobody waits for ever.
     """
 
     def __init__(self, config: dict, source: str, folder: str, board: Board, token: int | None = None):
@@ -113,25 +80,29 @@ class OnlineGenerator:
         self.folder, self.candidates, self.board = folder, storage.join(folder, CANDIDATES), board
         self.plan = plan_of(config, source)
         self.policy, self.version = PolicySampler(config), 0
-        schema = tables.online_schema(config.score.names, columns_of(load_metrics(config.generate.alignment)))
+        schema = tables.online_schema(config.score.names, columns_of(self.policy.validation_metrics))
         self.write = ShardWriter("online", "policy", self.candidates, schema, config, token, lambda: self.policy.calls)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         (row,) = rows_of(batch)
         while run_folder.committed(self.candidates, row["name"]) is None:
-            word = self._take(row["version"])
+            word = self._take(row, LOOK_S)
             if word == "here":
                 break
             if word != "wait":  # nobody needs this part any more
                 return {name: [value] for name, value in (FACTS | {"index": row["index"]}).items()}
-            for index in self.plan.of_update(row["version"] - 1):
-                lost = self.plan.row(index)
-                if (
-                    run_folder.committed(self.candidates, lost["name"]) is None
-                    and self._take(lost["version"]) == "here"
-                ):
-                    self._write(lost)
+            self._mend(row["index"])
         return self._write(row)
+
+    def _mend(self, until: int):
+        """Of the parts before this one, tell the board which are committed, and make those that are not but can be:
+        the actor that had them may be gone, before or after its commit."""
+        names = [self.plan.name(index) for index in range(until)]
+        missing = set(run_folder.missing_parts(self.candidates, names))
+        self.board.finished([index for index, name in enumerate(names) if name not in missing])
+        for row in (self.plan.row(index) for index, name in enumerate(names) if name in missing):
+            if self._take(row, 0.0) == "here":
+                self._write(row)
 
     def _write(self, row: dict) -> dict[str, list]:
         def make(shard: Shard, positions: list[int], work: Work) -> list[dict]:
@@ -141,13 +112,15 @@ class OnlineGenerator:
         self.board.finished([row["index"]])
         return receipt
 
-    def _take(self, version: int) -> str:
-        """Make a version of the policy the one that draws, if it is `here`; else the board's word for it."""
+    def _take(self, row: dict, timeout_s: float) -> str:
+        """Make the version of the policy that a part names the one that draws, if it is `here`; else the board's word
+        for it. A validation of a version that the board keeps no more takes the one that was saved."""
+        version = row["version"]
         if version == self.version:
             return "here"
-        word, state = self.board.policy(version, LOOK_S)
+        word, state = self.board.policy(version, timeout_s)
         saved = storage.join(policy_folder(self.folder, version), "adapter_model.safetensors")
-        if word == "past" and storage.exists(saved):
+        if word == "past" and row["validation"] and storage.exists(saved):
             word, state = "here", load_safetensors(storage.read_bytes(saved))
         if word == "here":
             self.policy.load(state)
@@ -185,14 +158,18 @@ def online(config: RunConfig, source: str, folder: str, name: str) -> str:
     try:
         settings = {"prompts": source, "folder": folder, "board": board}
         summary = train(config, loop_settings(config, None, folder, None, name, settings))
-    except BaseException:
+    except BaseException as error:
         board.end()
+        if isinstance(error, Exception):  # no Ctrl-C, which waits for nothing
+            generation.join(GRACE_S)
+            if generation.error:  # of which the training's is a consequence
+                raise generation.error from error
         raise
     if summary["stopped"]:
         board.end()
+    generation.finish()  # the last validation comes after the last update
     names = storage.list_names(storage.join(folder, POLICIES))
     saved = sorted(int(name.rpartition("-")[2]) for name in names)
-    generation.finish()  # the last validation comes after the last update
     summary |= best_version(config, plan, candidates, saved)
     source = policy_folder(folder, summary["version"])
     for file in storage.list_names(source):
@@ -207,16 +184,17 @@ class _Thread(threading.Thread):
 
     def __init__(self, run: Callable[[], None], on_error: Callable[[], None]):
         super().__init__(daemon=True)
-        self._run, self._on_error, self._error = run, on_error, None
+        self._run, self._on_error = run, on_error
+        self.error: BaseException | None = None
 
     def run(self):
         try:
             self._run()
         except BaseException as error:
-            self._error = error
+            self.error = error
             self._on_error()
 
     def finish(self):
         self.join()
-        if self._error:
-            raise self._error
+        if self.error:
+            raise self.error

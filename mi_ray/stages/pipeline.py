@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from mi_ray import __version__, storage
-from mi_ray.alignment.metric import check_prompts, columns_of, load_metrics, reference_of
+from mi_ray.alignment.metric import check_image_size, check_prompts, columns_of, load_metrics, reference_of
 from mi_ray.config import RunConfig, pinned
 from mi_ray.config.section import ConfigError, collecting
-from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
+from mi_ray.diffusion.folders import check_model, load_schedule, load_sizes, load_tokenizer, model_commit
 from mi_ray.inputs.prompts import PromptReader
 from mi_ray.inputs.shard_plan import Holdout, ShardPlan, write_prompts
 from mi_ray.report.page import alignment_table, write_report
@@ -76,6 +76,8 @@ class Plan:
         if tokenizer:
             with collecting(faults, "model.path"):
                 check_targets(config)
+            with collecting(faults, "model.path"):
+                faults += _size_faults(config)
             with collecting(faults, "score"):
                 probed_band(config.score, load_schedule(config.model.path))
         with collecting(faults):
@@ -176,6 +178,24 @@ def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.
             return
         yield batch.slice(0, min(left, len(batch)))
         left -= len(batch)
+
+
+def _size_faults(config: RunConfig) -> list[str]:
+    """What is wrong with the size of the images: for the model, or for a metric.
+
+    Raises:
+        ValueError: the model does not say its sizes.
+    """
+    sizes = load_sizes(config.model.path)
+    faults = [f"model.{fault}" for fault in sizes.faults(*config.model.size)]
+    for section in () if faults else ("generate", "evaluation"):
+        with (
+            suppress(ValueError),
+            collecting(faults, f"{section}.alignment"),
+        ):
+            metrics = load_metrics(getattr(config, section).alignment)
+            check_image_size(metrics, sizes.image(*config.model.size))
+    return faults
 
 
 def _check_alignment(config: RunConfig, *prompts: storage.ParquetRows | None) -> bool:

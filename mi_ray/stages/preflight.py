@@ -7,7 +7,8 @@ from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.runs.cost import evaluations
 from mi_ray.scoring.machine import take_cpus
-from mi_ray.scoring.trial import Trial, best, sweep_dtypes, try_fitting
+from mi_ray.scoring.sampler import batch_at_size
+from mi_ray.scoring.trial import Trial, best, size_text, sweep_dtypes, try_fitting
 from mi_ray.stages.pipeline import Plan, run_pipeline
 
 STAGES = {"generate": 2, "finetune": 3}  # how many of a run's stages come up to this one; else all
@@ -17,8 +18,8 @@ def describe(plan: Plan, until: str = "report") -> str:
     """The plan up to a stage as text: prompts, shards, candidates, evaluations, parameters, memory, time and cost."""
     config, resources = plan.config, plan.config.resources
     take_cpus(resources.cpus_per_actor)
-    by_dtype = sweep_dtypes(config.model.path, config.model.dtype)
-    denoiser = load_denoiser(config.model.path, config.model.dtype)
+    by_dtype = sweep_dtypes(config.model)
+    denoiser = load_denoiser(config.model.path, config.model.dtype, size=config.model.size)
     trials = next(iter(by_dtype.values()))
     mine = best(trials) if resources.batch_size == "auto" else try_fitting(denoiser, resources.batch_size)
     each = mine.seconds_per_evaluation
@@ -31,17 +32,18 @@ def describe(plan: Plan, until: str = "report") -> str:
     minutes = {stage: count * each / machines[stage].at_once / 60 for stage, count in counts.items()}
     parameters = sum(p.numel() for p in denoiser.unet.parameters())
     arms = ", ".join([config.select.by, *config.evaluation.controls])
-    less = (
-        f" (not {resources.batch_size}, which do not fit)" if mine.batch_size != resources.batch_size != "auto" else ""
-    )
+    batch, less = batch_at_size(denoiser, mine.batch_size), ""
+    if mine.batch_size != resources.batch_size != "auto":
+        less = f" (not {batch_at_size(denoiser, resources.batch_size)}, which do not fit)"
     lines = [
         f"run folder    {config.run_dir} (config {plan.hash})",
         f"model         {config.model.path}: denoiser of {parameters / 1e6:.1f} M parameters, {denoiser.dtype}",
+        f"images        {size_text(denoiser)}",
         f"prompts       {prompts} to train on, {held_out} held out, {skipped} skipped",
         f"shards        {len(plan.shards)} of up to {config.generate.prompts_per_shard} prompts,"
         f" {len(plan.evaluation_shards)} for evaluation",
         _candidates(config, prompts, rounds, arms),
-        f"actors        {machines['generate'].processes}, batches of {mine.batch_size} candidates{less},"
+        f"actors        {machines['generate'].processes}, batches of {batch} candidates{less},"
         f" about {mine.memory_gib:.1f} GiB each",
         f"speed         {1e3 * each:.2f} ms a denoiser evaluation, measured here; by precision and batch size:",
         *(f"  {dtype:<12}{_swept(of_dtype)}" for dtype, of_dtype in by_dtype.items()),

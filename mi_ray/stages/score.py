@@ -17,7 +17,7 @@ from mi_ray.config import ModelConfig, pinned
 from mi_ray.config.section import ConfigError, collecting
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.fitting import fitting
-from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer, model_commit
+from mi_ray.diffusion.folders import check_model, load_schedule, load_sizes, load_tokenizer, model_commit
 from mi_ray.information.maps import upsampled
 from mi_ray.inputs.images import encode_png, read_image
 from mi_ray.inputs.pair_config import ScorePairsConfig
@@ -30,12 +30,14 @@ from mi_ray.runs import lease
 from mi_ray.runs.cost import score_evaluations
 from mi_ray.runs.layout import SCORES, as_it_began, began_hash
 from mi_ray.scoring.machine import take_cpus, take_share
-from mi_ray.scoring.pair_scorer import PairScorer, finite, model_image_size
+from mi_ray.scoring.pair_scorer import PairScorer, finite
+from mi_ray.scoring.sampler import batch_at_size
 from mi_ray.scoring.scorer import probed_band
+from mi_ray.scoring.trial import size_text, try_fitting
 from mi_ray.scoring.work import Work
 from mi_ray.stages.cluster import check_room, start_ray
 from mi_ray.stages.shards import Committer, Patience, whole_or_one_by_one, write_missing
-from mi_ray.stages.trial import settle, try_fitting
+from mi_ray.stages.trial import settle
 from mi_ray.storage import tables
 
 MAX_THUMBNAIL = 256  # pixels
@@ -53,9 +55,9 @@ class PairActor:
     def __init__(self, config: dict, token: int | None = None):
         self.config = config = ScorePairsConfig.model_validate(config)
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
-        self.denoiser = load_denoiser(config.model, config.dtype)
-        self.scorer = PairScorer(self.denoiser, config.score, config.resources.batch_size, config.seed, config.words)
-        self.size = model_image_size(self.denoiser)
+        self.denoiser = load_denoiser(config.model, config.dtype, size=config.size)
+        self.batch_size = batch_at_size(self.denoiser, config.resources.batch_size)
+        self.scorer = PairScorer(self.denoiser, config.score, self.batch_size, config.seed, config.words)
         self.commit = Committer(storage.join(config.run_dir, SCORES), config.run_dir, token)
         self.pairs = 0  # looked at so far: many may come one after the other that are not scored
         self.patience = Patience(config.resources.shard_timeout_s, lambda: self.denoiser.calls + self.pairs)
@@ -82,7 +84,7 @@ class PairActor:
 
     def _admitted(self, pairs: Iterator[Pair]) -> Iterator[list[dict]]:
         """Rows, a batch at a time: with the decoded image, or with the reason against the pair."""
-        while chunk := list(islice(pairs, self.config.resources.batch_size)):
+        while chunk := list(islice(pairs, self.batch_size)):
             yield [self._row(pair) for pair in chunk]
 
     def _row(self, pair: Pair) -> dict:
@@ -91,7 +93,7 @@ class PairActor:
         if row["error"] is None:
             try:
                 self._check_caption(pair.prompt)
-                row["image"] = read_image(pair.image, self.size, self.config.fit)
+                row["image"] = read_image(pair.image, self.denoiser.image_size, self.config.fit)
             except ValueError as error:
                 row["error"] = str(error)
         return row
@@ -174,6 +176,7 @@ def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
         commit = model_commit(path)
         config = config.model_copy(update={"model": pinned(path, commit)})
         load_tokenizer(config.model)
+        faults += load_sizes(config.model).faults(*config.size)
         with collecting(faults, "score"):
             probed_band(config.score, load_schedule(config.model))
     with collecting(faults, "score.negatives"):
@@ -232,7 +235,9 @@ def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
     if run_folder.missing_parts(folder, names):
         start_ray()
         check_room(resources, train=False)
-        resources = settle(ModelConfig(path=config.model, dtype=config.dtype), resources)
+        height, width = config.size
+        model = ModelConfig(path=config.model, dtype=config.dtype, height=height, width=width)
+        resources = settle(model, resources)
     constructor = {"config": config.model_copy(update={"resources": resources}).model_dump(mode="json")}
     write_missing(
         "score", config.model, PairActor, constructor, _Shards(shards), folder, config.run_dir, resources, "shard"
@@ -264,16 +269,17 @@ def score_one(config: ScorePairsConfig) -> dict:
         ConfigError: the image or the prompt will not do.
     """
     config, _ = _checked(config)
-    denoiser = load_denoiser(config.model, config.dtype)
+    denoiser = load_denoiser(config.model, config.dtype, size=config.size)
     try:
-        image = read_image(storage.read_bytes(config.image), model_image_size(denoiser), config.fit)
+        image = read_image(storage.read_bytes(config.image), denoiser.image_size, config.fit)
     except (OSError, ValueError) as error:
         raise ConfigError([f"image: {config.image!r} will not do: {error}"]) from error
     count = len(denoiser.token_ids(config.prompt))
     if count > denoiser.max_tokens and config.overlong == "error":
         message = f"prompt: it has {count} tokens, the text encoder reads {denoiser.max_tokens}"
         raise ConfigError([f"{message}; shorten it, or add --overlong truncate"])
-    scorer = PairScorer(denoiser, config.score, _batch_size(config), config.seed, words=True)
+    batch_size = batch_at_size(denoiser, _batch_size(config))
+    scorer = PairScorer(denoiser, config.score, batch_size, config.seed, words=True)
     row = scorer(image[None], [config.prompt], Work())[0]
     density = upsampled(scorer.maps(image[None], [config.prompt]).direct, image.shape[:2])[0].cpu().numpy()
     destination = config.map_file
@@ -314,8 +320,9 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
         shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
         evaluations = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
         take_cpus(config.resources.cpus_per_actor)
-        denoiser = load_denoiser(config.model, config.dtype)
+        denoiser = load_denoiser(config.model, config.dtype, size=config.size)
         each = try_fitting(denoiser, _batch_size(config)).seconds_per_evaluation
+        print(f"images {size_text(denoiser)}")
         print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations a pair, words not counted:")
         print(f"{evaluations * each:.3f} s a pair at {1e3 * each:.2f} ms an evaluation, measured here, one actor alone")
         price, share = config.resources.price_per_gpu_hour, config.resources.gpus_per_actor

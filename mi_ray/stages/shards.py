@@ -98,7 +98,7 @@ class ShardWriter:
         rows += [error_row(self.schema, shard, position, message) for position, message in failures]
         place = {prompt_id: position for position, prompt_id in enumerate(shard.prompt_ids)}
         number = "candidate_index" if "candidate_index" in self.schema.names else "image_index"
-        rows.sort(key=lambda row: (place[row["prompt_id"]], row[number] or 0))
+        rows.sort(key=lambda row: (place[row["prompt_id"]], row.get("guidance_scale") or 0, row[number] or 0))
         table = pa.Table.from_pylist(rows, schema=self.schema)
         mine, receipt = self.commit(shard.index, shard.name, table, work, time.perf_counter() - began)
         self.metrics.committed(mine, rows)

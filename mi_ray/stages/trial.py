@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from mi_ray.config import ModelConfig, ResourcesConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.scoring.machine import take_share
-from mi_ray.scoring.sampler import specialise
+from mi_ray.scoring.sampler import batch_at_size, specialise
 from mi_ray.scoring.trial import WORTH_IT, Trial, best, sweep, try_batch, try_fitting
 from mi_ray.stages.cluster import room
 
@@ -25,17 +25,17 @@ class Probe:
     def __init__(self, model: dict, cpus: float, gpus: float):
         take_share(cpus, gpus)
         self.model = ModelConfig.model_validate(model)
-        self.denoiser = load_denoiser(self.model.path, self.model.dtype)
+        self.denoiser = load_denoiser(self.model.path, self.model.dtype, size=self.model.size)
 
     def sweep(self) -> list[Trial]:
         return sweep(self.denoiser)
 
     def try_fitting(self, batch_size: int) -> Trial:
-        specialise(self.denoiser, self.model, batch_size)
+        specialise(self.denoiser, self.model, batch_at_size(self.denoiser, batch_size))
         return try_fitting(self.denoiser, batch_size)
 
     def try_batch(self, batch_size: int, seconds: float = 0.0) -> Trial:
-        specialise(self.denoiser, self.model, batch_size)
+        specialise(self.denoiser, self.model, batch_at_size(self.denoiser, batch_size))
         return try_batch(self.denoiser, batch_size, seconds)
 
 
@@ -73,9 +73,10 @@ def settle(model: ModelConfig, resources: ResourcesConfig) -> ResourcesConfig:
     if auto_share:
         gpus = _share(model, cpus, chosen)
     settled = resources.model_copy(update={"batch_size": chosen.batch_size, "gpus_per_actor": gpus})
+    of_own = " of the model's own size" if any(model.size) else ""
     print(
-        f"trial: batches of {settled.batch_size} candidates, {1e3 * chosen.seconds_per_evaluation:.2f} ms a denoiser"
-        f" evaluation, {chosen.memory_gib:.1f} GiB; resources.gpus_per_actor {settled.gpus_per_actor:g}"
+        f"trial: batches of {settled.batch_size} candidates{of_own}, {1e3 * chosen.seconds_per_evaluation:.2f} ms a"
+        f" denoiser evaluation, {chosen.memory_gib:.1f} GiB; resources.gpus_per_actor {settled.gpus_per_actor:g}"
     )
     return settled
 

@@ -165,8 +165,9 @@ def evaluation_schema(metrics: Metrics = _NO_METRICS) -> pa.Schema:
             _field(
                 "split", pa.string(), "test (in distribution) or ood (out of distribution); null if the file has none"
             ),
+            _field("guidance_scale", pa.float32(), "of the sampler; 1: no guidance; null: a real image"),
             _field("image_index", pa.int32(), "0 .. images_per_prompt - 1"),
-            _field("seed", pa.int64(), "random seed of the image; the same for every model"),
+            _field("seed", pa.int64(), "random seed of the image; the same for every model and guidance scale"),
             *score_columns(("pmi",)),
         ],
         metrics,

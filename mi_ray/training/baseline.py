@@ -1,4 +1,4 @@
-"""The baseline of a selection: what learning from a random selection of the same pool does, taken off an adapter."""
+"""The baseline of a selection: subtract from an adapter what training on a random selection of the same pool learns."""
 
 import tempfile
 from pathlib import Path
@@ -10,16 +10,16 @@ from mi_ray.storage import exists, join, local_folder, read_json, write_bytes, w
 
 
 def take_off_baseline(config: RunConfig, adapter: str, baseline: str, start: str | None, destination: str):
-    """Write the adapter less `finetune.baseline` of what the baseline learnt: adapter - share (baseline - start).
+    """Write adapter - share (baseline - start), where share is `finetune.baseline`.
 
-    Learning from one's own images moves a model whatever is chosen among them. An adapter that learnt from a random
-    selection of the same pool has made that move and no other, so what is left is due to the choice: the baseline of a
-    policy gradient (Williams 1992, section 4), as task arithmetic.
+    Training on a model's own images changes the model, whichever images are selected. The baseline adapter was trained
+    on a random selection of the same pool, so it has only this change. The difference is the effect of the selection.
+    This is the baseline of a policy gradient (Williams 1992, section 4), computed by task arithmetic.
 
     Args:
-        adapter, baseline: URIs of two adapters' folders that started from the same one.
-        start: URI of that one's folder; None: from none.
-        destination: URI of the folder to write, like an adapter's, without its log.
+        adapter, baseline: URIs of the folders of two adapters that started from the same adapter.
+        start: URI of the folder of that adapter; None: both started from a new adapter.
+        destination: URI of the folder to write, with the files of an adapter but without its log.
     """
     if exists(join(destination, SUMMARY)):
         return

@@ -1,4 +1,4 @@
-"""What a training run leaves to look at: training.jsonl, a line on the terminal, TensorBoard, W&B, MLflow."""
+"""The log of a training run: training.jsonl, a line on the terminal, TensorBoard, W&B, MLflow."""
 
 import json
 import math
@@ -23,13 +23,13 @@ def check_loggers(log_to: tuple[str, ...]):
     """Check that the packages of the trackers in `finetune.log_to` are installed.
 
     Raises:
-        ConfigError: with a message for each that is not.
+        ConfigError: a package is not installed; one message for each.
     """
     missing = [name for name in log_to if find_spec(name) is None]
     if missing:
         raise ConfigError(
             [
-                f"finetune.log_to: {name} is not installed; pip install 'mi-ray[{name}]' or take it out of the list"
+                f"finetune.log_to: {name} is not installed; run pip install 'mi-ray[{name}]' or remove it from the list"
                 for name in missing
             ]
         )
@@ -41,7 +41,7 @@ class _TensorBoard:
 
         self.uri = join(destination, "tensorboard")
         system, path = filesystem(self.uri)
-        # Event files are appended to, which an object store cannot: there they are uploaded whole at each flush.
+        # Event files are appended to. An object store cannot append, so the files are uploaded whole at each flush.
         self.staging = None if isinstance(system, LocalFileSystem) else tempfile.TemporaryDirectory()
         self.writer = SummaryWriter(self.staging.name if self.staging else path, purge_step=first_step)
 
@@ -74,7 +74,7 @@ class _Wandb:
         self.run.log({f"finetune/{name}": value for name, value in values.items()}, step=step)
 
     def flush(self):
-        pass  # its own process uploads
+        pass  # wandb uploads in its own process
 
     def close(self):
         self.run.finish()
@@ -93,22 +93,24 @@ class _MLflow:
         self.mlflow.log_metrics({f"finetune/{name}": value for name, value in values.items()}, step=step)
 
     def flush(self):
-        pass  # every call has already sent its values
+        pass  # every call of log_metrics sends its values at once
 
     def close(self):
         self.mlflow.end_run()
 
 
 class TrainingLog:
-    """The record of rank 0. `lines`, one for each finished step, are a part of the checkpoint: a run that continues
-    from one therefore repeats no step.
+    """The log of rank 0.
+
+    `lines` has one entry for each finished step. It is stored in the checkpoint, so a run that continues from a
+    checkpoint logs no step twice.
 
     Args:
         destination: URI of the adapter's folder; training.jsonl and tensorboard/ are written there.
-        name: of the run, the same when it continues.
-        settings: flat; shown by the trackers.
-        lines: of the checkpoint that the run continues from.
-        refuse: called before each writing; raises `lease.Lost` if another driver's training writes there by now.
+        name: name of the run, the same when the run continues.
+        settings: flat dictionary that the trackers show.
+        lines: the lines in the checkpoint that the run continues from.
+        refuse: called before each write; raises `lease.Lost` if another driver now trains in the same folder.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class TrainingLog:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object):
         if kind is not None and issubclass(kind, lease.Lost):
-            return  # another driver's training logs to the same places
+            return  # another driver now logs to the same files and trackers
         try:
             self.flush()
         finally:
@@ -145,9 +147,9 @@ class TrainingLog:
                 tracker.close()
 
     def step(self, step: int, values: dict[str, float]):
-        """Record optimiser step `step`, counted from 1: loss, grad_norm, learning_rate and what else there is.
+        """Record optimiser step `step`, counted from 1: loss, grad_norm, learning_rate and others.
 
-        A value that is not finite (a norm that overflowed in fp16) is written as null.
+        A value that is not finite, such as a gradient norm that overflowed in fp16, is written as null.
         """
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self.lines.append({"step": step, **dict.fromkeys(values), **finite})

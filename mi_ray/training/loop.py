@@ -36,7 +36,7 @@ from mi_ray.diffusion.adapters import (
     target_faults,
 )
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.diffusion.folders import unet_config
+from mi_ray.diffusion.folders import part_config
 from mi_ray.inputs.online_plan import plan_of
 from mi_ray.runs import lease
 from mi_ray.runs.layout import SUMMARY
@@ -103,7 +103,8 @@ def _prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[T
     """The model under its starting adapter, and its data."""
     tuning = config.finetune
     # Half precision is for GPUs, under autocast; on a CPU it would be slow and coarse.
-    denoiser = load_denoiser(settings["model"], config.model.dtype if device.type == "cuda" else "float32", str(device))
+    dtype = config.model.dtype if device.type == "cuda" else "float32"
+    denoiser = load_denoiser(settings["model"], dtype, str(device), size=config.model.size)
     denoiser.specialise(channels_last=config.model.channels_last, compiled=None, rows=())
     kept = None
     if settings["online"] is None:
@@ -211,7 +212,7 @@ def train_loop(settings: dict) -> dict | None:
                     )
             if training.average:
                 training.average.step(parameters)
-            figures = objective.figures | source.close(step)
+            figures = (objective.figures if parts else {}) | source.close(step)
             if rank == 0:
                 log.step(step + 1, {"loss": mean_loss, "grad_norm": norm, "learning_rate": rate, **figures})
             earlier, notice = notice, ray.train.get_preemption_info()  # of a node that will go: the same on every rank
@@ -281,7 +282,7 @@ def check_targets(config: RunConfig):
         ConfigError: with a message for each that binds to nothing.
     """
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config(config.model.path))
+        unet = UNet2DConditionModel.from_config(part_config(config.model.path, "unet"))
     if faults := target_faults(unet, config.finetune.target_modules):
         raise ConfigError([f"finetune.target_modules: {fault}" for fault in faults])
 

@@ -1,8 +1,8 @@
-"""The losses of fine-tuning, one function a method, on one module that predicts what they need.
+"""The losses of fine-tuning, one function per method, and one module that computes the predictions they need.
 
-Every loss sees the squared errors of predictions of the model's own target (epsilon, v or x0) at one noise level a row.
-Below, l is the mean squared error of a row, `new` the policy in training, `old` the policy that drew the candidates,
-`reference` the frozen base model, A the advantage of a candidate within its prompt, in [-1, 1].
+Every loss uses squared errors of predictions of the model's own target (epsilon, v or x0), at one noise level per row.
+Notation: l is the mean squared error of a row, `new` the policy in training, `old` the policy that sampled the
+candidates, `reference` the frozen base model, A the advantage of a candidate within its prompt, in [-1, 1].
 """
 
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ from mi_ray.diffusion.schedules import NoiseSchedule, prediction_from
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one forward pass of a loss sees: n rows, those of one prompt's candidates together."""
+    """The input of one forward pass of a loss: n rows. The rows of the candidates of a prompt are consecutive."""
 
     x0: Tensor  # (n, *latent_shape) fp32, clean latents
     noise: Tensor  # (n, *latent_shape) fp32
     timesteps: Tensor  # (n,) long
     conditioning: Conditioning  # of n prompts
-    weights: Tensor  # (n,) of the rows in the mean
+    weights: Tensor  # (n,) weight of each row in the mean
     advantages: Tensor | None = None  # (n,) in [-1, 1], mean about zero within a prompt
     rewards: Tensor | None = None  # (n,) in [0, 1]
-    group: Tensor | None = None  # (n,) long: rows of one prompt at one noise level have the same number, from 0
-    null: Tensor | None = None  # (n,) bool: rows whose prompt was dropped, held to the base model
+    group: Tensor | None = None  # (n,) long, from 0: rows of one prompt at one noise level have the same number
+    null: Tensor | None = None  # (n,) bool: rows with a dropped prompt; they stay close to the base model
 
     def to(self, device: torch.device) -> "Batch":
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Predictions (n, *latent_shape) fp32 of the same noised latents; None where a method needs none."""
+    """Predictions (n, *latent_shape) fp32 for the same noised latents; None if the method does not need them."""
 
     target: Tensor
     new: Tensor
@@ -64,7 +64,7 @@ def supervised(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
 
 def nft(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
     """DiffusionNFT (arXiv 2509.16117, eq. 5): (r l(old + b d) + (1 - r) l(old - b d)) / b with d = new - old,
-    r = (1 + A) / 2, b = `beta`. A winner pulls the prediction to itself, a loser pushes it away."""
+    r = (1 + A) / 2, b = `beta`. A good candidate attracts the prediction, a bad one repels it."""
     beta, r = config.beta or BETA["nft"], (1 + batch.advantages) / 2
     move = beta * (p.new - p.old)
     return (r * p.error(p.old + move) + (1 - r) * p.error(p.old - move)) / beta
@@ -72,7 +72,7 @@ def nft(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
 
 def awm(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
     """Advantage-weighted matching (arXiv 2509.25050): -A exp(l(old) - l(new)) + ||new - old||^2. The exponential is the
-    likelihood ratio of the two policies; the last term keeps the step small (its KL_EMA)."""
+    likelihood ratio of the two policies. The last term keeps the update small (KL_EMA in the paper)."""
     ratio = (p.error(p.old) - p.error(p.new)).exp()
     return _mean_square(p.new - p.old) - batch.advantages * ratio
 
@@ -85,24 +85,24 @@ def dgpo(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
 
 
 def crd(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
-    """Centred reward distillation (arXiv 2603.14128): (b (r_i - mean r) - A_i)^2 with the policy's own reward
-    r = l(old) - l(new) times the number of latents, b = `beta`. Its anchor is `anchor` at `anchor_guidance`."""
+    """Centred reward distillation (arXiv 2603.14128): (b (r_i - mean r) - A_i)^2, b = `beta`, with the policy's implied
+    reward r = l(old) - l(new) times the number of latent elements. The anchor is `anchor` at `anchor_guidance`."""
     implied = (p.error(p.old) - p.error(p.new)) * p.new[0].numel()
     centred = implied - _mean_of_group(implied, batch.group)
     return ((config.beta or BETA["crd"]) * centred - batch.advantages).square()
 
 
 def gors(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
-    """GORS (T2I-CompBench, arXiv 2307.06350, eq. 1): reward times l(new), of candidates above the mean of their prompt.
+    """GORS (T2I-CompBench, arXiv 2307.06350, eq. 1): reward times l(new), for candidates above their prompt's mean.
 
-    The published thresholds are of its own metrics; a score of ours has none, so the prompt's mean stands for it.
+    The paper's thresholds are for its own metrics. Other scores have no threshold, so the mean of the prompt is used.
     """
     return batch.rewards * (batch.advantages > 0) * p.error(p.new)
 
 
 def hn_itm(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
-    """HN-ITM (arXiv 2305.16397, eq. 3): l(best) - min(l(worst), l(best)) of a prompt's candidates, at the same noise;
-    the l(best) inside the minimum takes no gradient. The worst candidate stands for the negative image."""
+    """HN-ITM (arXiv 2305.16397, eq. 3): l(best) - min(l(worst), l(best)) of a prompt's candidates, at the same noise.
+    The l(best) inside the minimum has no gradient. The worst candidate is used as the negative image."""
     error, size = p.error(p.new), int(batch.group.max()) + 1
     best, worst = (_extreme_of_group(sign * batch.advantages, batch.group, size) for sign in (1, -1))
     value = error[best] - torch.minimum(error[worst], error[best].detach())
@@ -111,7 +111,7 @@ def hn_itm(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """A loss (predictions, batch, config) -> (n,), and which frozen predictions it needs."""
+    """A loss (predictions, batch, config) -> (n,), and whether it needs the predictions of `old` and `reference`."""
 
     loss: Callable[[Predictions, Batch, FinetuneConfig], Tensor]
     old: bool = False
@@ -130,7 +130,7 @@ METHODS = {
 
 
 def _sum_of_group(values: Tensor, group: Tensor) -> Tensor:
-    """Of each row the sum over its group, (n,)."""
+    """For each row the sum over its group, (n,)."""
     return values.new_zeros(int(group.max()) + 1).index_add(0, group, values)[group]
 
 
@@ -139,7 +139,7 @@ def _mean_of_group(values: Tensor, group: Tensor) -> Tensor:
 
 
 def _extreme_of_group(values: Tensor, group: Tensor, size: int) -> Tensor:
-    """The row with the greatest value of each group, (size,)."""
+    """For each group the index of the row with the largest value, (size,)."""
     rows = torch.arange(len(values), device=values.device)
     greatest = values.new_full((size,), -torch.inf).scatter_reduce(0, group, values, "amax")
     first = torch.full((size,), len(values), device=values.device)
@@ -148,7 +148,7 @@ def _extreme_of_group(values: Tensor, group: Tensor, size: int) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- the module
 def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Loss weights min(SNR, gamma) of the x0-loss (Hang et al. 2023, eq. 5) as weights of the model's own loss.
+    """The weights min(SNR, gamma) of the x0 loss (Hang et al. 2023, eq. 5), converted to the model's prediction_type.
 
     The squared error of x0 is 1/SNR times that of epsilon and 1/(SNR + 1) times that of v (ibid., section 3.4).
 
@@ -165,7 +165,7 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
 
 @contextmanager
 def weights_of(values: Sequence[Tensor], parameters: Sequence[nn.Parameter]):
-    """Within, the parameters have these values; afterwards their own again. Nothing is copied."""
+    """Context in which the parameters have these values. Afterwards they have their own values again. No copies."""
     own = [parameter.data for parameter in parameters]
     for parameter, value in zip(parameters, values, strict=True):
         parameter.data = value
@@ -177,13 +177,13 @@ def weights_of(values: Sequence[Tensor], parameters: Sequence[nn.Parameter]):
 
 
 class Objective(nn.Module):
-    """The model with its adapter and the loss of a method: a batch in, a scalar out.
+    """The model with its adapter and the loss of a method: batch -> scalar.
 
-    A module, so that data-parallel training sees one forward pass. Corruption and errors are fp32; the model alone runs
-    in `autocast_dtype`.
+    It is a module, so that data-parallel training has one forward pass. The noised latents and the errors are fp32;
+    only the model runs in `autocast_dtype`.
 
     Args:
-        model: the denoiser under a PEFT adapter that is still fresh: it computes what the base model does.
+        model: the denoiser with a new PEFT adapter, whose output equals that of the base model.
         null: conditioning of one empty prompt, for a guided anchor.
     """
 
@@ -199,7 +199,7 @@ class Objective(nn.Module):
         self.model, self.config, self.autocast_dtype = model, config, autocast_dtype
         self.method, self.null = METHODS[config.method], null
         self.parameters_trained = [p for p in model.parameters() if p.requires_grad]
-        # Values of these parameters, set by the loop: where training starts, and of the policy that draws candidates.
+        # Values of these parameters, set by the loop: at the start of training, and of the policy that samples.
         self.start: list[Tensor] = []
         self.old: list[Tensor] = []
         self.base = [p.detach().clone() for p in self.parameters_trained] if config.method != "supervised" else []
@@ -207,12 +207,12 @@ class Objective(nn.Module):
         alpha_sq = schedule.alphas_cumprod
         snr, gamma = alpha_sq / (1 - alpha_sq), config.min_snr_gamma
         weights = min_snr_weights(snr, gamma, self.prediction_type) if gamma else torch.ones_like(snr)
-        # Plain tensors, since buffers would be sent to every worker again before each forward pass.
+        # Not buffers: data-parallel training sends buffers to every worker before each forward pass.
         device = next(model.parameters(), weights).device
         self.alpha, self.sigma, self.snr_weights = (
             values.float().to(device) for values in (alpha_sq.sqrt(), (1 - alpha_sq).sqrt(), weights)
         )
-        self.figures: dict[str, float] = {}  # of the last forward pass
+        self.figures: dict[str, float] = {}  # logged values of the last forward pass
 
     def _coefficients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (batch.x0.ndim - 1))
@@ -230,7 +230,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def reference(self, batch: Batch) -> Tensor:
-        """The base model's prediction, guided by `anchor_guidance` (Ho & Salimans 2022, eq. 6)."""
+        """The base model's prediction with guidance_scale `anchor_guidance` (Ho & Salimans 2022, eq. 6)."""
         w = self.config.anchor_guidance
         with weights_of(self.base, self.parameters_trained):
             prediction = self.predict(batch)
@@ -241,7 +241,7 @@ class Objective(nn.Module):
         return guided if batch.null is None else torch.where(_like(batch.null, guided), prediction, guided)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The loss: the mean over rows of weight times min-SNR weight times the method's value, plus the anchor."""
+        """The loss: mean over rows of weight * min-SNR weight * (value of the method + anchor)."""
         config, method = self.config, self.method
         target = prediction_from(self.prediction_type, batch.x0, batch.noise, *self._coefficients(batch))
         anchored = config.method != "supervised" and config.anchor > 0
@@ -256,7 +256,7 @@ class Objective(nn.Module):
             distance = _mean_square(p.new - reference)
             self.figures["distance_to_base"] = distance.detach().mean().item()
             values = values + config.anchor * distance
-            if batch.null is not None:  # the empty prompt keeps the base model's prediction
+            if batch.null is not None:  # for the empty prompt, train towards the base model's prediction
                 values = torch.where(batch.null, distance, values)
         return (batch.weights * self.snr_weights[batch.timesteps] * values).mean()
 

@@ -22,7 +22,7 @@ from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.inputs.online_plan import OnlinePlan
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs.layout import CANDIDATES, policy_folder
-from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, run_rewards
+from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, run_rewards, validation_rewards_of
 from mi_ray.training.losses import Batch, Objective, weights_of
 
 PROBE_ROWS = 32  # on which the effective guidance is measured
@@ -226,12 +226,12 @@ class OnlineSource:
         return figures
 
     def _publish(self, version: int):
-        """Give a version to the actors; those that are validated are also saved."""
+        """Give a version to the actors; those of checkpoints are also saved."""
         with weights_of(self.objective.old, self.objective.parameters_trained):
             self.recent[version] = adapter_state(self.objective.model)
         self.recent = {v: state for v, state in self.recent.items() if v > version - 1 - self.config.online.lag}
         if self.save:  # rank 0
-            if self.plan.of_validation(version):
+            if self.plan.is_checkpoint(version):
                 self.save(policy_folder(self.folder, version), self.objective.old)
             self.board.publish(version, self.recent[version])
 
@@ -268,14 +268,16 @@ class OnlineSource:
         version = update - self.config.online.validate_every
         if version <= 0 or not self.plan.of_validation(version):
             return
+        judged_by = validation_rewards_of(self.config)
         for v in range(0, version + 1, self.config.online.validate_every):
             if v not in self.scores and self.board.wait(self.plan.of_validation(v), None) is not None:
-                self.scores[v] = validation_rewards(self.plan, self.candidates, v, self.rewards)
+                self.scores[v] = validation_rewards(self.plan, self.candidates, v, judged_by)
         if version not in self.scores or not len(self.scores[version]):
             return
-        best = max(self.scores, key=lambda v: self.scores[v].mean())
+        best = max(self.scores, key=lambda v: np.nanmean(self.scores[v]))
         lost = self.scores[best] - self.scores[version]
-        if lost.mean() > 3 * lost.std(ddof=1) / math.sqrt(len(lost)) > 0:
+        lost = lost[np.isfinite(lost)]
+        if len(lost) > 1 and lost.mean() > 3 * lost.std(ddof=1) / math.sqrt(len(lost)):
             raise RunAway(f"the self-score of held-out prompts fell by {lost.mean():.2f} since update {best}")
 
     def effective_guidance(self) -> float:
@@ -315,7 +317,7 @@ def best_version(config: RunConfig, plan: OnlinePlan, candidates: str, saved: li
     Returns:
         version, and validation: {version: mean reward of the held-out prompts}.
     """
-    rewards, scores = run_rewards(config), {}
+    rewards, scores = validation_rewards_of(config), {}
     for version in saved:
         parts = [plan.name(index) for index in plan.of_validation(version)]
         if parts and not run_folder.missing_parts(candidates, parts):

@@ -1,4 +1,4 @@
-"""One optimiser step, its learning rate, and the state of a training that a checkpoint holds."""
+"""One optimiser step, its learning rate, and the training state that a checkpoint holds."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from mi_ray.training.losses import Batch
 
 
 def learning_rate_at(step: int, config: FinetuneConfig, steps: int) -> float:
-    """Of the step-th of so many steps, from 0: linear warm-up, then as `lr_schedule` says."""
+    """The learning rate of step number `step` (from 0) of `steps`: linear warm-up, then `lr_schedule`."""
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     if config.lr_schedule == "constant":
@@ -33,14 +33,15 @@ def optimizer_step(
     scaler: torch.amp.GradScaler,
     max_grad_norm: float,
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step over accumulated microbatches; workers exchange gradients once, at the last.
+    """One optimiser step over accumulated microbatches. Workers exchange gradients once, at the last microbatch.
 
     Args:
-        microbatches: each a function that draws it, and its share of this worker's loss. Shares are such that the mean
-            of the workers' losses is that of the step, also where workers have unequal numbers of rows.
+        microbatches: for each microbatch, a function that draws it, and its weight in this worker's loss. With these
+            weights the mean of the workers' losses is the loss of the step, even if workers have different numbers of
+            rows.
 
     Returns:
-        This worker's loss, and the norm of the gradient before it was clipped to `max_grad_norm`.
+        This worker's loss, and the gradient norm before clipping to `max_grad_norm`.
     """
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=parameters[0].device)
@@ -59,13 +60,13 @@ def optimizer_step(
 
 @dataclass
 class Training:
-    """What a checkpoint holds: the adapter, the optimiser's state, and averages of the weights where there are any."""
+    """The state that a checkpoint holds: adapter, optimiser, gradient scaler, and averaged weights if there are any."""
 
     model: PeftModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    average: EMAModel | None  # of `finetune.ema_decay`
-    old: list[Tensor]  # the policy of an online run; empty otherwise
+    average: EMAModel | None  # moving average of the weights with `finetune.ema_decay`
+    old: list[Tensor]  # weights of the old policy in an online run; empty otherwise
 
     def state(self) -> dict:
         state = {"adapter": adapter_state(self.model), "optimizer": self.optimizer.state_dict()}

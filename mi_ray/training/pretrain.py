@@ -1,4 +1,4 @@
-"""Pre-training of the embedded model on Ray Train: first the autoencoder, then the text encoder and the UNet."""
+"""Pre-training of the shapes model with Ray Train: first the autoencoder, then the text encoder and the UNet."""
 
 import json
 import math
@@ -25,22 +25,22 @@ from mi_ray.shapes.scenes import BACKGROUND
 
 
 class PretrainConfig(BaseModel):
-    """Budget of the pre-training. What made the shipped model is on its card, shapes/weights/README.md."""
+    """Settings of pre-training. The model card shapes/weights/README.md has the settings of the shipped model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = 0
     num_workers: int = 1
     threads_per_worker: int = 2
-    use_gpu: bool = False  # one for each worker: forward in bfloat16, weights in float32, a step as a CUDA graph
-    drawing_processes: int = 0  # of each worker, for its pairs; 0: it draws them itself
+    use_gpu: bool = False  # one GPU per worker: forward pass in bfloat16, weights in float32, steps as CUDA graphs
+    drawing_processes: int = 0  # data-loading processes per worker; 0: the worker draws its pairs itself
     vae_steps: int = 2200
     vae_batch_size: int = 16
     vae_learning_rate: float = 1.5e-3
-    kl_weight: float = 1e-6  # times the KL of a whole latent, beside a mean pixel loss
-    decoder_steps: int = 1500  # the decoder alone, on frozen latents of textured scenes
+    kl_weight: float = 1e-6  # weight of the KL divergence, summed over a latent; the pixel loss is a mean
+    decoder_steps: int = 1500  # training of the decoder alone, on frozen latents of textured scenes
     decoder_learning_rate: float = 1e-3
-    pairs: int = 60_000  # caption-image pairs, drawn and encoded once
+    pairs: int = 60_000  # number of caption-image pairs, drawn and encoded once
     steps: int = 6500
     batch_size: int = 64
     learning_rate: float = 2e-3
@@ -48,8 +48,8 @@ class PretrainConfig(BaseModel):
     min_snr_gamma: float = 5.0  # Hang et al. 2023, eq. 5
     ema_decay: float = 0.999
     checkpoint_every: int = 500
-    start_from: ModelPath = ""  # a pipeline of this architecture, folder or shipped name, whose parts are trained on
-    layout_share: float = Field(0.0, ge=0, lt=1)  # of the timesteps, drawn around 690, where a caption decides most
+    start_from: ModelPath = ""  # continue training from this pipeline of the same architecture: folder or shipped name
+    layout_share: float = Field(0.0, ge=0, lt=1)  # share of timesteps drawn around 690, where the caption matters most
 
 
 def _to_tensor(images: list[np.ndarray]) -> torch.Tensor:
@@ -58,13 +58,13 @@ def _to_tensor(images: list[np.ndarray]) -> torch.Tensor:
 
 
 def _learning_rate_factor(step: int, total: int) -> float:
-    """Linear warm-up over 200 steps, then a cosine down to 2 %."""
+    """Linear warm-up over 200 steps, then cosine decay to 2 %."""
     warm = min(1.0, (step + 1) / min(200, total))
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
 
 
 class _Drawn(Dataset):
-    """A worker's endless stream of draws; the n-th is a function of (seed, phase, rank, n), so it resumes."""
+    """A worker's endless stream of draws. Draw n depends only on (seed, phase, rank, n), so training can resume."""
 
     def __init__(self, draw: Callable[[np.random.Generator], Any], seed: int, phase: int, rank: int):
         self.draw, self.key = draw, (seed, phase, rank)
@@ -74,7 +74,7 @@ class _Drawn(Dataset):
 
 
 def _batches(draw: Callable, config: PretrainConfig, phase: int, indices: range, batch_size: int) -> DataLoader:
-    """Lists of `batch_size` draws, those of `indices` in the worker's stream."""
+    """Batches of `batch_size` draws, as lists: the draws number `indices` of the worker's stream."""
     drawn = _Drawn(draw, config.seed, phase, ray.train.get_context().get_world_rank())
     return DataLoader(drawn, batch_size, sampler=indices, num_workers=config.drawing_processes, collate_fn=list)
 
@@ -84,7 +84,7 @@ def _draw_image(rng: np.random.Generator) -> np.ndarray:
 
 
 class _Checkpoints:
-    """Saves modules, optimiser, averages and the step; restores them when the run continues."""
+    """Saves modules, optimiser, averaged weights and the step; restores them when the run continues."""
 
     def __init__(self, **parts):
         self.parts = parts
@@ -106,7 +106,7 @@ class _Checkpoints:
 
 
 class _Progress:
-    """Rank 0's log: a line of `<phase>.jsonl` every 20 steps, a line on the terminal every 100."""
+    """The log of rank 0: a line in `<phase>.jsonl` every 20 steps, a line on the terminal every 100 steps."""
 
     def __init__(self, folder: str | Path, phase: str, start: int, total: int):
         self.path, self.phase, self.start, self.total = Path(folder) / f"{phase}.jsonl", phase, start, total
@@ -126,7 +126,7 @@ class _Progress:
 
 
 def _pixel_loss(reconstruction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """L1 + L2 of images (n, 3, h, w) in [-1, 1], weighted towards what is drawn."""
+    """L1 + L2 loss of images (n, 3, h, w) in [-1, 1], with a higher weight for pixels that are not background."""
     error = reconstruction - x
     background = x.new_tensor(BACKGROUND).view(1, 3, 1, 1) / 127.5 - 1
     drawn = 1 + 2.0 * ((x - background).abs().amax(1, keepdim=True) > 0.1)
@@ -134,7 +134,7 @@ def _pixel_loss(reconstruction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 class _AutoencoderLoss(torch.nn.Module):
-    """Pixel loss and a slight KL: images -> loss."""
+    """Pixel loss plus a small KL term: images -> loss."""
 
     def __init__(self, vae: AutoencoderKL, kl_weight: float):
         super().__init__()
@@ -146,7 +146,7 @@ class _AutoencoderLoss(torch.nn.Module):
 
 
 class _DecoderLoss(torch.nn.Module):
-    """Pixel loss and L1 of the differences between neighbouring pixels, which sharpens stripes and dots."""
+    """Pixel loss plus L1 loss of the differences between neighbouring pixels, which makes stripes and dots sharp."""
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
@@ -175,7 +175,7 @@ class _DenoiserLoss(torch.nn.Module):
 
 
 def train_vae(settings: dict):
-    """Worker loop: the autoencoder."""
+    """Worker loop: train the autoencoder."""
     config, folder = PretrainConfig(**settings["config"]), settings["folder"]
     torch.set_num_threads(config.threads_per_worker)
     torch.manual_seed(config.seed)
@@ -204,7 +204,7 @@ def train_vae(settings: dict):
 
 
 def train_decoder(settings: dict):
-    """Worker loop: the decoder alone, so that latents stay what they are."""
+    """Worker loop: train only the decoder, so that the latents do not change."""
     config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
     torch.set_num_threads(config.threads_per_worker)
     torch.manual_seed(config.seed)
@@ -237,7 +237,7 @@ def train_decoder(settings: dict):
 
 @torch.no_grad()
 def _set_scaling_factor(vae: AutoencoderKL, config: PretrainConfig):
-    """Latents times the scaling factor have unit variance (Rombach et al. 2022, section G)."""
+    """Set the scaling factor, with which latents have unit variance (Rombach et al. 2022, section G)."""
     images = _batches(_draw_image, config, 2, range(512), 64)
     latents = torch.cat([vae.encode(_to_tensor(batch)).latent_dist.mode() for batch in images])
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
@@ -245,7 +245,7 @@ def _set_scaling_factor(vae: AutoencoderKL, config: PretrainConfig):
 
 @torch.no_grad()
 def _cached_pairs(config: PretrainConfig, folder: Path, vae: AutoencoderKL, tokenizer):
-    """This worker's share of the pairs as (token ids, latents), drawn and encoded once and kept on disk."""
+    """This worker's share of the pairs as token ids and latents. They are drawn and encoded once and stored on disk."""
     context = ray.train.get_context()
     path = folder / f"pairs-{context.get_world_rank()}-of-{context.get_world_size()}.pt"
     if not path.exists():
@@ -261,11 +261,11 @@ def _cached_pairs(config: PretrainConfig, folder: Path, vae: AutoencoderKL, toke
 
 
 def timestep_frequency(alphas_cumprod: torch.Tensor, min_snr_gamma: float, layout_share: float) -> torch.Tensor:
-    """How often each timestep is drawn: (T,), summing to one.
+    """The sampling probability of each timestep: (T,), with sum 1.
 
-    In proportion to the min-SNR weight (Hang et al. 2023, eq. 5) instead of weighted by it: the same objective, less
-    variance. `layout_share` of the draws are logit-normal (Esser et al. 2024, section 3.1) around 0.69 T instead, where
-    the denoiser gains most from its caption.
+    The probability is proportional to the min-SNR weight (Hang et al. 2023, eq. 5), and the loss is not weighted. This
+    is the same objective with less variance. A share `layout_share` of the timesteps is instead drawn from a
+    logit-normal distribution (Esser et al. 2024, section 3.1) around 0.69 T, where the caption helps the denoiser most.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     base = (min_snr_gamma / snr).clamp(max=1)
@@ -275,7 +275,7 @@ def timestep_frequency(alphas_cumprod: torch.Tensor, min_snr_gamma: float, layou
 
 
 def train_denoiser(settings: dict):
-    """Worker loop: text encoder and UNet together, epsilon-prediction, averaged weights kept."""
+    """Worker loop: train text encoder and UNet together, with prediction_type epsilon; save the averaged weights."""
     config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
     torch.set_num_threads(config.threads_per_worker)
     context, device = ray.train.get_context(), get_device()
@@ -314,7 +314,7 @@ def train_denoiser(settings: dict):
         return ids, scheduler.add_noise(latents, noise, timesteps), timesteps, noise
 
     objective = _DenoiserLoss(modules)
-    if config.use_gpu:  # launched one by one, so many small kernels take nearly four times as long
+    if config.use_gpu:  # without a CUDA graph, launching the many small kernels takes nearly four times as long
         objective = torch.cuda.make_graphed_callables(objective, draw(0))
     objective = prepare_model(objective)
     running = None
@@ -337,27 +337,27 @@ def train_denoiser(settings: dict):
 
 
 def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, tokenizer):
-    """Write `folder`/model, the ordinary diffusers folder; the two large parts in half precision on disk.
+    """Write `folder`/model, a standard diffusers folder. VAE and UNet are stored in half precision.
 
-    The text encoder stays in single precision: transformers loads a model in the precision of its file, diffusers in
-    single, and stock `from_pretrained` must give parts that fit together.
+    The text encoder stays in single precision: transformers loads a model in the precision of its file, diffusers loads
+    in single precision, and an unmodified `from_pretrained` must load all parts in the same precision.
     """
     text_encoder, unet = model.build_text_encoder(tokenizer), model.build_unet()
     text_encoder.load_state_dict(modules["text_encoder"].state_dict())
     unet.load_state_dict(modules["unet"].state_dict())
     refined = folder / "vae-refined"
     half_vae = AutoencoderKL.from_pretrained(refined if refined.exists() else folder / "vae", torch_dtype=torch.float16)
-    half_vae.register_to_config(_name_or_path="shapes")  # not the folder of this machine
+    half_vae.register_to_config(_name_or_path="shapes")  # do not store a local path
     model.build_pipeline(half_vae, text_encoder, tokenizer, unet.half()).save_pretrained(folder / "model")
 
 
 def _start(config: PretrainConfig) -> StableDiffusionPipeline:
-    """The pipeline to go on from, in single precision."""
+    """The pipeline that training continues from, in single precision."""
     return StableDiffusionPipeline.from_pretrained(fetch_model(config.start_from), torch_dtype=torch.float32)
 
 
 def pretrain(config: PretrainConfig, folder: Path) -> Path:
-    """Train or continue in `folder`; returns the path of the finished diffusers folder."""
+    """Start or continue training in `folder`; return the path of the finished diffusers folder."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if config.start_from and not (folder / "vae-refined").exists():

@@ -1,4 +1,4 @@
-"""Selection: the best candidates of each prompt by a score, by a metric or at random."""
+"""Selection: keep the best candidates of each prompt, by a score, by a metric or at random."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from mi_ray.storage import tables
 
 
 def ranks(columns: dict[str, list], by: str, seed: int, declared: Sequence[Column] = ()) -> list[int]:
-    """Rank the candidates of one prompt, 0 the best; ties fall by a hash, never by the order of generation.
+    """Rank the candidates of one prompt, 0 is the best. A hash breaks ties, never the order of generation.
 
     Args:
-        columns: of one prompt's candidates: candidate_index, prompt_id, score_<name>, the metrics' columns and, of a
-            pruned pool, pruned_after, prune_score.
-        by: a score's name, `random` or a metric's name. By a score, a pruned candidate comes after all that outlasted
-            it, by its score at its cut.
-        declared: where `by` is a metric, its columns: the first decides, the next where the first are equal, each in
-            the direction that it declares; no value is the worst.
+        columns: of the candidates of one prompt: candidate_index, prompt_id, score_<name>, the columns of the metrics,
+            and pruned_after, prune_score for a pruned pool.
+        by: name of a score or a metric, or `random`. If it is a score, a pruned candidate ranks after all candidates
+            that were pruned later or not at all. Candidates of the same cut are ranked by their score at that cut.
+        declared: the columns of the metric, if `by` is a metric. The first column decides; the next column breaks ties,
+            and so on. Each column is used in its declared direction. A missing value is the worst.
     """
     count = len(columns["candidate_index"])
     lots = [
@@ -48,10 +48,11 @@ def ranks(columns: dict[str, list], by: str, seed: int, declared: Sequence[Colum
 
 
 def keeps(columns: dict[str, list], rank: list[int], by: str, config: SelectConfig) -> np.ndarray:
-    """Which candidates a selection keeps, (n,) bool: the first top_k that are sound and, by a score, reach min_score.
+    """Which candidates a selection keeps, (n,) bool: ranks below top_k without an error and with at least min_score.
 
-    A score below min_score leaves a prompt with fewer, or none: a signed score says not only which image is the best
-    but whether it is good enough to learn from. The controls know no such bound.
+    With min_score a prompt can keep fewer than top_k candidates, or none: a signed score tells not only which image is
+    best, but also whether it is good enough for training. min_score applies only to selection by a score, not to the
+    controls.
     """
     sound = [error is None for error in columns["error"]]
     kept = (np.array(rank) < config.top_k) & np.array(sound)
@@ -61,18 +62,18 @@ def keeps(columns: dict[str, list], rank: list[int], by: str, config: SelectConf
 
 
 def _finite(value: float | None, sign: int = 1) -> float:
-    """A value times its sign, or the worst of all where there is none."""
+    """A value times its sign; minus infinity, the worst value, if it is missing or not finite."""
     return sign * value if value is not None and np.isfinite(value) else -np.inf
 
 
-# What ranking and keeping look at; the curves are never read, latents and prompts of the kept rows alone.
+# The columns that selection reads. Curves are never read; latents and prompts are read only for kept rows.
 _LOOKED_AT = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score"]
 
 
 def _kept_of_part(uri: str, config: RunConfig, by: str, declared: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the kept rows of a part, and their prompts' ids, both (k,).
+    """Row numbers and prompt ids of the kept rows of a part, both (k,).
 
-    A prompt's candidates all lie in one part, one after the other: a shard is written whole.
+    All candidates of a prompt are in one part, in consecutive rows: a shard is written as a whole.
     """
     columns = [*_LOOKED_AT, *(c.name for c in declared), *(f"score_{name}" for name in config.score.names)]
     table = storage.read_table(uri, columns)
@@ -88,7 +89,7 @@ def _kept_of_part(uri: str, config: RunConfig, by: str, declared: Sequence[Colum
 
 
 def _counts(selected: str) -> dict[str, int]:
-    """Prompts, each one's rows one after the other, and rows of a table of what was kept."""
+    """Numbers of prompts and rows of a table of kept candidates. The rows of a prompt are consecutive."""
     table, prompts, last = storage.ParquetRows(selected), 0, None
     for batch in table.batches(["prompt_id"]):
         ids = np.array([last, *batch["prompt_id"].to_pylist()], object)
@@ -98,15 +99,19 @@ def _counts(selected: str) -> dict[str, int]:
 
 
 def select(config: RunConfig, candidates: str, destination: str, by: str) -> dict[str, int]:
-    """Write what the selection `by` keeps of every prompt in the folder `candidates` to the table `destination`.
+    """Write the kept candidates of every prompt to the table `destination`.
 
-    Part by part: in memory are one part's scores or kept latents.
+    The parts are processed one by one. Memory holds the scores or the kept latents of one part.
+
+    Args:
+        candidates: folder of the tables of candidates.
+        by: name of a score or a metric, or `random`.
 
     Returns:
         Counts: prompts, kept.
 
     Raises:
-        ConfigError: nothing is kept.
+        ConfigError: no candidate is kept.
     """
     if storage.exists(destination):
         return _counts(destination)
@@ -122,19 +127,21 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
                 continue
             _, of, counts = np.unique(ids, return_inverse=True, return_counts=True)
             prompts, total = prompts + len(counts), total + len(rows)
-            # A prompt's rows share the same weight; one on average over the table.
+            # All rows of a prompt have the same weight. The mean weight over the table is 1.
             weights = np.ones(len(rows)) if each is None else each / counts[of]
             columns = [name for name in tables.SELECTED.names if name != "weight"]
             table = storage.read_table(part, columns).take(rows)
             table = table.append_column("weight", pa.array(weights.astype(np.float32)))
             writer.write_table(table.select(tables.SELECTED.names).cast(tables.SELECTED))
         if not total:
-            raise ConfigError([f"select.min_score: no candidate reaches {config.select.min_score} by {by}; lower it"])
+            raise ConfigError(
+                [f"select.min_score: no candidate has a score {by} of {config.select.min_score} or more; lower it"]
+            )
     return {"prompts": prompts, "kept": total}
 
 
 def _kept_per_prompt(parts: list[str], config: RunConfig, by: str, declared: Sequence[Column]) -> float:
-    """Rows kept of a prompt, on average over those of which any is."""
+    """Mean number of kept rows per prompt, over the prompts with at least one kept row."""
     prompts = total = 0
     for part in parts:
         rows, ids = _kept_of_part(part, config, by, declared)

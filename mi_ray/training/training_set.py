@@ -1,4 +1,4 @@
-"""What the fine-tuning learns from: the kept candidates, and which of them, at which noise, a microbatch holds."""
+"""The training set of fine-tuning: the kept candidates, and the samples, timesteps and noise of each microbatch."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,15 +17,18 @@ from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.storage import ParquetRows
 from mi_ray.training.losses import Batch
 
-ENCODED_AT_ONCE = 1024  # prompts, whose conditioning is then moved to the CPU
+ENCODED_AT_ONCE = 1024  # prompts per call of the text encoder; the conditioning is then moved to the CPU
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The kept candidates that a training draws, encoded once and held in memory.
+    """The kept candidates that a training run uses, encoded once and held in memory.
 
-    rows (n,): their numbers in the table of `count` rows, rising; latents (n, *latent_shape) fp32, weights (n,),
-    prompts (n,): rows of conditioning, which has one for each distinct prompt and the null prompt's last.
+    rows: (n,) row numbers in the table of `count` rows, ascending.
+    latents: (n, *latent_shape) fp32.
+    weights: (n,) weights in the loss.
+    prompts: (n,) row of `conditioning` for each sample.
+    conditioning: one row per distinct prompt; the last row is the null prompt.
     """
 
     rows: Tensor
@@ -37,13 +40,14 @@ class TrainingSet:
 
 
 def read_training_set(uri: str, denoiser: Denoiser, seed: int, drawn: int) -> TrainingSet:
-    """Read of a table of schema `tables.SELECTED` what a training draws, and encode the distinct prompts.
+    """Read the rows that a training run uses from a table of schema `tables.SELECTED`, and encode the distinct prompts.
 
     Args:
-        drawn: samples in all; where they are fewer than the rows, memory depends on them and not on the table's length.
+        drawn: number of samples that the run draws. If it is less than the number of rows, only these are read, and
+            memory does not depend on the length of the table.
 
     Raises:
-        ValueError: no rows, or latents that are not the model's.
+        ValueError: the table has no rows, or the shape of its latents is not that of the model.
     """
     source = ParquetRows(uri)
     count = len(source)
@@ -57,9 +61,12 @@ def read_training_set(uri: str, denoiser: Denoiser, seed: int, drawn: int) -> Tr
     shapes = {tuple(shape) for part in parts for shape in part["latents_shape"].to_pylist()}
     if shapes != {tuple(denoiser.latent_shape)}:
         found = ", ".join(map(str, sorted(shapes))) or "no rows"
-        raise ValueError(f"{uri} holds {found}; the model has latents {tuple(denoiser.latent_shape)}")
+        raise ValueError(
+            f"{uri} holds latents of shape {found}; the model has latents {tuple(denoiser.latent_shape)}; use the model"
+            " that generated the table"
+        )
     table = pa.Table.from_batches(parts)
-    # Part by part: of one list Arrow counts no more than 2**31 numbers.
+    # Part by part: one Arrow list column holds at most 2**31 numbers.
     latents = np.concatenate([part["latents"].flatten().to_numpy(zero_copy_only=False) for part in parts])
     texts = table["prompt"].to_pylist()
     distinct = list(dict.fromkeys(texts))
@@ -87,11 +94,11 @@ def _permutation(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def sample_indices(seed: int, microbatch: int, batch_size: int, count: int) -> Tensor:
-    """Which of `count` samples the run's `microbatch`-th microbatch holds, (batch_size,).
+    """Indices (batch_size,) among `count` samples of the run's microbatch number `microbatch`.
 
-    Microbatches cut the endless row of the epochs' permutations into equal pieces, so that every epoch holds each
-    sample once. Of the microbatches of an optimiser step, rank r takes every workers-th, from the r-th on: what a step
-    learns from does not depend on the number of workers.
+    Each epoch is a permutation of the samples. The permutations are joined into one sequence, and microbatches are
+    consecutive pieces of it, so every epoch uses each sample once. Of the microbatches of an optimiser step, rank r
+    takes number r, r + workers, and so on: the samples of a step do not depend on the number of workers.
     """
     positions = range(microbatch * batch_size, (microbatch + 1) * batch_size)
     return torch.stack([_permutation(seed, i // count, count)[i % count] for i in positions])
@@ -100,7 +107,7 @@ def sample_indices(seed: int, microbatch: int, batch_size: int, count: int) -> T
 def draw_microbatch(
     data: TrainingSet, seed: int, microbatch: int, batch_size: int, timesteps: range, prompt_dropout: float
 ) -> Batch:
-    """The rows of a microbatch: a pure function of (seed, microbatch)."""
+    """Draw a microbatch: a pure function of (seed, microbatch)."""
     chosen = torch.searchsorted(data.rows, sample_indices(seed, microbatch, batch_size, data.count))
     generator = _generator("noise", seed, microbatch)
     latents = data.latents[chosen]
@@ -112,20 +119,28 @@ def draw_microbatch(
 
 
 def trained_timesteps(log_snr: Tensor, log_snr_max: float | None) -> range:
-    """The timesteps whose log SNR, of (T,) falling ones, is at most `log_snr_max`.
+    """The timesteps with a log SNR of at most `log_snr_max`; None: all timesteps.
+
+    Args:
+        log_snr: (T,) decreasing, of all timesteps.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there is no such timestep.
     """
     first = 0 if log_snr_max is None else int((log_snr > log_snr_max).sum())
     if first == len(log_snr):
         lowest = float(log_snr[-1])
-        raise ConfigError([f"finetune.log_snr_max: {log_snr_max} is below all of the model's ({lowest:.2f}); raise it"])
+        raise ConfigError(
+            [
+                f"finetune.log_snr_max: {log_snr_max} is below every log SNR of the model; set at least {lowest:.2f},"
+                " the lowest one"
+            ]
+        )
     return range(first, len(log_snr))
 
 
 class KeptCandidates:
-    """The batches of every optimiser step of a training on kept candidates: a `Source` of the loop."""
+    """The batches of every optimiser step for training on kept candidates: a `Source` of the loop."""
 
     def __init__(self, data: TrainingSet, config: RunConfig, timesteps: range, device: torch.device):
         self.data, self.seed, self.tuning = data, config.seed, config.finetune

@@ -11,6 +11,7 @@ from mi_ray.config import RunConfig
 from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.config.section import ConfigError, flatten
+from mi_ray.inputs.pair_config import ScorePairsConfig
 
 ROOT = Path(__file__).parents[2]
 LEAST = ("--run-dir", "runs/test", "--prompts.file", "prompts.txt")
@@ -260,6 +261,18 @@ def test_the_hash_ignores_where_and_how_fast():
     assert load(*LEAST, "--evaluation.sampler.num-inference-steps", "10").hash() != base
 
 
+def test_the_size_is_part_of_the_hash_and_one_that_is_not_set_leaves_it_as_it_was():
+    base, larger = load(*LEAST), load(*LEAST, "--model.height", "128")
+    assert larger.hash() != base.hash()
+    assert larger.results_config()["model"] == {"path": "shapes", "height": 128, "dtype": "auto"}
+    assert base.results_config()["model"] == {"path": "shapes", "dtype": "auto"}
+    assert RunConfig.model_validate(larger.model_dump(mode="json")) == larger
+    pairs = {"input": "pairs", "run_dir": "audit"}
+    alone, wide = (ScorePairsConfig(**pairs, **size) for size in ({}, {"width": 96}))
+    assert set(wide.results_config()) - set(alone.results_config()) == {"width"}
+    assert wide.hash() != alone.hash()
+
+
 def test_the_hash_survives_a_round_trip_through_yaml(config_file):
     config = load(*LEAST, "--score.names", "pmi,mitune", "--finetune.learning-rate", "3e-5")
     file = config_file(yaml.safe_dump(config.model_dump(mode="json")))
@@ -283,3 +296,19 @@ def test_credentials_are_refused_and_not_repeated(uri):
     assert "credentials" in str(told.value)
     assert "rd@" not in str(told.value)
     assert "word" not in str(told.value)
+
+
+@pytest.mark.parametrize(("value", "scales"), [("4", (3, 4)), ("4,1", (1, 3, 4)), ("none", (3,)), ("3,3", (3,))])
+def test_an_evaluation_has_its_samplers_guidance_scale_and_those_of_the_list(value, scales):
+    sampler = ("--evaluation.sampler.guidance-scale", "3")
+    evaluation = load(*LEAST, *sampler, "--evaluation.guidance_scales", value).evaluation
+    assert tuple(evaluation.samplers) == scales
+    assert all(sampler.guidance_scale == scale for scale, sampler in evaluation.samplers.items())
+
+
+def test_without_guidance_no_score_may_need_both_branches():
+    with pytest.raises(ConfigError) as error:
+        load(*LEAST, "--sampler.guidance-scale", "1")
+    assert "mitune needs both branches, and sampler.guidance_scale is 1" in str(error.value)
+    least = (*LEAST, "--score.names", "pmi_negatives", "--select.by", "pmi_negatives")
+    assert load(*least, "--sampler.guidance-scale", "1").sampler.branches == 1

@@ -42,7 +42,7 @@ def test_one_row_stands_for_many_without_a_copy(three):
     assert equal(many, one.rows(torch.zeros(5, dtype=torch.long)))
     assert many["embeds"].data_ptr() == one["embeds"].data_ptr()
     assert equal(three.expand(3), three)
-    with pytest.raises(ValueError, match="of 3 prompts cannot stand for 5"):
+    with pytest.raises(ValueError, match="of 3 prompts cannot be expanded to 5 rows"):
         three.expand(5)
 
 
@@ -60,14 +60,16 @@ def test_precision_changes_numbers_and_not_masks(three):
 
 
 def test_what_does_not_belong_together_is_refused(three):
-    with pytest.raises(ValueError, match=r"one row a prompt each; these are: embeds \(3, 2\), pooled \(2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"has these tensors: embeds \(3, 2\), pooled \(2, 2\); give .* one row per prompt"
+    ):
         Conditioning({"embeds": torch.zeros(3, 2), "pooled": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match="no tensor"):
         Conditioning({})
-    with pytest.raises(ValueError, match="they hold embeds and embeds, mask, pooled"):
+    with pytest.raises(ValueError, match="with the tensors embeds and embeds, mask, pooled"):
         Conditioning.cat([three, Conditioning({"embeds": three["embeds"]})])
     longer = three.map(lambda tensor: torch.cat([tensor, tensor], 1))
-    with pytest.raises(ValueError, match=r"rows of embeds have the shapes \(4, 2\) and \(8, 2\)"):
+    with pytest.raises(ValueError, match=r"rows of embeds with the shapes \(4, 2\) and \(8, 2\)"):
         Conditioning.cat([three, longer])
 
 

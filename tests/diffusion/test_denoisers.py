@@ -16,10 +16,11 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.folders import (
     check_model,
     load_schedule,
+    load_sizes,
     load_tokenizer,
     model_commit,
+    part_config,
     resolve_model,
-    unet_config,
 )
 from mi_ray.stages.pipeline import Plan, open_run
 
@@ -275,7 +276,8 @@ def test_a_hub_model_is_pinned_to_its_commit(hub):
     for path, kind in (("me/tiny", "v_prediction"), (f"me/tiny@{first}", "epsilon")):
         assert load_schedule(path).prediction_type == kind
         assert load_denoiser(path).schedule.prediction_type == kind
-        assert unet_config(path)["in_channels"] == 4
+        assert part_config(path, "unet")["in_channels"] == 4
+        assert load_sizes(path).own == (64, 64)
     assert pinned("me/tiny", first) == pinned(f"me/tiny@{second}", first) == f"me/tiny@{first}"
     assert without_revision(f"me/tiny@{first}") == "me/tiny"
     assert without_revision("a@b/c/d") == "a@b/c/d"

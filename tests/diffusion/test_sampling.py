@@ -167,6 +167,23 @@ def test_sampling_equals_the_diffusers_pipeline(folder, denoiser, solver):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_sampling_at_another_size_equals_the_diffusers_pipeline(folder):
+    height, width = 96, 48
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 8, "guidance_scale": 4.0, "height": height, "width": width}
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    theirs = pipeline(PROMPTS, generator=generators, output_type="latent", **settings).images
+    denoiser = load_denoiser(folder, device="cpu", size=(height, width))
+    assert denoiser.image_size == (height, width)
+    ours = _sample(denoiser, "ddim", PROMPTS, SEEDS).latents
+    assert ours.shape[1:] == denoiser.latent_shape == (4, 12, 6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    images = denoiser.decode(ours)
+    assert images.shape == (3, height, width, 3)
+    assert denoiser.encode_images(images).shape == ours.shape
+
+
 @pytest.mark.parametrize("solver", SCHEDULERS)
 def test_a_candidate_does_not_depend_on_its_batch(denoiser, solver):
     together = _sample(denoiser, solver, PROMPTS, SEEDS)

@@ -17,6 +17,7 @@ from mi_ray.diffusion.schedules import (
     prediction_from,
     x0_from_epsilon,
 )
+from mi_ray.diffusion.sizes import Sizes
 from mi_ray.information import pointwise
 from mi_ray.information.closed_form import SCHEDULE, JointGaussian, LabelledMixture
 from mi_ray.information.probes import Design, adaptive_logistic, draw_probes, effective_sample_size, logistic_band
@@ -160,7 +161,7 @@ class Predicting(torch.nn.Module):
     def __init__(self, world, prediction_type: str):
         super().__init__()
         self.world, self.prediction_type = world, prediction_type
-        self.config = SimpleNamespace(sample_size=2, in_channels=2)
+        self.config = SimpleNamespace(in_channels=2)
 
     def forward(self, x_t, timesteps, encoder_hidden_states):
         conditioning = Conditioning({"embeds": encoder_hidden_states})
@@ -178,7 +179,8 @@ def of_unet(world, prediction_type):
     schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, prediction_type=prediction_type)
     tokenizer = SimpleNamespace(model_max_length=1)
     unet = Predicting(world, prediction_type)
-    denoiser = UNetDenoiser(unet, Unused(), tokenizer, Unused(), schedule, torch.float32, torch.device("cpu"))
+    parts = (unet, Unused(), tokenizer, Unused(), schedule)
+    denoiser = UNetDenoiser(*parts, Sizes((2, 2), 1, 1), (2, 2), torch.float32, torch.device("cpu"))
     return denoiser.predict_epsilon
 
 

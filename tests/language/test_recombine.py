@@ -203,7 +203,7 @@ def test_the_grammars_prompts_stay_in_their_split():
 
 def test_a_source_reads_only_its_own():
     assert all(reads(prompt) for prompt in made(SHAPES, 60, source="shapes"))
-    with pytest.raises(ValueError, match="reads no prompts"):
+    with pytest.raises(ValueError, match="is not a parser of prompts"):
         made(SHAPES, source="magic")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,19 @@ from mi_ray.config import RunConfig
 from mi_ray.shapes.grammar import draw_scene, parse, sample_prompts
 from mi_ray.shapes.scenes import render
 from mi_ray.storage import write_json, write_table
-from mi_ray.storage.tables import candidates_schema, evaluation_schema
+from mi_ray.storage.tables import candidates_schema, evaluation_schema, online_schema
 
 SCORES = ("mitune", "pmi_contrastive")
 METRICS = {"oracle": Oracle.columns}
 CANDIDATES, SEEDS = 12, 4
 HOSTILE = '<script>alert("prompt")</script> & a <b>red</b> circle'
 EXACT_SHARE = {"base": 0.4, "tuned": 0.6, "random": 0.42}
+GUIDED_SHARE = {  # by guidance scale
+    "base": {1.0: 0.2, 2.0: 0.5, 4.0: 0.8, 4.4: 0.7, 6.0: 0.6},
+    "tuned": {1.0: 0.85, 2.0: 0.97, 4.0: 0.95, 4.4: 0.93, 6.0: 0.9},
+    "random": {1.0: 0.3, 2.0: 0.5, 4.0: 0.7, 4.4: 0.7, 6.0: 0.6},
+}
+UPDATES, VALIDATE_EVERY, GAMMA, STOPPED = 6, 2, 1.1, "the self-score fell"
 
 
 def prompt_id(prompt: str) -> str:
@@ -84,14 +91,21 @@ def _write_candidates(run_dir: Path, prompts: list[str], rng: np.random.Generato
     write_table(str(run_dir / "round-0" / "candidates" / "part-00000-0.parquet"), table)
 
 
-def _write_evaluation(run_dir: Path, prompts: dict[str, tuple[str, str]], rng: np.random.Generator):
-    for model, share in {**EXACT_SHARE, "reference": 1.0}.items():
+def _write_evaluation(
+    run_dir: Path,
+    prompts: dict[str, tuple[str, str]],
+    rng: np.random.Generator,
+    shares: dict[str, dict[float | None, float]],
+):
+    """`shares`: of exact images, by model and guidance scale."""
+    for model, by_scale in shares.items():
         rows = []
-        for prompt, (category, split) in prompts.items():
+        for (prompt, (category, split)), (scale, share) in product(prompts.items(), by_scale.items()):
             for index in range(SEEDS):
                 exact = bool(rng.random() < share)
                 image = _image(prompt, exact, list(prompts), rng)
                 facts = {"prompt_id": prompt_id(prompt), "prompt": prompt, "category": category, "split": split}
+                facts["guidance_scale"] = scale
                 measured = {"score_pmi": rng.normal(5 + exact, 1), "features": features(image), "image": png(image)}
                 rows.append({**facts, "image_index": index, "seed": 100 + index, **measured, **_metrics(exact, rng)})
         table = pa.Table.from_pylist(rows, evaluation_schema(METRICS))
@@ -136,16 +150,92 @@ def _write_training(folder: Path, rng: np.random.Generator):
     write_json(str(folder / "summary.json"), summary)
 
 
-def write_run(folder: Path):
-    """Two dozen prompts, half of them out of distribution; base, tuned and random evaluated, real renders beside."""
-    rng = np.random.default_rng(0)
+def _prompts(rng: np.random.Generator) -> dict[str, tuple[str, str]]:
     prompts = {}
     for category in ("color", "spatial", "complex"):
         for split in ("test", "ood"):
             prompts |= dict.fromkeys(sample_prompts(category, split, 4, rng), (category, split))
+    return prompts
+
+
+def write_run(folder: Path):
+    """Two dozen prompts, half of them out of distribution; base, tuned and random evaluated, real renders beside."""
+    rng = np.random.default_rng(0)
+    prompts = _prompts(rng)
     _write_candidates(folder, list(prompts), rng)
-    _write_evaluation(folder, prompts, rng)
+    shares = {model: {7.5: share} for model, share in EXACT_SHARE.items()} | {"reference": {None: 1.0}}
+    _write_evaluation(folder, prompts, rng, shares)
     _write_events(folder)
     _write_training(folder / "round-0" / "adapter", rng)
     _write_training(folder / "controls" / "random" / "round-0" / "adapter", rng)
     write_json(str(folder / "run.json"), {"config": {"seed": 0}, "config_hash": "abc", "versions": {"torch": "2"}})
+
+
+# ------------------------------------------------------------------------------------------ an online run
+def online_config_of(run_dir: Path) -> RunConfig:
+    """Of `write_online_run`: a guidance-free student, evaluated at several guidance scales."""
+    config = config_of(run_dir).model_dump(mode="json")
+    config["online"] |= {"updates": UPDATES, "validate_every": VALIDATE_EVERY, "prompts_per_update": 4}
+    config["finetune"] |= {"method": "nft", "anchor_guidance": 4.0}
+    config["evaluation"] |= {"guidance_scales": list(GUIDED_SHARE["base"])}
+    config["evaluation"]["sampler"] |= {"guidance_scale": 2.0, "num_inference_steps": 20}
+    return RunConfig.model_validate(config)
+
+
+def _online_part(
+    prompts: list[str], validation: bool, each: int, update: int, share: float, rng: np.random.Generator
+) -> pa.Table:
+    """A part of candidates, a share of them exact; of an update's the first and the last of each prompt are trained."""
+    rows = []
+    for prompt in prompts:
+        for index in range(each):
+            exact = bool(rng.random() < share)
+            row = {"prompt_id": prompt_id(prompt), "prompt": prompt, "candidate_index": index, "seed": index}
+            row |= {"score_mitune": rng.normal(), "score_pmi_contrastive": rng.normal(3.0 * exact), "update": update}
+            if not validation and index in (0, each - 1):
+                row |= {"advantage": 1.0 if index else -1.0, "latents": [0.0] * 4, "latents_shape": [4]}
+            if validation and index == 0:
+                row["image"] = png(_image(prompt, exact, prompts, rng))
+            rows.append({**row, **_metrics(exact, rng)})
+    return pa.Table.from_pylist(rows, online_schema(SCORES, METRICS))
+
+
+def _write_online(folder: Path, prompts: list[str], rng: np.random.Generator, finished: bool):
+    candidates, lines = folder / "candidates", []
+    for update in range(UPDATES + 1):
+        share, name = 0.4 + 0.05 * update, f"{update:05d}-000-abc.parquet"
+        if update % VALIDATE_EVERY == 0:
+            write_table(str(candidates / f"validation-{name}"), _online_part(prompts[:6], True, 2, update, share, rng))
+        if update < UPDATES:
+            drawn = prompts[6 + 3 * update :][:3]
+            write_table(str(candidates / f"update-{name}"), _online_part(drawn, False, 6, update, share, rng))
+    for step in range(1, 2 * UPDATES + 1):
+        update, inner = divmod(step - 1, 2)
+        line = {"step": step, "loss": 1 / step, "grad_norm": 0.5, "update": update, "distance_to_base": 0.01 * step}
+        if inner:
+            line |= {"reward": 1 + 0.2 * update, "latent_std": 0.9, "diversity": 0.5 - 0.01 * update}
+            line |= {"effective_guidance": GAMMA if update else 1.0} if update % VALIDATE_EVERY == 0 else {}
+        lines.append(json.dumps(line))
+    (folder / "training.jsonl").write_text("\n".join(lines))
+    if finished:
+        summary = {"steps": 2 * UPDATES, "trainable_parameters": 1234, "outputs_changed": True, "output_change": 0.02}
+        validation = {str(version): 1 + 0.1 * version for version in range(0, UPDATES + 1, VALIDATE_EVERY)}
+        summary |= {"version": 4, "validation": validation, "stopped": STOPPED}
+        write_json(str(folder / "adapter" / "summary.json"), summary)
+
+
+def write_online_run(folder: Path):
+    """The prompts of `write_run`; an online run that stopped itself, its control still training, both evaluated at the
+    guidance scales of `GUIDED_SHARE`."""
+    rng = np.random.default_rng(0)
+    prompts = _prompts(rng)
+    _write_evaluation(folder, prompts, rng, GUIDED_SHARE | {"reference": {None: 1.0}})
+    _write_online(folder / "online", list(prompts), rng, finished=True)
+    _write_online(folder / "controls" / "random" / "online", list(prompts), rng, finished=False)
+    write_json(str(folder / "run.json"), {"config": {"seed": 0}, "config_hash": "abc", "versions": {"torch": "2"}})
+    shard = {"stage": "online", "model": "policy", "rows": 18, "denoiser_evaluations": 360, "score_evaluations": 90}
+    events = [
+        {"time": 1.7e9, "event": "shard_written", **shard},
+        {"time": 1.7e9 + 9, "event": "stage_finished", "stage": "online", "seconds": 10.0},
+    ]
+    (folder / "events.jsonl").write_text("\n".join(map(json.dumps, events)))

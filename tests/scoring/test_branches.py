@@ -90,5 +90,5 @@ def test_a_band_is_cut_to_the_models_noise_levels():
     noisiest, clearest = schedule.log_snr[[-1, 0]].tolist()
     assert probed_band(ScoreConfig(log_snr_min=-99, log_snr_max=0), schedule) == (noisiest, 0)
     assert probed_band(ScoreConfig(log_snr_min=1, log_snr_max=99), schedule) == (1, clearest)
-    with pytest.raises(ValueError, match="is not among the model's noise levels"):
+    with pytest.raises(ValueError, match="is outside the model's noise levels"):
         probed_band(ScoreConfig(log_snr_min=-99, log_snr_max=-98), schedule)

@@ -72,7 +72,7 @@ def test_the_table_holds_none_for_what_is_not_trained():
 
 
 def test_a_weight_that_is_no_number_is_refused():
-    with pytest.raises(ConfigError, match=r"online.rewards: 'pmi:much' is not name:weight"):
+    with pytest.raises(ConfigError, match=r"online.rewards: 'pmi:much' has a weight that is not a number"):
         rewards_of(OnlineConfig(updates=1, rewards=("pmi:much",)), "pmi")
 
 
@@ -96,3 +96,24 @@ def test_raw_rewards_are_the_weighted_sum():
     online = OnlineConfig(updates=1, rewards=("pmi:0.5", "exact"))
     columns = {"score_pmi": [1.0, 2.0], "exact": [0.0, 1.0]}
     assert raw_rewards(rewards_of(online, "pmi"), columns).tolist() == [0.5, 2.0]
+
+
+def test_only_the_extremes_are_trained_and_keep_their_advantages():
+    config = RunConfig.model_validate(
+        {
+            "run_dir": "x",
+            "prompts": {"file": "x"},
+            "finetune": {"method": "nft"},
+            "online": {"updates": 1, "rewards": ["pmi"], "trained_candidates": 3},
+            "score": {"names": ["pmi"]},
+            "select": {"by": "pmi"},
+        }
+    )
+    values = [0.0, 4.0, 1.0, 2.0, 9.0, 3.0]
+    columns = {"prompt_id": ["a"] * 6, "seed": list(range(6)), "score_pmi": values, "score_pmi_se": [0.1] * 6}
+    columns |= {"error": [None] * 6}
+    rewards = rewards_of(config.online, "pmi")
+    found = candidate_advantages(rewards, columns, config)
+    whole = advantages(rewards, columns, columns["seed"], config.online)
+    assert [value is not None for value in found] == [True, True, False, False, True, False]
+    assert [value for value in found if value is not None] == whole[[0, 1, 4]].tolist()

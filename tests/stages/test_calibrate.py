@@ -42,10 +42,10 @@ def test_the_pipeline_takes_the_band_that_is_found(config, tmp_path, capsys):
 
 
 def test_a_range_that_the_model_does_not_know_is_told_and_a_wide_one_cut(config, monkeypatch):
-    with pytest.raises(ConfigError, match=r"log_snr_max: .*not among the model's noise levels"):
+    with pytest.raises(ConfigError, match=r"log_snr_max: .*outside the model's noise levels"):
         calibrate(config.model_copy(update={"log_snr_min": 20.0, "log_snr_max": 30.0}), dry_run=True)
     pool = torch.rand(4, 3, config.levels, 2), torch.tensor([0, 0, 1, 1]), None
-    monkeypatch.setattr(stage, "_probed_pool", lambda *arguments: pool)
+    monkeypatch.setattr(stage, "probed_pool", lambda *arguments: pool)
     calibrate(config.model_copy(update={"log_snr_min": -50.0, "alignment": None}))
     assert yaml.safe_load(Path(config.out).read_text())["score"]["log_snr_min"] > -6
 
@@ -59,7 +59,7 @@ def test_a_prompt_that_is_too_long_is_told(config, tmp_path):
 
 def test_labels_that_say_nothing_are_left_out_or_told(config, monkeypatch, capsys):
     pool = torch.rand(4, 3, config.levels, 2), torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, False, False])
-    monkeypatch.setattr(stage, "_probed_pool", lambda *arguments: pool)
+    monkeypatch.setattr(stage, "probed_pool", lambda *arguments: pool)
     calibrate(config)
     assert "they say nothing" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="use_labels: no prompt"):

@@ -12,6 +12,7 @@ from mi_ray.scoring.trial import Trial, try_fitting
 from mi_ray.stages import preflight
 from mi_ray.stages.pipeline import Plan
 
+NO_ORACLE = ["--generate.alignment", "none", "--evaluation.alignment", "none", "--evaluation.controls", "none"]
 SECONDS = 0.6  # an evaluation, so that a hundred take a minute
 
 
@@ -84,6 +85,32 @@ def test_halving_ends_where_memory_suffices(monkeypatch, fits, tried):
     if fits:
         assert try_fitting(None, 64).batch_size == fits
     else:
-        with pytest.raises(ConfigError, match="not even a batch of one"):
+        with pytest.raises(ConfigError, match="does not fit into memory with a batch of one"):
             try_fitting(None, 64)
     assert sizes == tried
+
+
+def test_another_size_is_told_and_its_batches_hold_as_many_latent_tokens(plan):
+    own, sized = plan(), plan("--model.height", "128", *NO_ORACLE)
+    assert re.search(
+        r"^images +64 x 64 pixels, latents of \d+ x 8 x 8, the model's own size$", preflight.describe(own), re.M
+    )
+    text = preflight.describe(sized)
+    assert re.search(
+        r"^images +128 x 64 pixels, .* counts candidates of the model's own size, \d+ x 8 x 8$", text, re.M
+    )
+    assert "batches of 32 candidates" in text  # 64 of the model's own size fit
+
+
+def test_a_size_that_will_not_do_is_told_with_all_other_faults(plan):
+    with pytest.raises(ConfigError) as told:
+        plan("--model.height", "100", "--model.width", "60", "--prompts.file", "nowhere.txt")
+    assert [fault.partition(":")[0] for fault in told.value.faults] == ["model.height", "model.width", "prompts.file"]
+    assert "take 96 or 112" in told.value.faults[0]
+
+
+def test_the_oracle_reads_scenes_of_its_own_size_alone(plan):
+    with pytest.raises(ConfigError) as told:
+        plan("--model.height", "128")
+    assert [fault.partition(":")[0] for fault in told.value.faults] == ["generate.alignment", "evaluation.alignment"]
+    assert "the oracle reads images of 64 x 64 pixels, and the model makes 128 x 64" in told.value.faults[0]

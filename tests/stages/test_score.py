@@ -355,7 +355,8 @@ def test_what_is_no_longer_in_the_input_is_no_longer_in_the_scores(tiny_pipeline
             yield {name: value for name, (value,) in done.items()}
 
     monkeypatch.setattr(shards, "stream", inline)
-    monkeypatch.setattr(stage.ray, "init", lambda **_: None)
+    monkeypatch.setattr(stage, "start_ray", lambda: None)
+    monkeypatch.setattr(stage, "check_room", lambda *_, **__: None)
     source = write_parquet(tmp_path)
     config = config_of(tiny_pipeline, source, tmp_path).model_copy(update={"pairs_per_shard": 2})
     stage.score_pairs(config)

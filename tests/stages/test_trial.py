@@ -44,7 +44,7 @@ def test_a_sweep_ends_where_memory_does(tiny_pipeline):
 def test_each_useful_precision_is_tried_once_the_configured_one_first(tiny_pipeline):
     useful = ["float32", "float16", "bfloat16"] if torch.cuda.is_available() else ["float32", "bfloat16"]
     for configured in ("auto", "bfloat16"):
-        trials = sweep_dtypes(str(tiny_pipeline), configured)
+        trials = sweep_dtypes(ModelConfig(path=str(tiny_pipeline), dtype=configured))
         first = configured if configured != "auto" else ("float16" if torch.cuda.is_available() else "float32")
         assert list(trials) == [first, *[dtype for dtype in useful if dtype != first]]
         assert all(trial.seconds_per_evaluation > 0 for of_dtype in trials.values() for trial in of_dtype)

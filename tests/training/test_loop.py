@@ -238,7 +238,7 @@ def log_of(destination) -> list[dict]:
     ("finetune", "message"),
     [
         ({"target_modules": ["to_query"]}, r"finetune.target_modules: 'to_query'.*to_q"),
-        ({"log_to": ["mlflow"]}, r"finetune.log_to: mlflow is not installed; pip install"),
+        ({"log_to": ["mlflow"]}, r"finetune.log_to: mlflow is not installed; run pip install"),
     ],
 )
 def test_targets_and_trackers_are_checked_before_anything_starts(

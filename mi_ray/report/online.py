@@ -1,0 +1,75 @@
+"""What an online run left of its training: the log by update, the validations, and how it ended."""
+
+import pandas as pd
+
+from mi_ray.report.pools import VALIDATION, declared_in, numeric, present
+from mi_ray.report.statistics import prompt_mean
+from mi_ray.storage import ParquetRows, exists, join, list_tables, read_json, read_lines, read_table
+
+GUARDS = ("latent_std", "diversity", "distance_to_base", "effective_guidance")  # of an update, beside its reward
+
+
+def online_folders(run_dir: str, models: list[str]) -> dict[str, str]:
+    """The folder of each arm of an online run."""
+    homes = {"tuned": run_dir} | {m: join(run_dir, "controls", m) for m in models if m not in ("base", "tuned")}
+    return {model: join(home, "online") for model, home in homes.items()}
+
+
+def read_updates(folder: str) -> list[dict]:
+    """The log's figures of each update, its optimiser steps taken together: the last value of each that is a number."""
+    lines = {line["step"]: line for line in read_lines(join(folder, "training.jsonl"))}  # the later of a repeated step
+    updates: dict[int, dict] = {}
+    for _, line in sorted(lines.items()):
+        if line.get("update") is not None:
+            updates.setdefault(line["update"], {}).update(present(line))
+    return [{key: line[key] for key in ("update", "reward", *GUARDS) if key in line} for line in updates.values()]
+
+
+def read_validations(folder: str) -> list[dict]:
+    """Of each validated version of the policy, in order: version, and by column (scores, metrics) the mean over the
+    held-out prompts with its interval; {version, columns: {name: `statistics.prompt_mean`}}."""
+    candidates = join(folder, "candidates")
+    parts = [name for name in list_tables(candidates) if name.startswith(VALIDATION)]
+    frames: dict[int, list[pd.DataFrame]] = {}
+    for name in parts:
+        uri = join(candidates, name)
+        scores = [n for n in ParquetRows(uri).schema.names if n.startswith("score_") and not n.endswith("_se")]
+        columns = [*scores, *(c.name for declared in declared_in(candidates).values() for c in declared)]
+        frame = read_table(uri, ["prompt_id", *columns, "error"]).to_pandas()
+        sound = numeric(frame[frame["error"].isna()].drop(columns="error"), columns)
+        frames.setdefault(int(name.removeprefix(VALIDATION).split("-")[0]), []).append(sound)
+    found = []
+    for version, some in sorted(frames.items()):
+        rows = pd.concat(some, ignore_index=True)
+        means = present({name: prompt_mean(rows, name) for name in rows.columns if name != "prompt_id"})
+        found.append({"version": version, "columns": means})
+    return found
+
+
+def read_online(run_dir: str, models: list[str]) -> dict[str, dict]:
+    """The section `online` of report.json: what each arm has; {} of a run of rounds.
+
+    Returns:
+        By arm: updates (as `read_updates`), validations (as `read_validations`), self_score: mean reward of the
+        held-out prompts of each validated version; effective_guidance: the last that was measured, null if none was;
+        and, once the training has ended: finished, kept: the version that is evaluated, stopped: why it ended before
+        the last update, null if it did not.
+    """
+    arms = {}
+    for model, folder in online_folders(run_dir, models).items():
+        updates, uri = read_updates(folder), join(folder, "adapter", "summary.json")
+        summary = read_json(uri) if exists(uri) else {}
+        if not updates and not summary:
+            continue
+        scores = sorted((int(version), value) for version, value in summary.get("validation", {}).items())
+        gammas = [line["effective_guidance"] for line in updates if "effective_guidance" in line]
+        arms[model] = {
+            "updates": updates,
+            "validations": read_validations(folder),
+            "self_score": [{"version": version, "value": value} for version, value in scores],
+            "effective_guidance": gammas[-1] if gammas else None,
+            "finished": bool(summary),
+            "kept": summary.get("version"),
+            "stopped": summary.get("stopped"),
+        }
+    return arms
