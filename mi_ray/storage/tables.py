@@ -44,16 +44,8 @@ def score_columns(names: tuple[str, ...]) -> list[pa.Field]:
 
 Metrics = Mapping[str, Sequence[Column]]  # {name of a metric in the configuration: its columns}
 _NO_METRICS: Metrics = MappingProxyType({})
-_RESERVED_NAMES = {
-    "update",
-    "advantage",
-    "pmi",
-    "by_category",
-    "by_split",
-    "round",
-    "lot",
-    "value",
-}  # columns that readers of the tables add
+# Columns that readers of the tables add.
+_RESERVED_NAMES = {"update", "advantage", "pmi", "by_category", "by_split", "round", "lot", "value"}
 
 
 def _with_metrics(before: list[pa.Field], metrics: Metrics, after: list[pa.Field]) -> pa.Schema:
@@ -165,7 +157,7 @@ def evaluation_schema(metrics: Metrics = _NO_METRICS) -> pa.Schema:
             _field(
                 "split", pa.string(), "test (in distribution) or ood (out of distribution); null if the file has none"
             ),
-            _field("guidance_scale", pa.float32(), "of the sampler; 1: no guidance; null: a real image"),
+            _field("guidance_scale", pa.float32(), "guidance_scale of the sampler; 1: no guidance; null: a real image"),
             _field("image_index", pa.int32(), "0 .. images_per_prompt - 1"),
             _field("seed", pa.int64(), "random seed of the image; the same for every model and guidance scale"),
             *score_columns(("pmi",)),
