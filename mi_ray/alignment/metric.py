@@ -59,7 +59,7 @@ class Metric(ABC):
 
     columns: tuple[Column, ...]  # the first is the primary one: headline, AUC and calibration use it
     reads_only: str = ""  # the prompts that it can read, for the message that refuses others
-    image_size: tuple[int, int] | None = None  # height and width of the only images that it can read; None: any
+    image_size: tuple[int, int] | None = None  # (height, width) of the images that it can read; None: any size
     # Real images for the quality measures, if they exist: (prompt, seed) -> (h, w, 3) uint8.
     reference: Callable[[str, int], np.ndarray] | None = None
 
@@ -154,14 +154,14 @@ def check_prompts(metrics: Mapping[str, Metric], prompts: Iterable[str]):
 
 
 def check_image_size(metrics: Mapping[str, Metric], size: tuple[int, int]):
-    """See that every metric can read images of a height and width.
+    """Check that every metric can read images of this (height, width).
 
     Raises:
         ValueError: with one line for each metric that cannot.
     """
     faults = [
-        f"the {name} reads images of {metric.image_size[0]} x {metric.image_size[1]} pixels, and the model makes"
-        f" {size[0]} x {size[1]}: take {name} out, or leave model.height and model.width out"
+        f"the {name} reads only images of {metric.image_size[0]} x {metric.image_size[1]} pixels, but the model makes"
+        f" {size[0]} x {size[1]}: remove {name}, or remove model.height and model.width"
         for name, metric in metrics.items()
         if metric.image_size not in (None, tuple(size))
     ]

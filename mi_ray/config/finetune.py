@@ -115,7 +115,8 @@ class OnlineConfig(Section):
     )
     trained_candidates: Annotated[int, Field(ge=2)] | None = Field(
         None,
-        description="number of candidates of each prompt to train: half of them the best, half the worst; none: all",
+        description="number of candidates per prompt to train on: one half the best, one half the worst; none: all"
+        " candidates",
     )
     lag: Annotated[int, Field(ge=0, le=1)] = Field(
         1, description="1: draw the candidates of an update while the previous update is trained; 0: after it"

@@ -38,8 +38,8 @@ class PromptsConfig(Section):
     )
 
 
-HEIGHT = "of the images in pixels, a multiple of what the model needs; none: the model's own height"
-WIDTH = "likewise; none: the model's own width"
+HEIGHT = "height of the images in pixels; it must be divisible as the model needs; none: the model's own height"
+WIDTH = "width of the images in pixels; it must be divisible as the model needs; none: the model's own width"
 
 
 class ModelConfig(Section):
@@ -68,12 +68,12 @@ class ModelConfig(Section):
 
     @property
     def size(self) -> tuple[int | None, int | None]:
-        """Height and width in pixels; None: the model's own."""
+        """(height, width) in pixels. None: the model's own."""
         return self.height, self.width
 
     @model_serializer(mode="wrap")
     def _without_unset_size(self, serialize: SerializerFunctionWrapHandler) -> dict:
-        """A height or width that is not set is left out: it changes no hash of a run at the model's own size."""
+        """Leave out height and width if they are not set: then the hash of runs at the model's own size is stable."""
         values = serialize(self)
         return {name: value for name, value in values.items() if value is not None or name not in ("height", "width")}
 
@@ -90,8 +90,7 @@ class SamplerConfig(Section):
     guidance_scale: float = Field(
         7.5,
         ge=1,
-        description="scale of classifier-free guidance; 1: the conditional branch alone, half the evaluations and no"
-        " on-trajectory score",
+        description="scale of classifier-free guidance; 1: no guidance, half the evaluations, no on-trajectory scores",
     )  # 7.5: released code
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
         None, description="spacing of the timesteps, as in diffusers; none: that of the model's scheduler"
@@ -104,7 +103,7 @@ class SamplerConfig(Section):
 
     @property
     def branches(self) -> int:
-        """Denoiser evaluations of one step: with the prompt and, where there is guidance, without it."""
+        """Number of denoiser evaluations per step: 1 without guidance, 2 with guidance."""
         return 1 if self.guidance_scale == 1 else 2
 
     @model_validator(mode="after")

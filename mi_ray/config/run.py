@@ -21,7 +21,7 @@ from mi_ray.config.section import METRIC_NAMES, MetricNames, Positive, Section, 
 
 
 def _several(value: object) -> object:
-    """One number stands for a list of it."""
+    """A single number means a list with this number."""
     return (value,) if isinstance(value, (int, float, str)) else value
 
 
@@ -42,8 +42,8 @@ class EvaluationConfig(Section):
     sampler: SamplerConfig = SamplerConfig(solver="ddim", num_inference_steps=50)
     guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1)], ...], BeforeValidator(_several)] = Field(
         (),
-        description="every model is evaluated at each of these guidance scales and at evaluation.sampler's; 1: one"
-        " branch, half the cost; none: at evaluation.sampler's alone",
+        description="further guidance scales at which every model is evaluated, besides that of evaluation.sampler; 1:"
+        " no guidance, half the cost; none: no further ones",
     )
     alignment: MetricNames = Field(
         (),
@@ -84,8 +84,8 @@ class ResourcesConfig(Section):
     batch_size: Positive | Literal["auto"] = Field(
         64,
         description="number of candidates of the model's own size in one denoiser batch (twice as many rows with"
-        " guidance); at another model.height or model.width, as many as have the same number of latent tokens;"
-        " auto: chosen by a trial",
+        " guidance); at another model.height or model.width: the number with as many latent tokens; auto: chosen by a"
+        " trial",
     )
     shard_timeout_s: float | None = Field(
         None,
@@ -249,8 +249,8 @@ class RunConfig(Section):
         ]
         unguided = {*score.names, self.prune.by} & set(TRAJECTORY_SCORES) if self.sampler.branches == 1 else set()
         faults += [
-            f"{name} needs both branches, and sampler.guidance_scale is 1, which evaluates one: take the score out of"
-            " score.names and prune.by, or raise sampler.guidance_scale"
+            f"sampler.guidance_scale is 1, but {name} needs both branches: remove {name} from score.names and prune.by,"
+            " or raise sampler.guidance_scale"
             for name in sorted(unguided)
         ]
         return faults

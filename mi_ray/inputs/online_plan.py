@@ -36,8 +36,8 @@ class OnlinePlan:
                     f" and {self.held * per_shard} are held out; give more, or lower online.prompts_per_update"
                 ]
             )
-        # A version is scored just before the first update that it draws: until it is there, nothing waits for it that
-        # could be drawn without it.
+        # A version is scored just before the first update that it draws. So no part waits for a version that it does
+        # not need.
         parts, versions = [], [v for v in range(config.updates + 1) if self.is_checkpoint(v)]
         for update in range(config.updates):
             while versions and versions[0] <= max(0, update - config.lag):
@@ -76,7 +76,7 @@ class OnlinePlan:
         return row | {"update": update, "version": version, "validation": kind < 0}
 
     def is_checkpoint(self, version: int) -> bool:
-        """Whether a version of the policy is saved, and scored on the held-out prompts."""
+        """Whether a version of the policy is saved and scored on the held-out prompts."""
         return version % self.config.validate_every == 0 or version == self.config.updates
 
     def of_update(self, update: int) -> list[int]:

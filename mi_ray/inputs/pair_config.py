@@ -107,11 +107,11 @@ class ScorePairsConfig(Section):
 
     @property
     def size(self) -> tuple[int | None, int | None]:
-        """Height and width in pixels; None: the model's own."""
+        """(height, width) in pixels. None: the model's own."""
         return self.height, self.width
 
     def results_config(self) -> dict:
-        """The fields that the results depend on. A size that is not set is left out, as of `ModelConfig`."""
+        """The fields that the results depend on. A size that is not set is left out, as in `ModelConfig`."""
         unset = {name for name in ("height", "width") if getattr(self, name) is None}
         results = self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map", *unset})
         return results | {"model": without_revision(self.model)}  # run.json holds the commit

@@ -15,7 +15,7 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     arms = 1 + len(config.evaluation.controls)
     images = held_out * config.evaluation.images_per_prompt * (1 + arms)
     judged = 2 * config.score.num_samples * config.evaluation.pmi
-    # Of the image that a prompt and a seed have at each guidance scale.
+    # For one prompt and seed: the sum over its images at all guidance scales.
     per_image = sum(s.branches * s.num_inference_steps + judged for s in config.evaluation.samplers.values())
     if config.online.updates:
         return _online(config, arms) | {"evaluate": images * per_image}

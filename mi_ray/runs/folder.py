@@ -94,11 +94,11 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
     if commit and commit != model_commit:
         field = "model.path" if "model.path" in now else "model"
         if now[field].startswith("/"):
-            fault = f"{now[field]!r} holds other weights than those that this run started with; put those back"
+            fault = f"{now[field]!r} has other weights than at the start of this run; restore them"
         else:
-            began = f"this run started with commit {commit} of the model, and now it is {model_commit}"
-            fault = f"{began}; leave its revision out"
-        raise ConfigError([f"{field}: {fault}, or give another --run-dir"])
+            began = f"this run started with commit {commit} of the model, but now it is {model_commit}"
+            fault = f"{began}; remove the revision"
+        raise ConfigError([f"{field}: {fault}, or use another --run-dir"])
 
 
 # ------------------------------------------------------------------------------------------ commits

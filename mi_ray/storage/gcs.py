@@ -11,9 +11,8 @@ from urllib.parse import parse_qs
 
 import pyarrow.fs as pafs
 
-PATIENCE_S = (
-    120  # requests are retried for so long if the store is slow or answers 429 or 5xx; default of Google's client
-)
+# Requests are retried for this time if the store is slow or answers 429 or 5xx. Default of Google's client.
+PATIENCE_S = 120
 
 
 def _parts(uri: str) -> tuple[str, str, str | None]:

@@ -21,7 +21,7 @@ _LATENTS = pa.list_(pa.float16())
 SCORES = {
     "mitune": "MI-TUNE on-trajectory score, nats; as in the released code (no alpha_t), arXiv 2405.20759 alg. 2",
     "mitune_eq2": "MI-TUNE on-trajectory score, nats; with eq. 2's factor alpha_t, arXiv 2405.20759",
-    "asd": "sum over the steps of ||conditional - unconditional prediction||^2, without weights (ASD / CFG-rejection)",
+    "asd": "sum over the steps of ||conditional - unconditional prediction||^2, no weights (ASD / CFG-rejection)",
     "trajectory_banded": "on-trajectory score score.banded, only of the steps within score.log_snr_min..max, nats",
     "pmi": "log p(x|y) - log p(x), signed i_s over the log SNR band, nats; arXiv 2310.07972 eq. 7",
     "pmi_orthogonal": "i_o: change of the prediction by the prompt over the same band, >= 0, nats; eq. 8",
@@ -44,16 +44,8 @@ def score_columns(names: tuple[str, ...]) -> list[pa.Field]:
 
 Metrics = Mapping[str, Sequence[Column]]  # {name of a metric in the configuration: its columns}
 _NO_METRICS: Metrics = MappingProxyType({})
-_RESERVED_NAMES = {
-    "update",
-    "advantage",
-    "pmi",
-    "by_category",
-    "by_split",
-    "round",
-    "lot",
-    "value",
-}  # columns that readers of the tables add
+# Columns that readers of the tables add.
+_RESERVED_NAMES = {"update", "advantage", "pmi", "by_category", "by_split", "round", "lot", "value"}
 
 
 def _with_metrics(before: list[pa.Field], metrics: Metrics, after: list[pa.Field]) -> pa.Schema:
@@ -165,7 +157,7 @@ def evaluation_schema(metrics: Metrics = _NO_METRICS) -> pa.Schema:
             _field(
                 "split", pa.string(), "test (in distribution) or ood (out of distribution); null if the file has none"
             ),
-            _field("guidance_scale", pa.float32(), "of the sampler; 1: no guidance; null: a real image"),
+            _field("guidance_scale", pa.float32(), "guidance_scale of the sampler; 1: no guidance; null: a real image"),
             _field("image_index", pa.int32(), "0 .. images_per_prompt - 1"),
             _field("seed", pa.int64(), "random seed of the image; the same for every model and guidance scale"),
             *score_columns(("pmi",)),

@@ -207,7 +207,7 @@ def test_other_prompts_or_weights_in_the_same_place_are_refused(place):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model\.path: '.*tiny' holds other weights than"):
+    with pytest.raises(ConfigError, match=r"model\.path: '.*tiny' has other weights than"):
         plan()
     with pytest.raises(ConfigError, match=r"model\.path was .*models/tiny' and is 'shapes'"):
         plan("--model.path", "shapes")

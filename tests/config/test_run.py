@@ -309,6 +309,6 @@ def test_an_evaluation_has_its_samplers_guidance_scale_and_those_of_the_list(val
 def test_without_guidance_no_score_may_need_both_branches():
     with pytest.raises(ConfigError) as error:
         load(*LEAST, "--sampler.guidance-scale", "1")
-    assert "mitune needs both branches, and sampler.guidance_scale is 1" in str(error.value)
+    assert "sampler.guidance_scale is 1, but mitune needs both branches" in str(error.value)
     least = (*LEAST, "--score.names", "pmi_negatives", "--select.by", "pmi_negatives")
     assert load(*least, "--sampler.guidance-scale", "1").sampler.branches == 1

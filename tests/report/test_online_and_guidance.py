@@ -171,4 +171,4 @@ def test_an_online_run_that_has_just_begun(tmp_path):
     (tmp_path / "online" / "training.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5, "update": 0}))
     page = Path(write_report(str(tmp_path), config)).read_text()
     assert "1 of 6" in page
-    assert "not yet" in page
+    assert "not finished" in page

@@ -70,8 +70,8 @@ def test_cuts_are_counted_in_whole_steps_and_candidates():
     ("fields", "named"),
     [
         ({"after": [0.2, 0.4]}, "after has 2 values and keep has 1"),
-        ({"after": [0.4, 0.2], "keep": [0.5, 0.2]}, "rise"),
-        ({"after": [0.2, 0.4], "keep": [0.5, 0.5]}, "fall"),
+        ({"after": [0.4, 0.2], "keep": [0.5, 0.2]}, "rising"),
+        ({"after": [0.2, 0.4], "keep": [0.5, 0.5]}, "falling"),
         ({"after": [1.0]}, "between 0 and 1"),
         ({"after": [], "keep": []}, "after has 0 values"),
     ],

@@ -69,7 +69,7 @@ def test_every_fault_is_told(tmp_path, own):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"out": "new.csv"}, r"out is '.*new.csv'; use the extension .jsonl, .parquet or .txt"),
+        ({"out": "new.csv"}, r"out is '.*/new\.csv'; use the extension \.jsonl, \.parquet or \.txt"),
         ({"out": "own.jsonl", "file": "own.jsonl"}, "would be overwritten"),
         ({"out": "new.txt", "phrases": "text"}, "phrases 'text' needs it; set --file LIST"),
     ],

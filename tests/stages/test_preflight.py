@@ -113,4 +113,4 @@ def test_the_oracle_reads_scenes_of_its_own_size_alone(plan):
     with pytest.raises(ConfigError) as told:
         plan("--model.height", "128")
     assert [fault.partition(":")[0] for fault in told.value.faults] == ["generate.alignment", "evaluation.alignment"]
-    assert "the oracle reads images of 64 x 64 pixels, and the model makes 128 x 64" in told.value.faults[0]
+    assert "the oracle reads only images of 64 x 64 pixels, but the model makes 128 x 64" in told.value.faults[0]

@@ -381,7 +381,7 @@ def test_a_full_disk_is_told_in_one_message(wrapped, tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as told, run_folder.full_disk_told("runs/x"):
         write_on_a_full_disk(str(tmp_path), wrapped)
     (fault,) = told.value.faults
-    assert fault.startswith("run_dir: the disk of 'runs/x' is full; make room")
+    assert fault.startswith("run_dir: the disk of 'runs/x' is full; free some space")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
