@@ -1,4 +1,4 @@
-"""What each way of probing is worth: python benchmarks/estimators.py [--model shapes] [--out FILE.json] [--check]"""
+"""Variance of the estimators by probe design: python benchmarks/estimators.py [--model NAME] [--out FILE] [--check]"""
 
 import math
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from mi_ray.information.probes import Design, Probes, adaptive_logistic, draw_pr
 from mi_ray.shapes.grammar import CATEGORIES, draw_scene, parse, sample_prompts
 from mi_ray.shapes.scenes import render
 
-BAND = (-10.0, 10.0)  # nearly all of i_s of the closed forms
-PILOT = 16  # probes of the adaptive density's pilot
-LONG = 512  # probes of the estimate that stands for the truth of a model
+BAND = (-10.0, 10.0)  # log SNR; contains nearly all of i_s of the closed forms
+PILOT = 16  # number of probes of the pilot of the adaptive density
+LONG = 512  # number of probes of the reference estimate for a model
 SEED = 30_000
 
 
 @dataclass(frozen=True)
 class Case:
-    """Pairs of an image and a prompt, whose i_s is estimated."""
+    """Image-prompt pairs whose i_s is estimated."""
 
     name: str
     predict_epsilon: pointwise.PredictEpsilon
@@ -37,10 +37,10 @@ class Case:
     null: Conditioning  # one row
     band: tuple[float, float]
     batch_size: int
-    known: Tensor | None = None  # (n,) the band's i_s, in closed form
+    known: Tensor | None = None  # (n,) i_s of the band, in closed form
 
     def truth(self) -> tuple[Tensor, Tensor]:
-        """The band's i_s and its standard error, (n,) each: 0 where it is known, else that of one long estimate."""
+        """The reference i_s of the band and its standard error, (n,) each: exact (error 0), or one long estimate."""
         if self.known is not None:
             return self.known, torch.zeros_like(self.known)
         seeds = [SEED - 1 - i for i in range(len(self.latents))]
@@ -49,7 +49,7 @@ class Case:
         return pointwise.integrate(self.gains(probes), probes)
 
     def gains(self, probes: Probes) -> Tensor:
-        """The integrand of i_s, (n, K); probes hold a set of noise for each."""
+        """The integrand of i_s, (n, K); the probes hold noise samples for each of the n pairs."""
         index = torch.arange(len(self.latents))
         branches = pointwise.beside(self.prompts, self.null)
         errors = pointwise.denoising_errors(
@@ -58,7 +58,7 @@ class Case:
         return 0.5 * (errors[:, 1] - errors[:, 0])
 
     def adaptive(self) -> Design:
-        """MMG's logistic density, located by a pilot."""
+        """MMG's logistic density, with location and scale from a pilot."""
         seeds = [SEED + i for i in range(len(self.latents))]
         probes = draw_probes(seeds, PILOT, *self.band, self.latents.shape[1:])
         index = torch.arange(len(self.latents))
@@ -77,21 +77,21 @@ class Case:
 
 
 class EstimatorsBenchmark(Benchmark):
-    """How much variance does the signed point-wise mutual information have per denoiser evaluation, by how log SNR and
-    noise are drawn?"""
+    """How does the choice of log SNRs and noise samples change the variance of the signed pointwise mutual information
+    per denoiser evaluation?"""
 
     model: ModelPath | None = Field(
-        None, description="measure a model instead of the closed forms: a shipped one (shapes) or a diffusers folder"
+        None, description="measure this model instead of the closed forms: a shipped model (shapes) or diffusers folder"
     )
-    pairs: PositiveInt = Field(8, description="image-prompt pairs")
-    replicates: PositiveInt = Field(100, description="independent estimates of each; the variance is over these")
-    num_samples: PositiveInt = Field(16, description="probes of an estimate; two evaluations each")
+    pairs: PositiveInt = Field(8, description="number of image-prompt pairs")
+    replicates: PositiveInt = Field(100, description="number of independent estimates per pair, for the variance")
+    num_samples: PositiveInt = Field(16, description="number of probes per estimate; each takes two evaluations")
 
     def answer(self) -> Findings:
         if self.num_samples < 8 or self.num_samples % 2:
             raise ValueError(f"num_samples: {self.num_samples} will not do; give an even number of at least 8")
         if self.replicates < 2:
-            raise ValueError("replicates: a variance takes two or more")
+            raise ValueError(f"replicates: {self.replicates} is too few for a variance; give two or more")
         pairs, replicates = (2, 20) if self.smoke else (self.pairs, self.replicates)
         cases = [of_model(self.model, pairs)] if self.model else closed_forms(pairs)
         rows, gates = [], {}
@@ -115,7 +115,7 @@ class EstimatorsBenchmark(Benchmark):
 
 
 def designs(case: Case) -> dict[str, Design]:
-    """The options, uniform and independent first."""
+    """The designs to compare; the first is uniform with independent samples."""
     published = Design(loc=1.0, scale=2.0, levels="random")  # ITD, arXiv 2310.07972, of SD2.1
     densities = {"uniform": Design(levels="random"), "logistic": published, "adaptive": case.adaptive()}
     chosen = {}
@@ -130,8 +130,12 @@ def designs(case: Case) -> dict[str, Design]:
 def measure(
     case: Case, truth: tuple[Tensor, Tensor], design: Design, num_samples: int, replicates: int
 ) -> dict[str, float]:
-    """Variance over replicates and squared distance from the truth, mean over the pairs; the claimed standard error
-    against the true one; the mean's distance from the truth in standard errors of both."""
+    """Compare the estimates of a design with the reference values.
+
+    Returns:
+        Means over pairs: the variance over replicates and the squared error, both times evaluations; the estimated
+        standard error over the true one; the bias in units of its standard error.
+    """
     count, found = len(case.latents), []
     for replicate in range(replicates):
         seeds = [SEED + replicate * count + i for i in range(count)]
@@ -167,7 +171,7 @@ def closed_forms(pairs: int) -> list[Case]:
 
 
 def of_model(path: str, pairs: int) -> Case:
-    """Renders of the shapes world under their own prompts, over all log SNRs of the model's schedule."""
+    """Rendered images of the shapes world with their own prompts, over all log SNRs of the model's schedule."""
     try:
         denoiser = load_denoiser(path)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What every benchmark shares: its command line, its report as JSON and as a table, and its gates."""
+"""The shared part of all benchmarks: command line, report as JSON and as a table, and gates."""
 
 import json
 import os
@@ -24,7 +24,7 @@ LocalPath = Annotated[Path, AfterValidator(lambda path: Path(absolute(str(path))
 
 @dataclass(frozen=True)
 class Gate:
-    """What a measured value must keep to: at least `minimum`, at most `maximum`."""
+    """A measured value and its allowed range: at least `minimum`, at most `maximum`."""
 
     value: float
     minimum: float | None = None
@@ -32,9 +32,9 @@ class Gate:
 
     @property
     def holds(self) -> bool:
-        """False for a value that is not a number."""
+        """Whether the value is in the range; false for NaN."""
         low = self.minimum is None or self.value >= self.minimum
-        return bool(low and (self.maximum is None or self.value <= self.maximum))  # of NumPy's numbers too
+        return bool(low and (self.maximum is None or self.value <= self.maximum))  # convert NumPy booleans
 
     def as_json(self) -> dict:
         bounds = {"min": self.minimum, "max": self.maximum}
@@ -43,28 +43,28 @@ class Gate:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a benchmark found: rows that share their columns, and the gates by name."""
+    """The results of a benchmark: table rows, and gates by name."""
 
     rows: list[dict[str, str | int | float]]
     gates: dict[str, Gate]
 
 
 class Benchmark(BaseSettings):
-    """A question with its command line. A subclass says the question as its docstring and answers it."""
+    """A question with its command line. A subclass states the question in its docstring and answers it."""
 
     model_config = SettingsConfigDict(
         cli_kebab_case=True, cli_hide_none_type=True, cli_parse_none_str="none", extra="forbid"
     )
 
     out: LocalPath | None = Field(None, description="JSON file to write")
-    check: CliToggleFlag[bool] = Field(False, description="exit with 1 if a gate does not hold")
-    smoke: CliToggleFlag[bool] = Field(False, description="a smaller measurement by the same code, in seconds")
+    check: CliToggleFlag[bool] = Field(False, description="exit with status 1 if a gate does not hold")
+    smoke: CliToggleFlag[bool] = Field(False, description="run the same code on small inputs; takes seconds")
 
     def answer(self) -> Findings:
-        """Measure.
+        """Run the measurement.
 
         Raises:
-            ValueError: what the user gave will not do.
+            ValueError: an option is wrong.
         """
         raise NotImplementedError
 
@@ -98,7 +98,7 @@ def _refused(error: ValueError) -> int:
 
 
 def environment() -> dict:
-    """Where the measurement was made: versions, processor, cores it may use, GPU, and the commit of the code."""
+    """The environment of the measurement: package versions, CPU, usable cores, GPU, and the commit of the code."""
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -124,7 +124,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The commit, with a plus if files differ from it; None outside a repository."""
+    """The commit, with "+" if files differ from it; None outside a git repository."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -137,7 +137,7 @@ def _commit() -> str | None:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as aligned text; a column for every key that some row has."""
+    """Rows as aligned text, with a column for every key of any row."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -1,8 +1,8 @@
-"""At which guidance is the tuned model better: python benchmarks/guidance.py --run-dir DIR [--out F] [--figure F.png]
+"""Base and tuned models by guidance scale: python benchmarks/guidance.py --run-dir DIR [--out F] [--figure F.png]
 
-Classifier-free guidance sharpens what a prompt says, and so does fine-tuning on chosen images: what one has done the
-other need not do again. So one guidance scale does not tell two models apart. This draws the same held-out prompts and
-seeds with the base model and with every adapter of a finished run, at several scales.
+Classifier-free guidance and fine-tuning on selected images both strengthen the effect of the prompt, and their gains
+overlap. A comparison of two models at one guidance scale is therefore not enough. This benchmark samples the same
+held-out prompts and seeds with the base model and with every adapter of a finished run, at several guidance scales.
 """
 
 from functools import partial
@@ -35,14 +35,18 @@ PROMPTS_AT_A_TIME = 16
 
 
 class GuidanceBenchmark(Benchmark):
-    """At which guidance scale is the tuned model better than the base and than the one tuned on random images?"""
+    """At which guidance scales is the tuned model better than the base model and a model tuned on random images?"""
 
-    run_dir: LocalOrUri = Field(description="a finished run that has a metric, whose first column is compared")
-    guidance_scales: tuple[float, ...] = Field((1.5, 2.0, 3.0, 4.0, 6.0), description="each from 1, no guidance")
-    prompts: PositiveInt = Field(360, description="held-out prompts, of the run's evaluation file")
-    images_per_prompt: PositiveInt = Field(4, description="seeds, the same for every model and scale")
-    batch_size: PositiveInt = Field(128, description="images in one denoiser batch")
-    figure: LocalPath | None = Field(None, description="PNG to draw: the metric against guidance scale")
+    run_dir: LocalOrUri = Field(
+        description="folder of a finished run with a metric; the metric's first column is compared"
+    )
+    guidance_scales: tuple[float, ...] = Field((1.5, 2.0, 3.0, 4.0, 6.0), description="guidance scales, each above 1")
+    prompts: PositiveInt = Field(360, description="number of held-out prompts from the run's evaluation file")
+    images_per_prompt: PositiveInt = Field(
+        4, description="number of seeds per prompt, the same for all models and scales"
+    )
+    batch_size: PositiveInt = Field(128, description="number of images in one denoiser batch")
+    figure: LocalPath | None = Field(None, description="PNG file to write: the metric against guidance scale")
 
     def answer(self) -> Findings:
         config, adapters = finished_run(self.run_dir)
@@ -62,7 +66,7 @@ class GuidanceBenchmark(Benchmark):
     def _draw(
         self, config: RunConfig, metric: Metric, table, each: int, scale: float, adapter: str | None
     ) -> pd.DataFrame:
-        """prompt_id, seed and the metric's first column of every image."""
+        """Columns prompt_id, seed and the metric's first column, one row per image."""
         name = metric.columns[0].name
         denoiser: UNetDenoiser = load_denoiser(config.model.path, adapter=adapter)
         settings = config.evaluation.sampler.model_copy(update={"guidance_scale": scale})
@@ -79,7 +83,7 @@ class GuidanceBenchmark(Benchmark):
 
 
 def finished_run(run_dir: str) -> tuple[RunConfig, dict[str, str | None]]:
-    """The run's config, and the local folder of each of its adapters by the name of the model: base has none.
+    """The run's config, and the local folder of each adapter by model name; None for the base model.
 
     Raises:
         ValueError: the folder holds no finished run.
@@ -95,18 +99,18 @@ def finished_run(run_dir: str) -> tuple[RunConfig, dict[str, str | None]]:
 
 
 def first_metric(config: RunConfig) -> Metric:
-    """The one that is the report's headline.
+    """The first metric of the run, which is the headline of its report.
 
     Raises:
-        ValueError: the run has none.
+        ValueError: the run has no metric.
     """
     if not config.evaluation.alignment:
-        raise ValueError("run_dir: the run measures no alignment; give one whose evaluation.alignment names a metric")
+        raise ValueError("run_dir: the run has no metric; give a run whose evaluation.alignment names a metric")
     return next(iter(load_metrics(config.evaluation.alignment[:1]).values()))
 
 
 def findings(drawn: dict[str, pd.DataFrame], name: str, scale: float, column: Column) -> dict:
-    """A model's mean of a column at a scale, and how much it is above each other one, paired; shares in percent."""
+    """The mean of a column for a model at a guidance scale, and paired differences to the others; shares in percent."""
     row = {"guidance_scale": scale, "model": name}
     row |= _ends(column.name, prompt_mean(drawn[name], column.name), "value", column)
     for other in drawn:
@@ -117,13 +121,13 @@ def findings(drawn: dict[str, pd.DataFrame], name: str, scale: float, column: Co
 
 
 def _ends(label: str, measured: dict, key: str, column: Column) -> dict[str, float | None]:
-    """A value and the ends of its interval, as they are shown."""
+    """A value and the ends of its confidence interval, scaled for display."""
     ends = {f"{label}{end}": measured[k] for end, k in (("", key), ("_low", "low"), ("_high", "high"))}
     return {k: v if v is None else scale_of(column) * v for k, v in ends.items()}
 
 
 def draw(rows: list[dict], path: Path, column: Column):
-    """The column against guidance scale, a line a model."""
+    """Plot the column against guidance scale, one line per model."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, of_model in pd.DataFrame(rows).groupby("model", sort=False):

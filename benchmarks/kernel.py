@@ -1,4 +1,4 @@
-"""What a solver step moves and launches: python benchmarks/kernel.py [--out FILE.json] [--check] [--smoke]"""
+"""Memory traffic and launches of a solver step: python benchmarks/kernel.py [--out FILE.json] [--check] [--smoke]"""
 
 import re
 import subprocess
@@ -28,7 +28,7 @@ ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+(?:::\w+)?)*?(?:\.v(\d))?\.b(\d+)
 
 @dataclass(frozen=True)
 class Case:
-    """What a solver's step needs beside both predictions, x_t and the next x_t."""
+    """The inputs and outputs of a solver step besides both predictions, x_t and the next x_t."""
 
     solver: str
     momentum: bool = False
@@ -36,7 +36,7 @@ class Case:
     with_x0: bool = False
 
     def minimum_bytes(self, prediction_bytes: int) -> int:
-        """For each number of the latents, everything read once and written once; the solver's state is fp32."""
+        """Bytes per latent element if every value is read once and written once; the solver state is fp32."""
         return 2 * prediction_bytes + 4 * (2 + self.momentum + self.noisy + self.with_x0)
 
 
@@ -44,11 +44,12 @@ CASES = (Case("ddim"), Case("ddpm", noisy=True), Case("dpm++2m", momentum=True, 
 
 
 class KernelBenchmark(Benchmark):
-    """What does one solver step with its statistics read, write and launch: naive, in PyTorch, compiled, fused?"""
+    """How many bytes does one solver step with its statistics read and write, and how many kernels does it launch?
+    Compared: naive, in PyTorch, compiled, fused."""
 
-    batch: PositiveInt = Field(64, description="candidates")
-    size: PositiveInt = Field(64, description="of the latents, 4 x size x size; 64: Stable Diffusion at 512 pixels")
-    repeats: PositiveInt = Field(100, description="timed steps; the median counts")
+    batch: PositiveInt = Field(64, description="number of candidates")
+    size: PositiveInt = Field(64, description="latents have 4 x size x size; 64: Stable Diffusion at 512 pixels")
+    repeats: PositiveInt = Field(100, description="number of timed steps; the median is reported")
 
     def answer(self) -> Findings:
         shape = (4, self.size, self.size)
@@ -91,7 +92,7 @@ def draw(case: Case, dtype: torch.dtype, batch: int, shape: tuple[int, ...], dev
 
 
 def naive_step(conditional, unconditional, latents, previous_x0, noise, coefficients, guidance, statistics):
-    """Formula by formula, as pipelines and schedulers are written."""
+    """A naive implementation, formula by formula, as in usual pipelines and schedulers."""
     keep, clean, momentum, spread, from_latents, from_prediction, _, _ = coefficients[0]
     conditional, unconditional = conditional.float(), unconditional.float()
     guided = unconditional + guidance * (conditional - unconditional)
@@ -110,7 +111,7 @@ def naive_step(conditional, unconditional, latents, previous_x0, noise, coeffici
 def measure(
     case: Case, dtype: torch.dtype, batch: int, shape: tuple[int, ...], repeats: int, with_compile: bool
 ) -> list[dict]:
-    """One row a way of doing the step: counted, and timed in alternation on the device there is."""
+    """One row per implementation: bytes and launches, and times on the available device, measured in turn."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = draw(case, dtype, batch, shape, device)
     statistics = torch.empty(2, batch, 1, device=device)
@@ -130,7 +131,7 @@ def measure(
         counts["fused"] = (1, case.minimum_bytes(dtype.itemsize) * arguments[2].numel())
     seconds = timed({way: lambda way=way: ways[way](*arguments, buffers[way]) for way in ways}, repeats)
     numbers = arguments[2].numel()
-    bandwidth = copy_bandwidth() if device == "cuda" else None  # on a CPU, the caches hold it all
+    bandwidth = copy_bandwidth() if device == "cuda" else None  # on a CPU all data is in the caches
     return [
         {
             "solver": case.solver,
@@ -147,7 +148,7 @@ def measure(
 
 
 class Counter(TorchDispatchMode):
-    """Counts what is launched and the bytes that it reads and writes; views and empty tensors are free."""
+    """Counts launches and the bytes that they read and write. Views and empty tensors cost nothing."""
 
     FREE = ("empty", "empty_like", "new_empty", "empty_strided")
 
@@ -160,10 +161,10 @@ class Counter(TorchDispatchMode):
         if not function.is_view and function.overloadpacket.__name__ not in (*self.FREE, "_unsafe_view", "resize_"):
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             written = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-            # In place, a tensor is both read and written.
+            # A tensor that is changed in place is both read and written.
             self.launches += 1
             self.bytes += sum(t.numel() * t.itemsize for t in read) + sum(t.numel() * t.itemsize for t in written)
-            if "out" in (kwargs or {}):  # which was listed as read
+            if "out" in (kwargs or {}):  # it was also counted as read
                 self.bytes -= sum(t.numel() * t.itemsize for t in written)
         return result
 
@@ -176,14 +177,14 @@ def counted(step: Callable, *arguments) -> tuple[int, int]:
 
 
 def inductor_counts(step: Callable, *arguments) -> tuple[int, int]:
-    """Kernels that torch.compile generates and the bytes that it says they access."""
+    """Number of kernels that torch.compile generates, and the bytes that they access according to it."""
     from torch._inductor import metrics
 
     torch.compiler.reset()
     metrics.reset()
-    # It counts the bytes only for its log, which this stands for.
+    # Inductor counts bytes only if its metrics log is on. The mock replaces this log.
     with (
-        warnings.catch_warnings(action="ignore"),  # that there is no cache
+        warnings.catch_warnings(action="ignore"),  # about disabled caches
         torch._inductor.config.patch(force_disable_caches=True),
         patch("torch._inductor.compile_fx.inductor_metrics_log", MagicMock()),
     ):
@@ -192,7 +193,7 @@ def inductor_counts(step: Callable, *arguments) -> tuple[int, int]:
 
 
 def timed(steps: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each, in alternation."""
+    """Median seconds of each step; the steps run in turn."""
     cuda = torch.cuda.is_available()
     times = {way: [] for way in steps}
     for turn in range(repeats + 3):
@@ -203,13 +204,13 @@ def timed(steps: dict[str, Callable], repeats: int) -> dict[str, float]:
             step()
             if cuda:
                 torch.cuda.synchronize()
-            if turn >= 3:  # the first warm up
+            if turn >= 3:  # the first three turns are warm-up
                 times[way].append(time.perf_counter() - began)
     return {way: median(values) for way, values in times.items()}
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that copying a large tensor on the GPU reads and writes: the roof."""
+    """Bytes per second that a copy of a large tensor on the GPU reads and writes: the roofline."""
     source = torch.empty(2**28, dtype=torch.float32, device="cuda").normal_()
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / timed({"copy": lambda: target.copy_(source)}, 5)["copy"]
@@ -217,7 +218,7 @@ def copy_bandwidth() -> float:
 
 # ---------------------------------------------------------------------------------------------- what is compiled
 def resources(case: Case, dtype: torch.dtype, shape: tuple[int, ...], capability: int) -> dict:
-    """Of the fused program, compiled for a GPU that need not be here: what its PTX moves and what ptxas reports."""
+    """Memory accesses in the PTX of the fused program, and the report of ptxas. Needs no GPU."""
     import triton
 
     from mi_ray.diffusion import triton_step
@@ -227,7 +228,7 @@ def resources(case: Case, dtype: torch.dtype, shape: tuple[int, ...], capability
     )
     ptx = kernel.asm["ptx"]
     widths = [int(vector or 1) * int(bits) // 8 for _, vector, bits in ACCESS.findall(ptx)]
-    scalars = 7 + case.momentum + case.noisy + 2  # coefficients, guidance, partial sums: one address a program
+    scalars = 7 + case.momentum + case.noisy + 2  # coefficients, guidance, partial sums: once per program
     moved = sum(widths) - 4 * scalars
     report = assembled(ptx, Path(triton.knobs.nvidia.ptxas.path))
     per_number = moved * 32 * triton_step.NUM_WARPS / triton_step.BLOCK
@@ -248,7 +249,7 @@ def resources(case: Case, dtype: torch.dtype, shape: tuple[int, ...], capability
 
 
 def assembled(ptx: str, ptxas: Path) -> str:
-    """The report of NVIDIA's assembler, which Triton brings along."""
+    """The report of NVIDIA's assembler ptxas, which is part of Triton."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "step.ptx"
@@ -258,7 +259,7 @@ def assembled(ptx: str, ptxas: Path) -> str:
 
 
 def launches(case: Case, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """What one fused step launches: the program, and whatever PyTorch is asked to do beside it."""
+    """Number of launches of one fused step: the Triton program plus all PyTorch operations."""
     arguments = draw(case, dtype, 2, shape, "cpu")
     statistics = torch.empty(2, 2, statistics_parts(shape, "triton"))
     program = MagicMock()

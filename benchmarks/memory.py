@@ -1,4 +1,4 @@
-"""Does memory grow with the number of prompts?: python benchmarks/memory.py [--out FILE.json] [--check] [--smoke]"""
+"""Memory by number of prompts: python benchmarks/memory.py [--out FILE.json] [--check] [--smoke]"""
 
 import os
 import re
@@ -27,29 +27,30 @@ from mi_ray.storage import tables
 from mi_ray.training.select import select
 
 MB = 2**20
-CANDIDATES = 2  # of a prompt: as little work as a pool can be
+CANDIDATES = 2  # per prompt, the smallest possible pool
 METRICS = {"made-up": (Column("good", "made up", "yes/no", 0, 1),)}
 WORDS = ("red", "blue", "green", "small", "large", "cat", "dog", "owl", "house", "boat")
 
 
 class MemoryBenchmark(Benchmark):
-    """How much memory of the driver and of the object store does a run take that has 10^4, 10^5 or 10^6 prompts?
+    """How much memory of the driver and of the object store does a run with 10^4, 10^5 or 10^6 prompts need?
 
-    Each run is a process of its own: it plans a prompt file, generates, selects, asks for the status and writes the
-    report, all by the code of a real run, but for the actor, which writes made-up candidates. Memory is counted from
-    the idle driver, Ray and libraries loaded; the gates compare the two longest runs, since a short one does not fill
-    the buffers. Prompts' tokens are not counted (`prompts.overlong: truncate`): that takes time, not memory.
+    Each run is a separate process. It plans a prompt file, generates, selects, reads the status and writes the report.
+    It uses the code of a real run, except for the actor, which writes artificial candidates. Memory is measured
+    relative to an idle driver with Ray and all libraries loaded. The gates compare the two largest runs, because a
+    small run does not fill the buffers. Tokens of prompts are not counted (`prompts.overlong: truncate`): this takes
+    time, not memory.
     """
 
-    prompts: list[int] = Field([10_000, 100_000, 1_000_000], description="numbers of prompts, rising")
-    prompts_per_shard: PositiveInt = Field(1000, description="prompts in a shard; every shard costs a few kilobytes")
-    alone: PositiveInt | None = Field(None, description="measure a run of so many prompts, in this process")
+    prompts: list[int] = Field([10_000, 100_000, 1_000_000], description="numbers of prompts, in ascending order")
+    prompts_per_shard: PositiveInt = Field(1000, description="prompts per shard; each shard needs a few kilobytes")
+    alone: PositiveInt | None = Field(None, description="measure one run with this number of prompts, in this process")
 
     def answer(self) -> Findings:
         if self.alone:
             return Findings([measure(self.alone, self.prompts_per_shard)], {})
         if len(self.prompts) < 2 or sorted(self.prompts) != self.prompts:
-            raise ValueError("prompts: give two numbers or more, rising")
+            raise ValueError(f"prompts: {self.prompts} will not do; give two or more numbers in ascending order")
         sizes = [500, 5000] if self.smoke else self.prompts
         per_shard = 100 if self.smoke else self.prompts_per_shard
         rows = [in_a_fresh_process(count, per_shard) for count in sizes]
@@ -69,14 +70,16 @@ def in_a_fresh_process(count: int, per_shard: int) -> dict:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, __file__, *arguments], env=environment, stdout=subprocess.DEVNULL)
         if done.returncode:
-            raise RuntimeError(f"the run of {count} prompts failed")
+            raise RuntimeError(
+                f"the run with {count} prompts failed with status {done.returncode}; see its output above"
+            )
         (row,) = storage.read_json(str(out))["results"]
     print(row, file=sys.stderr, flush=True)
     return row
 
 
 class MadeUpGenerator:
-    """Ray Data actor: reads, writes and commits as a real one, and makes up what a model would give."""
+    """Ray Data actor that reads, writes and commits like the real one, with artificial values instead of a model's."""
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class MadeUpGenerator:
 
 # ------------------------------------------------------------------------------------------ one run
 def measure(count: int, per_shard: int) -> dict:
-    """Peaks and times of one run."""
+    """Peak memory and times of one run."""
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # the machine may be busy
     ray.init(logging_level="warning", num_cpus=2, include_dashboard=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +125,7 @@ def measure(count: int, per_shard: int) -> dict:
         given = {
             "run_dir": str(Path(folder) / "run"),
             "prompts": {"file": str(file), "overlong": "truncate"},
-            "evaluation": {"holdout_share": 1e-9},  # one prompt, which nothing here looks at
+            "evaluation": {"holdout_share": 1e-9},  # one prompt, which is not used here
             "generate": {"candidates_per_prompt": CANDIDATES, "prompts_per_shard": per_shard},
             "score": {"names": ("mitune",)},
             "resources": {"num_actors": (2, 2), "cpus_per_actor": 0.5},
@@ -168,10 +171,10 @@ def timed(run) -> tuple:
 
 
 class Peaks:
-    """Highest so far, MB: the driver's resident memory beyond what it held when idle, and the object store's use."""
+    """Peak memory so far, in MB: resident memory of the driver above its idle value, and use of the object store."""
 
     def __init__(self):
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the kernel's record of the peak
         self.idle, self.driver, self.store = resident("VmRSS"), {}, 0.0
 
     def mark(self, when: str):

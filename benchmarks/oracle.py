@@ -1,4 +1,4 @@
-"""How often the oracle reads back what was drawn: python benchmarks/oracle.py [--out FILE.json] [--check] [--smoke]"""
+"""Accuracy of the oracle on rendered images: python benchmarks/oracle.py [--out FILE.json] [--check] [--smoke]"""
 
 from collections import defaultdict
 
@@ -12,15 +12,15 @@ from mi_ray.shapes.grammar import CATEGORIES, SceneSpec, draw_scene, sample_spec
 from mi_ray.shapes.oracle import score
 from mi_ray.shapes.scenes import render
 
-SEED = 20_000  # far from the training's
+SEED = 20_000  # different from the seeds of training
 SMOKE_RENDERS = 60
 
 
 class OracleBenchmark(Benchmark):
-    """How often does the oracle read back exactly what was drawn, fresh and after the model's autoencoder?"""
+    """How often does the oracle detect exactly what was drawn, on rendered images and after the model's autoencoder?"""
 
-    model: ModelPath = Field("shapes", description="a shipped model or a diffusers folder, whose autoencoder is tested")
-    renders: PositiveInt = Field(1000, description="scenes, the categories in turn")
+    model: ModelPath = Field("shapes", description="a shipped model or a diffusers folder; its autoencoder is tested")
+    renders: PositiveInt = Field(1000, description="number of scenes, taking the categories in turn")
 
     def answer(self) -> Findings:
         try:
@@ -30,7 +30,10 @@ class OracleBenchmark(Benchmark):
         specs, images = draw(SMOKE_RENDERS if self.smoke else self.renders)
         decoded = denoiser.decode(denoiser.encode_images(images))
         if decoded.shape != images.shape:
-            raise ValueError(f"model: {self.model!r} turns images of {images.shape[1:]} into {decoded.shape[1:]}")
+            raise ValueError(
+                f"model: the autoencoder of {self.model!r} turns images of shape {images.shape[1:]} into"
+                f" {decoded.shape[1:]}; give a model for images of {images.shape[1]} pixels"
+            )
         fresh, after = shares_exact(specs, images), shares_exact(specs, decoded)
         rows = [{"images": "fresh", **fresh}, {"images": "after the autoencoder", **after}]
         gates = {"exact_fresh": Gate(fresh["all"], minimum=0.99), "exact_decoded": Gate(after["all"], minimum=0.97)}
@@ -38,7 +41,7 @@ class OracleBenchmark(Benchmark):
 
 
 def draw(count: int) -> tuple[list[tuple[str, SceneSpec]], np.ndarray]:
-    """(category, specification) of each scene and the images (count, 64, 64, 3) uint8, unseen combinations included."""
+    """(category, specification) of each scene, and images (count, 64, 64, 3) uint8. Unseen combinations are allowed."""
     rng = np.random.default_rng(SEED)
     categories = [CATEGORIES[i % len(CATEGORIES)] for i in range(count)]
     specs = [(category, sample_spec(category, rng)) for category in categories]
@@ -46,7 +49,7 @@ def draw(count: int) -> tuple[list[tuple[str, SceneSpec]], np.ndarray]:
 
 
 def shares_exact(specs: list[tuple[str, SceneSpec]], images: np.ndarray) -> dict[str, int | float]:
-    """Share of the images that are exactly what their specification says: all, and by category."""
+    """Share of the images that exactly match their specification: over all images, and by category."""
     exact = defaultdict(list)
     for (category, spec), image in zip(specs, images, strict=True):
         right = score(image, spec).exact

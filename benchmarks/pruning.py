@@ -1,10 +1,11 @@
-"""What pruning saves and loses: python benchmarks/pruning.py [--out F.json] [--figure F.png] [--check] [--smoke]
+"""Gain and loss of pruning: python benchmarks/pruning.py [--out F.json] [--figure F.png] [--check] [--smoke]
 
-Every candidate is sampled to the end once for each solver, and scored at all cuts on the way. Since a candidate depends
-on nothing but itself, every schedule's survivors, and what it would have cost, follow from that one pool.
+For each solver, every candidate is sampled to the end once and scored at all cuts. Candidates are independent of each
+other, so the survivors and the cost of every pruning schedule can be computed from this one pool.
 
-The first row is the paper's setting: DDPM, 100 steps, no pruning, the best by its own score, which costs nothing; every
-row tells what it loses of that one's alignment. The second has the same pool, but the best by `select_by`.
+The first row is the paper's setting: DDPM, 100 steps, no pruning, selection by the paper's score, which needs no extra
+evaluations. Every row reports its loss of alignment relative to this row. The second row uses the same pool, but
+selects by `select_by`.
 """
 
 import math
@@ -37,7 +38,7 @@ DEMO, _ = load_config(["--config", str(CONFIGS / "shapes-paper.yaml")])
 PAPER, PAPER_SCORE = ("ddpm", 100), "mitune"  # MI-TUNE's released code
 SETTINGS = (PAPER, ("ddim", 50), ("dpm++2m", 20), ("dpm++2m-sde", 20))
 SMOKE_SETTINGS = (("ddpm", 10), ("dpm++2m", 5))
-SCORES: tuple[ScoreName, ...] = ("mitune", "trajectory_banded", "pmi", "pmi_negatives")  # by which the cuts are made
+SCORES: tuple[ScoreName, ...] = ("mitune", "trajectory_banded", "pmi", "pmi_negatives")  # scores for the cuts
 SCHEDULES = (  # (after, keep): shares of the steps and of the pool
     ((0.2,), (0.5,)),
     ((0.2,), (0.25,)),
@@ -45,27 +46,27 @@ SCHEDULES = (  # (after, keep): shares of the steps and of the pool
     ((0.2, 0.5), (0.5, 0.125)),
     ((0.1, 0.2, 0.35), (0.5, 0.25, 0.125)),
 )
-AIM, WITHIN = 6.0, 0.01  # times fewer evaluations than the paper's setting, at a top-1 alignment within this of it
+AIM, WITHIN = 6.0, 0.01  # target reduction of evaluations, and allowed loss of top-1 alignment, against the paper
 
 
 class PruningBenchmark(Benchmark):
-    """How many denoiser evaluations does pruning save, and what does it cost in the alignment of each prompt's best?"""
+    """How many denoiser evaluations does pruning save, and how much alignment does the best image of a prompt lose?"""
 
     model: ModelPath = Field(
         "shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar"
     )
-    prompts: PositiveInt = Field(60, description="taken from the demo's training prompts, the categories in turn")
-    candidates: PositiveInt = Field(DEMO.generate.candidates_per_prompt, description="per prompt")
-    guidance_scale: float = Field(DEMO.sampler.guidance_scale, gt=1, description="of all samplers")
-    select_by: ScoreName = Field(DEMO.select.by, description="score of the survivors, by which the best is taken")
+    prompts: PositiveInt = Field(60, description="number of prompts, from the demo's training prompts")
+    candidates: PositiveInt = Field(DEMO.generate.candidates_per_prompt, description="number of candidates per prompt")
+    guidance_scale: float = Field(DEMO.sampler.guidance_scale, gt=1, description="guidance scale of all samplers")
+    select_by: ScoreName = Field(DEMO.select.by, description="score that selects the best of the surviving candidates")
     alignment: str = Field(
-        DEMO.evaluation.alignment[0], description="metric that tells how good an image is; its first column is a share"
+        DEMO.evaluation.alignment[0], description="metric of image quality; its first column must be a share"
     )
-    cut_samples: PositiveInt = Field(1, description="noise draws a candidate at a cut, pointwise scores")
-    score: ScoreConfig = Field(DEMO.score, description="settings of the scores, the demo's; its names are not read")
-    batch_size: PositiveInt = Field(128, description="candidates in one denoiser batch")
-    seed: int = Field(0, description="of the candidates and of the probes")
-    figure: LocalPath | None = Field(None, description="PNG to draw: alignment against evaluations")
+    cut_samples: PositiveInt = Field(1, description="number of noise samples per candidate at a cut, pointwise scores")
+    score: ScoreConfig = Field(DEMO.score, description="settings of the scores; the field names is ignored")
+    batch_size: PositiveInt = Field(128, description="number of candidates in one denoiser batch")
+    seed: int = Field(0, description="seed of the candidates and of the probes")
+    figure: LocalPath | None = Field(None, description="PNG file to write: alignment against evaluations")
 
     def answer(self) -> Findings:
         if self.smoke:
@@ -83,7 +84,7 @@ class PruningBenchmark(Benchmark):
             raise ValueError(f"model: {error}") from error
         metric = load_metrics([self.alignment])[self.alignment]
         if not is_share(metric.columns[0]):
-            raise ValueError(f"alignment: the first column of {self.alignment!r} is no share; give another metric")
+            raise ValueError(f"alignment: the first column of {self.alignment!r} is not a share; give another metric")
         truth = metric.columns[0].name
         keep_memory()
         denoiser.specialise(channels_last=True, compiled=None, rows=())
@@ -120,7 +121,7 @@ class PruningBenchmark(Benchmark):
     def _record(
         self, denoiser: Denoiser, metric: Metric, prompts: list[str], each: int, solver: str, steps: int
     ) -> "Recorded":
-        """Sample everything to the end, scoring at all cuts that any schedule makes."""
+        """Sample all candidates to the end, and score them at all cuts of all schedules."""
         config = SamplerConfig(solver=solver, num_inference_steps=steps, guidance_scale=self.guidance_scale)
         sampler = Sampler(denoiser, config, self.batch_size)
         cut = {name: self._scorer(denoiser, prompts, name, self.cut_samples) for name in SCORES}
@@ -145,7 +146,7 @@ class PruningBenchmark(Benchmark):
         def joined(parts: list) -> np.ndarray:
             return np.concatenate(parts).reshape(-1, each).astype(float)
 
-        sizes = [len(chunk["worth"]) for chunk in chunks]  # a prompt has its own number of negatives
+        sizes = [len(chunk["worth"]) for chunk in chunks]  # costs differ: prompts have different numbers of negatives
         recorders = [chunk["recorder"] for chunk in chunks]
         return Recorded(
             **{name: joined([chunk[name] for chunk in chunks]) for name in ("worth", "final", "paper")},
@@ -162,14 +163,14 @@ class PruningBenchmark(Benchmark):
 
 
 class Recorder:
-    """Cuts that cut nothing: the scores that every candidate has at each of them, and what each score costs."""
+    """Records the scores of all candidates at each cut and the cost of each score. It prunes no candidate."""
 
     def __init__(
         self, scorers: dict[str, Scorer], prompts: list[str], conditioning: Conditioning, after: tuple[int, ...]
     ):
         self.after, self._scorers, self._prompts, self._conditioning = after, scorers, prompts, conditioning
         self.scores: dict[tuple[str, int], list[float]] = {}
-        self.costs: dict[str, float] = {}  # evaluations a candidate
+        self.costs: dict[str, float] = {}  # evaluations per candidate
 
     def survivors(self, pool: Pool, rows: Tensor, steps: int) -> Tensor:
         sampled = pool.so_far(rows, steps)
@@ -182,8 +183,10 @@ class Recorder:
 
 
 class Recorded:
-    """One solver's pool of P prompts with C candidates each: worth, by the metric and higher is better, final, paper
-    and each of cuts are (P, C)."""
+    """The pool of one solver: P prompts with C candidates each.
+
+    worth (the metric, higher is better), final, paper and each entry of cuts are (P, C).
+    """
 
     def __init__(
         self, worth: np.ndarray, final: np.ndarray, paper: np.ndarray, final_cost: float, cuts: dict, cut_costs: dict
@@ -195,7 +198,7 @@ class Recorded:
         self.cut_costs |= {"random": 0.0}
 
     def survivors(self, name: str, counts: dict[int, int]) -> np.ndarray:
-        """(P, C) bool: who is left after all cuts by that score."""
+        """(P, C) bool: the candidates that survive all cuts by this score."""
         left = np.ones(self.worth.shape, bool)
         for steps, count in counts.items():
             score = np.where(left, self.cuts[name, steps], -np.inf)
@@ -209,7 +212,7 @@ class Recorded:
 
 
 def cut_steps(steps: int, each: int) -> tuple[int, ...]:
-    """All steps at which some schedule cuts, in order."""
+    """All steps at which any schedule has a cut, in ascending order."""
     return tuple(sorted({step for schedule in SCHEDULES for step in counts_of(schedule, steps, each)}))
 
 
@@ -221,7 +224,7 @@ def counts_of(schedule: tuple, steps: int, each: int) -> dict[int, int]:
 def compared(
     recorded: Recorded, truth: str, solver: str, steps: int, each: int, select_by: str
 ) -> list[tuple[dict, np.ndarray]]:
-    """One row without pruning, then one for every score and schedule; each with the worth of the bests, (P,)."""
+    """One row without pruning, then one per score and schedule; each with the worth of the best images, (P,)."""
     setting = recorded, truth, solver, steps, select_by
     evaluations = each * (2 * steps + recorded.final_cost)
     rows = [row_of(*setting, "nothing", "", evaluations, recorded.best(recorded.final))]
@@ -248,7 +251,7 @@ def row_of(
     evaluations: float,
     best: np.ndarray,
 ) -> tuple[dict, np.ndarray]:
-    """`evaluations` are of a prompt, of all kinds; pool_<column> is the same for all rows of a pool."""
+    """A row of the table. `evaluations` is the total per prompt; pool_<column> is equal for all rows of a pool."""
     row = {
         "solver": solver,
         "steps": steps,
@@ -263,14 +266,14 @@ def row_of(
 
 
 def lost_of(reference: np.ndarray, best: np.ndarray) -> tuple[float, float]:
-    """Percentage points that the bests of `reference` are worth more than those of `best`, (P,) each, and half of their
-    95 % interval over prompts (paired)."""
+    """Mean loss of `best` against `reference`, (P,) each, in percentage points, and half the width of its paired 95 %
+    interval over prompts."""
     difference = reference - best
     return 100 * difference.mean(), 196 * difference.std(ddof=1) / len(difference) ** 0.5
 
 
 def draw(rows: list[dict], path: Path, column: Column):
-    """Alignment of the best against evaluations: a panel a solver, a colour a score."""
+    """Plot the alignment of the best images against evaluations: one panel per solver, one colour per score."""
     solvers = list(dict.fromkeys((row["solver"], row["steps"]) for row in rows))
     figure = Figure((4.2 * len(solvers), 3.8), layout="constrained")
     panels = figure.subplots(1, len(solvers), sharey=True, squeeze=False)[0]
@@ -285,7 +288,7 @@ def draw(rows: list[dict], path: Path, column: Column):
                 label="no pruning" if name == "nothing" else name,
             )
         axes.axhline(100 * rows[0][f"top1_{column.name}"], color="grey", linewidth=0.8, label="the paper's setting")
-        axes.set(xscale="log", title=f"{solver}, {steps} steps", xlabel="denoiser evaluations a prompt")
+        axes.set(xscale="log", title=f"{solver}, {steps} steps", xlabel="denoiser evaluations per prompt")
     panels[0].set_ylabel(f"best of the pool: {heading(column)}")
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)

@@ -1,7 +1,8 @@
-"""Which score selects best, and at what cost: python benchmarks/selection.py [--out F.json] [--figure F.png] [--smoke]
+"""Quality and cost of the scores: python benchmarks/selection.py [--out F.json] [--figure F.png] [--smoke]
 
-On one pool of the embedded model: every score, how well it tells the better images of a prompt from the others by a
-metric, how good its first choice is, and how many denoiser evaluations it costs beside those of generating a candidate.
+For one pool of the shapes model and every score: how well the score separates better from worse images of a prompt
+according to a metric, how good its best-ranked image is, and how many denoiser evaluations it needs in addition to
+those for generating a candidate.
 """
 
 from functools import cached_property
@@ -34,7 +35,7 @@ CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 PROMPTS = CONFIGS / "prompts" / "shapes-train.jsonl"
 DEMO, _ = load_config(["--config", str(CONFIGS / "shapes.yaml")])
 PROMPTS_AT_A_TIME = 8
-# Each at settings that suit it, found on prompts that are not among those of this benchmark (301 to 360 of the file).
+# Settings of each score, tuned on prompts that this benchmark does not use (301 to 360 of the file).
 SETTINGS = {
     "trajectory_banded": {"log_snr_min": -5.0, "log_snr_max": -2.5},
     "pmi": {"num_samples": 24, "log_snr_min": -5.4, "log_snr_max": 0.2},
@@ -50,7 +51,7 @@ SETTINGS = {
     "pmi_negatives": {"num_samples": 8, "log_snr_min": -5.4, "log_snr_max": -1.7, "max_negatives": 10, "shortlist": 3},
 }
 AIMS = {"pmi_negatives": 0.90, "pmi_contrastive": 0.85, "pmi": 0.80}
-MAX_RELATIVE_COST = 1.5  # of a score's evaluations to those of generating the candidate
+MAX_RELATIVE_COST = 1.5  # evaluations of a score, relative to those for generating the candidate
 
 
 class SelectionBenchmark(Benchmark):
@@ -59,14 +60,16 @@ class SelectionBenchmark(Benchmark):
     model: ModelPath = Field(
         "shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar"
     )
-    prompts: PositiveInt = Field(150, description="taken from the demo's training prompts, the categories in turn")
-    candidates: PositiveInt = Field(16, description="per prompt")
-    alignment: str = Field(DEMO.evaluation.alignment[0], description="metric that the scores are held against")
+    prompts: PositiveInt = Field(150, description="number of prompts, from the demo's training prompts")
+    candidates: PositiveInt = Field(16, description="number of candidates per prompt")
+    alignment: str = Field(DEMO.evaluation.alignment[0], description="metric that the scores are compared with")
     sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=1.5)
-    scores: tuple[ScoreName, ...] = Field(get_args(ScoreName), description="to compare, each at its own settings")
-    batch_size: PositiveInt = Field(128, description="candidates in one denoiser batch")
-    seed: int = Field(0, description="of the candidates and of the probes")
-    figure: LocalPath | None = Field(None, description="PNG to draw: quality against cost")
+    scores: tuple[ScoreName, ...] = Field(
+        get_args(ScoreName), description="scores to compare, each with its own settings"
+    )
+    batch_size: PositiveInt = Field(128, description="number of candidates in one denoiser batch")
+    seed: int = Field(0, description="seed of the candidates and of the probes")
+    figure: LocalPath | None = Field(None, description="PNG file to write: quality against cost")
 
     def answer(self) -> Findings:
         count, each = (12, 6) if self.smoke else (self.prompts, self.candidates)
@@ -86,9 +89,10 @@ class SelectionBenchmark(Benchmark):
 
     @torch.inference_mode()
     def _pool(self, table, others: list[str], each: int) -> tuple[pd.DataFrame, dict[str, int], int]:
-        """The candidates with their scores; denoiser evaluations a candidate of every score, and of sampling.
+        """The candidates with their scores; denoiser evaluations per candidate for every score, and for sampling.
 
-        others: prompts among which a prompt's neighbours are sought, the user's whole list.
+        Args:
+            others: prompts among which the neighbours of a prompt are searched: the whole list.
         """
         denoiser = load_denoiser(self.model)
         keep_memory()
@@ -123,7 +127,7 @@ class SelectionBenchmark(Benchmark):
 
 
 def findings(candidates: pd.DataFrame, column: str, name: str, cost: int, relative_cost: float, truth: Column) -> dict:
-    """A score's row: AUC within prompts, mean of the first choices, both with bootstrap intervals over prompts."""
+    """The row of a score: AUC within prompts and mean metric of the best-ranked images, with bootstrap intervals."""
     pools = candidates.groupby("prompt_id")
     areas = prompt_aucs(candidates.assign(round=0), column, truth)
     areas["category"] = pools["category"].first().loc[areas["prompt_id"]].to_numpy()
@@ -139,7 +143,7 @@ def findings(candidates: pd.DataFrame, column: str, name: str, cost: int, relati
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float | None, float | None]:
-    """95 % percentile interval of the mean over prompts; None of values that do not differ."""
+    """95 % percentile interval of the mean over prompts; None if all values are equal."""
     if len(values) < 2 or np.ptp(values) == 0:
         return None, None
     low, high = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
@@ -157,9 +161,9 @@ def gates(rows: list[dict]) -> dict[str, Gate]:
 
 
 def draw(rows: list[dict], path: Path, truth: Column):
-    """Quality against cost: AUC and first choices over denoiser evaluations a candidate."""
+    """Plot quality against cost: AUC and best-ranked images over denoiser evaluations per candidate."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    titles = {"auc": "AUC within prompts", f"top1_{truth.name}": f"mean {label(truth)} of the first choices"}
+    titles = {"auc": "AUC within prompts", f"top1_{truth.name}": f"mean {label(truth)} of the best-ranked images"}
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for row in rows:
             if row[key] is None or row["score"] not in (*get_args(ScoreName), "random"):
@@ -167,7 +171,7 @@ def draw(rows: list[dict], path: Path, truth: Column):
             low, high = row[f"{key}_low"], row[f"{key}_high"]
             error = None if low is None else [[row[key] - low], [high - row[key]]]
             axes.errorbar(row["evaluations"], row[key], yerr=error, fmt="o", capsize=3, label=row["score"])
-        axes.set(xlabel="denoiser evaluations a candidate, beside generating it", ylabel=title)
+        axes.set(xlabel="denoiser evaluations per candidate, without generation", ylabel=title)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

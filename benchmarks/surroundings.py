@@ -1,4 +1,4 @@
-"""What the runs of benchmarks/faults.py stand on: a store that fails, a disk that fills up, nodes that go."""
+"""Test environments for benchmarks/faults.py: a store with failures, a disk that fills up, nodes that disappear."""
 
 import os
 import random
@@ -19,13 +19,16 @@ from gates import ROOT
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-SHARE = 1 / 7  # of the requests that are refused or dropped, and of those that are slow
+SHARE = 1 / 7  # share of the requests that fail, and share of those that are slow
 
 
 # ------------------------------------------------------------------------------------------ a store that fails
 class FlakyStore:
-    """An S3 server that answers one request in seven with 500 or 503 or loses the connection, before or after it did
-    what was asked; is slow at another one in seven; and is honest at the rest."""
+    """An S3 server with injected failures.
+
+    One request in seven fails: with status 500 or 503, or with a lost connection before or after the request is done.
+    Another one in seven is slow. The others succeed.
+    """
 
     def __init__(self, application: Callable, seed: int):
         self.application, self.lots, self.lock = application, random.Random(seed), threading.Lock()
@@ -39,7 +42,7 @@ class FlakyStore:
         if lot > SHARE or environ["PATH_INFO"] == "/runs":
             return self.application(environ, start_response)
         self.refused += 1
-        if how == 3:  # done, but the answer is lost
+        if how == 3:  # the request is done, but the response is lost
             list(self.application(environ, lambda *arguments: None))
         if how >= 2:
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
@@ -52,12 +55,12 @@ class FlakyStore:
 
 @contextmanager
 def flaky_store(seed: int) -> Iterator[FlakyStore]:
-    """The server, with an empty bucket `runs`; needs the extra `test`."""
+    """Run the server, with an empty bucket `runs`; needs the extra `test`."""
     try:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import WSGIRequestHandler, make_server
     except ImportError as error:
-        raise ValueError(f"kinds: s3 needs a server ({error}); pip install 'mi-ray[test]' or leave it out") from error
+        raise ValueError(f"kinds: s3 needs moto ({error}); run pip install 'mi-ray[test]' or leave s3 out") from error
     store = FlakyStore(DomainDispatcherApplication(create_backend_app), seed)
     silent = type("Silent", (WSGIRequestHandler,), {"log": lambda self, *arguments: None})
     server = make_server("127.0.0.1", 0, store, threaded=True, request_handler=silent)
@@ -81,13 +84,13 @@ def flaky_store(seed: int) -> Iterator[FlakyStore]:
 # ------------------------------------------------------------------------------------------ a disk that fills up
 @contextmanager
 def small_disk(folder: Path, kib: int) -> Iterator[Callable[[], None]]:
-    """A file system of so many KiB in memory at a folder, and what makes it large."""
+    """Mount a file system of `kib` KiB in memory at `folder`. Yields a function that makes it large."""
 
     def mount(*options: str):
         done = subprocess.run(["mount", *options], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(
-                f"kinds: disk mounts a small tmpfs, which needs root ({done.stderr.strip()}); leave it out"
+                f"kinds: disk mounts a small tmpfs, which needs root ({done.stderr.strip()}); leave disk out"
             )
 
     folder.mkdir(parents=True)
@@ -100,10 +103,10 @@ def small_disk(folder: Path, kib: int) -> Iterator[Callable[[], None]]:
 
 # ------------------------------------------------------------------------------------------ nodes that go
 class Nodes:
-    """A cluster of this machine's processes: a head without CPUs and two nodes with one each."""
+    """A Ray cluster of processes on this machine: a head without CPUs and two nodes with one CPU each."""
 
     def __init__(self):
-        os.environ["PYTHONPATH"] = str(ROOT)  # for what the nodes start
+        os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that the nodes start
         os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.nodes = []
@@ -114,17 +117,17 @@ class Nodes:
         return {"RAY_ADDRESS": self.cluster.address}
 
     def mend(self):
-        """Two nodes again."""
+        """Start nodes until there are two again."""
         self.nodes = [node for node in self.nodes if not node.dead_processes()]
         while len(self.nodes) < 2:
             self.nodes.append(self.cluster.add_node(num_cpus=1))
 
     def other_than(self, node_id: str):
-        """A node, but not that one."""
+        """A node with another id."""
         return next(node for node in self.nodes if node.node_id != node_id)
 
     def give_notice(self, node, seconds: float):
-        """What the provider of a spot machine does before it takes it."""
+        """Announce that a node will be preempted, as the provider of a spot machine does."""
         deadline_ms = int(1000 * (time.time() + seconds))
         reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
         ray._raylet.GcsClient(address=self.cluster.address).drain_node(node.node_id, reason, "", deadline_ms)
@@ -145,16 +148,14 @@ def nodes() -> Iterator[Nodes]:
 
 @contextmanager
 def head(folder: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """A Ray instance that takes jobs; the command that submits one, and the environment that lets it in."""
+    """Run a Ray instance that accepts jobs. Yields the command to submit a job, and the environment with its token."""
     ray_command, log = str(Path(sys.executable).with_name("ray")), folder / "head-log"
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as sockets, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         command = [ray_command, "start", "--head", "--block", "--num-cpus=2", "--port=0", f"--temp-dir={sockets}"]
-        command += [
-            "--dashboard-agent-listen-port=0"
-        ]  # jobs go through it, and the other nodes here have the usual one
+        command += ["--dashboard-agent-listen-port=0"]  # jobs use this port; the default port is taken by other nodes
         closed = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | closed
         with log.open("wb") as output:
@@ -172,7 +173,7 @@ def head(folder: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
             while process.poll() is None and time.monotonic() < deadline:
                 nothing = [ray_command, "job", "submit", f"--address={address}", "--", "true"]
                 if subprocess.run(nothing, capture_output=True, env=environment).returncode == 0:
-                    break  # it lists jobs before it has an agent to run one
+                    break  # test with a real job: the job list works earlier than the agent that runs jobs
             else:
                 raise RuntimeError(f"ray start failed:\n{log.read_text()[-3000:]}")
             yield [ray_command, "job", "submit", f"--address={address}", "--"], closed

@@ -1,7 +1,8 @@
-"""How fast it is: python benchmarks/throughput.py [--out FILE.json] [--figure FILE.png] [--check] [--smoke]
+"""Speed of generation and training: python benchmarks/throughput.py [--out FILE.json] [--figure FILE.png] [--check]
 
-All ways do the same work: the same prompts, candidates, solver, steps and guidance, in alternation; medians count. Ours
-run as actors and training workers do, on a CPU in processes of their own: a generating one a core, with one thread.
+All implementations do the same work: the same prompts, candidates, solver, steps and guidance scale. They run in turn,
+and the median time is reported. Ours run like actors and training workers. On a CPU these are separate processes, for
+generation one per core with one thread each.
 """
 
 import gc
@@ -49,7 +50,8 @@ SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++2m": "DPMS
 
 
 class ThroughputBenchmark(ThroughputSettings):
-    """How fast are scored generation and fine-tuning beside stock diffusers, a naive score and the bare denoiser?"""
+    """How fast are scored generation and fine-tuning, compared with unmodified diffusers, a naive score and the bare
+    denoiser?"""
 
     def answer(self) -> Findings:
         if self.smoke:
@@ -87,7 +89,7 @@ class ThroughputBenchmark(ThroughputSettings):
 
 # ---------------------------------------------------------------------------------------------- measuring
 def alternate(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each way, the ways in turn after one round to warm up."""
+    """Median seconds of each implementation. They run in turn, after one warm-up round."""
     seconds = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, run in ways.items():
@@ -102,7 +104,7 @@ def alternate(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 # ---------------------------------------------------------------------------------------------- the others
 class World:
-    """The model and the work that all ways share."""
+    """The model and the work, the same for all implementations."""
 
     def __init__(self, settings: ThroughputBenchmark):
         self.settings = settings
@@ -114,8 +116,8 @@ class World:
         self.evaluations = 2 * self.pool * settings.sampler.num_inference_steps
 
     def _stock_pipeline(self):
-        """Stock diffusers on modules of its own, in the denoiser's precision and on its device."""
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch_dtype is to be called dtype
+        """An unmodified diffusers pipeline with its own modules, in the denoiser's dtype and on its device."""
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch_dtype will be renamed to dtype
             pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
                 resolve_model(self.settings.model),
                 torch_dtype=self.denoiser.dtype,
@@ -131,7 +133,7 @@ class World:
 
     # ------------------------------------------------------------------------------------------ generation
     def stock(self, solver: str | None = None, steps: int | None = None, prompts: int | None = None):
-        """A loop around the pipeline, prompt by prompt, without any score; by our solver and steps, or others."""
+        """Call the pipeline for each prompt, without a score, with the configured solver and steps or with others."""
         sampler = self.settings.sampler
         scheduler = getattr(diffusers, SCHEDULERS[solver or sampler.solver])
         self.pipeline.scheduler = scheduler.from_config(self.pipeline.scheduler.config)
@@ -146,7 +148,7 @@ class World:
             )
 
     def naive(self, solver: str | None = None, steps: int | None = None, prompts: int | None = None) -> list[float]:
-        """The same with the score as MI-TUNE's released code takes it: to the host at each step, memory collected."""
+        """`stock` with the score as in MI-TUNE's released code: each step copies to the host and frees memory."""
         scores = []
 
         def score(unet, inputs, output):
@@ -164,7 +166,7 @@ class World:
         return scores
 
     def generation(self, actors: Workers) -> dict[str, dict]:
-        """One row a way: seconds, and the share of them inside the denoiser's forward calls."""
+        """One row per implementation: seconds, and the share of time inside the denoiser's forward calls."""
         ways = {"stock diffusers": self.stock, "naive score": self.naive}
         all_ways = {way: (lambda way=way: actors("run", way)) for way in OURS} | ways
         rows = {}
@@ -177,7 +179,7 @@ class World:
         return rows
 
     def stages(self, actors: Workers) -> dict[str, dict]:
-        """The stage as it is, the stage pruned, and the naive score at the paper's setting: one prompt's pool, once."""
+        """The stage, the stage with pruning, and the naive score with the paper's setting, measured on one prompt."""
         seconds = alternate(
             {way: (lambda way=way: actors("run", way)) for way in (STAGE, PRUNED)}, self.settings.repeats
         )
@@ -187,7 +189,7 @@ class World:
         share = share_inside(lambda: self.naive(*setting, prompts=1), self.pipeline.unet, "forward")
         seconds = (time.perf_counter() - began) * len(self.prompts)
         rows[PAPER] = self._row(PAPER, seconds, share, peak_memory_gib())
-        for way in (PRUNED, PAPER):  # not as many as the others do
+        for way in (PRUNED, PAPER):  # they do another number of evaluations
             del rows[way]["evaluations_per_s"]
         return rows
 
@@ -204,7 +206,7 @@ class World:
         }
 
     def parts(self) -> list[dict]:
-        """What else the stages spend time on: the decoder, the encoder, the texts."""
+        """The other work of the stages: decoding images, encoding images, encoding prompts."""
         latents = torch.randn(self.pool, *self.denoiser.latent_shape, device=self.denoiser.device)
         images = self.denoiser.decode(latents)
         ways = {
@@ -236,7 +238,7 @@ class World:
 
     # ------------------------------------------------------------------------------------------ fine-tuning
     def training(self) -> dict[str, dict]:
-        """Ours against diffusers' example loop (texts encoded at each step), and the same with cached texts."""
+        """Our training against diffusers' example loop, which encodes texts at each step, and with cached texts."""
         settings = self.settings
         with (
             Workers(Trainer, [(settings, self._data, False)]) as ours,
@@ -269,7 +271,7 @@ class World:
         return TrainingSet(torch.arange(rows), rows, latents, torch.ones(rows), prompts, conditioning)
 
     def _plain(self, cached: bool) -> Callable[[], None]:
-        """diffusers' text-to-image LoRA example on latents: its scheduler, its optimiser, its order."""
+        """diffusers' text-to-image LoRA example, on latents: same scheduler, optimiser and order of operations."""
         settings, device = self.settings, self.denoiser.device
         pipeline = self._stock_pipeline()
         unet, scheduler = pipeline.unet, diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -317,9 +319,9 @@ def draw(generation: list[dict], sweep: list[dict], path: Path):
     places = np.arange(len(generation))[::-1]
     bars.barh(places, [row["candidates_per_s"] for row in generation], color="#3f74d8")
     bars.set_yticks(places, [row["way"] for row in generation])
-    bars.set_xlabel("candidates a second")
+    bars.set_xlabel("candidates per second")
     line.plot([int(row["way"]) for row in sweep], [row["evaluations_per_s"] for row in sweep], "o-", color="#3f74d8")
-    line.set(xscale="log", xlabel="rows in a denoiser batch", ylabel="evaluations a second", ylim=(0, None))
+    line.set(xscale="log", xlabel="rows in a denoiser batch", ylabel="evaluations per second", ylim=(0, None))
     figure.savefig(path, dpi=130)
 
 

@@ -1,5 +1,5 @@
-"""Our side of benchmarks/throughput.py: actors and training workers as the stages have them, each with its part of the
-work; on a CPU in processes of their own.
+"""The actors and training workers of benchmarks/throughput.py, as in the stages. Each has a part of the work. On a CPU
+each runs in a separate process.
 """
 
 import multiprocessing
@@ -50,25 +50,26 @@ CUT_SCORE = DEMO.score.model_copy(update={"names": ("pmi_negatives",)})
 
 
 class ThroughputSettings(Benchmark):
-    """What is measured, and at which sizes."""
+    """The settings of the throughput benchmark."""
 
     model: ModelPath = Field("shapes", description="a shipped model or a diffusers folder")
     dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: float16 on a GPU, float32 without")
-    channels_last: bool = Field(True, description="memory layout of our UNet, as `model.channels_last`; stock's stays")
-    compile: Literal["default", "cuda-graphs"] | None = Field(None, description="our UNet, as `model.compile`")
+    channels_last: bool = Field(True, description="memory layout of our UNet only, as `model.channels_last`")
+    compile: Literal["default", "cuda-graphs"] | None = Field(None, description="for our UNet, as `model.compile`")
     actors: PositiveInt = Field(
-        1 if torch.cuda.is_available() else os.cpu_count(), description="processes that share our work and the cores"
+        1 if torch.cuda.is_available() else os.cpu_count(),
+        description="number of our processes, which share work and cores",
     )
-    prompts: PositiveInt = Field(8, description="whose pools are generated")
-    candidates: PositiveInt = Field(16, description="per prompt")
+    prompts: PositiveInt = Field(8, description="number of prompts")
+    candidates: PositiveInt = Field(16, description="number of candidates per prompt")
     sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=5.0)
-    batch_size: PositiveInt = Field(64, description="candidates in one denoiser batch of ours")
+    batch_size: PositiveInt = Field(64, description="number of candidates in one denoiser batch of ours")
     sweep: tuple[PositiveInt, ...] = Field((1, 4, 16, 64, 128), description="batch sizes of the bare denoiser")
-    training_batch: PositiveInt = Field(16, description="rows of a fine-tuning batch")
-    training_steps: PositiveInt = Field(10, description="of each measured fine-tuning")
-    repeats: PositiveInt = Field(3, description="measurements of each way")
+    training_batch: PositiveInt = Field(16, description="rows per fine-tuning batch")
+    training_steps: PositiveInt = Field(10, description="number of optimiser steps per fine-tuning measurement")
+    repeats: PositiveInt = Field(3, description="number of measurements of each implementation")
     figure: LocalPath | None = Field(
-        None, description="PNG to draw: candidates a second by way, and the batch-size sweep"
+        None, description="PNG file to write: candidates per second, and the batch-size sweep"
     )
 
 
@@ -85,7 +86,7 @@ def synchronise():
 
 @contextmanager
 def inside(holder: object, call: str) -> Iterator[Inside]:
-    """While this lasts, the time within a method of an object is taken."""
+    """Context that measures the time inside a method of an object."""
     spent, method = Inside(), getattr(holder, call)
 
     def timed(*arguments, **keywords):
@@ -101,7 +102,7 @@ def inside(holder: object, call: str) -> Iterator[Inside]:
 
 
 def share_inside(run: Callable[[], object], holder: object, call: str) -> float:
-    """Of the wall time of one run, what is spent within a method of an object."""
+    """Share of the wall time of one run that is spent inside a method of an object."""
     with inside(holder, call) as spent:
         began = time.perf_counter()
         run()
@@ -110,7 +111,7 @@ def share_inside(run: Callable[[], object], holder: object, call: str) -> float:
 
 
 def peak_memory_gib() -> float:
-    """Of the GPU, or of this process on the CPU; since its start."""
+    """Peak memory since the start: of the GPU, or of this process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -118,7 +119,7 @@ def peak_memory_gib() -> float:
 
 # ---------------------------------------------------------------------------------------------- the workers
 class Actor:
-    """A generating actor of ours with its share of the prompts; every way is one call."""
+    """One of our generating actors with its share of the prompts. Each implementation is one method."""
 
     def __init__(self, settings: ThroughputSettings, prompts: list[str], seeds: list[list[int]]):
         threads = max(1, os.cpu_count() // settings.actors)
@@ -162,7 +163,7 @@ class Actor:
 
     @cached_property
     def _pruned(self) -> CandidateGenerator:
-        """With what benchmarks/pruning.py found as good as the paper's steps at the least cost."""
+        """A generator with the cheapest settings that benchmarks/pruning.py found as good as the paper's setting."""
         sampler = self.config.sampler.model_copy(update={"solver": "dpm++2m-sde", "num_inference_steps": 20})
         select = self.config.select.model_copy(update={"by": CUT.by})
         return self._generator(self.prompts, sampler=sampler, prune=CUT, score=CUT_SCORE, select=select)
@@ -172,7 +173,7 @@ class Actor:
         synchronise()
 
     def denoiser_share(self, way: str) -> tuple[float, float]:
-        """Of the wall time of a way, what is spent in the denoiser; and the peak memory so far, GiB."""
+        """Share of an implementation's wall time that is spent in the denoiser; and the peak memory so far, in GiB."""
         generator = self._pruned if way == PRUNED else self.generator
         return share_inside(self.ways[way], generator.denoiser, "predict"), peak_memory_gib()
 
@@ -182,18 +183,18 @@ class Actor:
         self.generator.scorer(self.prompts, self.conditioning, owner, sampled, Work())
 
     def unscored(self):
-        """The step in PyTorch, which can leave the statistics out; the fused one cannot."""
+        """Sampling without statistics, with the PyTorch step: the fused step always computes them."""
         with patch("mi_ray.diffusion.kernels._record"), patch.object(self.sampler, "kernel", "eager"):
             self.sampler(self.conditioning, self.seeds, Work())
 
     @torch.no_grad()
     def bare(self):
-        """As many denoiser evaluations and nothing else."""
+        """The same number of denoiser evaluations, and nothing else."""
         evaluations = 2 * self.pool * self.config.sampler.num_inference_steps
         bare_calls(self.denoiser, self.conditioning, self.batch, -(-evaluations // self.batch))
 
     def stage(self, generator: CandidateGenerator):
-        """What is done with a shard, its Parquet file included."""
+        """The complete processing of a shard, including its Parquet file."""
         ids, nothing = [prompt_id(p) for p in self.prompts], [None] * len(self.prompts)
         shard = Shard(0, "part-00000.parquet", ids, self.prompts, nothing, nothing)
         rows = generator._rows(shard, list(range(len(self.prompts))), Work())
@@ -211,7 +212,7 @@ def bare_calls(denoiser: Denoiser, conditioning: Conditioning, batch: int, count
 
 
 class Trainer:
-    """A training worker of ours: `training_steps` optimiser steps as the stage does them."""
+    """One of our training workers: `training_steps` optimiser steps, as in the stage."""
 
     def __init__(self, settings: ThroughputSettings, data: TrainingSet, checkpointing: bool):
         keep_memory()
@@ -239,7 +240,7 @@ class Trainer:
             loss.item()
 
 
-_worker: Actor | Trainer | None = None  # of a process that has one
+_worker: Actor | Trainer | None = None  # the worker of this process, if it has one
 
 
 def _begin(kind: type, *arguments):
@@ -252,7 +253,10 @@ def _call(method: str, *arguments):
 
 
 class Workers:
-    """On a CPU each in a process of its own, on a GPU all in this; a call goes to all and returns when all are done."""
+    """A group of workers: on a CPU each in its own process, on a GPU all in this process.
+
+    A call runs in all workers and returns when all are done.
+    """
 
     def __init__(self, kind: type, shares: list[tuple]):
         apart = not torch.cuda.is_available()
@@ -276,7 +280,7 @@ class Workers:
 
 
 def told_by(actors: Workers, way: str) -> tuple[float, float]:
-    """The mean share of wall time in the denoiser, and the memory of all, GiB."""
+    """The mean share of wall time in the denoiser, and the total memory of all workers, in GiB."""
     shares, memory = zip(*actors("denoiser_share", way), strict=True)
     return mean(shares), sum(memory)
 

@@ -1,4 +1,4 @@
-"""How well wrong captions are found: python benchmarks/wrong_captions.py [--out FILE.json] [--check] [--smoke]"""
+"""Detection of wrong captions: python benchmarks/wrong_captions.py [--out FILE.json] [--check] [--smoke]"""
 
 from dataclasses import dataclass
 
@@ -23,19 +23,21 @@ from mi_ray.shapes.scenes import render
 
 SMOKE_PAIRS = 24
 RESAMPLES = 1000
-AT_ONCE = 50  # pairs, so that progress is seen and memory stays flat
+AT_ONCE = 50  # pairs per group, which limits memory
 
 
 class WrongCaptionsBenchmark(Benchmark):
-    """How well does each score tell captions that are wrong in one thing from right ones, on fresh renders?"""
+    """How well does each score separate captions with one error from correct captions, on new rendered images?"""
 
     model: ModelPath = Field(
-        "shapes", description="a shipped model or a diffusers folder that reads the embedded world"
+        "shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar"
     )
-    pairs: PositiveInt = Field(200, description="fresh renders with a caption each, the categories in turn")
-    wrong_share: float = Field(0.3, gt=0, lt=1, description="share of the captions that are corrupted")
-    score: PairScoreConfig = Field(PairScoreConfig(), description="as jobs/score.py takes it")
-    seed: int = Field(30_000, description="of the pairs, far from the training's")
+    pairs: PositiveInt = Field(
+        200, description="number of rendered images with a caption, taking the categories in turn"
+    )
+    wrong_share: float = Field(0.3, gt=0, lt=1, description="share of wrong captions")
+    score: PairScoreConfig = Field(PairScoreConfig(), description="settings of the scores, as in jobs/score.py")
+    seed: int = Field(30_000, description="seed of the pairs, different from the seeds of training")
 
     def answer(self) -> Findings:
         try:
@@ -61,7 +63,7 @@ class WrongCaptionsBenchmark(Benchmark):
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """An image, its caption, and what sort of mistake the caption makes; None: it is right."""
+    """An image, its caption, and the kind of error in the caption; None: the caption is correct."""
 
     image: np.ndarray
     caption: str
@@ -69,7 +71,7 @@ class LabelledPair:
 
 
 def corruption(spec: SceneSpec, said: SceneSpec) -> str:
-    """What sort of change leads from what is shown to what is said."""
+    """The kind of difference between the shown scene `spec` and the caption `said`."""
     if len(spec.objects) != len(said.objects):
         return "object"
     if spec.relation != said.relation:
@@ -81,7 +83,8 @@ def corruption(spec: SceneSpec, said: SceneSpec) -> str:
 
 
 def draw_pairs(count: int, wrong_share: float, seed: int) -> list[LabelledPair]:
-    """Fresh renders of scenes as in training, no unseen combination; the oracle confirms which captions are wrong."""
+    """Rendered images of scenes as in training, without unseen combinations. The oracle confirms which captions are
+    wrong."""
     rng = np.random.default_rng(seed)
     wrongs = rng.permutation(count) < round(count * wrong_share)
     pairs = []
@@ -93,7 +96,7 @@ def draw_pairs(count: int, wrong_share: float, seed: int) -> list[LabelledPair]:
             continue
         image = render(draw_scene(spec, rng))
         if score(image, said).exact != float(not wrong):
-            continue  # an open attribute that came out as the corrupted caption says it
+            continue  # the wrong caption is true by chance: a random attribute matches it
         caption = sentence(said, str(rng.choice(FORMS[said.structure])))
         pairs.append(LabelledPair(image, caption, corruption(spec, said) if wrong else None))
     return pairs
@@ -102,7 +105,7 @@ def draw_pairs(count: int, wrong_share: float, seed: int) -> list[LabelledPair]:
 def score_all(
     denoiser: Denoiser, config: PairScoreConfig, pairs: list[LabelledPair]
 ) -> tuple[dict[str, np.ndarray], list[dict], dict[str, int]]:
-    """{score: (n,) nats, higher is better}, what each pair's image is said to contradict, and evaluations a pair."""
+    """{score: (n,) nats, higher is better}, the scored row of each pair, and {score: evaluations per pair}."""
     judge = PairScorer(denoiser, config, AT_ONCE, seed=0, words=False)
     against = ScoreConfig.model_validate(config.model_dump() | {"names": ["pmi_contrastive"]})
     contrast = Scorer(denoiser, against, AT_ONCE, seed=0, pool=[pair.caption for pair in pairs])
@@ -130,7 +133,7 @@ def score_all(
 def auc_with_interval(
     values: np.ndarray, wrong: np.ndarray, right: np.ndarray, rng: np.random.Generator
 ) -> tuple[float, float, float]:
-    """Chance that a right pair outscores a wrong one, with its 95 % bootstrap interval over pairs."""
+    """Probability that a correct pair scores higher than a wrong one, with a 95 % bootstrap interval over pairs."""
     good, bad = values[right], values[wrong]
 
     def of(good: np.ndarray, bad: np.ndarray) -> float:
@@ -141,7 +144,7 @@ def auc_with_interval(
 
 
 def verdict_row(pairs: list[LabelledPair], told: list[dict], kind: str) -> dict[str, str | int | float]:
-    """How often a wrong caption is called wrong, and the right attribute named; and a right one called wrong."""
+    """How often a wrong caption is reported, how often with the right attribute, and how often a correct one is."""
     wrong = [(pair, row) for pair, row in zip(pairs, told, strict=True) if pair.kind is not None]
     of_kind = [(pair, row) for pair, row in wrong if kind in ("all", pair.kind)]
     called = [row["contradicted_attribute"] for _, row in of_kind]

@@ -1,4 +1,4 @@
-"""What Ray schedules: actor pools, trials, the stages of a job and their order.
+"""The work that Ray schedules: actor pools, trial runs, the stages of a job and their order.
 
-This room must not hold a formula: what an actor computes lies in scoring/ and training/.
+This room must not hold a formula: the computations of an actor are in scoring/ and training/.
 """

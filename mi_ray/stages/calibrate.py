@@ -1,4 +1,4 @@
-"""Calibration of a model's scores: one small pool, probed over the whole range of noise, judged band by band."""
+"""Calibration of a model's scores: evaluate one small pool at all noise levels and compare bands of log SNR."""
 
 import math
 from dataclasses import asdict
@@ -22,10 +22,10 @@ from mi_ray.scoring.scorer import known_band
 
 
 def calibrate(config: CalibrationConfig, dry_run: bool = False):
-    """Find the band of log SNR and write it to config.out, as a YAML file that the pipeline takes by --config.
+    """Find the best band of log SNR and write it to config.out, a YAML file for the pipeline's --config.
 
     Raises:
-        ConfigError: what was given will not do.
+        ConfigError: a setting or an input file is wrong.
     """
     config, prompts, given = _checked(config)
     probes = config.levels * 2 * (1 + min(config.neighbours, len(prompts) - 1))
@@ -53,9 +53,12 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
         bands = judge_bands(errors, edges, index, labels)
     except ValueError as error:  # labels do not differ within any prompt
         if config.use_labels:
-            message = "use_labels: no prompt has candidates with different labels; give more, or leave it out"
+            message = (
+                "use_labels: no prompt has candidates with different labels, so bands cannot be compared; give more"
+                " labels, or leave out use_labels"
+            )
             raise ConfigError([message]) from error
-        print("no prompt has candidates with different labels: they say nothing and are left out")
+        print("the labels are ignored: no prompt has candidates with different labels")
         labels, bands = None, judge_bands(errors, edges, index)
     chosen = {"label_free": max(bands, key=lambda band: band.label_free)}
     if labels is not None:
@@ -64,16 +67,23 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
         print(f"{name.replace('_', '-'):<11} {_said(band)}")
     if labels is not None:
         share = 100 * chosen["label_free"].auc / max(chosen["labelled"].auc, 1e-9)
-        print(f"without labels {share:.0f} % of the AUC that labels find")
+        print(f"the label-free band reaches {share:.0f} % of the AUC of the band chosen by labels")
     band = chosen["labelled" if config.use_labels else "label_free"]
     storage.write_bytes(config.out, _as_yaml(config, band, len(prompts)).encode())
     storage.write_json(config.out + ".bands.json", [asdict(band) for band in bands])
-    print(f"give the pipeline --config {config.out}; all bands are in {config.out}.bands.json")
+    print(f"run the pipeline with --config {config.out}; all bands are in {config.out}.bands.json")
 
 
 def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, dict[tuple[str, int], float] | None]:
-    """The config with its range cut to the model's noise, the prompts, and the labels of a file by prompt_id and
-    candidate_index, when they and the model will do."""
+    """Check the model, the prompts and the labels.
+
+    Returns:
+        The config with its band limited to the model's noise levels, the prompts, and the labels of a file by
+        (prompt_id, candidate_index) or None.
+
+    Raises:
+        ConfigError: one of them is wrong.
+    """
     given, faults, labels = config.prompts, [], None
     with collecting(faults, "model.path"):
         check_model(config.model.path)
@@ -96,7 +106,10 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
         max_tokens=tokenizer.model_max_length,
     )
     if len(prompts) < 2:
-        faults.append(f"prompts.file: {config.prompts.file!r} holds one prompt only; each is held against others")
+        faults.append(
+            f"prompts.file: {config.prompts.file!r} holds only one prompt, but each prompt is compared with others;"
+            " give two or more"
+        )
     with collecting(faults, "alignment"):
         metrics = load_metrics([config.alignment] if config.alignment else [])
         check_prompts(metrics, prompts["prompt"].to_pylist())
@@ -110,19 +123,24 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
                 if prompt_id in ids and candidate < config.candidates_per_prompt and not math.isnan(label):
                     by_prompt.setdefault(prompt_id, set()).add(label)
             if not by_prompt:
-                raise ValueError(f"{config.labels!r} labels none of these prompts' candidates; label those of --pool")
+                raise ValueError(
+                    f"{config.labels!r} has no label for a candidate of these prompts; label the images of --pool"
+                )
             if config.use_labels and all(len(found) == 1 for found in by_prompt.values()):
-                raise ValueError(f"{config.labels!r} tells no candidate of a prompt from another; give more labels")
+                raise ValueError(
+                    f"{config.labels!r} has the same label for all candidates of each prompt, so bands cannot be"
+                    " compared; give more labels"
+                )
     if faults:
         raise ConfigError(faults)
     return config.model_copy(update={"log_snr_min": low, "log_snr_max": high}), prompts, labels
 
 
 def _digest(config: CalibrationConfig) -> str:
-    """Tells the images of one pool from another's."""
+    """A hash of the settings that determine the images of a pool."""
     fields = {"model": {"path", "dtype", "height", "width"}, "sampler": True, "seed": True}
     results = config.model_dump(mode="json", include=fields)
-    if config.model.path.startswith("/"):  # wherever the folder lies
+    if config.model.path.startswith("/"):  # independent of the location of the folder
         results["model"]["path"] = model_commit(config.model.path)
     return config_hash(results)
 
@@ -130,8 +148,8 @@ def _digest(config: CalibrationConfig) -> str:
 def _said(band: Band) -> str:
     auc = "" if band.auc is None else f", AUC {band.auc:.3f}"
     return (
-        f"log SNR {band.log_snr_min:.2f} to {band.log_snr_max:.2f}: own prompt wins {100 * band.contrast:.1f} %,"
-        f" {band.label_free:.3f} by both halves{auc}"
+        f"log SNR {band.log_snr_min:.2f} to {band.log_snr_max:.2f}: own prompt scores higher than"
+        f" {100 * band.contrast:.1f} % of neighbours, label-free measure {band.label_free:.3f}{auc}"
     )
 
 

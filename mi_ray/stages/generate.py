@@ -1,4 +1,4 @@
-"""Generation on Ray Data: an actor pool samples, scores, ranks and writes one atomic file a shard."""
+"""Generation with Ray Data: a pool of actors samples, scores and ranks candidates, and writes one file per shard."""
 
 import time
 
@@ -24,7 +24,7 @@ from mi_ray.training.select import keeps, ranks
 
 
 class CandidateGenerator:
-    """Ray Data actor: a batch holding one shard -> one row that says what was written."""
+    """Ray Data actor: a batch with one shard -> one row, the receipt of the shard."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class CandidateGenerator:
         return self.write(batch, self._rows)
 
     def _rows(self, shard: Shard, positions: list[int], work: Work) -> list[dict]:
-        """The candidates' rows of some of the shard's prompts."""
+        """The rows of the candidates of the prompts at these positions of the shard."""
         config = self.config
         prompts = [shard.prompts[p] for p in positions]
         ids = [shard.prompt_ids[p] for p in positions]
@@ -79,7 +79,7 @@ class CandidateGenerator:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _halving(self, prompts: list[str], ids: list[str], conditioning: Conditioning, work: Work) -> Halving:
-        """The cuts; what the random control keeps is carried, since a control must not depend on a score."""
+        """The cuts. Candidates of the random control are never pruned: a control must not depend on a score."""
         each, top_k = self.config.generate.candidates_per_prompt, self.config.select.top_k
         carried = np.zeros((len(ids), each), bool)
         if "random" in self.keep_by:
@@ -118,7 +118,7 @@ class CandidateGenerator:
         previewed = [shard.prompt_ids[p] in self.previews and done for p, done in zip(owner, finished, strict=True)]
         images = self._decode(sampled.latents, columns["prompt"], previewed, finished, columns, work)
         kept_by_any = np.zeros(len(owner), bool)
-        for by in reversed(self.keep_by):  # the first is the selecting one: its ranks stay in the table
+        for by in reversed(self.keep_by):  # the first one is the actual selection: its ranks stay in the table
             columns["rank"] = []
             for start in range(0, len(owner), each):
                 of_prompt = {k: v[start : start + each] for k, v in columns.items() if k != "rank"}
@@ -140,7 +140,7 @@ class CandidateGenerator:
         return columns
 
     def _decode(self, latents, prompts, previewed, finished, columns, work: Work) -> list[np.ndarray | None]:
-        """Decode what is previewed, or all that is finished where every candidate is measured (which adds columns)."""
+        """Decode previewed candidates; with metrics, decode all finished candidates and add the metrics' columns."""
         began = time.perf_counter()
         wanted = [i for i, preview in enumerate(previewed) if preview or (self.metrics and finished[i])]
         images: list[np.ndarray | None] = [None] * len(prompts)
@@ -154,7 +154,7 @@ class CandidateGenerator:
 
 
 def _errors(finite: np.ndarray, scores: dict[str, list]) -> list[str | None]:
-    """Why a candidate has no result: the model has said NaN or infinity, while sampling it or in a score of it."""
+    """The error of each candidate: the model's output was NaN or infinite, during sampling or in a score."""
     errors = [None if ok else "the model's output is not finite" for ok in finite]
     for name, values in scores.items():
         for row, value in enumerate(values):
@@ -164,7 +164,7 @@ def _errors(finite: np.ndarray, scores: dict[str, list]) -> list[str | None]:
 
 
 def _spread(values: list, rows: list[int], count: int) -> list:
-    """The values at their rows, None elsewhere."""
+    """A list of `count` entries with the values at their rows, and None elsewhere."""
     spread = [None] * count
     for row, value in zip(rows, values, strict=True):
         spread[row] = value
@@ -184,10 +184,10 @@ def generate(
     """Generate, score and rank the pool of every prompt into `folder`.
 
     Args:
-        adapter: folder of the adapter to generate with; None: the base model.
-        keep_by: selections whose kept candidates need latents; the first ranks and marks the table.
-        previews: ids of the prompts all of whose candidates are kept as images.
-        pool: prompts among which pmi_contrastive finds each one's neighbours.
+        adapter: folder of the adapter to use; None: the base model.
+        keep_by: selections whose kept candidates need latents; the first one sets the columns rank and kept.
+        previews: ids of the prompts for which the images of all candidates are stored.
+        pool: prompts among which pmi_contrastive searches the neighbours of each prompt.
     """
     constructor = {
         "config": config.model_dump(mode="json"),

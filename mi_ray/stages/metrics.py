@@ -1,4 +1,4 @@
-"""What the actors tell Prometheus, through ray.util.metrics; cluster/monitoring/grafana.json shows it."""
+"""Prometheus metrics of the actors, through ray.util.metrics. cluster/monitoring/grafana.json shows them."""
 
 from collections import defaultdict
 
@@ -8,22 +8,22 @@ from ray.util.metrics import Counter, Gauge
 COUNTERS = {
     "mi_ray_rows": "candidates or images written",
     "mi_ray_shards": "shards committed",
-    "mi_ray_error_rows": "rows that say why there is no result",
-    "mi_ray_denoiser_evaluations": "denoiser evaluations of sampling",
-    "mi_ray_score_evaluations": "denoiser evaluations of pointwise scores",
+    "mi_ray_error_rows": "rows with an error instead of a result",
+    "mi_ray_denoiser_evaluations": "denoiser evaluations for sampling",
+    "mi_ray_score_evaluations": "denoiser evaluations for pointwise scores",
     "mi_ray_batch_halvings": "batches that did not fit into memory and were halved",
-    "mi_ray_actor_restarts": "actors that have come back after their process was lost",
-    "mi_ray_busy_seconds": "seconds an actor spent on shards; the rate per actor is its busy share",
+    "mi_ray_actor_restarts": "actors restarted after their process was lost",
+    "mi_ray_busy_seconds": "seconds that actors spent on shards; the rate per actor is its busy share",
 }
 GAUGES = {
-    "mi_ray_actor_up": "1 for each actor that has loaded its model",
-    "mi_ray_score_mean": "mean score of the last shard's candidates, nats",
+    "mi_ray_actor_up": "1 for each actor with a loaded model",
+    "mi_ray_score_mean": "mean score of the candidates of the last shard, nats",
     "mi_ray_score_spread": "standard deviation of a score within a prompt, mean over the last shard's prompts, nats",
 }
 
 
 def score_statistics(rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """{score: (mean over the candidates, mean over the prompts of the standard deviation within one)}, finite ones."""
+    """{score: (mean over candidates, mean over prompts of the standard deviation within a prompt)}, finite values."""
     by_score: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         for name, value in row.items():
@@ -39,7 +39,7 @@ def score_statistics(rows: list[dict]) -> dict[str, tuple[float, float]]:
 
 
 class StageMetrics:
-    """One actor's metrics, tagged with its stage and model."""
+    """The metrics of one actor, with the tags stage and model."""
 
     def __init__(self, stage: str, model: str):
         self.tags = {"stage": stage, "model": model}
@@ -50,7 +50,7 @@ class StageMetrics:
         self.gauges["mi_ray_actor_up"].set(1, self.tags)
 
     def committed(self, receipt: dict, rows: list[dict]):
-        """Count a shard that this actor has committed."""
+        """Update the metrics after this actor has committed a shard."""
         amounts = {
             "mi_ray_rows": receipt["rows"],
             "mi_ray_shards": 1,

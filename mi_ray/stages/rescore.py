@@ -1,4 +1,4 @@
-"""Other on-trajectory scores of a run's candidates, from the curves that it stored: nothing is generated again."""
+"""Compute other on-trajectory scores of a run's candidates from its stored curves. Nothing is generated again."""
 
 from itertools import groupby
 
@@ -35,23 +35,24 @@ class TrajectoryScoreConfig(ScoreConfig):
     def _on_trajectory(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if others := [name for name in names if name not in TRAJECTORY_SCORES]:
             raise ValueError(
-                f"{', '.join(others)} cannot be had from stored curves: give some of {', '.join(TRAJECTORY_SCORES)}"
+                f"{', '.join(others)} cannot be computed from stored curves; use one or more of"
+                f" {', '.join(TRAJECTORY_SCORES)}"
             )
         return names
 
 
 class RescoreConfig(Section):
-    """Score a run's stored candidates anew, by on-trajectory scores, and compare them with what the run selected by."""
+    """Compute other on-trajectory scores of a run's stored candidates, and compare them with the run's selection."""
 
-    run_dir: SharedPath = Field(description="folder of a run, local or remote; the tables go to its rescored/")
+    run_dir: SharedPath = Field(description="folder of a run, local or remote; tables are written to its rescored/")
     score: TrajectoryScoreConfig = TrajectoryScoreConfig()
 
 
 def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
-    """Write the scores of every round's candidates, part by part, and print how they do; returns that as a table.
+    """Write the scores of the candidates of every round, part by part; print and return a table that compares them.
 
     Raises:
-        ConfigError: there is no run in the folder, or it has no candidates yet.
+        ConfigError: the folder holds no run, or the run has no candidates yet.
     """
     run, _ = read_run(config.run_dir)
     schedule, sampler = load_schedule(run.model.path), run.sampler
@@ -63,7 +64,9 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
     }
     parts = sorted((name, number) for number, folder in folders.items() for name in storage.list_tables(folder))
     if not parts:
-        raise ConfigError([f"run_dir: {config.run_dir!r} holds no candidates yet"])
+        raise ConfigError(
+            [f"run_dir: {config.run_dir!r} holds no candidates yet; wait until the run has generated some"]
+        )
     print(f"{len(parts)} tables of candidates, {', '.join(config.score.names)}")
     if dry_run:
         return pd.DataFrame()
@@ -84,7 +87,7 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
                 rows = rows[rows["error"].isna()]
                 curves = np.full((len(rows), len(plan.timesteps)), np.nan, np.float32)
                 for curve, stored in zip(curves, rows.pop("delta_sq"), strict=True):
-                    curve[: len(stored)] = stored  # a pruned candidate's ends early, and has no score
+                    curve[: len(stored)] = stored  # the curve of a pruned candidate ends early; it gets no score
                 scores = trajectory_scores(config.score, torch.from_numpy(curves), plan.timesteps, schedule)
                 rows = rows.assign(**{f"score_{score}": values.numpy() for score, values in scores.items()})
                 destination = storage.join(config.run_dir, FOLDER, f"round-{number}", name)
@@ -100,14 +103,14 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
 
 
 class _Comparison:
-    """Of every score: how often its first choice is the run's, and the AUC within prompts for each metric."""
+    """For every score: how often its best candidate is that of the run, and the AUC within prompts for each metric."""
 
     def __init__(self, names: tuple[str, ...], truths: list[Column]):
         self.pools, self.same, self.truths = 0, dict.fromkeys(names, 0), truths
         self.aucs = {name: [PromptAverage() for _ in truths] for name in names}
 
     def add(self, candidates: pd.DataFrame):
-        """Whole pools of prompts that have not come before, in all rounds."""
+        """Add the complete pools of new prompts, from all rounds."""
         pools = candidates.groupby(["round", "prompt_id"])
         chosen = candidates.loc[pools["rank"].idxmin(), "candidate_index"].to_numpy()
         self.pools += len(pools)

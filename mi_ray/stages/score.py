@@ -1,4 +1,4 @@
-"""Scoring of pairs that exist: Ray Data streams them through an actor pool into one file a shard, and an audit page."""
+"""Scoring of existing pairs: Ray Data sends them through a pool of actors to one file per shard, then an audit page."""
 
 import time
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ from mi_ray.stages.trial import settle
 from mi_ray.storage import tables
 
 MAX_THUMBNAIL = 256  # pixels
-SINGLE_BATCH = 64  # of a single pair, for which a trial would take longer than the pair
+SINGLE_BATCH = 64  # batch size for a single pair: a trial run would take longer than the pair
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
 COLUMNS = ("score_pmi", "score_pmi_negatives", "score_margin")
 _END = object()
@@ -50,7 +50,7 @@ _T = TypeVar("_T")
 
 # ---------------------------------------------------------------------------------------------- in the actor
 class PairActor:
-    """Ray Data actor: a row that names a shard of pairs -> a row that says what was written."""
+    """Ray Data actor: a row that names a shard of pairs -> one row, the receipt of the shard."""
 
     def __init__(self, config: dict, token: int | None = None):
         self.config = config = ScorePairsConfig.model_validate(config)
@@ -59,7 +59,7 @@ class PairActor:
         self.batch_size = batch_at_size(self.denoiser, config.resources.batch_size)
         self.scorer = PairScorer(self.denoiser, config.score, self.batch_size, config.seed, config.words)
         self.commit = Committer(storage.join(config.run_dir, SCORES), config.run_dir, token)
-        self.pairs = 0  # looked at so far: many may come one after the other that are not scored
+        self.pairs = 0  # pairs read so far; these also count as progress, since many pairs may not be scored
         self.patience = Patience(config.resources.shard_timeout_s, lambda: self.denoiser.calls + self.pairs)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
@@ -72,7 +72,7 @@ class PairActor:
         return {name: [receipt.get(name, value)] for name, value in facts.items()}
 
     def rows(self, shard: PairShard, work: Work) -> list[dict]:
-        """The rows of a shard in its order. At any time only the best and the worst pairs so far hold their image."""
+        """The rows of a shard, in order. Only the best and the worst pairs so far keep their image in memory."""
         rows = []
         pairs = read_pairs(shard, self.config.columns)
         for chunk in ahead(self._admitted(pairs)):
@@ -83,7 +83,7 @@ class PairActor:
         return rows
 
     def _admitted(self, pairs: Iterator[Pair]) -> Iterator[list[dict]]:
-        """Rows, a batch at a time: with the decoded image, or with the reason against the pair."""
+        """Yield batches of rows, each row with the decoded image or with an error."""
         while chunk := list(islice(pairs, self.batch_size)):
             yield [self._row(pair) for pair in chunk]
 
@@ -104,7 +104,10 @@ class PairActor:
         if self.config.overlong == "error":
             count, most = len(self.denoiser.token_ids(prompt)), self.denoiser.max_tokens
             if count > most:
-                raise ValueError(f"the caption has {count} tokens, the text encoder reads {most}; --overlong truncate")
+                raise ValueError(
+                    f"the caption has {count} tokens, but the text encoder reads at most {most}; shorten it, or add"
+                    " --overlong truncate"
+                )
 
     def _scored(self, rows: list[dict], work: Work) -> list[dict]:
         sound = [row for row in rows if row["error"] is None]
@@ -118,7 +121,7 @@ class PairActor:
         return rows
 
     def _score(self, rows: list[dict], work: Work) -> list[dict]:
-        """The rows with their scores, which they get in place."""
+        """Add the scores to the rows, in place; return the rows."""
         if not rows:
             return rows
         images, prompts = np.stack([row["image"] for row in rows]), [row["prompt"] for row in rows]
@@ -141,7 +144,7 @@ class PairActor:
 
 
 def ahead(items: Iterator[_T]) -> Iterator[_T]:
-    """The items, each next one made in a thread while the one before is in use."""
+    """Yield the items. A thread prepares the next item while the caller uses the current one."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(next, items, _END)
         while (item := waiting.result()) is not _END:
@@ -151,7 +154,7 @@ def ahead(items: Iterator[_T]) -> Iterator[_T]:
 
 def _thumbnail(image: np.ndarray) -> dict:
     step = -(-max(image.shape[:2]) // MAX_THUMBNAIL)
-    if step > 1:  # by whole blocks of pixels
+    if step > 1:  # average whole blocks of pixels
         height, width = (side // step * step for side in image.shape[:2])
         blocks = image[:height, :width].reshape(height // step, step, width // step, step, 3)
         image = blocks.mean((1, 3)).round().astype(np.uint8)
@@ -160,7 +163,7 @@ def _thumbnail(image: np.ndarray) -> dict:
 
 # ---------------------------------------------------------------------------------------------- the job
 def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
-    """Check the model and what makes the negatives.
+    """Check the model and the source of the negatives.
 
     Returns:
         The config, with a hub's model pinned to its commit, and that.
@@ -187,7 +190,7 @@ def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
 
 
 def _open_run(config: ScorePairsConfig, commit: str | None, key: str):
-    """Make the folder this run's, or see that it is."""
+    """Record this run in its folder, or check that the folder belongs to it."""
     run_folder.check_run_dir(config.run_dir, config.results_config(), commit)
     uri = storage.join(config.run_dir, "run.json")
     versions = {"mi_ray": __version__, **{name: metadata.version(name) for name in PACKAGES}}
@@ -197,10 +200,10 @@ def _open_run(config: ScorePairsConfig, commit: str | None, key: str):
 
 
 def score_pairs(config: ScorePairsConfig) -> str:
-    """Score what is missing of an input, then write the audit page; returns its URI.
+    """Score the pairs of an input that have no scores yet, then write the audit page; return its URI.
 
     Raises:
-        ConfigError: something the user gave is wrong, or another driver holds the folder; nothing was started.
+        ConfigError: the configuration is wrong, or another driver uses the folder; nothing was started.
     """
     config, commit = _checked(config)
     key = began_hash(config.run_dir, config.hash())
@@ -211,7 +214,7 @@ def score_pairs(config: ScorePairsConfig) -> str:
 
 
 class _Shards:
-    """Shards of pairs as `write_missing` takes them; how many pairs a tar holds is not known before it is read."""
+    """Shards of pairs, as input of `write_missing`. Each has size 1: the number of pairs in a tar is not known yet."""
 
     def __init__(self, shards: list[PairShard]):
         self.shards = shards
@@ -242,41 +245,42 @@ def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
     write_missing(
         "score", config.model, PairActor, constructor, _Shards(shards), folder, config.run_dir, resources, "shard"
     )
-    # What cannot be read now may have been scored before.
+    # Keep all parts if an input is unreadable now: its pairs may have been scored before.
     stale = set() if any(shard.unreadable for shard in shards) else {*storage.list_tables(folder)} - {*names}
     run_folder.remove_parts(folder, stale)
     if stale:
         run_folder.log_event(config.run_dir, "parts_removed", folder=SCORES, count=len(stale))
-        print(f"{len(stale)} parts of what is no longer in the input are removed")
+        print(f"removed {len(stale)} parts: their pairs are no longer in the input")
     storage.write_json(storage.join(folder, run_folder.MANIFEST), {"parts": [{"name": name} for name in names]})
     page, summary = write_audit(config.run_dir, folder, names, config.results_config())
     run_folder.log_event(config.run_dir, "run_finished")
     print(
-        f"{summary['scored']} pairs scored, {summary['errors']} not, {summary['contradicted']} contradict their caption"
+        f"{summary['scored']} pairs scored, {summary['errors']} with an error,"
+        f" {summary['contradicted']} contradict their caption"
     )
     print(f"audit: {page}")
     if not summary["scored"]:
-        most = summary["reasons"][0]["error"] if summary["reasons"] else "it holds no pair"
-        raise ConfigError([f"input: no pair could be scored; most often: {most}"])
+        most = summary["reasons"][0]["error"] if summary["reasons"] else "the input has no pairs"
+        raise ConfigError([f"input: no pair could be scored; most frequent reason: {most}; correct the input"])
     return page
 
 
 # ---------------------------------------------------------------------------------------------- a single pair
 def score_one(config: ScorePairsConfig) -> dict:
-    """Score a single pair, print its scores and write its map; returns the row.
+    """Score a single pair, print its scores and write its map; return the row.
 
     Raises:
-        ConfigError: the image or the prompt will not do.
+        ConfigError: the image cannot be read, the prompt is too long, or the map cannot be written.
     """
     config, _ = _checked(config)
     denoiser = load_denoiser(config.model, config.dtype, size=config.size)
     try:
         image = read_image(storage.read_bytes(config.image), denoiser.image_size, config.fit)
     except (OSError, ValueError) as error:
-        raise ConfigError([f"image: {config.image!r} will not do: {error}"]) from error
+        raise ConfigError([f"image: {config.image!r} cannot be used: {error}; give another image"]) from error
     count = len(denoiser.token_ids(config.prompt))
     if count > denoiser.max_tokens and config.overlong == "error":
-        message = f"prompt: it has {count} tokens, the text encoder reads {denoiser.max_tokens}"
+        message = f"prompt: it has {count} tokens, but the text encoder reads at most {denoiser.max_tokens}"
         raise ConfigError([f"{message}; shorten it, or add --overlong truncate"])
     batch_size = batch_at_size(denoiser, _batch_size(config))
     scorer = PairScorer(denoiser, config.score, batch_size, config.seed, words=True)
@@ -302,17 +306,17 @@ def _lines(row: dict) -> list[str]:
 
     lines = [f"pmi            {nats(row['score_pmi'], row['score_pmi_se'])}"]
     if row["posterior"] is None:
-        return [*lines, "pmi_negatives  none: the prompt has no word whose contrary is known"]
+        return [*lines, "pmi_negatives  none: no hard negative can be made from this prompt"]
     lines.append(f"pmi_negatives  {nats(row['score_pmi_negatives'], row['score_pmi_negatives_se'])}")
     if row["contradicted"] is None:
-        return [*lines, f"contradicts    nothing clearly (posterior of the prompt {row['posterior']:.2f})"]
-    instead = f"the image shows {row['instead']!r}" if row["instead"] else "it is not there"
-    told = f"{row['contradicted']!r}: {instead} (posterior {row['instead_posterior']:.2f})"
-    return [*lines, f"contradicts    {told}"]
+        return [*lines, f"contradicts    no clear contradiction (posterior of the prompt {row['posterior']:.2f})"]
+    instead = f"the image shows {row['instead']!r}" if row["instead"] else "it is missing in the image"
+    shown = f"{row['contradicted']!r}: {instead} (posterior {row['instead_posterior']:.2f})"
+    return [*lines, f"contradicts    {shown}"]
 
 
 def run_or_describe(config: ScorePairsConfig, dry_run: bool):
-    """What the job does: a single pair, the plan on a dry run, or the whole input."""
+    """Run the job: score a single pair, print the plan (dry run), or score the whole input."""
     if config.image is not None:
         score_one(config)
     elif dry_run:
@@ -323,13 +327,15 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
         denoiser = load_denoiser(config.model, config.dtype, size=config.size)
         each = try_fitting(denoiser, _batch_size(config)).seconds_per_evaluation
         print(f"images {size_text(denoiser)}")
-        print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations a pair, words not counted:")
-        print(f"{evaluations * each:.3f} s a pair at {1e3 * each:.2f} ms an evaluation, measured here, one actor alone")
+        print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations per pair, without those for words:")
+        print(
+            f"{evaluations * each:.3f} s per pair at {1e3 * each:.2f} ms per evaluation, measured here with one actor"
+        )
         price, share = config.resources.price_per_gpu_hour, config.resources.gpus_per_actor
         if price is not None and share:
             hours = 1e6 * evaluations * each / 3600 * max(1, 1 if share == "auto" else share)
-            print(f"a million pairs: {hours:,.1f} GPU-hours at {price:g} each: {hours * price:,.2f}")
+            print(f"a million pairs: {hours:,.1f} GPU-hours at {price:g} per hour: {hours * price:,.2f}")
             if denoiser.device.type == "cpu":
-                print("at the speed of this machine's CPU: a machine with that GPU tells its own")
+                print("this estimate is for the CPU of this machine; repeat it on a machine with the GPU")
     else:
         score_pairs(config)

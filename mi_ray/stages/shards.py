@@ -1,4 +1,4 @@
-"""How a stage runs its shards on Ray Data: a pool of actors, one commit a shard, resume by what is missing."""
+"""Run the shards of a stage with Ray Data: a pool of actors, one commit per shard, resume with the missing shards."""
 
 import logging
 import os
@@ -27,11 +27,11 @@ from mi_ray.runs import lease
 from mi_ray.scoring.work import Work
 from mi_ray.stages.metrics import StageMetrics
 
-STALLED_S = 3600.0  # without a call of the model; torch.compile and a large batch on a CPU take less
-START_FAILURES = 3  # that are forgiven of an actor pool, one after the other, or one of each actor if they are more
-MAX_BLOCKS = 4096  # of Ray Data, which keeps some kilobytes of each; with more shards a block holds several
-Rows = Callable[[Shard, list[int], Work], list[dict]]  # of the prompts at these positions of the shard
-FACTS = {  # of a shard's receipt, which its event repeats
+STALLED_S = 3600.0  # longest time between model calls; torch.compile and a large batch on a CPU take less
+START_FAILURES = 3  # consecutive failed actor starts allowed in a pool; at least one per actor
+MAX_BLOCKS = 4096  # number of Ray Data blocks, which take some kilobytes each; with more shards a block holds several
+Rows = Callable[[Shard, list[int], Work], list[dict]]  # makes the rows of the prompts at these positions of the shard
+FACTS = {  # the fields of a shard's receipt that its event repeats, with default values
     "index": 0,
     "shard": "",
     "rows": 0,
@@ -50,12 +50,13 @@ FACTS = {  # of a shard's receipt, which its event repeats
 
 # ------------------------------------------------------------------------------------------ in the actor
 class ShardWriter:
-    """What the actors of all stages share: a shard that is committed already is left alone, any other is made, written
-    and committed once; it fills its actor's metrics.
+    """Writes the shards of an actor, for all stages, and updates the actor's metrics.
+
+    A shard that is already committed is not computed again. Any other shard is computed, written and committed once.
 
     Args:
-        token: of the driver's lease; None: it holds none.
-        calls: of the model so far, as `Patience` takes it.
+        token: token of the driver's lease; None: the driver has no lease.
+        calls: returns the number of model calls so far, see `Patience`.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ShardWriter:
         self.table: storage.ParquetRows | None = None
 
     def __call__(self, batch: dict[str, np.ndarray], make_rows: Rows) -> dict[str, list]:
-        """Take a Ray Data batch of one `ShardPlan.row`; the shard's receipt is the row that comes out."""
+        """Process a Ray Data batch of one `ShardPlan.row`; the output row is the receipt of the shard."""
         (row,) = rows_of(batch)
         receipt = run_folder.committed(self.folder, row["name"]) or self._make(self._shard(row), make_rows)
         facts = FACTS | {"index": row["index"], "shard": row["name"]}
@@ -86,8 +87,8 @@ class ShardWriter:
             try:
                 self.table = storage.ParquetRows(row["source"])
             except FileNotFoundError as error:
-                shared = "give a run_dir that all nodes share, such as s3://bucket/run"
-                raise FileNotFoundError(f"{row['source']} is not there on {platform.node()}: {shared}") from error
+                shared = "nodes do not share its folder; set a run_dir that all nodes can read, such as s3://bucket/run"
+                raise FileNotFoundError(f"{row['source']} is missing on node {platform.node()}: {shared}") from error
         return read_shard(row, self.table)
 
     def _make(self, shard: Shard, make_rows: Rows) -> dict:
@@ -106,15 +107,17 @@ class ShardWriter:
 
 
 class Committer:
-    """Commits an actor's shards, each once, with what it cost; the first one tells that the actor was restarted."""
+    """Commits an actor's shards, each once, with its cost. The first commit reports whether the actor was restarted."""
 
     def __init__(self, folder: str, run_dir: str, token: int | None):
         self.folder, self.run_dir, self.token = folder, run_dir, token
         self.restarts = int(is_restarted())
-        self.proven = False  # whether this process has finished a shard
+        self.proven = False  # whether this process has committed a shard
 
     def __call__(self, index: int, name: str, table: pa.Table, work: Work, seconds: float) -> tuple[dict, dict]:
-        """The facts of what was made here, as `FACTS`, and the receipt that counts.
+        """Commit a shard. Returns its facts, with the fields of `FACTS`, and the valid receipt of the shard.
+
+        The receipt is that of another process if that one committed the shard first.
 
         Raises:
             lease.Lost: another driver has taken over the run.
@@ -140,12 +143,11 @@ class Committer:
 
 
 class Patience:
-    """Ends this process if it hangs at a shard, so that Ray starts another and gives it the shard.
+    """Ends this process if it hangs at a shard, so that Ray starts a new process for the shard.
 
     Args:
-        seconds: that a shard may take; None: as long as it wants, if it goes on: no `STALLED_S` without a call of the
-            model.
-        calls: tells how many there were so far.
+        seconds: time limit of a shard; None: no limit, but at most `STALLED_S` between two model calls.
+        calls: returns the number of model calls so far.
     """
 
     def __init__(self, seconds: float | None, calls: Callable[[], int]):
@@ -167,34 +169,38 @@ class Patience:
             if not self.seconds and self.calls() != calls:
                 moved, calls = time.monotonic(), self.calls()
             if time.monotonic() - moved > limit:
-                hung = "over its shard" if self.seconds else "without a call of the model"
-                advice = "if that is no hang, raise resources.shard_timeout_s"
-                print(f"this process ends after {limit:.0f} s {hung}; {advice}", file=sys.stderr, flush=True)
+                hung = "on one shard" if self.seconds else "without a model call"
+                advice = "it seems to hang, and Ray starts a new process; if it was only slow, raise"
+                advice += " resources.shard_timeout_s"
+                print(f"this process ends after {limit:.0f} s {hung}: {advice}", file=sys.stderr, flush=True)
                 os._exit(1)
 
 
 def stop_if_machine_failed(error: Exception, alone: bool, proven: bool):
-    """Of a GPU that has failed every prompt fails from then on, and an error row would say nothing of the prompt: so
-    this process ends, and Ray starts another for the shard; if it is such a one already, the run stops.
+    """End this process if its GPU has failed, so that Ray starts a new process for the shard.
+
+    After a GPU failure every prompt fails, so an error row would say nothing about the prompt. If this process is
+    already a replacement and has committed no shard, the error is raised again and the run stops.
 
     Args:
-        alone: whether the prompt was tried by itself; if even that takes too much memory, the machine is at fault.
-        proven: whether this process has finished a shard.
+        alone: whether the prompt was processed alone; if it then runs out of memory, the machine is the cause.
+        proven: whether this process has committed a shard.
     """
     failed = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
     if failed or (alone and isinstance(error, torch.OutOfMemoryError)):
         if _in_actor() and (proven or not is_restarted()):
-            print(f"this process ends, so that another tries the shard: {error}", file=sys.stderr, flush=True)
+            message = f"the GPU failed or its memory is too small: {error}; Ray starts a new process for the shard"
+            print(message, file=sys.stderr, flush=True)
             os._exit(1)
         raise error
 
 
 def is_restarted() -> bool:
-    """Whether this process stands for an actor of Ray's whose process before it was lost."""
+    """Whether this process replaces an earlier process of the same Ray actor."""
     if not _in_actor():
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Ray's own, of a property that it uses inside
+        warnings.simplefilter("ignore", DeprecationWarning)  # caused inside Ray
         return ray.get_runtime_context().was_current_actor_reconstructed
 
 
@@ -203,7 +209,7 @@ def _in_actor() -> bool:
 
 
 def rows_of(batch: dict[str, np.ndarray]) -> list[dict]:
-    """The rows of a Ray Data batch, with Python's own numbers and strings."""
+    """The rows of a Ray Data batch, with Python numbers and strings."""
     columns = [values.tolist() for values in batch.values()]
     return [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
 
@@ -211,14 +217,14 @@ def rows_of(batch: dict[str, np.ndarray]) -> list[dict]:
 def whole_or_one_by_one(
     make_rows: Callable[[list[int]], list[dict]], count: int, proven: bool
 ) -> tuple[list[dict], list[tuple[int, str]]]:
-    """Rows of all prompts or pairs at once; if that fails, one by one, so that a bad one costs only itself.
+    """Process all prompts or pairs at once. If that fails, process them one by one, so that only bad ones fail.
 
     Args:
-        make_rows: of those at some of the positions up to `count`.
-        proven: whether this process has finished a shard.
+        make_rows: makes the rows of the prompts or pairs at the given positions, 0 to count - 1.
+        proven: whether this process has committed a shard.
 
     Returns:
-        The rows, and (position, message) of each that failed.
+        The rows, and (position, message) of each prompt or pair that failed.
     """
     everything = list(range(count))
     try:
@@ -245,20 +251,20 @@ def error_row(schema: pa.Schema, shard: Shard, position: int, message: str) -> d
 
 # ------------------------------------------------------------------------------------------ in the driver
 def stream(actor: type, constructor: dict, rows: list[dict], resources: ResourcesConfig) -> Iterator[dict]:
-    """Run shards, a row each, through a pool of actors and yield, as each is written, what was written."""
+    """Run shards, one row each, through a pool of actors. Yield the receipt of each shard when it is written."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # hide "progress bars are off"
     least, most = (min(n, len(rows)) for n in resources.num_actors)
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
-    # A shard may take longer than Ray Data's half an hour, and spot machines may be away for as long; what hangs is
-    # ended by `Patience`.
+    # No timeout: Ray Data's default is half an hour, but a shard, or waiting for spot machines, can take longer.
+    # `Patience` ends processes that hang.
     dataset.context.execution_no_progress_timeout_s = -1
-    # A node may die, or a store refuse, while an actor of it starts; another one takes its place.
+    # A node or a store can fail while an actor starts. Another actor then replaces it.
     dataset.context.max_consecutive_actor_init_deaths = max(START_FAILURES, most)
-    dataset.context.target_max_block_size = 1  # byte: each receipt comes out at once, not with its block's last
+    dataset.context.target_max_block_size = 1  # byte: yield each receipt at once, not at the end of its block
     dataset = dataset.map_batches(
         actor,
         batch_size=1,
@@ -272,25 +278,25 @@ def stream(actor: type, constructor: dict, rows: list[dict], resources: Resource
 
 
 def _written_of(run_dir: str, folder: str) -> Iterator[dict]:
-    """The events of shards of this folder."""
+    """The events of the written shards of this folder."""
     for event in storage.iter_lines(storage.join(run_dir, "events.jsonl")):
         if event["event"] == "shard_written" and event.get("folder") == folder:
             yield event
 
 
 class Planned(Protocol):
-    """The shards of a stage, by their index."""
+    """The shards of a stage, numbered from 0."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Of the shard's part."""
+        """Name of the shard's part."""
 
     def size(self, index: int) -> int:
-        """How far the shard brings the progress bar."""
+        """Size of the shard, in units of the progress bar."""
 
     def row(self, index: int) -> dict:
-        """What the actor takes; `index` and `name` are in it."""
+        """Input row of the actor, with at least `index` and `name`."""
 
 
 def write_missing(
@@ -304,7 +310,10 @@ def write_missing(
     resources: ResourcesConfig,
     unit: str,
 ):
-    """Write the parts of a folder that are missing, with progress in some unit and with an event for each.
+    """Write the missing parts of a folder, with a progress bar and an event for each part.
+
+    Args:
+        unit: unit of the progress bar.
 
     Raises:
         lease.Lost: another driver has taken over the run.
@@ -315,7 +324,7 @@ def write_missing(
     todo = [index for index, name in enumerate(names) if name in missing]
     what = {"stage": stage, "model": model, "folder": storage.relative(folder, run_dir)}
     logged = {event["shard"] for event in _written_of(run_dir, what["folder"])}
-    for index, name in enumerate(names):  # committed, but the event was lost with an earlier driver
+    for index, name in enumerate(names):  # committed, but an earlier driver ended before it wrote the event
         if name not in missing and name not in logged:
             receipt = run_folder.committed(folder, name)
             facts = FACTS | {"index": index, "shard": name, "time": receipt["time"]}
@@ -332,7 +341,7 @@ def write_missing(
         rows = [shards.row(index) for index in todo]
         for done in stream(actor, constructor, rows, resources) if rows else ():
             lease.confirm(run_dir)
-            if not done["shard"]:  # it is no longer needed
+            if not done["shard"]:  # the shard is no longer needed
                 continue
             run_folder.log_event(run_dir, "shard_written", **what, **done)
             progress.update(shards.size(done["index"]))

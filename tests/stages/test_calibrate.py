@@ -37,7 +37,7 @@ def test_the_pipeline_takes_the_band_that_is_found(config, tmp_path, capsys):
     taken = load_config(arguments, model=RunConfig)[0].score
     assert (taken.log_snr_min, taken.log_snr_max) == (found["score"]["log_snr_min"], found["score"]["log_snr_max"])
     assert config.log_snr_min <= taken.log_snr_min < taken.log_snr_max <= config.log_snr_max
-    assert re.search(r"without labels \d+ % of the AUC that labels find", said)
+    assert re.search(r"the label-free band reaches \d+ % of the AUC of the band chosen by labels", said)
     assert (tmp_path / "band.yaml.bands.json").exists()
 
 
@@ -61,7 +61,7 @@ def test_labels_that_say_nothing_are_left_out_or_told(config, monkeypatch, capsy
     pool = torch.rand(4, 3, config.levels, 2), torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, False, False])
     monkeypatch.setattr(stage, "probed_pool", lambda *arguments: pool)
     calibrate(config)
-    assert "they say nothing" in capsys.readouterr().out
+    assert "the labels are ignored" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="use_labels: no prompt"):
         calibrate(config.model_copy(update={"use_labels": True}))
 
@@ -93,10 +93,10 @@ def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
     ("content", "told"),
     [
         (None, "does not exist"),
-        ("", "labels none of these prompts' candidates"),
-        ('{"prompt_id": "a", "candidate_index": 0, "label": 1}', "labels none of these prompts' candidates"),
+        ("", "has no label for a candidate of these prompts"),
+        ('{"prompt_id": "a", "candidate_index": 0, "label": 1}', "has no label for a candidate of these prompts"),
         ('{"prompt_id": "a", "label": 1}', "no 'candidate_index'"),
-        ('{"prompt_id": "a", "candidate_index": 0}', "labels none of these prompts' candidates"),
+        ('{"prompt_id": "a", "candidate_index": 0}', "has no label for a candidate of these prompts"),
         ('{"prompt_id": "a", "candidate_index": 0, "label": "good"}', "could not convert"),
     ],
 )

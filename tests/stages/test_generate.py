@@ -137,7 +137,7 @@ def test_a_run_is_scored_anew_from_its_folder(tiny_pipeline, tmp_path, capsys):
 
 
 def test_scores_that_curves_do_not_give_are_refused():
-    with pytest.raises(ValidationError, match="pmi cannot be had from stored curves"):
+    with pytest.raises(ValidationError, match="pmi cannot be computed from stored curves"):
         RescoreConfig.model_validate({"run_dir": "x", "score": {"names": ["asd", "pmi"]}})
 
 

@@ -362,7 +362,7 @@ def test_what_is_no_longer_in_the_input_is_no_longer_in_the_scores(tiny_pipeline
     stage.score_pairs(config)
     pq.write_table(pq.read_table(source).slice(0, 3), source, row_group_size=2)
     stage.score_pairs(config)
-    assert "3 parts of what is no longer in the input are removed" in capsys.readouterr().out
+    assert "removed 3 parts: their pairs are no longer in the input" in capsys.readouterr().out
     scores = Path(config.run_dir) / "scores"
     assert pd.read_parquet(scores)["prompt"].tolist() == CAPTIONS[:3]
     assert len(list((scores / "_commits").iterdir())) == len(list(scores.glob("part-*"))) == 2

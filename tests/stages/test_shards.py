@@ -102,7 +102,7 @@ def test_a_machine_that_fails_makes_no_error_rows(stage, tmp_path, monkeypatch, 
 def test_a_folder_that_the_nodes_do_not_share_is_told(stage, tmp_path, monkeypatch):
     row = ShardPlan.row
     monkeypatch.setattr(ShardPlan, "row", lambda *a: row(*a) | {"source": str(tmp_path / "elsewhere.parquet")})
-    with pytest.raises(FileNotFoundError, match=r"is not there on .*: give a run_dir that all nodes share"):
+    with pytest.raises(FileNotFoundError, match=r"is missing on node .*; set a run_dir that all nodes can read"):
         stage()
 
 
@@ -155,8 +155,8 @@ def test_what_is_missing_is_made_again_and_a_lost_event_comes_back(stage, tmp_pa
 @pytest.mark.parametrize(
     ("seconds", "calls", "ends"),
     [
-        (0.2, itertools.count().__next__, "0 s over its shard"),
-        (None, lambda: 0, "1 s without a call of the model"),
+        (0.2, itertools.count().__next__, "0 s on one shard"),
+        (None, lambda: 0, "1 s without a model call"),
         (None, itertools.count().__next__, None),
     ],
 )
