@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from mi_ray import storage
 from mi_ray.config import TRAJECTORY_SCORES, RunConfig
+from mi_ray.config.rescore import RescoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.information import pointwise
 from mi_ray.inputs.prompts import PROMPTS as PROMPTS_SCHEMA
@@ -21,7 +22,7 @@ from mi_ray.scoring.sampler import Sampler
 from mi_ray.scoring.scorer import trajectory_scores
 from mi_ray.scoring.work import Work
 from mi_ray.stages.generate import CandidateGenerator
-from mi_ray.stages.rescore import RescoreConfig, rescore
+from mi_ray.stages.rescore import rescore
 
 PROMPTS = ["a red circle", "a blue square and a green star", "two hearts"]
 EACH = 4
