@@ -18,7 +18,7 @@ from mi_ray.inputs.more_prompts_config import MorePromptsConfig
 from mi_ray.inputs.pair_config import ScorePairsConfig
 from mi_ray.runs.folder import check_run_dir
 from mi_ray.stages.pipeline import Plan, open_run
-from mi_ray.stages.rescore import RescoreConfig
+from mi_ray.config.rescore import RescoreConfig
 from mi_ray.training.pretrain import PretrainConfig
 
 LEAST = ["--run-dir", "runs/test", "--prompts.file", "prompts.txt"]
