@@ -31,7 +31,7 @@ from mi_ray.training.online import best_version
 
 LOOK_S = 30.0  # that an actor waits for a policy before it looks whether a part before its own was lost
 
-GRACE_S = 60.0  # for parts in the making, where the training has failed
+GRACE_S, INTERRUPTED_S = 60.0, 10.0  # for parts in the making, where the training has failed, and at Ctrl-C
 
 
 class _Meeting(Meeting):
@@ -160,10 +160,10 @@ def online(config: RunConfig, source: str, folder: str, name: str) -> str:
         summary = train(config, loop_settings(config, None, folder, None, name, settings))
     except BaseException as error:
         board.end()
-        if isinstance(error, Exception):  # no Ctrl-C, which waits for nothing
-            generation.join(GRACE_S)
-            if generation.error:  # of which the training's is a consequence
-                raise generation.error from error
+        interrupted = not isinstance(error, Exception)
+        generation.join(INTERRUPTED_S if interrupted else GRACE_S)  # Ray Data that outlives Ray would start it again
+        if generation.error and not interrupted:  # of which the training's is a consequence
+            raise generation.error from error
         raise
     if summary["stopped"]:
         board.end()

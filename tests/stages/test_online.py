@@ -472,6 +472,46 @@ def test_an_update_that_trains_no_prompt_is_passed_over(tiny_pipeline, tmp_path)
     assert best_version(config, plan, str(tmp_path / "candidates"), [0, 2]) == {"version": 2, "validation": {}}
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_generation_that_fails_ends_the_training_and_is_the_error_of_the_run(
+    tiny_pipeline, tmp_path, monkeypatch, fails
+):
+    """Whether the workers end, or fail because one of them has ended."""
+    board = FakeBoard()
+
+    def write_missing(*arguments):
+        raise OSError("the table of prompts has gone")
+
+    def train(config: RunConfig, settings: dict) -> dict:
+        assert settings["online"]["board"].wait([0], None) is None
+        if fails:
+            raise RuntimeError("another worker has gone")
+        return {"stopped": "the candidates have ended"}
+
+    for name, fake in (("Board", lambda keep: board), ("write_missing", write_missing), ("train", train)):
+        monkeypatch.setattr(stage, name, fake)
+    with pytest.raises(OSError, match="the table of prompts has gone"):
+        stage.online(run_config(tiny_pipeline, tmp_path), stored_prompts(tmp_path), str(tmp_path), "test")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the loss is nan"), KeyboardInterrupt()])
+def test_a_training_that_fails_ends_the_generation(tiny_pipeline, tmp_path, monkeypatch, error):
+    board, ended = FakeBoard(), []
+
+    def write_missing(*arguments):
+        ended.append(board.policy(0, 60.0))
+
+    def train(config: RunConfig, settings: dict) -> dict:
+        raise error
+
+    for name, fake in (("Board", lambda keep: board), ("write_missing", write_missing), ("train", train)):
+        monkeypatch.setattr(stage, name, fake)
+    with pytest.raises(type(error)):
+        stage.online(run_config(tiny_pipeline, tmp_path), stored_prompts(tmp_path), str(tmp_path), "test")
+    assert board.meeting.ended
+    assert ended == [("ended", None)]
+
+
 class Mortal(stage.OnlineGenerator):
     """Dies once after a commit, before anybody is told of it, and once before it makes a part."""
 
@@ -558,7 +598,8 @@ def same_as(undisturbed: Path, folder: Path):
     mine, theirs = log_of(folder), log_of(undisturbed)
     assert [line["step"] for line in mine] == [line["step"] for line in theirs]
     for name in ("loss", "reward", "diversity"):
-        assert [line.get(name) for line in mine] == pytest.approx([line.get(name) for line in theirs], rel=1e-3)
+        one, two = ([line[name] for line in lines if line.get(name) is not None] for lines in (mine, theirs))
+        assert one == pytest.approx(two, rel=1e-3)
     for version in os.listdir(undisturbed / "policies"):
         one, two = (load_file(f / "policies" / version / "adapter_model.safetensors") for f in (folder, undisturbed))
         assert one.keys() == two.keys()
