@@ -1,4 +1,4 @@
-"""Image sizes: the one that a model was trained at, and which others it can make."""
+"""Image sizes: the size that a model was trained at, and the other sizes that it can generate."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 class Sizes:
     """The image sizes of a model, in pixels; a size is (height, width)."""
 
-    own: tuple[int, int]  # that it was trained at
-    scale: int  # pixels along one side of a latent pixel
-    multiple: int  # of which a height or width must be a multiple
+    own: tuple[int, int]  # size that the model was trained at
+    scale: int  # image pixels per latent pixel, along one side
+    multiple: int  # height and width must be multiples of this number
 
     @classmethod
     def of_unet(cls, unet: Mapping, vae: Mapping) -> "Sizes":
-        """Of a UNet2DConditionModel with an AutoencoderKL, from their configurations (missing: the default).
+        """The sizes of a UNet2DConditionModel with an AutoencoderKL, from their configs; missing keys: the defaults.
 
-        Both halve the size after each block but the last, and the UNet doubles it again: a size that cannot be halved
-        would come back as another one.
+        Both halve the size after each block except the last, and the UNet doubles it again. With a size that is not
+        divisible, the output would have another size than the input.
 
         Raises:
-            ValueError: the UNet's configuration does not say its own size.
+            ValueError: the UNet's config has no sample_size.
         """
         sample = unet.get("sample_size")
         if sample is None:
@@ -31,7 +31,7 @@ class Sizes:
         return cls((height * scale, width * scale), scale, scale * downsampling)
 
     def faults(self, height: int | None, width: int | None) -> list[str]:
-        """What is wrong with a size, one line for the height and one for the width; None, the model's own, is right."""
+        """Error messages for a size, one line each for height and width. None, the model's own size, is valid."""
         lines = []
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and pixels % self.multiple:
@@ -44,15 +44,15 @@ class Sizes:
         return lines
 
     def image(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """The size of images; None: the model's own height or width.
+        """The image size (height, width). None: the model's own height or width.
 
         Raises:
-            ValueError: with the lines of `faults`.
+            ValueError: the size is not valid; the message has the lines of `faults`.
         """
         if faults := self.faults(height, width):
             raise ValueError("\n".join(faults))
         return height or self.own[0], width or self.own[1]
 
     def latent(self, image: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the latents of images of a size."""
+        """Height and width of the latents of an image of this size."""
         return image[0] // self.scale, image[1] // self.scale
