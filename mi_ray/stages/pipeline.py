@@ -189,12 +189,10 @@ def _size_faults(config: RunConfig) -> list[str]:
     sizes = load_sizes(config.model.path)
     faults = [f"model.{fault}" for fault in sizes.faults(*config.model.size)]
     for section in () if faults else ("generate", "evaluation"):
-        with (
-            suppress(ValueError),
-            collecting(faults, f"{section}.alignment"),
-        ):
+        with suppress(ValueError):  # _check_alignment reports a name that is no metric
             metrics = load_metrics(getattr(config, section).alignment)
-            check_image_size(metrics, sizes.image(*config.model.size))
+            with collecting(faults, f"{section}.alignment"):
+                check_image_size(metrics, sizes.image(*config.model.size))
     return faults
 
 

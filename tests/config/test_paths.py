@@ -12,13 +12,13 @@ from mi_ray.config import RunConfig, pinned, without_revision
 from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.config.paths import SHIPPED
+from mi_ray.config.rescore import RescoreConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion import folders
 from mi_ray.inputs.more_prompts_config import MorePromptsConfig
 from mi_ray.inputs.pair_config import ScorePairsConfig
 from mi_ray.runs.folder import check_run_dir
 from mi_ray.stages.pipeline import Plan, open_run
-from mi_ray.config.rescore import RescoreConfig
 from mi_ray.training.pretrain import PretrainConfig
 
 LEAST = ["--run-dir", "runs/test", "--prompts.file", "prompts.txt"]

@@ -294,7 +294,7 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(hub, tmp_path):
     (hub / "refs" / "main").write_text("1" * 40)
     assert plan().config.model.path == "me/tiny@" + "2" * 40
     assert plan("me/tiny@" + "2" * 40).config.hash() == begun.config.hash()
-    with pytest.raises(ConfigError, match=f"started with commit {'2' * 40} of the model, and now it is {'1' * 40}"):
+    with pytest.raises(ConfigError, match=f"started with commit {'2' * 40} of the model, but now it is {'1' * 40}"):
         plan("me/tiny@main")
 
 

@@ -82,9 +82,9 @@ def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
     assert read_labels(str(file), digest) == read_labels(str(table), digest)
     calibrate(config.model_copy(update={"alignment": None, "labels": str(file)}))
     own = capsys.readouterr().out
-    told = [line for line in by_oracle.splitlines() if line.startswith(("label", "without"))]
+    told = [line for line in by_oracle.splitlines() if line.startswith(("label", "the label"))]
     assert len(told) == 3
-    assert told == [line for line in own.splitlines() if line.startswith(("label", "without"))]
+    assert told == [line for line in own.splitlines() if line.startswith(("label", "the label"))]
     with pytest.raises(ConfigError, match="labels another pool"):
         calibrate(config.model_copy(update={"alignment": None, "labels": str(file), "seed": 1}))
 
@@ -95,7 +95,7 @@ def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
         (None, "does not exist"),
         ("", "has no label for a candidate of these prompts"),
         ('{"prompt_id": "a", "candidate_index": 0, "label": 1}', "has no label for a candidate of these prompts"),
-        ('{"prompt_id": "a", "label": 1}', "no 'candidate_index'"),
+        ('{"prompt_id": "a", "label": 1}', "no field 'candidate_index'"),
         ('{"prompt_id": "a", "candidate_index": 0}', "has no label for a candidate of these prompts"),
         ('{"prompt_id": "a", "candidate_index": 0, "label": "good"}', "could not convert"),
     ],

@@ -175,7 +175,7 @@ def test_what_is_skipped_is_counted_and_told_wherever_one_looks(tmp_path):
     assert run_status(config.run_dir)["prompts_skipped"] == 31
     told = summarise(config.run_dir, config)["errors"]
     assert sum(error["count"] for error in told) == 31
-    assert {"line 11 is not UTF-8", "10 more: not UTF-8", "line 10 is line 7 again"} <= {e["message"] for e in told}
+    assert {"line 11 is not UTF-8", "10 more: not UTF-8", "line 10 repeats line 7"} <= {e["message"] for e in told}
     file.write_text("\n".join(prompts).replace("two", "five"))
     with pytest.raises(ConfigError, match=r"prompts\.file: the run folder holds a run with other prompts"):
         Plan(config)

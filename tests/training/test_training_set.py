@@ -68,7 +68,7 @@ def test_only_what_is_drawn_is_read(tiny_pipeline, tmp_path):
     microbatches, batch_size = 4, 3
     some, whole = (read_training_set(uri, denoiser, 5, drawn) for drawn in (microbatches * batch_size, 10**6))
     assert (len(some.latents), len(whole.latents), some.count) == (12, count, count)
-    with pytest.raises(ValueError, match=r"holds \(4, 8, 8\); the model has latents \(4, 12, 8\)"):
+    with pytest.raises(ValueError, match=r"holds latents of shape \(4, 8, 8\); the model has latents \(4, 12, 8\)"):
         read_training_set(uri, load_denoiser(str(tiny_pipeline), size=(96, None)), 5, 4)
     assert len(some.conditioning) <= 13
     for microbatch in range(microbatches):
