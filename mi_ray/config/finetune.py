@@ -142,9 +142,11 @@ class OnlineConfig(Section):
     max_latent_drift: float = Field(
         0.15,
         gt=0,
-        description="stop if the standard deviation of the candidates' latents differs from that of the first update"
-        " by more than this share",
+        description="stop if the standard deviation of the candidates' latents in the last validate_every updates"
+        " differs from that in the first ones by more than this share",
     )
     min_diversity: Share = Field(
-        0.8, description="stop if the diversity of a prompt's candidates falls below this share of the first update's"
+        0.8,
+        description="stop if the diversity of a prompt's candidates in the last validate_every updates is below this"
+        " share of that in the first ones",
     )

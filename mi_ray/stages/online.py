@@ -153,7 +153,10 @@ def online(config: RunConfig, source: str, folder: str, name: str) -> str:
     board.finished([index for index, part in enumerate(names) if part not in missing])
     constructor = {"config": config.model_dump(mode="json"), "source": source, "folder": folder, "board": board}
     what = "online", "policy", OnlineGenerator, constructor, plan, candidates, config.run_dir
-    generation = _Thread(lambda: write_missing(*what, config.resources, "prompt"), board.end)
+    # The shards of one update run side by side: an actor of a fixed pool holds no second one that another could take.
+    least, most = config.resources.num_actors
+    in_flight = 1 if least == most else 2
+    generation = _Thread(lambda: write_missing(*what, config.resources, "prompt", in_flight), board.end)
     generation.start()
     try:
         settings = {"prompts": source, "folder": folder, "board": board}

@@ -250,8 +250,14 @@ def error_row(schema: pa.Schema, shard: Shard, position: int, message: str) -> d
 
 
 # ------------------------------------------------------------------------------------------ in the driver
-def stream(actor: type, constructor: dict, rows: list[dict], resources: ResourcesConfig) -> Iterator[dict]:
-    """Run shards, one row each, through a pool of actors. Yield the receipt of each shard when it is written."""
+def stream(
+    actor: type, constructor: dict, rows: list[dict], resources: ResourcesConfig, in_flight: int = 2
+) -> Iterator[dict]:
+    """Run shards, one row each, through a pool of actors. Yield the receipt of each shard when it is written.
+
+    Args:
+        in_flight: number of shards that an actor holds, the next one beside the current one. A pool that grows needs 2.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -268,7 +274,7 @@ def stream(actor: type, constructor: dict, rows: list[dict], resources: Resource
     dataset = dataset.map_batches(
         actor,
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=in_flight),
         num_cpus=resources.cpus_per_actor,
         num_gpus=resources.gpus_per_actor,
         fn_constructor_kwargs=constructor,
@@ -309,6 +315,7 @@ def write_missing(
     run_dir: str,
     resources: ResourcesConfig,
     unit: str,
+    in_flight: int = 2,
 ):
     """Write the missing parts of a folder, with a progress bar and an event for each part.
 
@@ -339,7 +346,7 @@ def write_missing(
         total=total, initial=here, desc=f"{stage} {model}", unit=unit, mininterval=2, dynamic_ncols=True
     ) as progress:
         rows = [shards.row(index) for index in todo]
-        for done in stream(actor, constructor, rows, resources) if rows else ():
+        for done in stream(actor, constructor, rows, resources, in_flight) if rows else ():
             lease.confirm(run_dir)
             if not done["shard"]:  # the shard is no longer needed
                 continue

@@ -25,6 +25,7 @@ from mi_ray.runs.layout import CANDIDATES, policy_folder
 from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, run_rewards, validation_rewards_of
 from mi_ray.training.losses import Batch, Objective, weights_of
 
+GUARDED = ("latent_std", "diversity")  # figures of the candidates that stop a run which they leave
 PROBE_ROWS = 32  # on which the effective guidance is measured
 READ = ("prompt_id", "prompt", "advantage", "latents")  # of a part, beside the rewarded columns
 
@@ -89,7 +90,7 @@ class OnlineSource:
         self.scores: dict[int, np.ndarray] = {}  # by validated version: mean reward of each held-out prompt
         self.groups: list[Group] = []
         self.figures: dict[str, float] = {}
-        self.first: dict[str, float] | None = None  # the figures of the first update, which later ones are held against
+        self.history: list[dict[str, float]] = []  # the guarded figures of every update so far
         self.update = -1
 
     # ------------------------------------------------------------------------------------------ reading
@@ -139,13 +140,28 @@ class OnlineSource:
             "latent_std": latents.std().item(),
             "diversity": float(np.mean(within)),
         }
-        self.first = first = self.first or dict(self.figures)
-        drift = abs(self.figures["latent_std"] / first["latent_std"] - 1)
+        self.history.append({name: self.figures[name] for name in GUARDED})
+        self._guard()
+
+    def _guard(self):
+        """Compare the last updates with the first ones; single updates differ, for they have other prompts.
+
+        Raises:
+            RunAway: the scale or the diversity of the candidates has left its range.
+        """
+        size = self.config.online.validate_every
+        if len(self.history) < 2 * size:
+            return
+        first, last = (
+            {name: np.mean([figures[name] for figures in some]) for name in GUARDED}
+            for some in (self.history[:size], self.history[-size:])
+        )
+        drift = abs(last["latent_std"] / first["latent_std"] - 1)
         if drift > self.config.online.max_latent_drift:
-            raise RunAway(f"the standard deviation of the latents is {drift:.0%} off the first update's")
-        share = self.figures["diversity"] / first["diversity"]
+            raise RunAway(f"the standard deviation of the latents has changed by {drift:.0%} in {size} updates' mean")
+        share = last["diversity"] / first["diversity"]
         if share < self.config.online.min_diversity:
-            raise RunAway(f"the diversity of a prompt's candidates is {share:.0%} of the first update's")
+            raise RunAway(f"the diversity of a prompt's candidates is {share:.0%} of that of the first {size} updates")
 
     # ------------------------------------------------------------------------------------------ batches
     def parts(self, step: int, rank: int, workers: int) -> list[tuple[Callable[[], Batch], float]]:
@@ -241,7 +257,7 @@ class OnlineSource:
         return last and (update + 1) % self.config.online.validate_every == 0
 
     def probe(self) -> Batch | None:
-        self.update = -1
+        self.update, self.history = -1, []  # the training has ended
         return self._draw(self.groups, 0) if self._read(0) and self.groups else None
 
     def state(self) -> dict:
@@ -251,7 +267,8 @@ class OnlineSource:
         if not lines:
             self._publish(0)
             return
-        self.first = next((line for line in lines if line.get("latent_std") is not None), None)
+        seen = [line for line in lines if line.get("latent_std") is not None]
+        self.history = [{name: line[name] for name in GUARDED} for line in seen]
         self.recent = state["recent"]
         if self.save:
             for version, policy in sorted(self.recent.items()):

@@ -348,7 +348,7 @@ def test_mistakes_are_told(arguments, told):
 
 
 def test_what_is_no_longer_in_the_input_is_no_longer_in_the_scores(tiny_pipeline, tmp_path, monkeypatch, capsys):
-    def inline(actor, constructor, rows, resources):
+    def inline(actor, constructor, rows, resources, in_flight):
         scorer = actor(**constructor)
         for row in rows:
             done = scorer({name: np.array([value], object) for name, value in row.items()})
