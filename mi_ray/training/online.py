@@ -158,7 +158,7 @@ class OnlineSource:
         )
         drift = abs(last["latent_std"] / first["latent_std"] - 1)
         if drift > self.config.online.max_latent_drift:
-            raise RunAway(f"the standard deviation of the latents has changed by {drift:.0%} in {size} updates' mean")
+            raise RunAway(f"the standard deviation of the latents of {size} updates has changed by {drift:.0%}")
         share = last["diversity"] / first["diversity"]
         if share < self.config.online.min_diversity:
             raise RunAway(f"the diversity of a prompt's candidates is {share:.0%} of that of the first {size} updates")

@@ -52,7 +52,7 @@ class Writer:
 def stage(tmp_path, monkeypatch):
     """Runs the stage over 3 shards of 4, 4 and 3 prompts; returns its manifest."""
 
-    def inline(actor, constructor, rows, resources):
+    def inline(actor, constructor, rows, resources, in_flight):
         writer = actor(**constructor)
         for row in rows:
             batch = {name: np.array([value], int if type(value) is int else object) for name, value in row.items()}
