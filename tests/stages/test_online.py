@@ -332,7 +332,7 @@ def test_a_source_that_starts_again_has_the_same_batches_and_publishes_the_versi
     assert sorted(board.meeting.policies) == [0, 1]
     for version, policy in board.meeting.policies.items():
         assert all(torch.equal(policy[name], values) for name, values in drawn_by[version].items())
-    assert again.first["latent_std"] == first.first["latent_std"]
+    assert again.history[0] == first.history[0]
     assert again.open(INNER)
     batch = again.parts(INNER, 0, 1)[0][0]()
     for name in ("x0", "noise", "timesteps", "advantages", "null"):
