@@ -395,7 +395,7 @@ def test_a_run_is_continued_and_a_changed_config_refused(tiny_pipeline, tmp_path
     command += ["--pairs-per-shard", "2", "--score.num-samples", "2", "--score.max-negatives", "2"]
     done = job(*command)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "5 pairs scored, 0 not" in done.stdout
+    assert "5 pairs scored, 0 with an error" in done.stdout
     parts = sorted((run_dir / "scores").glob("*.parquet"))
     before = pd.concat([pd.read_parquet(part) for part in parts])
     assert before["prompt"].tolist() == CAPTIONS
