@@ -42,10 +42,10 @@ class PolicySampler:
         for denoiser in (self.base, self.drawing):
             specialise(denoiser, config.model, batch_size)
         self.sampler = Sampler(self.drawing, config.sampler, batch_size, config.model.kernel)
-        self.metrics = load_metrics(config.generate.alignment)
-        # A validation is also measured by the metrics of the evaluation, which nobody learns from.
+        # A validation is also measured by the metrics of the evaluation, which nobody learns from. Each is loaded once.
         both = dict.fromkeys([*config.generate.alignment, *config.evaluation.alignment])
         self.validation_metrics = load_metrics(tuple(both))
+        self.metrics = {name: self.validation_metrics[name] for name in config.generate.alignment}
         self.rewards = run_rewards(config)
         self.random = all(reward.name == RANDOM for reward in self.rewards)
         self.scorer = Scorer(self.base, config.score, batch_size, config.seed, [])

@@ -65,7 +65,7 @@ def supervised(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
 def nft(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
     """DiffusionNFT (arXiv 2509.16117, eq. 5): (r l(old + b d) + (1 - r) l(old - b d)) / b with d = new - old,
     r = (1 + A) / 2, b = `beta`. A good candidate attracts the prediction, a bad one repels it."""
-    beta, r = config.beta or BETA["nft"], (1 + batch.advantages) / 2
+    beta, r = _beta(config), (1 + batch.advantages) / 2
     move = beta * (p.new - p.old)
     return (r * p.error(p.old + move) + (1 - r) * p.error(p.old - move)) / beta
 
@@ -81,7 +81,8 @@ def dgpo(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
     """Group DPO (arXiv 2510.08425): log(1 + exp(b sum_i A_i (l_i(new) - l_i(reference)))) over a prompt's candidates,
     b = `beta`. With two candidates it is Diffusion-DPO."""
     gained = batch.advantages * (p.error(p.new) - p.error(p.reference))
-    return softplus((config.beta or BETA["dgpo"]) * _sum_of_group(gained, batch.group)) / (config.beta or BETA["dgpo"])
+    beta = _beta(config)
+    return softplus(beta * _sum_of_group(gained, batch.group)) / beta
 
 
 def crd(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
@@ -89,7 +90,7 @@ def crd(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
     reward r = l(old) - l(new) times the number of latent elements. The anchor is `anchor` at `anchor_guidance`."""
     implied = (p.error(p.old) - p.error(p.new)) * p.new[0].numel()
     centred = implied - _mean_of_group(implied, batch.group)
-    return ((config.beta or BETA["crd"]) * centred - batch.advantages).square()
+    return (_beta(config) * centred - batch.advantages).square()
 
 
 def gors(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
@@ -127,6 +128,11 @@ METHODS = {
     "gors": Method(gors),
     "hn-itm": Method(hn_itm),
 }
+
+
+def _beta(config: FinetuneConfig) -> float:
+    """`finetune.beta`, or the default of the method."""
+    return config.beta or BETA[config.method]
 
 
 def _sum_of_group(values: Tensor, group: Tensor) -> Tensor:
