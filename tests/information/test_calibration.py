@@ -43,7 +43,7 @@ def test_no_band_is_believed_where_nothing_tells():
         assert abs(band.label_free) < 0.12
 
 
-def test_without_noise_halves_agree_and_every_pair_is_ordered():
+def test_without_noise_samples_agree_and_every_pair_is_ordered():
     errors, index, labels = world(noise=0.0)
     told = [b for b in judge_bands(errors, EDGES, index, labels) if b.log_snr_min < -2 and b.log_snr_max > -4]
     for band in told:

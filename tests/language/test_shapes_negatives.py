@@ -29,7 +29,7 @@ def test_the_prompts_own_image_contradicts_every_negative(prompt):
     for negative in chosen(made, 16):
         assert score(image, negative.prompt).exact == 0, negative
         assert negative.kind in KINDS
-        assert negative.said != negative.instead
+        assert negative.original != negative.instead
 
 
 @pytest.mark.parametrize("prompt", drawn_prompts(1))
@@ -77,7 +77,7 @@ def test_an_attribute_that_the_prompt_leaves_open_contradicts_nothing():
 def test_counts_are_swapped_between_objects():
     by_count = [n for n in negatives("two orange crosses with one purple square") if n.attribute == "count"]
     assert by_count[0].prompt == "one orange cross with two purple squares"
-    assert (by_count[0].said, by_count[0].instead) == (
+    assert (by_count[0].original, by_count[0].instead) == (
         "two orange crosses and one purple square",
         "one orange cross and two purple squares",
     )

@@ -109,7 +109,7 @@ def test_scores_are_those_of_the_estimators(tiny):
         lead, error = pointwise.pmi(errors[texts.index(best.prompt)], errors[0], probes)
         likeliest = max(density[best.prompt], density[""])
         assert row["score_margin"] == pytest.approx(density[prompt] - likeliest, abs=2e-3)
-        told = (best.said, best.instead, best.attribute) if lead > 2 * error else (None, None, None)
+        told = (best.original, best.instead, best.attribute) if lead > 2 * error else (None, None, None)
         assert tuple(row[name] for name in ("contradicted", "instead", "contradicted_attribute")) == told
 
 
