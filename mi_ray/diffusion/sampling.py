@@ -30,16 +30,16 @@ class SolverPlan:
 
     @property
     def stochastic(self) -> bool:
-        """Whether it needs noise on the way."""
+        """Whether the solver adds noise at its steps."""
         return bool((self.coefficients[:, 3] != 0).any())
 
     @property
     def multistep(self) -> bool:
-        """Whether it needs the x0 of the step before."""
+        """Whether the solver needs the x0 of the previous step."""
         return bool((self.coefficients[:, 2] != 0).any())
 
     def guided(self, interval: tuple[float, float] | None) -> list[bool]:
-        """Which steps evaluate both branches: those whose log SNR lies in the interval; all without one."""
+        """For each step: whether both branches are evaluated, because its log SNR is in the interval. None: always."""
         if interval is None:
             return [True] * len(self.timesteps)
         alpha, sigma = self.coefficients[:, 4:].unbind(1)
@@ -47,12 +47,12 @@ class SolverPlan:
         return ((log_snr >= interval[0]) & (log_snr <= interval[1])).tolist()
 
     def table(self, prediction_type: str) -> Tensor:
-        """The steps as `kernels.guided_step` takes them, (S, 8) float64: the columns of `kernels.Coefficients`.
+        """The coefficients for `kernels.guided_step`, (S, 8) float64: the columns of `kernels.Coefficients`.
 
-        x0 = kx x_t + kp prediction and epsilon = p prediction + q x_t, of what a model of that type predicts.
+        They convert a model's prediction: x0 = kx x_t + kp prediction, and epsilon = p prediction + q x_t.
 
         Raises:
-            ValueError: for a prediction type other than epsilon, v_prediction, sample.
+            ValueError: prediction_type is not epsilon, v_prediction or sample.
         """
         *solver, alpha, sigma = self.coefficients.unbind(1)
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
@@ -65,16 +65,17 @@ class SolverPlan:
                 conversion = zero, one, -alpha / sigma, 1 / sigma
             case _:
                 known = ", ".join(PREDICTION_TYPES)
-                raise ValueError(f"prediction_type {prediction_type!r} is not supported: one of {known}")
+                raise ValueError(f"prediction_type {prediction_type!r} is not supported; use one of {known}")
         return torch.stack([*solver, *conversion], 1)
 
 
 def solver_plan(
     schedule: NoiseSchedule, solver: str, num_inference_steps: int, timestep_spacing: str | None = None
 ) -> SolverPlan:
-    """The steps of "ddpm", "ddim", "dpm++2m" or "dpm++2m-sde", equal to diffusers' DDPMScheduler, DDIMScheduler (eta 0)
-    and DPMSolverMultistepScheduler (its defaults: second-order midpoint, first-order last step to sigma 0; for the last
-    one with algorithm_type "sde-dpmsolver++").
+    """The steps of "ddpm", "ddim", "dpm++2m" or "dpm++2m-sde".
+
+    They equal those of diffusers: DDPMScheduler, DDIMScheduler (eta 0), DPMSolverMultistepScheduler (its defaults:
+    second-order midpoint, first-order last step to sigma 0), and the latter with algorithm_type "sde-dpmsolver++".
 
     A step goes from abar_t to abar_s, with alpha = sqrt(abar), sigma = sqrt(1 - abar):
 
@@ -85,23 +86,23 @@ def solver_plan(
     - DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): A x_t - alpha_s (exp(-h) - 1) m with
       m = (1 + 1/2r) x0 - 1/2r previous_x0, lambda = log(alpha / sigma), h = lambda_s - lambda_t and
       r = h_before / h. Since exp(-h) = A alpha_t / alpha_s, the factor of m is DDIM's B, hence
-      B = B_ddim (1 + 1/2r), C = -B_ddim / 2r; the first step has no x0 before it and the last an infinite h: C = 0.
-    - SDE-DPM-Solver++(2M) (Lu et al. 2022, algorithm 4): the same m in place of x0, in DDPM's step, which is the first
-      order of the reverse SDE: B = B_ddpm (1 + 1/2r), C = -B_ddpm / 2r, and DDPM's A and D.
+      B = B_ddim (1 + 1/2r), C = -B_ddim / 2r. C = 0 in the first step (no previous x0) and in the last (infinite h).
+    - SDE-DPM-Solver++(2M) (Lu et al. 2022, algorithm 4): DDPM's step, which is the first-order step of the reverse SDE,
+      with m in place of x0: B = B_ddpm (1 + 1/2r), C = -B_ddpm / 2r, and DDPM's A and D.
 
     Args:
         timestep_spacing: "leading", "linspace" or "trailing" (Lin et al. 2024, arXiv 2305.08891, table 2);
-            None: as the model's scheduler config says.
+            None: that of the model's scheduler config.
 
     Raises:
-        ValueError: for an unknown solver or spacing, and for more steps than the model's timesteps allow.
+        ValueError: the solver or spacing is unknown, or there are more steps than the model's timesteps allow.
     """
     if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is unknown: one of {', '.join(SOLVERS)}")
+        raise ValueError(f"solver {solver!r} is unknown; use one of {', '.join(SOLVERS)}")
     timesteps = _timesteps(schedule, solver, num_inference_steps, timestep_spacing or schedule.timestep_spacing)
     abar = schedule.alphas_cumprod[timesteps]
     target = torch.cat([abar[1:], abar.new_ones(1)])
-    if solver == "ddim":  # diffusers steps by T // S, which need not be where the next timestep lies
+    if solver == "ddim":  # diffusers goes T // S timesteps back, which may differ from the next timestep
         arrival = timesteps - schedule.num_train_timesteps // num_inference_steps
         final = torch.tensor(schedule.final_alpha_cumprod, dtype=torch.float64)
         target = torch.where(arrival >= 0, schedule.alphas_cumprod[arrival.clamp(min=0)], final)
@@ -125,29 +126,29 @@ def solver_plan(
 
 
 def _timesteps(schedule: NoiseSchedule, solver: str, num_inference_steps: int, spacing: str) -> Tensor:
-    """As diffusers spreads them: (S,) long, decreasing."""
+    """The timesteps of diffusers' schedulers: (S,) long, decreasing."""
     count = schedule.num_train_timesteps
-    # diffusers' DPM-Solver++ lays out one point more, whose last (the clean end) it does not evaluate
+    # diffusers' DPM-Solver++ has one more point: the clean end, which is not evaluated
     points = num_inference_steps + (solver in _MULTISTEP)
     if not 1 <= points <= count:
         raise ValueError(
-            f"num_inference_steps {num_inference_steps} will not do: the model has {count} timesteps;"
-            f" give 1 to {count - (solver in _MULTISTEP)}"
+            f"num_inference_steps is {num_inference_steps}, but the model has {count} timesteps; set a value from 1 to"
+            f" {count - (solver in _MULTISTEP)}"
         )
     match spacing:
         case "leading":
             grid = (np.arange(points) * (count // points))[::-1] + schedule.steps_offset
         case "linspace":
             grid = np.linspace(0, count - 1, points).round()[::-1]
-        case "trailing":  # rounding may add a point below zero, which diffusers' DDPM and DDIM keep
+        case "trailing":  # rounding may add a point below zero; diffusers' DDPM and DDIM keep it
             grid = np.arange(count, 0, -count / num_inference_steps).round() - 1
         case _:
-            raise ValueError(f"timestep_spacing {spacing!r} is unknown: one of {', '.join(TIMESTEP_SPACINGS)}")
+            raise ValueError(f"timestep_spacing {spacing!r} is unknown; use one of {', '.join(TIMESTEP_SPACINGS)}")
     timesteps = torch.from_numpy(grid[:num_inference_steps].astype(np.int64))
     if timesteps[0] >= count:
         raise ValueError(
-            f"num_inference_steps {num_inference_steps} with steps_offset {schedule.steps_offset} begins at timestep"
-            f" {timesteps[0]}, beyond the model's last, {count - 1}: take fewer steps or another timestep_spacing"
+            f"num_inference_steps {num_inference_steps} with steps_offset {schedule.steps_offset} starts at timestep"
+            f" {timesteps[0]}, but the model's last one is {count - 1}; use fewer steps or another timestep_spacing"
         )
     return timesteps
 
@@ -155,7 +156,7 @@ def _timesteps(schedule: NoiseSchedule, solver: str, num_inference_steps: int, s
 # ---------------------------------------------------------------------------------------------- sampling
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """What sampling n candidates leaves, on the denoiser's device."""
+    """The result of sampling n candidates, on the denoiser's device."""
 
     latents: Tensor  # (n, *latent_shape) fp32, clean
     timesteps: Tensor  # (S,) long, on the CPU
@@ -163,19 +164,19 @@ class Trajectory:
     cross: Tensor  # (n, S) fp32: <conditional epsilon, conditional - unconditional epsilon> at each step
 
     def of(self, rows: Tensor) -> "Trajectory":
-        """Of some candidates."""
+        """The trajectory of the candidates `rows`."""
         rows = rows.to(self.latents.device)
         return Trajectory(self.latents[rows], self.timesteps, self.delta_sq[rows], self.cross[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Where sampling stands after a step."""
+    """The state of sampling after a step."""
 
-    step: int  # index of the step just done
+    step: int  # index of the step
     latents: Tensor  # (n, *latent_shape) fp32
-    x0: Tensor | None  # (n, *latent_shape) fp32, the clean latents that the step predicted, where they were asked for
-    statistics: Tensor  # (S, 2, n, parts) fp32, as `kernels.guided_step` writes them; NaN where no step did
+    x0: Tensor | None  # (n, *latent_shape) fp32, the clean latents that the step predicted; None if not requested
+    statistics: Tensor  # (S, 2, n, parts) fp32, see `kernels.guided_step`; NaN for steps that are not done
 
     @property
     def delta_sq(self) -> Tensor:
@@ -204,17 +205,20 @@ def sampling_steps(
     previous_x0: Tensor | None = None,
     x0_at: Container[int] | None = None,
 ) -> Iterator[State]:
-    """Denoise with classifier-free guidance, yielding the state after each step. The other arguments are `sample`'s.
+    """Denoise with classifier-free guidance, and yield the state after each step. See `sample` for other arguments.
 
-    Both branches go in one denoiser batch, and nothing in the loop waits for the device.
+    Both branches are evaluated in one batch. The loop never waits for the device.
 
     Args:
-        steps: which steps of the plan to do; None: all. What one call leaves, the next may continue from, with other
-            candidates beside: latents, previous_x0 (where the plan is multistep) and the noise say all.
-        x0_at: steps whose x0 is wanted; None: all. A multistep plan has it always.
+        steps: the steps of the plan to do; None: all. A later call can continue, also in a batch with other candidates:
+            the state of a candidate is its latents, its previous_x0 (if the plan is multistep) and its noise generator.
+        x0_at: steps after which x0 is needed; None: all. A multistep plan always returns it.
+
+    Raises:
+        ValueError: the plan is stochastic and step_noise is None.
     """
     if plan.stochastic and step_noise is None:
-        raise ValueError("this solver adds noise at its steps: give step_noise")
+        raise ValueError("this solver adds noise at its steps; give step_noise")
     device, n, count = denoiser.device, len(latents), len(plan.timesteps)
     timesteps = plan.timesteps.to(device)
     prediction_type = denoiser.schedule.prediction_type
@@ -263,16 +267,17 @@ def sample(
 
     Args:
         conditioning: n rows, from `denoiser.encode_prompts`.
-        null: of the empty prompt, n rows or one for all.
-        latents: (n, *latent_shape) standard normal, on any device.
-        guidance_scale: one for all, or each candidate's own, (n,) fp32 on the device.
-        step_noise: standard normal noise of a step; asked in order, and only where the plan is stochastic.
-        guidance_interval: of log SNR; outside it the conditional branch alone is evaluated and followed, and the
-            statistics are NaN (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: guidance everywhere.
-        kernel: which implementation of the step, from `kernels.choose_kernel`.
+        null: conditioning of the empty prompt, n rows or one row.
+        latents: (n, *latent_shape) standard normal noise, on any device.
+        guidance_scale: one value, or one per candidate, (n,) fp32 on the device.
+        step_noise: standard normal noise of a step. It is called in the order of the steps, and only for steps that add
+            noise.
+        guidance_interval: interval of log SNR with guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724). Outside it
+            only the conditional branch is evaluated, and the statistics are NaN. None: guidance at all steps.
+        kernel: implementation of the step, from `kernels.choose_kernel`.
 
     Raises:
-        ValueError: if the plan is stochastic and step_noise is None.
+        ValueError: the plan is stochastic and step_noise is None.
     """
     arguments = (denoiser, plan, conditioning, null, latents, guidance_scale, step_noise)
     steps = sampling_steps(*arguments, guidance_interval=guidance_interval, kernel=kernel, x0_at=())
@@ -281,24 +286,24 @@ def sample(
 
 
 def _like(latents: Tensor, prediction: Tensor) -> Tensor:
-    """The latents in the memory layout of the prediction; a channels-last model has another than the noise."""
+    """The latents in the memory layout of the prediction. They differ for a channels-last model."""
     if latents.ndim == 4 and prediction.ndim == 4 and not prediction.is_contiguous():
         return latents.contiguous(memory_format=torch.channels_last)
     return latents
 
 
 def _to_device(noise: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting: from pinned memory, where the device is a GPU."""
+    """Copy to the device. The copy to a GPU uses pinned memory, so that it does not wait."""
     if device.type == "cuda" and not noise.is_cuda:
         noise = noise.pin_memory()
     return noise.to(device, torch.float32, non_blocking=True)
 
 
 class CandidateNoise:
-    """The noise of candidates, fp32 on the CPU, each from its own generator: a candidate never depends on its batch,
-    nor on the device.
+    """The noise of candidates, fp32 on the CPU. Each candidate has its own generator, seeded with its seed, so it does
+    not depend on its batch or the device.
 
-    A generator, seeded with the candidate's seed, gives in this order: latents, first noisy step, second, and so on.
+    A generator gives the initial latents first, then the noise of the steps that add noise, in order.
     """
 
     def __init__(self, seeds: list[int], latent_shape: tuple[int, ...]):
@@ -306,7 +311,7 @@ class CandidateNoise:
         self._shape = latent_shape
 
     def draw(self, rows: list[int] | None = None) -> Tensor:
-        """The next noise of each, or of some candidates: (n, *latent_shape)."""
+        """The next noise of the candidates `rows`, or of all: (n, *latent_shape)."""
         chosen = self._generators if rows is None else [self._generators[row] for row in rows]
         noise = torch.empty(len(chosen), *self._shape)
         for values, generator in zip(noise, chosen, strict=True):
@@ -314,8 +319,8 @@ class CandidateNoise:
         return noise
 
     @contextmanager
-    def taken_back_on_error(self, rows: list[int]) -> Iterator[None]:
-        """If what is within fails, these candidates' noise begins again where it was."""
+    def restored_on_error(self, rows: list[int]) -> Iterator[None]:
+        """Context that resets the generators of these candidates if the block raises an error."""
         before = [self._generators[row].get_state() for row in rows]
         try:
             yield
@@ -326,6 +331,6 @@ class CandidateNoise:
 
 
 def candidate_noise(seeds: list[int], latent_shape: tuple[int, ...]) -> tuple[Tensor, StepNoise]:
-    """Initial latents (n, *latent_shape) and the noise of the steps of candidates that stay together."""
+    """Initial latents (n, *latent_shape) and the noise of the steps, for candidates that stay in one batch."""
     noise = CandidateNoise(seeds, latent_shape)
     return noise.draw(), lambda step: noise.draw()

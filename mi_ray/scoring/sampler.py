@@ -155,7 +155,7 @@ class Sampler:
             previous_x0=pool.x0[on_device] if self.plan.multistep and steps.start else None,
             x0_at=(steps.stop - 1,) if steps.stop < len(self.plan.timesteps) else (),
         )
-        with noise.taken_back_on_error(chosen):
+        with noise.restored_on_error(chosen):
             last = deque(states, maxlen=1).pop()
         pool.put(rows, steps, last)
         return len(rows)
