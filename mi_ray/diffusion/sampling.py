@@ -47,12 +47,12 @@ class SolverPlan:
         return ((log_snr >= interval[0]) & (log_snr <= interval[1])).tolist()
 
     def table(self, prediction_type: str) -> Tensor:
-        """The coefficients for `kernels.guided_step`, (S, 8) float64: the columns of `kernels.Coefficients`.
+        """The steps as `kernels.guided_step` takes them, (S, 8) float64: the columns of `kernels.Coefficients`.
 
-        They convert a model's prediction: x0 = kx x_t + kp prediction, and epsilon = p prediction + q x_t.
+        x0 = kx x_t + kp prediction and epsilon = p prediction + q x_t, of what a model of that type predicts.
 
         Raises:
-            ValueError: prediction_type is not epsilon, v_prediction or sample.
+            ValueError: for a prediction type other than epsilon, v_prediction, sample.
         """
         *solver, alpha, sigma = self.coefficients.unbind(1)
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
@@ -65,17 +65,16 @@ class SolverPlan:
                 conversion = zero, one, -alpha / sigma, 1 / sigma
             case _:
                 known = ", ".join(PREDICTION_TYPES)
-                raise ValueError(f"prediction_type {prediction_type!r} is not supported; use one of {known}")
+                raise ValueError(f"prediction_type {prediction_type!r} is not supported: one of {known}")
         return torch.stack([*solver, *conversion], 1)
 
 
 def solver_plan(
     schedule: NoiseSchedule, solver: str, num_inference_steps: int, timestep_spacing: str | None = None
 ) -> SolverPlan:
-    """The steps of "ddpm", "ddim", "dpm++2m" or "dpm++2m-sde".
-
-    They equal those of diffusers: DDPMScheduler, DDIMScheduler (eta 0), DPMSolverMultistepScheduler (its defaults:
-    second-order midpoint, first-order last step to sigma 0), and the latter with algorithm_type "sde-dpmsolver++".
+    """The steps of "ddpm", "ddim", "dpm++2m" or "dpm++2m-sde", equal to diffusers' DDPMScheduler, DDIMScheduler (eta 0)
+    and DPMSolverMultistepScheduler (its defaults: second-order midpoint, first-order last step to sigma 0; for the last
+    one with algorithm_type "sde-dpmsolver++").
 
     A step goes from abar_t to abar_s, with alpha = sqrt(abar), sigma = sqrt(1 - abar):
 
@@ -86,23 +85,23 @@ def solver_plan(
     - DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): A x_t - alpha_s (exp(-h) - 1) m with
       m = (1 + 1/2r) x0 - 1/2r previous_x0, lambda = log(alpha / sigma), h = lambda_s - lambda_t and
       r = h_before / h. Since exp(-h) = A alpha_t / alpha_s, the factor of m is DDIM's B, hence
-      B = B_ddim (1 + 1/2r), C = -B_ddim / 2r. C = 0 in the first step (no previous x0) and in the last (infinite h).
-    - SDE-DPM-Solver++(2M) (Lu et al. 2022, algorithm 4): DDPM's step, which is the first-order step of the reverse SDE,
-      with m in place of x0: B = B_ddpm (1 + 1/2r), C = -B_ddpm / 2r, and DDPM's A and D.
+      B = B_ddim (1 + 1/2r), C = -B_ddim / 2r; the first step has no x0 before it and the last an infinite h: C = 0.
+    - SDE-DPM-Solver++(2M) (Lu et al. 2022, algorithm 4): the same m in place of x0, in DDPM's step, which is the first
+      order of the reverse SDE: B = B_ddpm (1 + 1/2r), C = -B_ddpm / 2r, and DDPM's A and D.
 
     Args:
         timestep_spacing: "leading", "linspace" or "trailing" (Lin et al. 2024, arXiv 2305.08891, table 2);
-            None: that of the model's scheduler config.
+            None: as the model's scheduler config says.
 
     Raises:
-        ValueError: the solver or spacing is unknown, or there are more steps than the model's timesteps allow.
+        ValueError: for an unknown solver or spacing, and for more steps than the model's timesteps allow.
     """
     if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is unknown; use one of {', '.join(SOLVERS)}")
+        raise ValueError(f"solver {solver!r} is unknown: one of {', '.join(SOLVERS)}")
     timesteps = _timesteps(schedule, solver, num_inference_steps, timestep_spacing or schedule.timestep_spacing)
     abar = schedule.alphas_cumprod[timesteps]
     target = torch.cat([abar[1:], abar.new_ones(1)])
-    if solver == "ddim":  # diffusers goes T // S timesteps back, which may differ from the next timestep
+    if solver == "ddim":  # diffusers steps by T // S, which need not be where the next timestep lies
         arrival = timesteps - schedule.num_train_timesteps // num_inference_steps
         final = torch.tensor(schedule.final_alpha_cumprod, dtype=torch.float64)
         target = torch.where(arrival >= 0, schedule.alphas_cumprod[arrival.clamp(min=0)], final)
@@ -126,29 +125,29 @@ def solver_plan(
 
 
 def _timesteps(schedule: NoiseSchedule, solver: str, num_inference_steps: int, spacing: str) -> Tensor:
-    """The timesteps of diffusers' schedulers: (S,) long, decreasing."""
+    """As diffusers spreads them: (S,) long, decreasing."""
     count = schedule.num_train_timesteps
-    # diffusers' DPM-Solver++ has one more point: the clean end, which is not evaluated
+    # diffusers' DPM-Solver++ lays out one point more, whose last (the clean end) it does not evaluate
     points = num_inference_steps + (solver in _MULTISTEP)
     if not 1 <= points <= count:
         raise ValueError(
-            f"num_inference_steps is {num_inference_steps}, but the model has {count} timesteps; set a value from 1 to"
-            f" {count - (solver in _MULTISTEP)}"
+            f"num_inference_steps {num_inference_steps} will not do: the model has {count} timesteps;"
+            f" give 1 to {count - (solver in _MULTISTEP)}"
         )
     match spacing:
         case "leading":
             grid = (np.arange(points) * (count // points))[::-1] + schedule.steps_offset
         case "linspace":
             grid = np.linspace(0, count - 1, points).round()[::-1]
-        case "trailing":  # rounding may add a point below zero; diffusers' DDPM and DDIM keep it
+        case "trailing":  # rounding may add a point below zero, which diffusers' DDPM and DDIM keep
             grid = np.arange(count, 0, -count / num_inference_steps).round() - 1
         case _:
-            raise ValueError(f"timestep_spacing {spacing!r} is unknown; use one of {', '.join(TIMESTEP_SPACINGS)}")
+            raise ValueError(f"timestep_spacing {spacing!r} is unknown: one of {', '.join(TIMESTEP_SPACINGS)}")
     timesteps = torch.from_numpy(grid[:num_inference_steps].astype(np.int64))
     if timesteps[0] >= count:
         raise ValueError(
-            f"num_inference_steps {num_inference_steps} with steps_offset {schedule.steps_offset} starts at timestep"
-            f" {timesteps[0]}, but the model's last one is {count - 1}; use fewer steps or another timestep_spacing"
+            f"num_inference_steps {num_inference_steps} with steps_offset {schedule.steps_offset} begins at timestep"
+            f" {timesteps[0]}, beyond the model's last, {count - 1}: take fewer steps or another timestep_spacing"
         )
     return timesteps
 

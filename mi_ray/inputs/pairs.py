@@ -167,7 +167,7 @@ def _parquet_sources(uri: str, state: list, pairs_per_shard: int, columns: Colum
             storage.check_plain(file.schema_arrow, [*columns.find(file.schema_arrow.names)])
             rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     except (OSError, ValueError, pa.ArrowException) as error:
-        if storage.is_transient(error):
+        if storage.is_passing(error):
             raise
         yield place | {"error": _reason(error)}
         return
@@ -223,7 +223,7 @@ def read_pairs(shard: PairShard, columns: Columns) -> Iterator[Pair]:
     try:
         yield from map(_as_utf8, readers[place["kind"]](place, columns))
     except (OSError, EOFError, ValueError, RecursionError, tarfile.TarError, pa.ArrowException) as error:
-        if storage.is_transient(error):
+        if storage.is_passing(error):
             raise
         yield Pair(place["uri"], error=f"the rest cannot be read: {_reason(error)}")
 
@@ -252,7 +252,7 @@ def _pair(key: str, image: Any, prompt: Any, folder: str) -> Pair:
         try:
             image = storage.read_bytes(uri)
         except (OSError, ValueError) as error:
-            if storage.is_transient(error):
+            if storage.is_passing(error):
                 raise
             return Pair(key, None, prompt, f"the image cannot be read: {_reason(error)}")
     if not isinstance(image, bytes) or not image:
@@ -282,7 +282,7 @@ def _parquet_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
                 ValueError,
                 pa.ArrowException,
             ) as error:  # a damaged page; the other row groups may be intact
-                if storage.is_transient(error):
+                if storage.is_passing(error):
                     raise
                 for lost in range(row, end):
                     yield Pair(f"{uri}#{lost}", error=f"the row cannot be read: {_reason(error)}")
@@ -324,7 +324,7 @@ def _folder_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
         try:
             prompt = storage.read_bytes(storage.join(place["uri"], caption)).decode().strip()
         except OSError as error:
-            if storage.is_transient(error):
+            if storage.is_passing(error):
                 raise
             yield Pair(key, error=f"there is no caption file: {caption}")
             continue

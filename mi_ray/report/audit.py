@@ -64,7 +64,7 @@ def summarise_pairs(folder: str, names: list[str], rank_by: str, shown: int) -> 
 
 
 def _kind_of_error(message: str) -> str:
-    """The message without numbers and without the text after a colon, so that similar errors are counted together."""
+    """Without the numbers, and names, which come after a colon: so like errors are counted together."""
     return "".join(" " if c.isdigit() else c for c in message.partition(": ")[0])[:60]
 
 
@@ -124,11 +124,11 @@ def _headline(summary: dict) -> tuple[str, str]:
 
 
 def write_audit(run_dir: str, folder: str, names: list[str], config: dict) -> tuple[str, dict]:
-    """Write audit/index.html and audit/audit.json. Returns the URI of the page and the summary.
+    """Write audit/index.html and audit/audit.json of scored parts; the URI of the page, and the summary.
 
     Args:
-        folder, names: folder and names of the scored parts.
-        config: the fields of the config that the scores depend on, including rank_by and shown.
+        names: of the parts in `folder`.
+        config: what the scores depend on, with rank_by and shown among it.
     """
     summary, ends = summarise_pairs(folder, names, config["rank_by"], config["shown"])
     write_json(join(run_dir, "audit", "audit.json"), summary)

@@ -29,7 +29,7 @@ def describe(plan: Plan, until: str = "report") -> str:
     counts = evaluations(config.model_copy(update={"rounds": rounds}), prompts, held_out)
     counts = dict(list(counts.items())[: STAGES.get(until)])
     machines = _machines(plan)
-    minutes = {stage: count * each / machines[stage].speed_up / 60 for stage, count in counts.items()}
+    minutes = {stage: count * each / machines[stage].at_once / 60 for stage, count in counts.items()}
     parameters = sum(p.numel() for p in denoiser.unet.parameters())
     arms = ", ".join([config.select.by, *config.evaluation.controls])
     batch, less = batch_at_size(denoiser, trial.batch_size), ""
@@ -74,7 +74,7 @@ class _Machines:
 
     processes: int  # number of actors or workers
     gpus: int  # number of GPUs that they use
-    speed_up: int  # compared with one process; processes on the same GPU share its speed
+    at_once: int  # compared with one process; processes on the same GPU share its speed
 
 
 def _machines(plan: Plan) -> dict[str, _Machines]:

@@ -378,7 +378,7 @@ def test_a_full_disk_is_told_in_one_message(wrapped, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError) as told, run_folder.full_disk_as_config_error("runs/x"):
+    with pytest.raises(ConfigError) as told, run_folder.full_disk_told("runs/x"):
         write_on_a_full_disk(str(tmp_path), wrapped)
     (fault,) = told.value.faults
     assert fault.startswith("run_dir: the disk of 'runs/x' is full; free some space")
@@ -386,5 +386,5 @@ def test_a_full_disk_is_told_in_one_message(wrapped, tmp_path, monkeypatch):
 
 
 def test_other_errors_are_not_taken_for_a_full_disk():
-    with pytest.raises(FileNotFoundError), run_folder.full_disk_as_config_error("runs/x"):
+    with pytest.raises(FileNotFoundError), run_folder.full_disk_told("runs/x"):
         storage.read_bytes("/nowhere/at/all")
