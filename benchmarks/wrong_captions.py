@@ -30,7 +30,7 @@ class WrongCaptionsBenchmark(Benchmark):
     """How well does each score separate captions with one error from correct captions, on new rendered images?"""
 
     model: ModelPath = Field(
-        "shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar"
+        "shapes", description="the embedded model (shapes) or a diffusers folder, for prompts of the shapes grammar"
     )
     pairs: PositiveInt = Field(
         200, description="number of rendered images with a caption, taking the categories in turn"

@@ -1,4 +1,4 @@
-"""Prompts of the shapes world: scene specifications, sentences for them, and a parser for these sentences.
+"""Prompts of the embedded world: scene specifications, sentences for them, and a parser for these sentences.
 
 The six categories follow T2I-CompBench (Huang et al., NeurIPS 2023): color, shape, texture, spatial, numeracy, complex.
 Training never sees a tenth of the specifications (`is_held_out`), some attribute combinations (`UNSEEN_COLOR_SHAPE`,

@@ -1,4 +1,4 @@
-"""Pre-training of the shapes model with Ray Train: first the autoencoder, then the text encoder and the UNet."""
+"""Pre-training of the embedded model with Ray Train: first the autoencoder, then the text encoder and the UNet."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from mi_ray.shapes.scenes import BACKGROUND
 
 
 class PretrainConfig(BaseModel):
-    """Settings of pre-training. The model card shapes/weights/README.md has the settings of the shipped model."""
+    """Settings of pre-training. The model card shapes/weights/README.md has the settings of the embedded model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

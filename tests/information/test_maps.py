@@ -1,4 +1,4 @@
-"""Maps and word scores: sums, closed forms per pixel, and the shipped model."""
+"""Maps and word scores: sums, closed forms per pixel, and the embedded model."""
 
 import pytest
 import torch

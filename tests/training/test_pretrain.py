@@ -50,7 +50,7 @@ def test_killed_and_given_again_it_ends_with_the_same_model(tmp_path):
     subprocess.run(command(killed), cwd=ROOT, check=True, capture_output=True)
 
     lines = [json.loads(line) for line in (killed / "denoiser.jsonl").read_text().splitlines()]
-    assert lines[0]["loss"] < 0.2  # it began with the weights of the shipped model: without, the loss is 1
+    assert lines[0]["loss"] < 0.2  # it began with the weights of the embedded model: without, the loss is 1
     logged = [line["step"] for line in lines]
     assert logged.count(20) == 1  # it went on from step 30 and did not begin again
     assert logged[-1] == STEPS
