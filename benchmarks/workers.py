@@ -279,7 +279,7 @@ class Workers:
         return [getattr(worker, method)(*arguments) for worker in self._here] + [f.result() for f in futures]
 
 
-def told_by(actors: Workers, way: str) -> tuple[float, float]:
+def denoiser_shares(actors: Workers, way: str) -> tuple[float, float]:
     """The mean share of wall time in the denoiser, and the total memory of all workers, in GiB."""
     shares, memory = zip(*actors("denoiser_share", way), strict=True)
     return mean(shares), sum(memory)

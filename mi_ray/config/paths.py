@@ -80,5 +80,5 @@ def without_revision(path: str) -> str:
 
 
 def pinned(path: str, commit: str | None) -> str:
-    """A hub id pinned to a commit (`without_revision` undoes it). A folder or the name of an embedded model is returned unchanged."""
+    """A hub id pinned to a commit (`without_revision` undoes it). Other paths are unchanged."""
     return f"{without_revision(path)}@{commit}" if commit and not path.startswith("/") else path

@@ -48,7 +48,7 @@ class PretrainConfig(BaseModel):
     min_snr_gamma: float = 5.0  # Hang et al. 2023, eq. 5
     ema_decay: float = 0.999
     checkpoint_every: int = 500
-    start_from: ModelPath = ""  # continue training from this pipeline of the same architecture: folder or shipped name
+    start_from: ModelPath = ""  # continue training from this pipeline of the same architecture: a folder or shapes
     layout_share: float = Field(0.0, ge=0, lt=1)  # share of timesteps drawn around 690, where the caption matters most
 
 

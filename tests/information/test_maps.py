@@ -81,7 +81,7 @@ def test_words_are_left_out_one_by_one():
     assert without_each_word("") == without_each_word("a , the") == []
 
 
-class TestOnTheShippedModel:
+class TestOnTheEmbeddedModel:
     @pytest.fixture(scope="class")
     def denoiser(self):
         return load_denoiser("shapes")
