@@ -147,10 +147,10 @@ def verdict_row(pairs: list[LabelledPair], scored: list[dict], kind: str) -> dic
     """How often a wrong caption is reported, how often with the right attribute, and how often a correct one is."""
     wrong = [(pair, row) for pair, row in zip(pairs, scored, strict=True) if pair.kind is not None]
     of_kind = [(pair, row) for pair, row in wrong if kind in ("all", pair.kind)]
-    called = [row["contradicted_attribute"] for _, row in of_kind]
-    named = [attribute is not None and pair.kind.startswith(attribute) for attribute, (pair, _) in zip(called, of_kind, strict=True)]
+    found = [row["contradicted_attribute"] for _, row in of_kind]
+    named = [name is not None and pair.kind.startswith(name) for name, (pair, _) in zip(found, of_kind, strict=True)]
     row = {"score": "verdict", "corruption": kind, "wrong": len(of_kind)}
-    row |= {"called_wrong": np.mean([attribute is not None for attribute in called]).item(), "named_right": np.mean(named).item()}
+    row |= {"called_wrong": np.mean([name is not None for name in found]).item(), "named_right": np.mean(named).item()}
     if kind == "all":
         right = [
             row["contradicted_attribute"] is not None for p, row in zip(pairs, scored, strict=True) if p.kind is None
