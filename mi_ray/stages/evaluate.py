@@ -104,9 +104,7 @@ class Evaluator:
 
 
 def evaluate(config: RunConfig, shards: ShardPlan, model: str, adapter: str | None) -> dict:
-    """Sample and measure `images_per_prompt` images of every held-out prompt at each guidance_scale.
-
-    The tables are written to evaluation/<model>.
+    """Sample and measure images of every held-out prompt at each guidance_scale, into evaluation/<model>.
 
     Args:
         model: base, tuned, a control, or `REFERENCE`: real images from a metric, for the quality measures.

@@ -99,8 +99,7 @@ class Plan:
         with collecting(faults):
             self.has_reference = _check_alignment(config, self.train, self.held_out)
         if "pmi_contrastive" in {*config.score.names, config.prune.by} and self.train and len(self.train) == 1:
-            message = "pmi_contrastive compares a prompt with other prompts, but there is only one"
-            faults.append(f"score.names: {message}; give more prompts, or use another score")
+            faults.append("score.names: pmi_contrastive compares prompts, but there is only one; give more prompts")
         if faults:
             raise ConfigError(faults)
         self.hash, per_shard = began_hash(config.run_dir, config.hash()), config.generate.prompts_per_shard
@@ -198,11 +197,7 @@ def _size_faults(config: RunConfig) -> list[str]:
 
 
 def _check_alignment(config: RunConfig, *prompts: storage.ParquetRows | None) -> bool:
-    """Check that all metrics can be loaded, have different column names and read all prompts.
-
-    Returns:
-        Whether a metric of the evaluation has real images.
-    """
+    """Check that all metrics load, name their columns differently and read all prompts. True if one has real images."""
     faults, metrics = [], {}
     schemas = {
         "generate": partial(tables.candidates_schema, config.score.names),

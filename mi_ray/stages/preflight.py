@@ -64,8 +64,7 @@ def _candidates(config: RunConfig, prompts: int, rounds: int, arms: str) -> str:
     if online.updates:
         update = f"{online.prompts_per_update} prompts x {each} candidates, {online.inner_steps} optimiser steps"
         return f"updates       {online.updates} online, each with {update}, method {config.finetune.method}"
-    kept = f"{config.select.top_k} kept per prompt by {arms}"
-    return f"candidates    {prompts * each} per round, {rounds} round(s), {kept}"
+    return f"candidates    {prompts * each} per round, {rounds} rounds, {config.select.top_k} kept per prompt by {arms}"
 
 
 @dataclass(frozen=True)

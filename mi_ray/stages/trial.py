@@ -74,9 +74,8 @@ def settle(model: ModelConfig, resources: ResourcesConfig) -> ResourcesConfig:
         gpus = _share(model, cpus, chosen)
     settled = resources.model_copy(update={"batch_size": chosen.batch_size, "gpus_per_actor": gpus})
     of_own = " of the model's own size" if any(model.size) else ""
-    milliseconds = 1e3 * chosen.seconds_per_evaluation
     print(
-        f"trial: batches of {settled.batch_size} candidates{of_own}, {milliseconds:.2f} ms per denoiser"
+        f"trial: batches of {settled.batch_size} candidates{of_own}, {1e3 * chosen.seconds_per_evaluation:.2f} ms per"
         f" evaluation, {chosen.memory_gib:.1f} GiB; resources.gpus_per_actor {settled.gpus_per_actor:g}"
     )
     return settled

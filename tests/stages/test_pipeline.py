@@ -194,7 +194,7 @@ def test_pool_of_neighbours_is_evenly_spaced_and_needs_two_prompts(tmp_path, mon
     alone = load_config([*SMOKE, *arguments, "--score.names", '["pmi_contrastive"]', "--select.by", "pmi_contrastive"])[
         0
     ]
-    with pytest.raises(ConfigError, match="pmi_contrastive compares a prompt with other prompts"):
+    with pytest.raises(ConfigError, match="pmi_contrastive compares prompts"):
         Plan(alone)
 
 
