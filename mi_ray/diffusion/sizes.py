@@ -24,7 +24,7 @@ class Sizes:
         """
         sample = unet.get("sample_size")
         if sample is None:
-            raise ValueError("has no sample_size in unet/config.json; set it to the size of the latents")
+            raise ValueError("has in unet/config.json no sample_size, the size of its latents; set it there")
         scale = 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
         downsampling = 2 ** (len(unet.get("block_out_channels", (320, 640, 1280, 1280))) - 1)
         height, width = (sample, sample) if isinstance(sample, int) else sample

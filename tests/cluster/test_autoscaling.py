@@ -87,7 +87,7 @@ def worker_nodes() -> int:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_worker_nodes_come_with_the_pools_demand_and_go_with_it(cluster, tiny_pipeline, tmp_path):
+def test_autoscaler_starts_and_stops_nodes_with_the_pool(cluster, tiny_pipeline, tmp_path):
     config = RunConfig.model_validate(
         {
             "run_dir": str(tmp_path),

@@ -47,6 +47,6 @@ def test_model_without_sample_size_is_refused(tiny_pipeline, tmp_path):
     path = copy / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}))
     for check in (check_model, load_sizes):
-        with pytest.raises(ValueError, match=r"has no sample_size in unet/config\.json") as error:
+        with pytest.raises(ValueError, match=r"has in unet/config\.json no sample_size") as error:
             check(str(copy))
         assert str(error.value).count(str(copy)) == 1

@@ -25,7 +25,7 @@ def best(bands, by):
     return band.log_snr_min, band.log_snr_max
 
 
-def test_both_ways_find_the_levels_that_tell():
+def test_both_criteria_find_the_informative_levels():
     errors, index, labels = world()
     bands = judge_bands(errors, EDGES, index, labels)
     assert len(bands) == LEVELS * (LEVELS + 1) // 2
@@ -33,7 +33,7 @@ def test_both_ways_find_the_levels_that_tell():
     assert best(bands, lambda band: band.label_free) == (-4, -2)
 
 
-def test_no_band_is_believed_where_nothing_tells():
+def test_label_free_measure_is_near_zero_without_information():
     errors, index, labels = world()
     errors[:, 0, INFORMED] = errors[:, 1, INFORMED].flip(0)  # of another candidate
     for band in judge_bands(errors, EDGES, index, labels):
@@ -43,7 +43,7 @@ def test_no_band_is_believed_where_nothing_tells():
         assert abs(band.label_free) < 0.12
 
 
-def test_without_noise_samples_agree_and_every_pair_is_ordered():
+def test_without_noise_agreement_and_auc_are_one():
     errors, index, labels = world(noise=0.0)
     told = [b for b in judge_bands(errors, EDGES, index, labels) if b.log_snr_min < -2 and b.log_snr_max > -4]
     for band in told:
@@ -51,7 +51,7 @@ def test_without_noise_samples_agree_and_every_pair_is_ordered():
         assert band.auc == 1
 
 
-def test_a_metric_orders_as_labels_do_and_what_is_not_known_is_left_out():
+def test_metric_values_work_as_labels_and_nan_is_left_out():
     errors, index, labels = world(noise=0.0)
     quality = -(errors[:, 0, 2, 0] - 9)  # twice the latent quality: every candidate of a prompt has another one
     told = [b for b in judge_bands(errors, EDGES, index, quality) if (b.log_snr_min, b.log_snr_max) == (-4, -2)]

@@ -64,7 +64,7 @@ def estimates(world, x, prompts, design, num_samples, replicates, band=BAND):
 # ------------------------------------------------------------------------------------------ values
 @pytest.mark.parametrize("design", UNBIASED)
 @pytest.mark.parametrize(("dim", "correlation"), [(1, 0.95), (8, 0.6), (32, 0.3)])
-def test_pmi_is_unbiased_however_few_probes(dim, correlation, design):
+def test_pmi_is_unbiased_for_any_number_of_probes(dim, correlation, design):
     """With four probes, far too few for a value, the mean over draws is the analytic one of the band."""
     world = JointGaussian(dim, correlation)
     x, prompts = world.draw(4)
@@ -127,7 +127,7 @@ def test_averages_over_a_mixture_agree_with_the_analytic_information(labels, dim
 
 @pytest.mark.parametrize("world", [JointGaussian(8, 0.0), LabelledMixture(1, 8, 1.0)], ids=["gaussian", "mixture"])
 @pytest.mark.parametrize("design", DESIGNS)
-def test_both_are_zero_where_the_prompt_says_nothing(world, design):
+def test_pmi_is_zero_for_an_uninformative_prompt(world, design):
     x, prompts = world.draw(3) if isinstance(world, JointGaussian) else (world.draw(0, 3), world.embed(0, 0, 0))
     probes = draw_probes([0], 50, *BAND, x.shape[1:], DESIGNS[design])
     errors, distances = statistics(world, x, prompts, probes)
@@ -266,7 +266,7 @@ def test_paired_differences_are_tighter_than_the_values_and_calibrated(design):
     assert claimed.mean() < 0.5 * of_value.mean()
 
 
-def test_a_single_draw_has_no_standard_error():
+def test_single_draw_has_no_standard_error():
     for design in (Design(), Design(levels="random")):
         probes = draw_probes([0], 1, *BAND, (3,), design)
         assert pointwise.integrate(torch.ones(2, 1), probes).standard_error.isnan().all()
@@ -275,7 +275,7 @@ def test_a_single_draw_has_no_standard_error():
 
 
 @pytest.mark.parametrize("draws", [2, 3, 4, 7, 9])
-def test_every_stratum_counts_and_a_straight_integrand_has_no_variance(draws):
+def test_stratified_estimate_of_a_linear_integrand_has_no_variance(draws):
     probes = draw_probes([0], draws, 0.0, float(draws), (1,))  # weights of 1
     noise = torch.randn(20_000, draws, generator=torch.Generator().manual_seed(0))
     claimed = pointwise.integrate(noise, probes).standard_error.square().mean()
@@ -312,7 +312,7 @@ def test_weights_integrate_the_band(design):
     assert value.item() == pytest.approx((5**3 + 4**3) / 3, rel=0.05)
 
 
-def test_logistic_weights_are_the_published_ones():
+def test_logistic_weights_equal_the_published_ones():
     """Kong et al.: weight = scale tanh(c / 2) / (sigmoid(z) sigmoid(-z)) on loc -+ c scale."""
     loc, scale, clip = 1.0, 2.0, 3.0
     band = logistic_band(loc, scale, clip)
@@ -325,7 +325,7 @@ def test_logistic_weights_are_the_published_ones():
     assert share.mean().item() == pytest.approx(0.5, abs=0.03)
 
 
-def test_antithetic_pairs_share_their_level_and_mirror_their_noise():
+def test_antithetic_pairs_have_one_level_and_opposite_noise():
     probes = draw_probes([3, 4], 6, *BAND, (5,), Design(antithetic=True))
     torch.testing.assert_close(probes.noise[:, ::2], -probes.noise[:, 1::2])
     torch.testing.assert_close(probes.log_snr[::2], probes.log_snr[1::2])
@@ -335,7 +335,7 @@ def test_antithetic_pairs_share_their_level_and_mirror_their_noise():
         draw_probes([3], 5, *BAND, (5,), Design(antithetic=True))
 
 
-def test_importance_sampling_and_strata_and_pairs_each_reduce_the_variance():
+def test_each_probe_design_reduces_the_variance():
     """At equal evaluations, over the whole range of log SNR."""
     world = JointGaussian(8, 0.6)
     x, prompts = world.draw(4, seed=1)
@@ -351,7 +351,7 @@ def test_importance_sampling_and_strata_and_pairs_each_reduce_the_variance():
 
 
 @pytest.mark.parametrize(("correlation", "loc"), [(0.0, 0.0), (0.9, -math.log(1 - 0.81))])
-def test_the_adaptive_location_is_where_the_conditional_error_crosses_half(correlation, loc):
+def test_adaptive_location_is_at_half_the_error(correlation, loc):
     """x|y ~ N(., v I): the MMSE of epsilon is d sigmoid(alpha + log v), so loc = -log v and scale = 1."""
     world = JointGaussian(64, correlation)
     x, prompts = world.draw(32)
@@ -361,7 +361,7 @@ def test_the_adaptive_location_is_where_the_conditional_error_crosses_half(corre
     assert found == (pytest.approx(loc, abs=0.2), pytest.approx(1.0, abs=0.2))
 
 
-def test_an_error_that_never_crosses_puts_the_location_at_the_end():
+def test_adaptive_location_is_at_the_end_if_the_error_does_not_cross():
     low = adaptive_logistic(torch.full((3, 5), 0.1), torch.arange(5.0), 1)
     assert low == (4.0, 1.0)
     assert adaptive_logistic(torch.full((3, 5), 0.9), torch.arange(5.0), 1) == (0.0, 1.0)
@@ -375,7 +375,7 @@ def test_effective_sample_size():
 
 
 # ------------------------------------------------------------------------------------------ probing
-def test_batches_change_nothing_and_stay_within_their_size():
+def test_errors_do_not_depend_on_batches():
     world = LabelledMixture(3, 8, 0.5)
     x = world.draw(0, 5)
     index = torch.tensor([0, 1, 0, 1, 1])
@@ -398,7 +398,7 @@ def test_batches_change_nothing_and_stay_within_their_size():
         assert sum(sizes) == 5 * 3 * 7
 
 
-def test_every_candidate_of_a_prompt_meets_the_same_noise():
+def test_candidates_of_a_prompt_have_the_same_probes():
     world = LabelledMixture(3, 8, 0.5)
     x = world.draw(0, 1).expand(4, -1)
     probes = draw_probes([0, 1], 6, *BAND, (8,))
@@ -409,7 +409,7 @@ def test_every_candidate_of_a_prompt_meets_the_same_noise():
     assert not torch.allclose(errors[3], errors[0])
 
 
-def test_more_samples_take_no_more_memory():
+def test_memory_does_not_depend_on_the_number_of_samples():
     """Noise is made a chunk at a time: what the denoiser is handed and what lives beside it do not grow with K."""
     world = LabelledMixture(2, 2, 0.5)
     probes = draw_probes([0], 30_000, *BAND, (2,))

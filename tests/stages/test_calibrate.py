@@ -29,7 +29,7 @@ def config(tmp_path, monkeypatch) -> CalibrationConfig:
     return load_config([*SMOKE, "--out", str(tmp_path / "band.yaml")], model=CalibrationConfig)[0]
 
 
-def test_the_pipeline_takes_the_band_that_is_found(config, tmp_path, capsys):
+def test_pipeline_uses_the_calibrated_band(config, tmp_path, capsys):
     calibrate(config)
     said = capsys.readouterr().out
     found = yaml.safe_load((tmp_path / "band.yaml").read_text())
@@ -41,7 +41,7 @@ def test_the_pipeline_takes_the_band_that_is_found(config, tmp_path, capsys):
     assert (tmp_path / "band.yaml.bands.json").exists()
 
 
-def test_a_range_that_the_model_does_not_know_is_told_and_a_wide_one_cut(config, monkeypatch):
+def test_range_outside_the_model_is_refused_and_a_wide_one_limited(config, monkeypatch):
     with pytest.raises(ConfigError, match=r"log_snr_max: .*outside the model's noise levels"):
         calibrate(config.model_copy(update={"log_snr_min": 20.0, "log_snr_max": 30.0}), dry_run=True)
     pool = torch.rand(4, 3, config.levels, 2), torch.tensor([0, 0, 1, 1]), None
@@ -50,14 +50,14 @@ def test_a_range_that_the_model_does_not_know_is_told_and_a_wide_one_cut(config,
     assert yaml.safe_load(Path(config.out).read_text())["score"]["log_snr_min"] > -6
 
 
-def test_a_prompt_that_is_too_long_is_told(config, tmp_path):
+def test_overlong_prompt_is_reported(config, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n" + "a red circle and " * 20 + "a star\n")
     prompts = config.prompts.model_copy(update={"file": str(tmp_path / "prompts.txt"), "limit": None})
     with pytest.raises(ConfigError, match="overlong"):
         calibrate(config.model_copy(update={"prompts": prompts, "alignment": None}), dry_run=True)
 
 
-def test_labels_that_say_nothing_are_left_out_or_told(config, monkeypatch, capsys):
+def test_equal_labels_are_ignored_or_refused(config, monkeypatch, capsys):
     pool = torch.rand(4, 3, config.levels, 2), torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, False, False])
     monkeypatch.setattr(stage, "probed_pool", lambda *arguments: pool)
     calibrate(config)
@@ -66,7 +66,7 @@ def test_labels_that_say_nothing_are_left_out_or_told(config, monkeypatch, capsy
         calibrate(config.model_copy(update={"use_labels": True}))
 
 
-def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
+def test_labels_of_a_file_equal_labels_of_the_oracle(config, tmp_path, capsys):
     """The pool is written, labelled outside by the same oracle, and given back."""
     pool, file, table = tmp_path / "pool", tmp_path / "labels.jsonl", tmp_path / "labels.parquet"
     calibrate(config.model_copy(update={"pool": str(pool)}))
@@ -100,14 +100,14 @@ def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
         ('{"prompt_id": "a", "candidate_index": 0, "label": "good"}', "could not convert"),
     ],
 )
-def test_labels_that_will_not_do_are_told(config, tmp_path, content, told):
+def test_invalid_labels_are_refused(config, tmp_path, content, told):
     if content is not None:
         (tmp_path / "labels.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=f"labels: .*{told}"):
         calibrate(config.model_copy(update={"alignment": None, "labels": str(tmp_path / "labels.jsonl")}))
 
 
-def test_a_pool_is_not_written_over_its_labels(config):
+def test_pool_with_labels_is_not_overwritten(config):
     with pytest.raises(ConfigError, match="pool and labels are both set"):
         load_config(
             [*SMOKE, "--alignment=none", "--pool", "pool", "--labels", "pool/pool.jsonl"], model=CalibrationConfig

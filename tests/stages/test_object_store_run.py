@@ -47,7 +47,7 @@ def receipts(run_dir: str) -> dict[str, bytes]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_there_survives_a_kill_and_has_one_driver(run_dir, tmp_path):
+def test_run_on_an_object_store_continues_after_a_kill(run_dir, tmp_path):
     with (tmp_path / "killed.log").open("wb") as log:
         first = start(run_dir, log)
         deadline = time.monotonic() + WAIT_S

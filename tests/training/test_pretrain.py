@@ -34,7 +34,7 @@ def registered(folder: Path) -> bool:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_killed_and_given_again_it_ends_with_the_same_model(tmp_path):
+def test_pretraining_continues_after_a_kill_with_the_same_model(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True)
 
@@ -61,7 +61,7 @@ def test_killed_and_given_again_it_ends_with_the_same_model(tmp_path):
     StableDiffusionPipeline.from_pretrained(killed / "model", safety_checker=None)
 
 
-def test_timesteps_are_drawn_by_the_min_snr_weight_and_around_the_layout():
+def test_timesteps_follow_the_min_snr_weights_and_the_layout_share():
     alphas_cumprod = build_scheduler().alphas_cumprod
     snr = alphas_cumprod / (1 - alphas_cumprod)
     weight = snr.clamp(max=5) / snr
