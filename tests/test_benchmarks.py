@@ -40,7 +40,7 @@ def test_tables_are_aligned_and_leave_gaps(gates):
 
 @pytest.mark.slow
 def test_oracle_benchmark_finds_a_bad_autoencoder(tiny_pipeline, tmp_path):
-    """The tiny pipeline's autoencoder is untrained: fresh renders are read, decoded ones are not."""
+    """The autoencoder of the tiny pipeline is untrained: the oracle reads rendered images but not decoded ones."""
     out = tmp_path / "oracle.json"
     done = run("oracle.py", "--smoke", "--check", "--model", str(tiny_pipeline), "--out", str(out))
     assert done.returncode == 1, done.stderr
@@ -69,7 +69,7 @@ def guidance(monkeypatch):
 
 
 def test_guidance_benchmark_compares_the_same_prompts_and_seeds(guidance):
-    """Two prompts of two seeds: tuned gains one image of four on the base, and none on the control."""
+    """Two prompts with two seeds: tuned has one more correct image than base, and the same number as the control."""
     images = {"prompt_id": ["a", "a", "b", "b"], "seed": [1, 2, 3, 4]}
     drawn = {
         "base": pd.DataFrame(images | {"exact": [1.0, 0.0, 0.0, 0.0]}),

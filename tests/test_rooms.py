@@ -36,7 +36,7 @@ WITH_RAY = ("stages/", "training/loop.py", "training/pretrain.py")
 
 
 def imported(source: str) -> Iterator[str]:
-    """Full names of all that a module imports, wherever in it."""
+    """The full names of all imports of a module, anywhere in the file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -46,7 +46,7 @@ def imported(source: str) -> Iterator[str]:
 
 
 def violations(file: str, source: str) -> list[str]:
-    """What a file, named from the package's folder, imports although its room may not."""
+    """The imports of a file that its room does not allow. The file is relative to the package folder."""
     room = file.split("/")[0]
     allowed = [f"mi_ray.{name}." for name in ("__version__", room, *ARROWS[room])]
     names = [f"{name}." for name in imported(source)]
@@ -56,7 +56,7 @@ def violations(file: str, source: str) -> list[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Every file that reaches itself, with the way back to it."""
+    """Every file that imports itself indirectly, with the path of imports."""
     found = []
     for start in graph:
         ways, seen = [[start]], set()
@@ -131,7 +131,7 @@ def test_each_room_has_a_docstring_with_its_limits():
 
 
 def test_only_alignment_names_the_oracle_and_its_columns():
-    """Everything else takes a metric's name from the configuration and its columns from what it declares."""
+    """All other rooms get the names of metrics from the config and their columns from the metric."""
     at_home = (
         "mi_ray/alignment/",
         "mi_ray/shapes/",
@@ -164,7 +164,7 @@ def test_only_alignment_names_the_oracle_and_its_columns():
 
 
 def test_all_rooms_except_stages_import_without_ray():
-    """Not even by a detour through the package's __init__."""
+    """Also not through the __init__ of the package."""
     names = [path.relative_to(ROOT).with_suffix("").as_posix() for path in modules()]
     free = [
         name.replace("/", ".") for name in names if not f"{name[7:]}.py".startswith(WITH_RAY) and "triton" not in name

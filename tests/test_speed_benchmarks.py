@@ -1,4 +1,4 @@
-"""The benchmarks of speed: that they measure what they say. No test here asserts a speed."""
+"""The speed benchmarks: that they measure what they report. No test checks a speed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------------------------ the compiled kernel
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict:
-    """The report of the kernel's benchmark, which compiles for sm_80 and sm_90 without a GPU."""
+    """The report of the kernel benchmark, which compiles for sm_80 and sm_90 without a GPU."""
     pytest.importorskip("triton")
     out = tmp_path_factory.mktemp("kernel") / "kernel.json"
     done = run("kernel.py", "--smoke", "--check", "--out", str(out))
@@ -63,7 +63,7 @@ def pruning(monkeypatch):
 
 
 def test_pruning_schedules_on_recorded_scores(pruning):
-    """Two prompts of four candidates: three go on after step 1, one after step 2; the final score takes the best."""
+    """Two prompts with four candidates: three continue after step 1, one after step 2; the final score chooses."""
     recorded = pruning.Recorded(
         worth=np.array([[0.0, 1, 0, 0], [1, 0, 0, 0]]),
         final=np.array([[9.0, 8, 7, 6], [1, 2, 3, 4]]),

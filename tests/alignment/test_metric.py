@@ -69,7 +69,7 @@ def test_only_the_oracle_has_real_images(images):
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "reported"),
     [
         (["oracel"], r"'oracel' is not a metric: use one of oracle, or your own as package\.module:Class"),
         (["no_such_module:Metric"], r"cannot be loaded \(ModuleNotFoundError: .*on every node.*PYTHONPATH"),
@@ -79,8 +79,8 @@ def test_only_the_oracle_has_real_images(images):
         (["oracle", "dark_pixels:Exact"], r"'oracle' and 'dark_pixels:Exact' both declare the column 'exact'"),
     ],
 )
-def test_unknown_metric_gives_one_message(names, told):
-    with pytest.raises(ValueError, match=told) as refused:
+def test_unknown_metric_gives_one_message(names, reported):
+    with pytest.raises(ValueError, match=reported) as refused:
         load_metrics(names)
     assert len(str(refused.value).splitlines()) == 1
 
@@ -105,7 +105,7 @@ def test_check_prompts_counts_unreadable_prompts_and_shows_the_first():
 
 
 @pytest.mark.parametrize(
-    ("returned", "told"),
+    ("returned", "reported"),
     [
         ({"other": [1.0, 2.0]}, r"'m' returned the columns \['other'\], but it declares \['mine'\]"),
         ({"mine": [1.0]}, "'m' returned 1 values of 'mine' for 2 images"),
@@ -113,14 +113,14 @@ def test_check_prompts_counts_unreadable_prompts_and_shows_the_first():
         ({"mine": [1.0, float("nan")]}, "'m' returned None in the column 'mine'"),
     ],
 )
-def test_measure_reports_undeclared_columns(images, returned, told):
+def test_measure_reports_undeclared_columns(images, returned, reported):
     class Mine(Metric):
         columns = (Column("mine", "mine"),)
 
         def measure(self, images, prompts):
             return returned
 
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reported):
         measure({"m": Mine()}, images, PROMPTS)
 
 

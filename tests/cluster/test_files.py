@@ -1,4 +1,4 @@
-"""The cluster's files say what their readers understand, and keep strangers out."""
+"""The cluster files: valid fields, and no access from outside."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def load(*parts: str) -> dict:
 
 # ------------------------------------------------------------------------------------------ virtual machines
 def completed(name: str) -> dict:
-    """As `ray up` fills it in before it checks it."""
+    """The config after `ray up` has added its defaults."""
     empty = {"cluster_synced_files": [], "file_mounts_sync_continuously": False, "rsync_filter": []}
     commands = {f"{when}_commands": [] for when in ("initialization", "head_setup", "worker_setup")}
     return {**empty, **commands, **load(name, "cluster.yaml")}
@@ -59,7 +59,7 @@ def test_workers_are_spot_machines_that_scale_from_zero(name):
 
 
 def ec2_faults(node: dict) -> str:
-    """As EC2's own description of RunInstances has it."""
+    """The fields of RunInstances in EC2's API description."""
     request = {key: value for key, value in node.items() if key != "SubnetIds"}  # Ray makes one of them SubnetId
     return ParamValidator().validate(request | {"MinCount": 1, "MaxCount": 1}, EC2).generate_report()
 
@@ -167,7 +167,7 @@ echo "$*" >> "$(dirname "$0")/asked"
 
 
 def asked_of_gcloud(folder: Path, *arguments: str) -> list[str]:
-    """What account.sh would have changed, without the options that every command has."""
+    """The commands of account.sh that change something, without common options."""
     (folder / "gcloud").write_text(GCLOUD)
     (folder / "gcloud").chmod(0o755)
     (folder / "asked").write_text("")

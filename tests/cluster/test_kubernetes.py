@@ -1,4 +1,4 @@
-"""The Kubernetes manifests hold what KubeRay and Kubernetes know, and keep strangers out."""
+"""The Kubernetes manifests: valid fields, and no access from outside."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ KUBERAY = ("raycluster", "rayjob")
 
 # ------------------------------------------------------------------------------------------ what KubeRay knows
 def fields(required: str = "", **properties: dict) -> dict:
-    """An object with these fields and no other."""
+    """A schema of an object with exactly these fields."""
     known = {"properties": properties, "required": required.split(), "additionalProperties": False}
     return {"type": "object", **known}
 
@@ -133,7 +133,7 @@ def cluster_spec(name: str) -> dict:
 
 
 def templates(name: str) -> list[dict]:
-    """Of all pods that come of a manifest; the submitter's last."""
+    """The specs of all pods of a manifest; the submitter is last."""
     manifest, spec = load(name), cluster_spec(name)
     found = [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
     return found + ([manifest["spec"]["submitterPodTemplate"]] if manifest["kind"] == "RayJob" else [])

@@ -1,4 +1,4 @@
-"""A cloud's notice reaches Ray: from a metadata service that behaves as AWS's and Google's do, to a drained node."""
+"""A preemption notice reaches Ray: from a metadata service like that of AWS or Google to a drained node."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ def spot_notice(monkeypatch):
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """Both clouds' metadata services, as far as spot machines ask them; the state is the server's."""
+    """The parts of both clouds' metadata services that spot machines use. The server has the state."""
 
     protocol_version = "HTTP/1.1"
 
@@ -105,7 +105,7 @@ def wait_until(ready):
 
 
 class Commands(list):
-    """In place of subprocess: what would have been run; the first so many fail."""
+    """Replaces subprocess: records the commands; the first ones fail."""
 
     def __init__(self, failing: int = 0):
         self.failing = failing
@@ -234,7 +234,7 @@ print(json.dumps(found))
 @pytest.mark.ray
 @pytest.mark.slow
 def test_node_is_drained_with_token_authentication(metadata, tmp_path):
-    """Also by the signal that Kubernetes sends a pod, in the way in which KubeRay starts Ray."""
+    """Also after the signal that Kubernetes sends to a pod, with Ray started like by KubeRay."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray_command = str(Path(sys.executable).with_name("ray"))

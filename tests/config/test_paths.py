@@ -1,4 +1,4 @@
-"""Paths of every job's configuration: absolute once read, and no reason to refuse a run whose inputs moved."""
+"""Paths in the configs of all jobs: they become absolute, and a run continues after its inputs moved."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def faults(*arguments: str, model: type[BaseModel] = RunConfig) -> list[str]:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A working directory, whose parent is the user's home."""
+    """A working directory; its parent is the user's home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -58,7 +58,7 @@ def home(tmp_path, monkeypatch):
 
 
 def texts(model: type[BaseModel]) -> dict[str, object]:
-    """The fields of a configuration, sections included, that hold text, with their declarations."""
+    """All text fields of a config and its sections, with their declarations."""
     found = {}
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -160,7 +160,7 @@ SMOKE = [str(Path(__file__).parents[2] / "jobs/configs/shapes-smoke.yaml")]
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, tiny_pipeline):
-    """Make a folder with prompts and a model, and go there."""
+    """Make a folder with prompts and a model, and change to it."""
 
     def make(name: str) -> Path:
         folder = tmp_path / name

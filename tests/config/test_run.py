@@ -37,7 +37,7 @@ def config_file(tmp_path):
 
 
 def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """The dotted name of every field that holds a value."""
+    """The dotted names of all fields with a value."""
     names = []
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -130,14 +130,14 @@ def test_calibration_config_is_valid():
 # ------------------------------------------------------------------------------------------ faults
 def test_all_faults_are_reported_together(config_file):
     file = config_file("run_dir: a\nprompt: {file: p.txt}\nsampler: {solver: euler, guidence_scale: 3}\nseed: many\n")
-    told = faults("--config", file, "--select.top-k", "0", "--rounds.count", "3", "extra")
-    assert sorted(fault.partition(":")[0] for fault in told) == [
+    text = faults("--config", file, "--select.top-k", "0", "--rounds.count", "3", "extra")
+    assert sorted(fault.partition(":")[0] for fault in text) == [
         *("--rounds.count", "extra", "prompt", "prompts.file"),
         *("sampler.guidence_scale", "sampler.solver", "seed", "select.top_k"),
     ]
-    told = "\n".join(told)
-    assert "sampler.solver: 'euler' is not valid; input should be 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m-sde'" in told
-    assert "prompts.file: missing; set it in the config file or with --prompts.file" in told
+    text = "\n".join(text)
+    assert "sampler.solver: 'euler' is not valid; input should be 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m-sde'" in text
+    assert "prompts.file: missing; set it in the config file or with --prompts.file" in text
 
 
 @pytest.mark.parametrize(
@@ -291,11 +291,11 @@ def test_flatten():
 
 @pytest.mark.parametrize("uri", ["s3://id:word@bucket/x", "s3://id:wo/rd@bucket/x", "s3://bucket/x?session_token=word"])
 def test_credentials_are_refused_and_not_repeated(uri):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as reported:
         load_config(["--run-dir", uri, "--prompts.file", "prompts.txt"])
-    assert "credentials" in str(told.value)
-    assert "rd@" not in str(told.value)
-    assert "word" not in str(told.value)
+    assert "credentials" in str(reported.value)
+    assert "rd@" not in str(reported.value)
+    assert "word" not in str(reported.value)
 
 
 @pytest.mark.parametrize(("value", "scales"), [("4", (3, 4)), ("4,1", (1, 3, 4)), ("none", (3,)), ("3,3", (3,))])

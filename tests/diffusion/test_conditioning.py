@@ -1,4 +1,4 @@
-"""One value for all that a prompt becomes: rows are picked, joined, repeated and moved together."""
+"""Conditioning: rows of all tensors are selected, joined, repeated and moved together."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from mi_ray.diffusion.conditioning import Conditioning
 
 @pytest.fixture
 def three() -> Conditioning:
-    """As a family with a mask and a pooled vector would have it."""
+    """The conditioning of a family with a mask and a pooled vector."""
     embeds = torch.arange(24.0).view(3, 4, 2)
     return Conditioning({"embeds": embeds, "mask": torch.tensor([[1, 1, 0, 0]] * 3), "pooled": torch.eye(3)})
 
@@ -74,7 +74,7 @@ def test_invalid_conditionings_are_refused(three):
 
 
 class Pooling(torch.nn.Module):
-    """A network that a conditioning is an argument of."""
+    """A network with a conditioning as argument."""
 
     def __init__(self):
         super().__init__()

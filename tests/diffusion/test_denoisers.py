@@ -32,7 +32,7 @@ def denoiser(tiny_pipeline):
 
 @pytest.fixture
 def copy(tiny_pipeline, tmp_path):
-    """A copy of the tiny model, to be broken."""
+    """A copy of the tiny model that a test can damage."""
     return shutil.copytree(tiny_pipeline, tmp_path / "model")
 
 
@@ -257,7 +257,7 @@ def test_model_without_a_schedule_gives_one_message(tiny_pipeline, tmp_path):
 
 @pytest.fixture
 def hub(tiny_pipeline, tiny_v_pipeline, tmp_path, monkeypatch):
-    """A cache of the hub that holds two commits of me/tiny: the first predicts epsilon; the second, main, v."""
+    """A hub cache with two commits of me/tiny: the first predicts epsilon, the second (main) v."""
     model = tmp_path / "models--me--tiny"
     for commit, source in (("1" * 40, tiny_pipeline), ("2" * 40, tiny_v_pipeline)):
         shutil.copytree(source, model / "snapshots" / commit)

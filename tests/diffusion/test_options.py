@@ -1,4 +1,4 @@
-"""Options that make sampling and training cheaper: what they leave out, and that nothing else changes."""
+"""Options that make sampling and training cheaper: their effect, and that results do not change otherwise."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def denoiser(tiny_pipeline):
 
 
 def _watched(denoiser) -> list[int]:
-    """The batch sizes of the UNet's calls from now on."""
+    """Records the batch sizes of the UNet's calls."""
     sizes = []
     denoiser.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     return sizes
@@ -115,7 +115,7 @@ def test_channels_last_does_not_change_outputs(denoiser, tiny_pipeline):
 
 
 def test_compiled_batches_are_padded(denoiser, monkeypatch):
-    """The compiler itself is left out: this is about the shapes that it meets."""
+    """Only the shapes are tested, without the compiler."""
     plain = sample(*_arguments(denoiser), guidance_interval=INTERVAL)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     denoiser.specialise(channels_last=False, compiled="default", rows=(4, 8))

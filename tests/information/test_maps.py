@@ -14,7 +14,7 @@ PLACE = (slice(None), slice(1, 3), slice(4, 7))  # rows and columns that the pro
 
 @pytest.fixture(scope="module")
 def world():
-    """Label 1 differs from label 0 in one place only."""
+    """Label 1 differs from label 0 only in one region."""
     means = torch.zeros(2, 3, 8, 8)
     means[1][PLACE] = 0.6
     return PixelGaussians(means)

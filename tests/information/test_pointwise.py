@@ -1,4 +1,4 @@
-"""The image-conditioned estimators against worlds whose densities and optimal denoisers are closed-form."""
+"""The pointwise estimators, compared with distributions with a known density and optimal denoiser."""
 
 import math
 from dataclasses import replace
@@ -40,7 +40,7 @@ DESIGNS = UNBIASED | {
 
 
 def statistics(world, x, prompts, probes, batch_size=2**14):
-    """Errors and distances (n, 2, K) of each x under its own prompt and the null prompt; noise one set each, or one."""
+    """Errors and distances (n, 2, K) of each x under its own prompt and the null prompt."""
     probes = replace(probes, noise_seeds=probes.noise_seeds.expand(len(x), -1))
     branches = pointwise.beside(prompts, world.null)
     return pointwise.denoising_statistics(
@@ -49,7 +49,7 @@ def statistics(world, x, prompts, probes, batch_size=2**14):
 
 
 def estimates(world, x, prompts, design, num_samples, replicates, band=BAND):
-    """i_s and its standard error of each of n candidates in so many independent draws: (replicates, n) each."""
+    """i_s and its standard error of n candidates in `replicates` independent draws: (replicates, n) each."""
     count, found = len(x), []
     each = 10  # sets of noise for one set of levels
     x, prompts = x.repeat(each, 1), Conditioning.cat([prompts] * each)
@@ -65,7 +65,7 @@ def estimates(world, x, prompts, design, num_samples, replicates, band=BAND):
 @pytest.mark.parametrize("design", UNBIASED)
 @pytest.mark.parametrize(("dim", "correlation"), [(1, 0.95), (8, 0.6), (32, 0.3)])
 def test_pmi_is_unbiased_for_any_number_of_probes(dim, correlation, design):
-    """With four probes, far too few for a value, the mean over draws is the analytic one of the band."""
+    """With only four probes, the mean over draws equals the analytic value of the band."""
     world = JointGaussian(dim, correlation)
     x, prompts = world.draw(4)
     band = (-6.0, 5.0)
@@ -93,7 +93,7 @@ def test_pmi_of_a_mixture_equals_the_analytic_value(labels, dim, distance, desig
 
 @pytest.mark.parametrize(("dim", "correlation"), [(4, 0.5), (8, 0.9), (16, 0.8)])
 def test_averages_agree_with_the_analytic_information(dim, correlation):
-    """Both estimators, over draws of (x, y); i_s as the control variate says, which takes out the draw of (x, y)."""
+    """Both estimators over draws of (x, y). The analytic i_s is a control variate that removes their variance."""
     world = JointGaussian(dim, correlation)
     x, prompts = world.draw(4000)
     probes = draw_probes(list(range(4000)), 16, *BAND, (dim,), Design(loc=1.0, scale=2.0, antithetic=True))
@@ -110,7 +110,7 @@ def test_averages_agree_with_the_analytic_information(dim, correlation):
 
 @pytest.mark.parametrize(("labels", "dim", "distance"), [(3, 4, 0.7), (4, 16, 0.4)])
 def test_averages_over_a_mixture_agree_with_the_analytic_information(labels, dim, distance):
-    """All labels equally likely, and all other things as above: the analytic point-wise values are the control."""
+    """The same for a mixture with equally likely labels. The analytic pointwise values are the control variate."""
     world, each = LabelledMixture(labels, dim, distance), 1200
     x = torch.cat([world.draw(label, each) for label in range(labels)])
     prompts = Conditioning.cat(world.embed(label).expand(each) for label in range(labels))
@@ -156,7 +156,7 @@ def test_contrastive_equals_the_analytic_value():
 
 # ------------------------------------------------------------------------------------------ parameterisations
 class Predicting(torch.nn.Module):
-    """Stands for a UNet: the closed-form world's answer as a model of that prediction type would give it."""
+    """A model in place of a UNet: the closed-form prediction, converted to this prediction_type."""
 
     def __init__(self, world, prediction_type: str):
         super().__init__()
@@ -185,7 +185,7 @@ def of_unet(world, prediction_type):
 
 
 def of_rectified_flow(world):
-    """u = epsilon - x0 at x_t = (1 - t) x0 + t epsilon, brought to epsilon on the log-SNR axis."""
+    """u = epsilon - x0 at x_t = (1 - t) x0 + t epsilon, converted to epsilon at a log SNR."""
 
     def velocity(x_t, t, conditioning):
         log_snr = 2 * torch.logit(1 - t)
@@ -225,7 +225,7 @@ def test_every_parameterisation_gives_the_same_values(kind):
 
 # ------------------------------------------------------------------------------------------ standard errors
 def covered(estimate, truth, claimed, freedom):
-    """Share of the nominal 95 % intervals that hold the truth."""
+    """Share of the nominal 95 % intervals that contain the true value."""
     return ((estimate - truth).abs() < stdtrit(freedom, 0.975) * claimed).float().mean()
 
 
@@ -234,7 +234,7 @@ def covered(estimate, truth, claimed, freedom):
     ["random", "jittered", "jittered, antithetic", "midpoints", "logistic", "logistic, jittered, antithetic"],
 )
 def test_standard_errors_are_calibrated(design):
-    """Squared, they average to the variance over draws; the nominal 95 % interval holds the band's true value."""
+    """Their mean square equals the variance over draws; the nominal 95 % interval contains the true value."""
     world = JointGaussian(8, 0.6)
     x, prompts = world.draw(2, seed=3)
     band = (-6.0, 5.0)
@@ -246,7 +246,7 @@ def test_standard_errors_are_calibrated(design):
 
 @pytest.mark.parametrize("design", ["random", "jittered", "logistic, jittered, antithetic"])
 def test_paired_differences_are_tighter_than_the_values_and_calibrated(design):
-    """Candidates of one prompt share their noise, so that their difference is known better than either."""
+    """Candidates of a prompt share their noise, so their difference has a smaller error than each value."""
     world = JointGaussian(16, 0.6)
     x, prompts = world.draw(1, seed=2)
     pair = torch.cat([x, x + 0.3 * torch.randn(1, 16, generator=torch.Generator().manual_seed(5))])
@@ -290,7 +290,7 @@ def test_stratified_estimate_of_a_linear_integrand_has_no_variance(draws):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_degrees_of_freedom_are_those_of_the_squared_standard_error(design):
-    """For normal draws the squared error scatters as a chi-squared of so many: mean^2 / variance = freedom / 2."""
+    """For normal draws the squared error has a chi-squared distribution: mean^2 / variance = freedom / 2."""
     probes = draw_probes([0], 36, 0.0, 36.0, (1,), DESIGNS[design])
     probes = replace(probes, weight=torch.ones(36))
     draws = 18 if DESIGNS[design].antithetic else 36
@@ -303,7 +303,7 @@ def test_degrees_of_freedom_are_those_of_the_squared_standard_error(design):
 # ------------------------------------------------------------------------------------------ designs
 @pytest.mark.parametrize("design", DESIGNS)
 def test_weights_integrate_the_band(design):
-    """A constant and a smooth function: exactly, or within the noise of the places."""
+    """A constant is integrated exactly, a smooth function up to the noise of the levels."""
     probes = draw_probes([0], 4000, -4.0, 5.0, (1,), DESIGNS[design])
     assert (probes.log_snr >= -4).all()
     assert (probes.log_snr <= 5).all()
@@ -410,7 +410,7 @@ def test_candidates_of_a_prompt_have_the_same_probes():
 
 
 def test_memory_does_not_depend_on_the_number_of_samples():
-    """Noise is made a chunk at a time: what the denoiser is handed and what lives beside it do not grow with K."""
+    """Noise is drawn in chunks, so the batches and the memory do not grow with K."""
     world = LabelledMixture(2, 2, 0.5)
     probes = draw_probes([0], 30_000, *BAND, (2,))
     held = sum(t.numel() for t in vars(probes).values() if isinstance(t, torch.Tensor))

@@ -1,4 +1,4 @@
-"""Choosing from a pool in rounds: the right ones, as surely as promised, for fewer evaluations where it is easy."""
+"""Sequential choice from a pool: correct with the given confidence, with fewer evaluations in easy cases."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ PER_ROUND, MOST = 16, 8
 
 
 def pool_of(count: int, seed: int, spread: float = 1.0):
-    """Candidates about one image, more or less like it, their branches, and their true scores in the band."""
+    """Candidates near one image, their branches, and their true scores in the band."""
     x, prompts = WORLD.draw(1, seed)
     x = x + spread * torch.randn(count, WORLD.dim, generator=torch.Generator().manual_seed(seed))
     branches = Conditioning.cat([prompts, WORLD.null])
@@ -33,7 +33,7 @@ def chosen_from(x, branches, top_k, confidence=0.95, seed=0, max_rounds=MOST):
 
 
 def test_choice_reaches_its_confidence_with_fewer_evaluations():
-    """Over 60 pools: where separation is claimed it is true, and it costs less than all rounds for all candidates."""
+    """Over 60 pools: separated choices are correct, with fewer evaluations than all rounds for all candidates."""
     claimed, wrong, spent, all_of_it = 0, 0, 0, 0
     for seed in range(60):
         x, branches, truth = pool_of(10, seed)

@@ -1,4 +1,4 @@
-"""On-trajectory scores against the papers' formulas written out step by step."""
+"""On-trajectory scores, compared with the formulas of the papers, step by step."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ GUIDANCE = 4.0
 
 
 def velocities():
-    """(conditional, unconditional) velocities (n, S, dim) and the curves that a step records of them."""
+    """(conditional, unconditional) velocities (n, S, dim), and their recorded curves."""
     generator = torch.Generator().manual_seed(1)
     conditional, unconditional = (torch.randn(3, len(TIMES), 20, generator=generator) for _ in range(2))
     delta = conditional - unconditional

@@ -1,4 +1,4 @@
-"""Prompts that fail, from files of every kind and from a run's evaluation."""
+"""Weights of failing prompts, from files of every kind and from the evaluation of a run."""
 
 import json
 
@@ -18,7 +18,7 @@ def lines(path, rows: list[dict]) -> str:
 
 
 def evaluation(folder, **metrics: list[float | None]) -> str:
-    """Two parts of an evaluation, of the prompts a and b in turn."""
+    """Two parts of an evaluation, with the prompts a and b in turn."""
     for number in (0, 1):
         table = {name: values[number::2] for name, values in metrics.items()}
         prompts = ["a", "b"] * 4
@@ -50,15 +50,15 @@ def test_prompts_of_a_list_have_weight_one(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("row", "metric", "said"),
+    ("row", "metric", "message"),
     [
         ({"prompt": "a", "weight": -1}, "exact", "weight -1 for the prompt 'a'; give a number from 0"),
         ({"prompt": "a", "weight": "much"}, "exact", "weight 'much'"),
         ({"prompt": "a", "score_pmi": 7.5}, "score_pmi", "give a metric between 0 and 1"),
     ],
 )
-def test_invalid_weights_are_refused(tmp_path, row, metric, said):
-    with pytest.raises(ConfigError, match=f"^focus: .*{said}"):
+def test_invalid_weights_are_refused(tmp_path, row, metric, message):
+    with pytest.raises(ConfigError, match=f"^focus: .*{message}"):
         read_focus(lines(tmp_path / "f.jsonl", [row]), metric, 1.0)
 
 

@@ -36,7 +36,7 @@ def server(s3_server):
 
 @pytest.fixture(params=["s3://pairs", "gs://runs"])
 def bucket(request, tmp_path) -> str:
-    """An empty folder of an object store."""
+    """An empty folder on an object store."""
     address = request.getfixturevalue("server" if request.param.startswith("s3") else "gcs_server")
     return f"{request.param}/{tmp_path.name}?endpoint_override={address}&scheme=http"
 
@@ -82,7 +82,7 @@ def test_changed_input_or_config_changes_the_parts(tmp_path):
     [(write_parquet, "pairs.parquet", 0), (write_lines, "pairs.jsonl", 2), (write_folder, "images/1.txt", 2)],
 )
 def test_change_of_the_same_length_changes_the_parts(tmp_path, write, changed, others):
-    """Others are those shards of three that the change is not in: a Parquet file says only that it changed."""
+    """Only the shards with the change get other names; in a Parquet file all do."""
     source, file = write(tmp_path), tmp_path / changed
     before = {shard.name for shard in plan_pairs(str(source), 2, "key", Columns())}
     file.write_bytes(file.read_bytes().replace(b"two hearts", b"ten hearts"))
@@ -132,7 +132,7 @@ def test_unreadable_pair_has_a_reason(tmp_path):
 
 
 def test_names_and_captions_that_are_not_utf8(tmp_path):
-    """JSON can say half a surrogate pair, and a tar's names are bytes: UTF-8, and so Parquet, holds neither."""
+    """JSON can contain half a surrogate pair, and names in a tar are bytes. Neither is valid UTF-8."""
     (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": "a \\ud800 circle"}\n')
     (tmp_path / "a.png").write_bytes(IMAGES[0])
     with tarfile.open(tmp_path / "b.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
@@ -146,7 +146,7 @@ def test_names_and_captions_that_are_not_utf8(tmp_path):
 
 
 class Hostile:
-    """Its pickle makes a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -247,7 +247,7 @@ def test_files_cut_short_keep_what_comes_before(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "reported"),
     [
         (lambda folder: folder / "none", "does not exist"),
         (lambda folder: folder, "has no pairs"),
@@ -255,13 +255,13 @@ def test_files_cut_short_keep_what_comes_before(tmp_path):
         (lambda folder: folder / "other.parquet", "no column image, jpg"),
     ],
 )
-def test_input_without_pairs_is_refused(tmp_path, make, told):
+def test_input_without_pairs_is_refused(tmp_path, make, reported):
     source = make(tmp_path)
     if source.suffix == ".csv":
         source.write_text("a,b")
     if source.suffix == ".parquet":
         pq.write_table(pa.table({"picture": IMAGES}), source)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         plan_pairs(str(source), 2, "key", Columns())
 
 

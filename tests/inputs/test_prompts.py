@@ -152,7 +152,7 @@ def test_duplicates_are_found_at_any_distance(write):
 
 @pytest.mark.slow
 def test_every_one_of_a_million_lines_on_s3_is_kept_or_counted(s3_server):
-    """Bad lines of all kinds among 10^6: told in a few rows and in a short message, and none is lost."""
+    """Broken lines of all kinds among 10^6: told in a few rows and a short message, and all counted."""
     bad = {
         "not UTF-8": b'{"prompt": "caf\xe9"}',
         "not JSON": b'{"prompt": "a dog',
@@ -282,7 +282,7 @@ def test_broken_parquet(tmp_path, columns, expected):
 
 # ------------------------------------------------------------------------------------------ plan
 def shards_of(table: pa.Table, prompts_per_shard: int, key: str, folder) -> list[Shard]:
-    """All shards, each as an actor reads it."""
+    """All shards, read like in an actor."""
     source = str(folder / "prompts.parquet")
     write_prompts(source, table.to_batches())
     plan = ShardPlan(source, prompts_per_shard, key)

@@ -1,4 +1,4 @@
-"""More prompts from a list: each type of slot by hand, and what holds of all that comes out."""
+"""More prompts from a list: each type of slot, and properties of all results."""
 
 import random
 import re
@@ -166,7 +166,7 @@ def test_prompts_that_cannot_be_parsed_have_no_template():
 
 
 def test_noun_phrases_of_another_parser():
-    """As spaCy finds them: phrases without an opener too."""
+    """Noun phrases like those of spaCy, also without an opener."""
 
     def find(prompt: str) -> list[Phrase]:
         return [Phrase(m.start(), m.end(), m.start(2)) for m in re.finditer(r"(\w+) (cats|dogs)", prompt)]

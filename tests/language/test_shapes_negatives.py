@@ -1,4 +1,4 @@
-"""Negatives of the grammar against its parser, its renderer and the oracle."""
+"""Negatives of the grammar, compared with its parser, renderer and oracle."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Negatives of free English: sentences whose contraries are plain, and input that has none."""
+"""Negatives of general English: sentences with known opposites, and sentences without negatives."""
 
 import pytest
 import spacy
@@ -97,7 +97,7 @@ def test_plain_phrases():
 
 
 def test_noun_chunks_of_a_parsed_document():
-    """Parsed by hand, as one of spaCy's models does it: no model has to be installed."""
+    """Annotated by hand like by a spaCy model, so that no model must be installed."""
     words = ["two", "red", "cars", "and", "the", "old", "stone", "wall"]
     document = spacy.tokens.Doc(
         spacy.blank("en").vocab,

@@ -21,7 +21,7 @@ def run_dir(tmp_path) -> str:
 
 
 def write_holder(run_dir: str, **changes) -> dict:
-    """A lease as another driver would have left it."""
+    """The lease of another driver."""
     content = json.loads(lease.Lease(run_dir, 2.0, 5).content()) | changes
     storage.write_json(lease._uri(run_dir, 5), content)
     return content
@@ -31,8 +31,8 @@ def test_second_driver_is_refused_with_the_name_of_the_holder(run_dir):
     with lease.held(run_dir, 40), pytest.raises(ConfigError) as refused, lease.held(run_dir, 40):
         pass
     message = str(refused.value)
-    for told in (run_dir, f"process {os.getpid()}", lease.platform.node(), "--run-dir"):
-        assert told in message
+    for reported in (run_dir, f"process {os.getpid()}", lease.platform.node(), "--run-dir"):
+        assert reported in message
 
 
 def test_error_is_raised_even_if_the_release_fails(run_dir, monkeypatch):
@@ -147,7 +147,7 @@ def test_errors_are_in_the_events(run_dir):
 
 
 def test_slow_heartbeat_does_not_take_the_run_again(run_dir, monkeypatch):
-    """It is being written while the holder gives the run back."""
+    """The heartbeat is written while the holder releases the run."""
     write, beating = storage.write_bytes, threading.Event()
 
     def slow_write(uri: str, content: bytes):

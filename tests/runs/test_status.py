@@ -1,4 +1,4 @@
-"""What jobs/status.py tells of folders that stand at different points of a run."""
+"""The output of jobs/status.py for folders at different points of a run."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ FACTS = {"rows": 4, "denoiser_evaluations": 100, "score_evaluations": 20, "secon
 
 @pytest.fixture
 def run_dir(tmp_path) -> str:
-    """A run of 5 shards of 2 prompts that two drivers got to the third shard of; a prompt failed, one was skipped."""
+    """A run with 5 shards of 2 prompts. Two drivers wrote three shards; one prompt failed, one was skipped."""
     uri = str(tmp_path)
     config = RunConfig.model_validate(
         {
@@ -119,7 +119,7 @@ def test_status_shows_the_error_of_the_last_driver(run_dir):
 
 
 def test_continued_run_of_pairs_is_not_done_before_its_end(tmp_path):
-    """Of three shards one was scored by an earlier driver, whose manifest and stale receipt are still there."""
+    """An earlier driver scored one of three shards; its manifest and an old receipt still exist."""
     uri = str(tmp_path)
     storage.write_json(storage.join(uri, "run.json"), {"config": {"input": "a", "model": "b"}, "config_hash": "0"})
     storage.write_json(storage.join(uri, "scores", run_folder.MANIFEST), {})

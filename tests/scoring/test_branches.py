@@ -1,4 +1,4 @@
-"""Branches by candidate: each prompt's own number of them, and only the likeliest at all probes."""
+"""Branches: their number depends on the prompt, and only the likeliest are evaluated at all probes."""
 
 import pytest
 import torch

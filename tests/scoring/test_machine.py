@@ -1,4 +1,4 @@
-"""A denoiser that cannot take large batches: halved, remembered, and no candidate changed by it."""
+"""A denoiser that cannot process large batches: they are halved for good, without changing candidates."""
 
 import platform
 import subprocess
@@ -24,7 +24,7 @@ DDPM = SamplerConfig(solver="ddpm", num_inference_steps=6, guidance_scale=3.0)
 
 @pytest.fixture
 def small_memory(tiny_pipeline):
-    """A denoiser that runs out of memory at more than 8 rows, in the middle of sampling too; and the sizes it saw."""
+    """A denoiser that runs out of memory with more than 8 rows, also during sampling; and its batch sizes."""
     denoiser = load_denoiser(str(tiny_pipeline))
     sizes = []
 

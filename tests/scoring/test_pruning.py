@@ -1,4 +1,4 @@
-"""Successive halving: what is pruned, what it costs, and that nothing else has a say in it."""
+"""Successive halving: pruned candidates, their cost, and independence of batches."""
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,7 @@ def denoiser(tiny_pipeline):
 
 
 def sampled(denoiser, config, prompts, batch_size, carried=None, cuts=True):
-    """(trajectory, halving, work) of seeds that belong to the prompts, as generation's do."""
+    """(trajectory, halving, work) for seeds that depend on the prompts, as in the generation."""
     work, conditioning = Work(), denoiser.encode_prompts(prompts)
     seeds = [[1000 * PROMPTS.index(prompt) + c for c in range(EACH)] for prompt in prompts]
     scorer = Scorer(denoiser, config.score, batch_size, 0, PROMPTS)
@@ -123,7 +123,7 @@ def test_pruning_does_not_depend_on_batches_or_other_prompts(denoiser, tiny_pipe
 
 
 def test_cut_uses_the_score_of_the_steps_so_far(denoiser, tiny_pipeline):
-    """Against the truth from an unpruned pool: the curves' first steps rank the first cut."""
+    """Compared with a pool without pruning: the first steps of the curves determine the first cut."""
     config = config_for(tiny_pipeline, by="asd")
     whole, _, _ = sampled(denoiser, config, PROMPTS, 64, cuts=False)
     _, halving, _ = sampled(denoiser, config, PROMPTS, 64)

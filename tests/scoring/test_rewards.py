@@ -1,4 +1,4 @@
-"""Advantages: centred within a prompt, silent where the score says nothing."""
+"""Advantages: centred within a prompt, zero or NaN if the score has no signal."""
 
 import math
 

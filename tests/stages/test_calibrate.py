@@ -1,4 +1,4 @@
-"""The job that finds a band: run on the embedded model, and judged by what the pipeline makes of its file."""
+"""The calibration job, run on the embedded model, and the use of its file by the pipeline."""
 
 import re
 from pathlib import Path
@@ -31,13 +31,13 @@ def config(tmp_path, monkeypatch) -> CalibrationConfig:
 
 def test_pipeline_uses_the_calibrated_band(config, tmp_path, capsys):
     calibrate(config)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     found = yaml.safe_load((tmp_path / "band.yaml").read_text())
     arguments = ["--config", "jobs/configs/shapes-smoke.yaml", "--config", config.out, "--run-dir", "runs/x"]
     taken = load_config(arguments, model=RunConfig)[0].score
     assert (taken.log_snr_min, taken.log_snr_max) == (found["score"]["log_snr_min"], found["score"]["log_snr_max"])
     assert config.log_snr_min <= taken.log_snr_min < taken.log_snr_max <= config.log_snr_max
-    assert re.search(r"the label-free band reaches \d+ % of the AUC of the band chosen by labels", said)
+    assert re.search(r"the label-free band reaches \d+ % of the AUC of the band chosen by labels", output)
     assert (tmp_path / "band.yaml.bands.json").exists()
 
 
@@ -67,7 +67,7 @@ def test_equal_labels_are_ignored_or_refused(config, monkeypatch, capsys):
 
 
 def test_labels_of_a_file_equal_labels_of_the_oracle(config, tmp_path, capsys):
-    """The pool is written, labelled outside by the same oracle, and given back."""
+    """The pool is written, labelled with the same oracle, and the labels are used."""
     pool, file, table = tmp_path / "pool", tmp_path / "labels.jsonl", tmp_path / "labels.parquet"
     calibrate(config.model_copy(update={"pool": str(pool)}))
     by_oracle = capsys.readouterr().out
@@ -82,15 +82,15 @@ def test_labels_of_a_file_equal_labels_of_the_oracle(config, tmp_path, capsys):
     assert read_labels(str(file), digest) == read_labels(str(table), digest)
     calibrate(config.model_copy(update={"alignment": None, "labels": str(file)}))
     own = capsys.readouterr().out
-    told = [line for line in by_oracle.splitlines() if line.startswith(("label", "the label"))]
-    assert len(told) == 3
-    assert told == [line for line in own.splitlines() if line.startswith(("label", "the label"))]
+    reported = [line for line in by_oracle.splitlines() if line.startswith(("label", "the label"))]
+    assert len(reported) == 3
+    assert reported == [line for line in own.splitlines() if line.startswith(("label", "the label"))]
     with pytest.raises(ConfigError, match="labels another pool"):
         calibrate(config.model_copy(update={"alignment": None, "labels": str(file), "seed": 1}))
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         (None, "does not exist"),
         ("", "has no label for a candidate of these prompts"),
@@ -100,10 +100,10 @@ def test_labels_of_a_file_equal_labels_of_the_oracle(config, tmp_path, capsys):
         ('{"prompt_id": "a", "candidate_index": 0, "label": "good"}', "could not convert"),
     ],
 )
-def test_invalid_labels_are_refused(config, tmp_path, content, told):
+def test_invalid_labels_are_refused(config, tmp_path, content, reported):
     if content is not None:
         (tmp_path / "labels.jsonl").write_text(content)
-    with pytest.raises(ConfigError, match=f"labels: .*{told}"):
+    with pytest.raises(ConfigError, match=f"labels: .*{reported}"):
         calibrate(config.model_copy(update={"alignment": None, "labels": str(tmp_path / "labels.jsonl")}))
 
 

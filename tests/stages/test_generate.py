@@ -1,4 +1,4 @@
-"""The generating actor called directly, without Ray: what it writes, and what does not change it."""
+"""The generating actor, called directly without Ray: its rows, and that they do not depend on batches."""
 
 import io
 from pathlib import Path
@@ -48,7 +48,7 @@ def config_for(model, **resources) -> RunConfig:
 
 
 def shard_batch(prompts: list[str], folder: Path, index: int = 0) -> dict[str, np.ndarray]:
-    """As Ray Data hands a shard over: where its prompts lie."""
+    """The input row of a shard, as from Ray Data."""
     source, nothing = str(folder / f"prompts-{index}" / "prompts.parquet"), [None] * len(prompts)
     columns = [[prompt_id(p) for p in prompts], prompts, nothing, nothing]
     write_prompts(source, [pa.record_batch(columns, PROMPTS_SCHEMA)])

@@ -1,4 +1,4 @@
-"""An evaluation at several guidance scales is the evaluations at each of them, with the same prompts and seeds."""
+"""An evaluation at several guidance scales equals separate evaluations with the same prompts and seeds."""
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""The job that makes more prompts, from its command line."""
+"""The job that makes more prompts, through its command line."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def own(tmp_path) -> str:
 
 
 def made(tmp_path, suffix: str = ".jsonl", **fields) -> list[dict]:
-    """Rows that the job writes."""
+    """The rows that the job writes."""
     out = str(tmp_path / f"new{suffix}")
     make_prompts(MorePromptsConfig(out=out, **fields))
     return read_prompts(out)[0].to_pylist()
@@ -67,15 +67,15 @@ def test_all_faults_are_reported(tmp_path, own):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"out": "new.csv"}, r"out is '.*/new\.csv'; use the extension \.jsonl, \.parquet or \.txt"),
         ({"out": "own.jsonl", "file": "own.jsonl"}, "would be overwritten"),
         ({"out": "new.txt", "phrases": "text"}, "phrases 'text' needs it; set --file LIST"),
     ],
 )
-def test_contradictory_settings_are_refused(fields, said):
-    with pytest.raises(ValueError, match=said):
+def test_contradictory_settings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
         MorePromptsConfig(count=3, **fields)
 
 

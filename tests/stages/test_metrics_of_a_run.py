@@ -1,4 +1,4 @@
-"""A run with the oracle and a user's own metric: both in tables, report and figure; and one that no oracle reads."""
+"""A run with the oracle and a metric of the user, and a run with prompts that the oracle cannot read."""
 
 import base64
 import json
@@ -57,7 +57,7 @@ def config_of(run_dir: Path, prompts: list[str], metrics: list[str], **sections)
 
 
 def measured_run(config: RunConfig, prompts: list[str]):
-    """Candidates, and images of a base and a "tuned" model that is the base, as the actors make them, without Ray."""
+    """Candidates, and images of the base model as base and tuned, made by the actors without Ray."""
     dumped, nothing = config.model_dump(mode="json"), [None] * len(prompts)
     shard = Shard(0, "part-00000.parquet", [prompt_id(p) for p in prompts], prompts, nothing, nothing)
     run_dir = config.run_dir
@@ -179,7 +179,7 @@ def test_status_includes_the_evaluation_of_real_images(tmp_path, metrics, evalua
 @pytest.mark.ray
 @pytest.mark.slow
 def test_complete_run_with_a_metric_of_the_user_that_selects(tmp_path):
-    """The actors import the metric too; the arm that it selects has its name, as folder and in the report."""
+    """The actors import the metric. The arm that it selects has its name in the folder and in the report."""
     command = [sys.executable, "jobs/pipeline.py", "--config", "jobs/configs/shapes-smoke.yaml"]
     command += ["--run-dir", str(tmp_path), "--evaluation.controls", MINE]
     command += [f"--{section}.alignment=oracle,{MINE}" for section in ("generate", "evaluation")]

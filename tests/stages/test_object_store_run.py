@@ -1,4 +1,4 @@
-"""A whole run on an object store: killed, refused to a second driver, continued, and read by others."""
+"""A complete run on an object store: killed, locked for a second driver, continued, and read."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ on_request = pytest.mark.skipif(not os.environ.get("ALL_STORES"), reason="80 sec
 
 @pytest.fixture(params=["s3", pytest.param("gs", marks=on_request)])
 def run_dir(request, monkeypatch):
-    """The URI of a run on a server of this machine, which the job's processes reach by the environment."""
+    """The URI of a run on a local server; the processes of the job get its address from the environment."""
     if request.param == "s3":
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{request.getfixturevalue('s3_server')}")
         boto3.client("s3").create_bucket(Bucket="runs")

@@ -1,4 +1,4 @@
-"""Scoring of existing pairs: the scores, what becomes an error row, resume, the page, the single pair."""
+"""Scoring of existing pairs: scores, error rows, resume, audit page, single pair."""
 
 import io
 import os
@@ -53,8 +53,8 @@ def test_images_of_another_size_are_refused_or_cropped():
     wide = Image.fromarray(image).resize((128, 64))
     grey, clear = Image.fromarray(image).convert("L"), Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     assert (read_image(encoded(image), (64, 64), "exact") == image).all()
-    for other, told in ((wide, "128x64 pixels, not 64x64"), (grey, "mode is L")):
-        with pytest.raises(ValueError, match=told):
+    for other, reported in ((wide, "128x64 pixels, not 64x64"), (grey, "mode is L")):
+        with pytest.raises(ValueError, match=reported):
             read_image(encoded(other), (64, 64), "exact")
         assert read_image(encoded(other), (64, 64), "crop").shape == (64, 64, 3)
     assert (read_image(encoded(clear), (64, 64), "crop") == 255).all()
@@ -109,8 +109,8 @@ def test_scores_equal_those_of_the_estimators(tiny):
         lead, error = pointwise.pmi(errors[texts.index(best.prompt)], errors[0], probes)
         likeliest = max(density[best.prompt], density[""])
         assert row["score_margin"] == pytest.approx(density[prompt] - likeliest, abs=2e-3)
-        told = (best.original, best.instead, best.attribute) if lead > 2 * error else (None, None, None)
-        assert tuple(row[name] for name in ("contradicted", "instead", "contradicted_attribute")) == told
+        reported = (best.original, best.instead, best.attribute) if lead > 2 * error else (None, None, None)
+        assert tuple(row[name] for name in ("contradicted", "instead", "contradicted_attribute")) == reported
 
 
 def test_margin_without_negatives_compares_with_the_empty_prompt(tiny):
@@ -178,7 +178,7 @@ def bad_pairs(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def scored(tiny_pipeline, tmp_path_factory):
-    """The actor called directly, without Ray, and the page over what it wrote."""
+    """The audit of pairs that an actor scored, called directly without Ray."""
     folder = tmp_path_factory.mktemp("scored")
     config = config_of(tiny_pipeline, bad_pairs(folder), folder / "run")
     actor = PairActor(config.model_dump(mode="json"))
@@ -199,8 +199,8 @@ def test_bad_pairs_are_error_rows(scored):
     assert len(rows) == len(CAPTIONS) + 8
     assert rows["error"].isna().tolist() == [True] * len(CAPTIONS) + [False] * 7 + [True]
     expected = ["empty", "no caption", "corrupt", "32x64", "mode is L", "no image", "42 tokens"]
-    for error, told in zip(rows["error"][len(CAPTIONS) :], expected, strict=False):
-        assert told in error
+    for error, reported in zip(rows["error"][len(CAPTIONS) :], expected, strict=False):
+        assert reported in error
     assert rows[rows["error"].isna()]["score_pmi"].notna().all()
     assert rows[rows["error"].notna()]["score_pmi"].isna().all()
     assert (summary["scored"], summary["errors"], summary["unjudged"]) == (6, 7, 1)
@@ -315,9 +315,9 @@ def test_single_pair_prints_its_scores_and_writes_its_map(tiny_pipeline, tmp_pat
     (tmp_path / "x.png").write_bytes(IMAGES[0])
     config = ScorePairsConfig(image=str(tmp_path / "x.png"), prompt=CAPTIONS[0], model=str(tiny_pipeline))
     row = score_one(config)
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     value, error = (f"{row[name]:.2f}".replace("-", "−") for name in ("score_pmi", "score_pmi_se"))
-    assert f"{value} ± {error} nats" in told
+    assert f"{value} ± {error} nats" in reported
     assert Image.open(tmp_path / "x-map.png").size[0] > 500
     (tmp_path / "x.png").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="the image is corrupt"):
@@ -331,7 +331,7 @@ def test_flag_keeps_the_other_defaults_of_its_section():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (("--input", "a.parquet"), "run_dir is missing, and input needs it"),
         (("--image", "a.png"), "image or prompt is missing, and a single pair needs both"),
@@ -341,10 +341,10 @@ def test_flag_keeps_the_other_defaults_of_its_section():
         (("--input", "a", "--run-dir", "b", "--score.negatives", "verbs"), "score.negatives: 'verbs' is not valid"),
     ],
 )
-def test_wrong_settings_are_reported(arguments, told):
+def test_wrong_settings_are_reported(arguments, reported):
     with pytest.raises(ConfigError) as caught:
         load_config(list(arguments), model=ScorePairsConfig)
-    assert told in "\n".join(caught.value.faults)
+    assert reported in "\n".join(caught.value.faults)
 
 
 def test_scores_of_removed_inputs_are_removed(tiny_pipeline, tmp_path, monkeypatch, capsys):
@@ -399,8 +399,8 @@ def test_run_continues_and_another_config_is_refused(tiny_pipeline, tmp_path):
     parts = sorted((run_dir / "scores").glob("*.parquet"))
     before = pd.concat([pd.read_parquet(part) for part in parts])
     assert before["prompt"].tolist() == CAPTIONS
-    told = run_status(str(run_dir))
-    assert [(stage["stage"], stage["done"], stage["left"]) for stage in told["stages"]] == [
+    reported = run_status(str(run_dir))
+    assert [(stage["stage"], stage["done"], stage["left"]) for stage in reported["stages"]] == [
         ("score", 3, 0),
         ("audit", 1, 0),
     ]

@@ -1,4 +1,4 @@
-"""A stage over a plan of shards, with its actor called in this process instead of by Ray Data."""
+"""A stage with several shards. Its actor is called in this process instead of by Ray Data."""
 
 import itertools
 import os
@@ -27,7 +27,7 @@ TEXTS = [f"prompt {number}" for number in range(11)]
 
 
 class Writer:
-    """An actor that writes a row a prompt."""
+    """An actor that writes one row per prompt."""
 
     made: ClassVar[list[int]] = []
 
@@ -50,7 +50,7 @@ class Writer:
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    """Runs the stage over 3 shards of 4, 4 and 3 prompts; returns its manifest."""
+    """Run the stage with 3 shards of 4, 4 and 3 prompts. Returns its manifest."""
 
     def inline(actor, constructor, rows, resources, in_flight):
         writer = actor(**constructor)
@@ -110,8 +110,8 @@ def test_events_contain_lost_processes_and_halved_batches(stage, tmp_path, monke
     monkeypatch.setattr(shards, "is_restarted", lambda: True)
     stage()
     written = [event for event in storage.read_lines(str(tmp_path / "events.jsonl")) if "shard" in event]
-    told = [(event["actor_restarts"], event["batch_halvings"], event["host"]) for event in written]
-    assert told == [(int(index == 0), index, platform.node()) for index in range(3)]
+    reported = [(event["actor_restarts"], event["batch_halvings"], event["host"]) for event in written]
+    assert reported == [(int(index == 0), index, platform.node()) for index in range(3)]
 
 
 @pytest.mark.ray
@@ -199,7 +199,7 @@ def test_failed_actor_start_does_not_stop_the_run(tmp_path):
 
 
 def test_machine_that_fails_after_a_shard_is_replaced(monkeypatch):
-    """Ray starts another process each time; one that has finished no shard stops the run."""
+    """Ray starts another process each time. A process that has committed no shard stops the run."""
     ended = []
     monkeypatch.setattr(shards, "_in_actor", lambda: True)
     monkeypatch.setattr(shards, "is_restarted", lambda: True)

@@ -1,4 +1,4 @@
-"""The trial before a run: what it chooses from what it measured, and that it measures where the actors will run."""
+"""The trial before a run: its choice from measurements, and that it measures on the hardware of the actors."""
 
 import time
 

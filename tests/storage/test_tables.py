@@ -61,7 +61,7 @@ def test_column_with_a_used_name_is_refused(name):
 
 @pytest.mark.parametrize("name", ["candidates", "evaluation", "scored"])
 def test_tables_with_images_have_hugging_face_metadata(name, tmp_path):
-    """`datasets` takes a column's feature from this metadata if its storage type is the column's."""
+    """`datasets` uses the feature of this metadata if its storage type equals the type of the column."""
     uri = str(tmp_path / "part.parquet")
     storage.write_table(uri, SCHEMAS[name].empty_table())
     schema = storage.read_table(uri).schema

@@ -43,7 +43,7 @@ def endpoint(s3_server):
 
 @pytest.fixture(params=["local", "s3_by_environment", "s3_by_query", "gs_by_environment", "gs_by_query"])
 def root(request, tmp_path, monkeypatch) -> str:
-    """An empty folder's URI."""
+    """The URI of an empty folder."""
     if request.param == "local":
         return str(tmp_path)
     scheme, _, by = request.param.partition("_by_")
@@ -129,7 +129,7 @@ def test_receipt_describes_the_stored_part(root):
 
 
 def test_create_with_a_lost_response_succeeds(monkeypatch, root):
-    """The answer to the first attempt is lost; the second is refused, since the object is there."""
+    """The response to the first attempt is lost. The second attempt is refused, because the object exists."""
     if not root.startswith("s3://"):
         pytest.skip("of S3")
     put = storage.s3.create
@@ -158,7 +158,7 @@ def test_s3_requests_are_retried(monkeypatch, root):
 
 @pytest.mark.parametrize("name", ["flaky", "lost"])
 def test_google_cloud_storage_requests_are_retried(name, gcs_server, tmp_path):
-    """What is asked of such an object fails twice: by 503, or it is done but the connection closed."""
+    """Requests fail twice: with status 503, or the request is done and the connection is closed."""
     uri = f"gs://runs/{tmp_path.name}/{name}?endpoint_override={gcs_server}&scheme=http"
     with pytest.raises((HTTPException, HTTPError)):
         urlopen(f"http://{gcs_server}/storage/v1/b/runs/o/{tmp_path.name}%2F{name}")
@@ -171,7 +171,7 @@ def test_google_cloud_storage_requests_are_retried(name, gcs_server, tmp_path):
 
 @pytest.mark.parametrize("size", [1 << 10, 20 << 20])
 def test_interrupted_write_keeps_the_old_file(root, size, tmp_path):
-    """Also of a file so large that it is put in pieces. Interrupted is the main thread, whoever reads the file."""
+    """Also for a large file that is put in pieces. The main thread is interrupted."""
     if "://" not in root:
         pytest.skip("a local file is renamed when it is whole")
     uri = storage.join(root, "table.parquet")
@@ -197,7 +197,7 @@ def test_interrupted_write_keeps_the_old_file(root, size, tmp_path):
 
 
 def test_create_bytes_of_large_files_succeeds_once(root):
-    """Google's client sends those in pieces, and the condition counts where they are put together."""
+    """Google's client sends large files in pieces. The condition is checked when they are joined."""
     if not root.startswith("gs://"):
         pytest.skip("of Google Cloud Storage")
     uri = storage.join(root, "large")
@@ -220,7 +220,7 @@ def test_google_cloud_storage_without_credentials_is_reported_at_once(monkeypatc
 
 
 def test_credentials_are_sent_except_over_plain_http(monkeypatch):
-    """A private endpoint of Google's asks for them as its public one does."""
+    """A private endpoint of Google needs credentials like the public one."""
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     places = [gcs._parts(f"gs://b/a{query}")[2] for query in ("", "?endpoint_override=x.p.googleapis.com")]
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "localhost:1")
@@ -305,7 +305,7 @@ def test_incomplete_line_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("uri", "told"),
+    ("uri", "reported"),
     [
         ("s3://AKIAEXAMPLE:secret@bucket/run", "instance role"),
         ("s3://AKIAEXAMPLE:a/secret/with/slashes@bucket/run", "instance role"),
@@ -315,8 +315,8 @@ def test_incomplete_line_is_skipped(tmp_path):
         ("gs://bucket/run?colour=red", "colour"),
     ],
 )
-def test_invalid_uris_are_refused(uri, told):
-    with pytest.raises(ValueError, match=told) as fault:
+def test_invalid_uris_are_refused(uri, reported):
+    with pytest.raises(ValueError, match=reported) as fault:
         storage.filesystem(uri)
     assert "secret" not in str(fault.value)
 
@@ -378,9 +378,9 @@ def test_full_disk_gives_one_message(wrapped, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError) as told, run_folder.full_disk_told("runs/x"):
+    with pytest.raises(ConfigError) as reported, run_folder.full_disk_told("runs/x"):
         write_on_a_full_disk(str(tmp_path), wrapped)
-    (fault,) = told.value.faults
+    (fault,) = reported.value.faults
     assert fault.startswith("run_dir: the disk of 'runs/x' is full; free some space")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

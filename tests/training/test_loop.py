@@ -1,4 +1,4 @@
-"""The adapter, its loss and its training: against closed forms, stock diffusers and an undisturbed run."""
+"""The adapter, its loss and its training, compared with closed forms, diffusers and a run without faults."""
 
 import json
 import threading
@@ -49,7 +49,7 @@ def output(unet: torch.nn.Module) -> torch.Tensor:
 
 
 def trained(unet: UNet2DConditionModel, adapter: str, rank: int = 4, alpha: int = 8, seed: int = 2) -> PeftModel:
-    """An adapter whose every weight is away from its start."""
+    """An adapter in which all weights differ from their initial values."""
     model = attach_adapter(unet, rank=rank, alpha=alpha, target_modules=TARGETS, use_dora=adapter == "dora")
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -134,7 +134,7 @@ def test_min_snr_weights_give_the_capped_x0_loss(prediction_type):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_loss_is_zero_for_a_perfect_model_and_weighted(prediction_type):
     class Oracle(torch.nn.Module):
-        """Knows the noise and errs by 2 in the second sample."""
+        """Predicts the exact noise, plus 2 in the second sample."""
 
         def forward(self, x_t, timesteps, encoder_hidden_states):
             self.x_t = x_t
@@ -253,7 +253,7 @@ def test_targets_and_trackers_are_checked_before_anything_starts(
 
 
 def test_driver_that_lost_the_run_stops_writing_the_training(tiny_pipeline, selected, tmp_path, monkeypatch):
-    """It loses it in the third step: nothing but the log so far is there, and workers that start anew end at once."""
+    """It loses the run in step 3. Only the log so far exists, and restarted workers end at once."""
     config = run_config(tiny_pipeline, workers=1).model_copy(update={"run_dir": str(tmp_path)})
     destination, steps, optimizer_step = tmp_path / "adapter", [], stage.optimizer_step
 
@@ -297,7 +297,7 @@ def test_later_round_starts_from_the_previous_adapter(tiny_pipeline, selected, t
 def test_finetuning_on_google_cloud_storage_continues_from_its_checkpoint(
     tiny_pipeline, selected, tmp_path, gcs_server, monkeypatch
 ):
-    """It dies in step 4, past the checkpoint of step 2, and is called again."""
+    """It dies in step 4, after the checkpoint of step 2, and is started again."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{gcs_server}")
     destination, begun = "gs://runs/adapter", tmp_path / "begun"
 
@@ -336,7 +336,7 @@ def test_finetuning_on_google_cloud_storage_continues_from_its_checkpoint(
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """A cluster of two nodes with a CPU each, beside the head; (cluster, a node that the driver can spare)."""
+    """A cluster with a head and two nodes of one CPU: (cluster, a node on which the driver does not run)."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")  # Ray counts on the lost node for a while
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -349,7 +349,7 @@ def nodes(monkeypatch):
 
 
 def preempt(cluster: Cluster, node, waiting: Path, saved: Path):
-    """Give notice to a node once the training waits for it, and take it away once the training has gone on."""
+    """Send a preemption notice to a node when the training waits for it. Kill the node after further steps."""
     store = ray._raylet.GcsClient(address=cluster.address)
     for moment, seconds in ((waiting, 120), (saved, 0)):
         await_file(moment)

@@ -1,4 +1,4 @@
-"""The losses against closed forms, and the module against stock PEFT."""
+"""The losses compared with closed forms, and the module compared with PEFT."""
 
 import copy
 
@@ -20,7 +20,7 @@ def config(method: str, **settings) -> FinetuneConfig:
 
 @pytest.fixture
 def batch() -> Batch:
-    """Two prompts of three candidates."""
+    """Two prompts with three candidates each."""
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 6, 4, 3, 3, generator=generator, dtype=torch.float64)
     advantages = torch.tensor([0.5, -0.75, 0.25, -0.1, 1.0, -0.9], dtype=torch.float64)
@@ -57,7 +57,7 @@ def test_awm_starts_with_the_gradient_of_the_weighted_error(batch, predictions):
 
 
 def test_dgpo_of_two_candidates_is_diffusion_dpo(batch, predictions):
-    """Wallace et al. 2023, eq. 14, of a winner and a loser with advantages 1 and -1."""
+    """Wallace et al. 2023, eq. 14, for two candidates with advantages 1 and -1."""
     pair = Batch(
         batch.x0[:2], batch.noise[:2], batch.timesteps[:2], batch.conditioning.rows(slice(2)), batch.weights[:2],
         torch.tensor([1.0, -1.0], dtype=torch.float64), None, torch.tensor([0, 0]),
@@ -174,7 +174,7 @@ def test_dropped_prompt_trains_towards_the_base_model(denoiser):
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"supervised"}))
 def test_every_method_prefers_the_better_candidates(denoiser, method):
-    """The error of the winners falls against that of the losers, on one batch."""
+    """The error of the better candidates decreases relative to that of the worse ones, on one batch."""
     objective, batch = objective_of(denoiser, method=method, anchor=0.0), rows(denoiser)
     batch = Batch(**(vars(batch) | {"timesteps": torch.full((4,), 600)}))
     optimizer = torch.optim.Adam(objective.parameters_trained, lr=5e-3)

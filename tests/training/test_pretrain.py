@@ -1,4 +1,4 @@
-"""The pre-training of the embedded model, on a few steps: it continues where it was killed."""
+"""Pre-training of the embedded model with a few steps: it continues after a kill."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def command(folder: Path) -> list[str]:
 
 
 def registered(folder: Path) -> bool:
-    """Whether Ray knows of a checkpoint: it notes one after its files are written."""
+    """Whether Ray has recorded a checkpoint, which it does after the files are written."""
     snapshot = folder / "ray/denoiser/checkpoint_manager_snapshot.json"
     return snapshot.exists() and "checkpoint_2" in snapshot.read_text()
 

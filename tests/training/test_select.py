@@ -1,4 +1,4 @@
-"""Ranking and selection against orders known beforehand."""
+"""Ranking and selection, compared with known orders."""
 
 import numpy as np
 import pyarrow as pa
