@@ -155,7 +155,7 @@ def _timesteps(schedule: NoiseSchedule, solver: str, num_inference_steps: int, s
 # ---------------------------------------------------------------------------------------------- sampling
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """The result of sampling n candidates, on the denoiser's device."""
+    """What sampling n candidates leaves, on the denoiser's device."""
 
     latents: Tensor  # (n, *latent_shape) fp32, clean
     timesteps: Tensor  # (S,) long, on the CPU
@@ -163,7 +163,7 @@ class Trajectory:
     cross: Tensor  # (n, S) fp32: <conditional epsilon, conditional - unconditional epsilon> at each step
 
     def of(self, rows: Tensor) -> "Trajectory":
-        """The trajectory of the candidates `rows`."""
+        """Of some candidates."""
         rows = rows.to(self.latents.device)
         return Trajectory(self.latents[rows], self.timesteps, self.delta_sq[rows], self.cross[rows])
 
