@@ -21,7 +21,7 @@ UPDATES, INNER = 4, 2
 
 
 class FakeBoard:
-    """The board without Ray: its meeting in a thread."""
+    """The board without Ray, in a thread."""
 
     def __init__(self, keep: int = 2):
         self.meeting, self.loop = Meeting(keep), asyncio.new_event_loop()
@@ -67,7 +67,7 @@ def stored_prompts(folder: Path) -> str:
 
 
 def some_policy(config: RunConfig, seed: int) -> dict[str, torch.Tensor]:
-    """An adapter whose every weight is away from its start."""
+    """An adapter in which all weights differ from their initial values."""
     tuning, unet = config.finetune, load_denoiser(config.model.path).unet
     targets, dora = tuning.target_modules, tuning.adapter == "dora"
     model = attach_adapter(unet, rank=tuning.rank, alpha=tuning.alpha, target_modules=targets, use_dora=dora)

@@ -21,7 +21,7 @@ from mi_ray.training import loop
 
 # ---------------------------------------------------------------------------------------------- who draws
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_a_merged_adapter_is_the_adapter_and_exchanging_it_back_gives_the_same_bits(tiny_pipeline, adapter):
+def test_merged_adapter_equals_the_adapter_and_can_be_replaced(tiny_pipeline, adapter):
     def adapted():
         unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
         targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -49,8 +49,8 @@ def test_a_merged_adapter_is_the_adapter_and_exchanging_it_back_gives_the_same_b
     torch.testing.assert_close(output(model), base, atol=1e-5, rtol=1e-4)
 
 
-def test_candidates_depend_on_policy_prompt_and_seed_alone(tiny_pipeline, tmp_path):
-    """Neither on the batch size, nor on the shard's other prompts, nor on the policies before."""
+def test_candidates_depend_only_on_policy_prompt_and_seed(tiny_pipeline, tmp_path):
+    """They do not depend on the batch size, on other prompts of the shard, or on earlier policies."""
     config = run_config(tiny_pipeline, tmp_path)
     prompts = [f"a {color} star" for color in COLORS[:3]]
     ids = [prompt_id(prompt) for prompt in prompts]
@@ -82,10 +82,8 @@ def test_candidates_depend_on_policy_prompt_and_seed_alone(tiny_pipeline, tmp_pa
         assert np.abs(mine - theirs).mean() > 1e-2
 
 
-def test_an_actor_that_waits_makes_what_another_lost_and_tells_what_another_did_not(
-    tiny_pipeline, tmp_path, monkeypatch
-):
-    """The actor that had the first update is gone: one part is committed but not told, the other was never made."""
+def test_waiting_actor_makes_and_reports_lost_parts(tiny_pipeline, tmp_path, monkeypatch):
+    """The actor of the first update was lost: one part is committed but not reported, the other was never made."""
     monkeypatch.setattr(stage, "LOOK_S", 0.1)
     config, source, board = run_config(tiny_pipeline, tmp_path), stored_prompts(tmp_path), FakeBoard()
     plan, generator = plan_of(config, source), generator_of(config, source, tmp_path, board)
@@ -102,7 +100,7 @@ def test_an_actor_that_waits_makes_what_another_lost_and_tells_what_another_did_
     assert board.wait(plan.of_update(2)[:1], None) == plan.of_update(2)[:1]
 
 
-def test_a_late_part_costs_nothing_and_a_late_validation_takes_the_saved_policy(tiny_pipeline, tmp_path):
+def test_late_part_is_not_made_and_late_validation_uses_the_saved_policy(tiny_pipeline, tmp_path):
     config = run_config(tiny_pipeline, tmp_path, online={"deadline_s": 0.01})
     source, board = stored_prompts(tmp_path), FakeBoard()
     plan, generator = plan_of(config, source), generator_of(config, source, tmp_path, board)
@@ -130,7 +128,7 @@ def loop_bytes(state: dict[str, torch.Tensor]) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------- the board
-def test_an_update_closes_with_all_its_parts_or_after_the_deadline_for_every_worker_alike():
+def test_board_decides_the_parts_of_an_update_once():
     board = FakeBoard()
     board.finished([3])
     answers = []
@@ -147,15 +145,15 @@ def test_an_update_closes_with_all_its_parts_or_after_the_deadline_for_every_wor
     board.end()
     assert board.wait([5, 6], None) == [5]
     board.finished([7])
-    assert board.wait([7], None) is None, "the run had ended before anybody asked"
+    assert board.wait([7], None) is None, "the run had already ended"
 
 
-def test_the_board_keeps_the_last_versions_and_none_older_comes_back():
+def test_board_keeps_only_the_last_versions():
     board = FakeBoard(keep=2)
     assert board.policy(0, 0.0) == ("wait", None)
     for version in (0, 1, 2, 3):
         board.publish(version, {"w": torch.full((1,), float(version))})
-    board.publish(1, {"w": torch.ones(1)})  # by a training that has started again
+    board.publish(1, {"w": torch.ones(1)})  # by a restarted training
     assert [board.policy(version, 0.0)[0] for version in range(5)] == ["past", "past", "here", "here", "wait"]
     board.end()
     assert [board.policy(version, 0.0)[0] for version in range(5)] == ["past", "past", "here", "here", "ended"]

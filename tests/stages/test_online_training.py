@@ -20,7 +20,7 @@ from mi_ray.training.online import OnlineSource, RunAway, best_version
 
 @pytest.fixture(scope="module")
 def drawn(tiny_pipeline, tmp_path_factory) -> tuple[RunConfig, str, Path]:
-    """The parts of the first two updates and the first validation: (config, prompts, folder)."""
+    """The parts of two updates and one validation: (config, prompts, folder)."""
     folder = tmp_path_factory.mktemp("drawn")
     config, source, board = run_config(tiny_pipeline, folder), stored_prompts(folder), FakeBoard()
     plan, generator = plan_of(config, source), generator_of(config, source, folder, board)
@@ -40,8 +40,8 @@ def source_of(config: RunConfig, source: str, folder: Path, board: FakeBoard) ->
     return OnlineSource(config, plan, str(folder), board, denoiser, objective, range(10, 900)), objective
 
 
-def told(plan: OnlinePlan, folder: Path) -> FakeBoard:
-    """A board that knows the parts of a folder."""
+def board_of(plan: OnlinePlan, folder: Path) -> FakeBoard:
+    """A board that knows the committed parts of a folder."""
     board, names = FakeBoard(), [plan.name(index) for index in range(len(plan))]
     missing = set(run_folder.missing_parts(str(folder / "candidates"), names))
     board.finished([index for index, name in enumerate(names) if name not in missing])
@@ -56,9 +56,9 @@ def gradient(source: OnlineSource, objective: Objective, step: int, rank: int, w
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_workers_together_learn_from_what_one_alone_does(drawn, workers):
+def test_several_workers_have_the_gradient_of_one_worker(drawn, workers):
     config, prompts, folder = drawn
-    source, objective = source_of(config, prompts, folder, told(plan_of(config, prompts), folder))
+    source, objective = source_of(config, prompts, folder, board_of(plan_of(config, prompts), folder))
     source.load({}, [])
     assert source.open(0)
     alone = gradient(source, objective, 0, 0, 1)
@@ -68,10 +68,10 @@ def test_workers_together_learn_from_what_one_alone_does(drawn, workers):
     assert len({len(source.parts(0, rank, workers)) for rank in range(workers)}) == 1
 
 
-def test_a_source_that_starts_again_has_the_same_batches_and_publishes_the_versions_of_its_checkpoint(drawn):
+def test_restarted_source_has_the_same_batches_and_versions(drawn):
     config, prompts, folder = drawn
     plan = plan_of(config, prompts)
-    first, objective = source_of(config, prompts, folder, told(plan, folder))
+    first, objective = source_of(config, prompts, folder, board_of(plan, folder))
     first.save = lambda uri, values: None
     first.load({}, [])
     lines, optimizer = [], torch.optim.SGD(objective.parameters_trained, lr=10.0)
@@ -93,7 +93,7 @@ def test_a_source_that_starts_again_has_the_same_batches_and_publishes_the_versi
     for values, before in zip(objective.old, own, strict=True):
         values.copy_(before)
 
-    board = told(plan, folder)
+    board = board_of(plan, folder)
     again, _ = source_of(config, prompts, folder, board)
     again.save = lambda uri, values: None
     again.load(state, lines)
@@ -108,7 +108,7 @@ def test_a_source_that_starts_again_has_the_same_batches_and_publishes_the_versi
 
 
 def rewritten(folder: Path, to: Path, plan: OnlinePlan, index: int, **columns) -> None:
-    """A drawn part under another index, with some columns computed anew from its own."""
+    """Commit a copy of a part with another index, with changed columns."""
     drawn = next((folder / "candidates").glob("update-00001-000-*.parquet"))
     table = storage.read_table(str(drawn))
     for name, of in columns.items():
@@ -124,7 +124,7 @@ def rewritten(folder: Path, to: Path, plan: OnlinePlan, index: int, **columns) -
         (1.0, True, "diversity of a prompt's .* is .% of"),
     ],
 )
-def test_a_training_stops_where_the_latents_leave_the_first_ones(drawn, tmp_path, scale, flatten, message):
+def test_training_stops_if_the_latents_change_too_much(drawn, tmp_path, scale, flatten, message):
     config, prompts, folder = drawn
     drift = {"validate_every": 1} | ({"max_latent_drift": 9.0} if flatten else {})  # one update against the first
     config = config.model_copy(update={"online": config.online.model_copy(update=drift)})
@@ -147,7 +147,7 @@ def test_a_training_stops_where_the_latents_leave_the_first_ones(drawn, tmp_path
         source.open(INNER)
 
 
-def test_a_training_stops_where_the_self_score_of_held_out_prompts_falls(drawn, tmp_path):
+def test_training_stops_if_the_self_score_falls(drawn, tmp_path):
     config, prompts, folder = drawn
     online = config.online.model_copy(update={"updates": 6, "validation_prompts": 4})
     config = config.model_copy(update={"online": online})
@@ -166,7 +166,7 @@ def test_a_training_stops_where_the_self_score_of_held_out_prompts_falls(drawn, 
         assert source.open(update * INNER)
     with pytest.raises(RunAway, match=r"self-score of held-out prompts fell by (5|4.99) since update 0"):
         source.open(4 * INNER)
-    for rewards in ((), ("random",)):  # which has no column
+    for rewards in ((), ("random",)):  # random has no column
         judged = config.model_copy(update={"online": online.model_copy(update={"rewards": rewards})})
         kept = best_version(judged, plan, str(tmp_path / "candidates"), [0, 2])
         assert kept["version"] == 0

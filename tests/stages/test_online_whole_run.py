@@ -31,7 +31,7 @@ from mi_ray.training.online import best_version
 
 
 def in_process(config: RunConfig, source: str, folder: Path, board: FakeBoard | None = None) -> dict:
-    """An online run without Ray: one actor in a thread, the training in this one. Returns the training's summary."""
+    """An online run without Ray, with the actor in a thread. Returns the summary of the training."""
     plan, board = plan_of(config, source), board or FakeBoard(config.online.lag + 1)
     generator = generator_of(config, source, folder, board)
     actor = threading.Thread(target=lambda: [generator(batch_of(plan.row(i))) for i in range(len(plan))], daemon=True)
@@ -66,7 +66,7 @@ def undisturbed(tiny_pipeline, tmp_path_factory) -> Path:
     return folder
 
 
-def test_updates_are_logged_and_every_version_of_a_checkpoint_is_saved_and_scored(undisturbed):
+def test_updates_are_logged_and_checkpoints_are_saved_and_validated(undisturbed):
     lines = [line for line in log_of(undisturbed) if line.get("reward") is not None]
     assert [line["update"] for line in lines] == list(range(UPDATES))
     assert all(line["trained_prompts"] == 1 for line in lines)
@@ -79,8 +79,8 @@ def test_updates_are_logged_and_every_version_of_a_checkpoint_is_saved_and_score
     assert held["seed"].nunique() == 2 * 2, "every version has the same seeds"
 
 
-def test_an_update_that_trains_no_prompt_is_passed_over(tiny_pipeline, tmp_path):
-    """Its rewards are all the same. Nothing is held out: the last version is the one that is kept."""
+def test_update_without_trained_prompts_is_skipped(tiny_pipeline, tmp_path):
+    """All rewards are equal. No prompts are held out, so the last version is kept."""
     online = {"validation_prompts": 0, "updates": 2, "reward_clip": 2.0}
     config, source = run_config(tiny_pipeline, tmp_path, online=online), stored_prompts(tmp_path)
     plan = plan_of(config, source)
@@ -100,10 +100,8 @@ def test_an_update_that_trains_no_prompt_is_passed_over(tiny_pipeline, tmp_path)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_generation_that_fails_ends_the_training_and_is_the_error_of_the_run(
-    tiny_pipeline, tmp_path, monkeypatch, fails
-):
-    """Whether the workers end, or fail because one of them has ended."""
+def test_failed_generation_stops_the_training(tiny_pipeline, tmp_path, monkeypatch, fails):
+    """Both if the workers end, and if they fail because one of them has ended."""
     board = FakeBoard()
 
     def write_missing(*arguments):
@@ -122,7 +120,7 @@ def test_a_generation_that_fails_ends_the_training_and_is_the_error_of_the_run(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the loss is nan"), KeyboardInterrupt()])
-def test_a_training_that_fails_ends_the_generation(tiny_pipeline, tmp_path, monkeypatch, error):
+def test_failed_training_stops_the_generation(tiny_pipeline, tmp_path, monkeypatch, error):
     board, ended = FakeBoard(), []
 
     def write_missing(*arguments):
@@ -140,7 +138,7 @@ def test_a_training_that_fails_ends_the_generation(tiny_pipeline, tmp_path, monk
 
 
 class Mortal(stage.OnlineGenerator):
-    """Dies once after a commit, before anybody is told of it, and once before it makes a part."""
+    """Dies once after a commit, before it is reported, and once before it makes a part."""
 
     def _write(self, row: dict) -> dict:
         died = Path(self.folder)
@@ -156,7 +154,7 @@ def _once(file: Path) -> bool:
 
 
 def mortal_loop(settings: dict) -> dict | None:
-    """Its third optimiser step fails with the first driver; its seventh, past the checkpoint, with the second."""
+    """Fails in step 3 with the first driver, and in step 7, after the checkpoint, with the second driver."""
     from mi_ray.training import loop as module
 
     optimizer_step, begun = module.optimizer_step, Path(settings["destination"], "begun")
@@ -165,7 +163,7 @@ def mortal_loop(settings: dict) -> dict | None:
     def step(*arguments):
         with begun.open("a") as file:
             file.write(".")
-        ray.train.get_all_reported_checkpoints()  # waits until Ray knows of the last one
+        ray.train.get_all_reported_checkpoints()  # waits until Ray has recorded the last one
         if begun.stat().st_size == 3 and _once(folder / "driver-died"):
             raise RuntimeError("as if the driver had gone")
         if begun.stat().st_size == 3 + 7 and _once(folder / "trainer-died"):
@@ -178,11 +176,11 @@ def mortal_loop(settings: dict) -> dict | None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_whose_driver_actors_and_trainer_die_ends_where_an_undisturbed_one_does(
+def test_run_with_killed_driver_actors_and_trainer_has_the_same_result(
     tiny_pipeline, undisturbed, tmp_path, monkeypatch
 ):
     config, source = run_config(tiny_pipeline, tmp_path), stored_prompts(tmp_path)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # which the workers cannot import
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this module
     run = (config, source, str(tmp_path), "test")
     ray.init(num_cpus=4, logging_level="error")
     try:
@@ -199,7 +197,7 @@ def test_a_run_whose_driver_actors_and_trainer_die_ends_where_an_undisturbed_one
         same_as(undisturbed, tmp_path)
         summary = storage.read_json(storage.join(adapter, "summary.json"))
         weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-        shutil.rmtree(adapter)  # the driver died before it wrote that
+        shutil.rmtree(adapter)  # as if the driver had died before writing it
         begun = (tmp_path / "begun").stat().st_size
         assert stage.online(*run) == adapter
         assert (tmp_path / "begun").stat().st_size == begun + 2 * INNER, "from the last checkpoint"
@@ -212,7 +210,7 @@ def test_a_run_whose_driver_actors_and_trainer_die_ends_where_an_undisturbed_one
 
 
 def same_as(undisturbed: Path, folder: Path):
-    """The same parts, rows, seeds, scores, losses, rewards and saved policies; an event for each part."""
+    """Check that parts, rows, seeds, scores, losses, rewards and saved policies are equal, with an event per part."""
     mine, theirs = table_of(folder), table_of(undisturbed)
     for name in ("update", "prompt_id", "candidate_index", "seed"):
         assert mine[name].tolist() == theirs[name].tolist()
