@@ -188,11 +188,8 @@ class RunConfig(Section):
             faults.append(
                 f"rounds is {self.rounds}, but an online run has no rounds: set rounds: 1, or online.updates: 0"
             )
-        if tuning.baseline or tuning.ema_decay:
-            faults.append(
-                "finetune.baseline or finetune.ema_decay is set, but an online run does not use them: remove them (see"
-                " online.decay)"
-            )
+        if tuning.baseline:
+            faults.append("finetune.baseline is set, but an online run does not use it: remove it")
         if self.prune.by:
             faults.append(
                 f"prune.by is {self.prune.by}, but an online update uses all its candidates: set prune.by to none"

@@ -15,8 +15,8 @@ class OnlinePlan:
 
     A part holds the candidates of one shard of prompts, drawn by one version of the policy. Version 0 is the base
     model; version v is the policy after v updates. Update u uses the next shards of the prompt list and draws with
-    version max(0, u - lag). Each epoch has a new permutation of the list. The shards at the end of the list are held
-    out: every `validate_every` updates, and after the last one, the newest version is scored on them, with the same
+    version max(0, u - lag). Each epoch is a new permutation of the list, cut into whole updates, so that no update has a
+    shard twice; what is left of the permutation is not used. The shards at the end of the list are held out: every `validate_every` updates, and after the last one, the newest version is scored on them, with the same
     seeds each time.
 
     Raises:
@@ -55,8 +55,8 @@ class OnlinePlan:
         update, kind, number = self._parts[index].tolist()
         if kind < 0:
             return self.trained + number
-        position = update * self.groups + number
-        return int(_permutation(self.seed, position // self.trained, self.trained)[position % self.trained])
+        epoch, update_of_epoch = divmod(update, self.trained // self.groups)
+        return int(_permutation(self.seed, epoch, self.trained)[update_of_epoch * self.groups + number])
 
     def name(self, index: int) -> str:
         update, kind, number = self._parts[index].tolist()

@@ -79,7 +79,7 @@ class OnlineGenerator:
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.folder, self.candidates, self.board = folder, storage.join(folder, CANDIDATES), board
         self.plan = plan_of(config, source)
-        self.policy, self.version = PolicySampler(config), 0
+        self.policy, self.loaded = PolicySampler(config), (0, False)
         schema = tables.online_schema(config.score.names, columns_of(self.policy.validation_metrics))
         self.write = ShardWriter("online", "policy", self.candidates, schema, config, token, lambda: self.policy.calls)
 
@@ -113,18 +113,23 @@ class OnlineGenerator:
         return receipt
 
     def _take(self, row: dict, timeout_s: float) -> str:
-        """Make the version of the policy that a part names the one that draws, if it is `here`; else the board's word
-        for it. A validation of a version that the board keeps no more takes the one that was saved."""
+        """Load the policy that a part names, if it exists: "here". Otherwise return what the board says of it.
+
+        A validation uses the saved policy, because this is the one that the evaluation will use. It is saved before
+        its version is published.
+        """
         version = row["version"]
-        if version == self.version:
+        validation = row["validation"] and version > 0  # version 0 is the base model
+        wanted = version, validation
+        if wanted == self.loaded:
             return "here"
         word, state = self.board.policy(version, timeout_s)
-        saved = storage.join(policy_folder(self.folder, version), "adapter_model.safetensors")
-        if word == "past" and row["validation"] and storage.exists(saved):
+        if validation and word in ("here", "past"):
+            saved = storage.join(policy_folder(self.folder, version), "adapter_model.safetensors")
             word, state = "here", load_safetensors(storage.read_bytes(saved))
         if word == "here":
             self.policy.load(state)
-            self.version = version
+            self.loaded = wanted
         return word
 
 

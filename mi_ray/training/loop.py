@@ -99,7 +99,7 @@ class Source(Protocol):
 
 
 # ---------------------------------------------------------------------------------------------- one worker
-def _prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Training, Objective, Source]:
+def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Training, Objective, Source]:
     """The model under its starting adapter, and its data."""
     tuning = config.finetune
     # Half precision is used on GPUs, with autocast. On a CPU it would be slow and inaccurate.
@@ -132,14 +132,15 @@ def _prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[T
     parameters = objective.parameters_trained
     optimizer = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
-    average = EMAModel(parameters, decay=tuning.ema_decay) if tuning.ema_decay and kept is not None else None
+    average = EMAModel(parameters, decay=tuning.ema_decay) if tuning.ema_decay else None
     training = Training(model, optimizer, scaler, average, objective.old)
     timesteps = trained_timesteps(2 * torch.log(objective.alpha / objective.sigma), tuning.log_snr_max)
     if kept is not None:
         return training, objective, KeptCandidates(kept, config, timesteps, device)
     online = settings["online"]
     plan = plan_of(config, online["prompts"])
-    source = OnlineSource(config, plan, online["folder"], online["board"], denoiser, objective, timesteps)
+    places = online["folder"], online["board"]
+    source = OnlineSource(config, plan, *places, denoiser, objective, timesteps, average)
     return training, objective, source
 
 
@@ -179,7 +180,7 @@ def train_loop(settings: dict) -> dict | None:
     take_cpus(min(config.resources.train_cpus or cores, cores))
     began = time.monotonic()
 
-    training, objective, source = _prepare(config, settings, device)
+    training, objective, source = prepare(config, settings, device)
     parameters = objective.parameters_trained
     save = partial(_upload_adapter, objective, without_revision(config.model.path))
     if rank == 0 and settings["online"] is not None:
@@ -214,7 +215,7 @@ def train_loop(settings: dict) -> dict | None:
                     raise FloatingPointError(
                         f"the loss is {mean_loss} at step {step + 1}: lower finetune.learning_rate"
                     )
-            if training.average:
+            if training.average and settings["online"] is None:
                 training.average.step(parameters)
             figures = (objective.figures if parts else {}) | source.close(step)
             if rank == 0:
@@ -228,7 +229,7 @@ def train_loop(settings: dict) -> dict | None:
         return None
     if training.average:
         training.average.copy_to(parameters)
-    final = training.old or [p.data for p in parameters]
+    final = training.old if training.old and not training.average else [p.data for p in parameters]
     change = _output_change(objective, source.probe(), final)
     if change <= CHANGED:
         advice = "raise finetune.learning_rate"

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from mi_ray import storage
@@ -68,6 +69,7 @@ class OnlineSource:
     Args:
         folder: URI of the arm's folder, see `runs.layout`.
         timesteps: that are trained.
+        average: moving average of the sampling policies; it is what is validated and saved. None: they are themselves.
     """
 
     def __init__(
@@ -79,10 +81,11 @@ class OnlineSource:
         denoiser: Denoiser,
         objective: Objective,
         timesteps: range,
+        average: EMAModel | None = None,
     ):
         self.config, self.plan, self.folder, self.board = config, plan, folder, board
         self.candidates = storage.join(folder, CANDIDATES)
-        self.denoiser, self.objective, self.timesteps = denoiser, objective, timesteps
+        self.denoiser, self.objective, self.timesteps, self.average = denoiser, objective, timesteps, average
         self.rewards: tuple[Reward, ...] = run_rewards(config)
         self.steps = config.online.updates * config.online.inner_steps
         self.save: Callable[[str, list[Tensor]], None] | None = None  # on rank 0: writes an adapter folder
@@ -247,6 +250,9 @@ class OnlineSource:
         with torch.no_grad():
             for average, parameter in zip(self.objective.old, self.objective.parameters_trained, strict=True):
                 average.lerp_(parameter, 1 - keep)
+        if self.average:
+            with weights_of(self.objective.old, self.objective.parameters_trained):
+                self.average.step(self.objective.parameters_trained)
         self._publish(update + 1)
         return figures
 
@@ -257,7 +263,8 @@ class OnlineSource:
         self.recent = {v: state for v, state in self.recent.items() if v > version - 1 - self.config.online.lag}
         if self.save:  # rank 0
             if self.plan.is_checkpoint(version):
-                self.save(policy_folder(self.folder, version), self.objective.old)
+                saved = self.average.shadow_params if self.average else self.objective.old
+                self.save(policy_folder(self.folder, version), saved)
             self.board.publish(version, self.recent[version])
 
     def due(self, step: int) -> bool:

@@ -31,6 +31,13 @@ def test_every_prompt_once_an_epoch_and_the_held_out_never(tmp_path):
     assert plan.of_validation(1) == []
 
 
+def test_no_update_has_a_shard_twice(tmp_path):
+    plan = plan_of(tmp_path, prompts=20, updates=30)  # three shards are trained, two in each update
+    drawn = [{plan.row(index)["start"] for index in plan.of_update(update)} for update in range(30)]
+    assert {len(starts) for starts in drawn} == {2}
+    assert set.union(*drawn) == {0, 4, 8}
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_each_part_names_the_version_that_draws_it_and_comes_after_what_that_needs(tmp_path, lag):
     plan = plan_of(tmp_path, lag=lag)

@@ -110,14 +110,14 @@ def test_late_part_is_not_made_and_late_validation_uses_the_saved_policy(tiny_pi
     assert board.wait([first, late], 0.01) == [first]
     for version in (1, 2, 3):
         board.publish(version, policy := some_policy(config, version))
-    calls, generator.version = generator.policy.calls, 3
+    calls, generator.loaded = generator.policy.calls, (3, False)
     assert generator(batch_of(plan.row(late)))["shard"] == [""]
     assert generator.policy.calls == calls
     board.finished([late])
     assert board.wait([first, late], 0.01) == [first], "decided once"
-    saved = storage.join(stage.policy_folder(str(tmp_path), 0), "adapter_model.safetensors")
+    saved = storage.join(stage.policy_folder(str(tmp_path), 2), "adapter_model.safetensors")
     storage.write_bytes(saved, loop_bytes(policy))
-    (validation,) = plan.of_validation(0)
+    (validation,) = plan.of_validation(2)
     assert generator(batch_of(plan.row(validation)))["shard"] == [plan.name(validation)]
 
 
