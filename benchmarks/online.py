@@ -1,8 +1,8 @@
-"""Gain and cost of online fine-tuning: python benchmarks/online.py [--seeds '[0,1,2]'] [--out F.json] [--check] [--smoke]
+"""Gain and cost of online fine-tuning: python benchmarks/online.py [--seeds '[0,1,2]'] [--out FILE.json] [--check]
 
-The runs are those of jobs/pipeline.py, one per training seed. A run that is finished is not repeated. All models of a
-run are compared with its base model at the guidance scale at which the base model is best, on the same prompts and
-seeds of images. A separate short run in this process measures where the time of an update goes.
+It runs jobs/pipeline.py once per training seed. A finished run is not repeated. All models of a run are compared with its
+base model at the guidance scale where the base model is best, on the same prompts and image seeds. A separate short run
+in this process measures the time of the parts of an update.
 """
 
 import subprocess
@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -36,17 +35,17 @@ from mi_ray.training.loop import loop_settings, prepare
 from mi_ray.training.optimization import optimizer_step
 
 SMOKE = {"updates": 2, "prompts_per_update": 2, "validate_every": 1, "validation_prompts": 0}
-OUTSIDE = 0.1  # largest share of an update's time outside the denoiser
+OUTSIDE = 0.1  # largest allowed share of an update's time outside the denoiser
 
 
 class OnlineBenchmark(Benchmark):
-    """What does online fine-tuning gain over the base model at the base model's best guidance scale, and what share of
+    """How much better than the base model, at its best guidance scale, is an online fine-tuned model, and which share of
     the time of an update is spent outside the denoiser?"""
 
     config: LocalPath = Field(ROOT / "jobs" / "configs" / "shapes.yaml", description="config of the runs")
     run_dir: LocalPath = Field(ROOT / "runs" / "online", description="folder of the runs: seed-0, seed-1, ...")
-    seeds: tuple[int, ...] = Field((0, 1, 2), description="seeds of the runs; (): measure the time of an update alone")
-    timed_updates: PositiveInt = Field(3, description="number of updates whose time is measured, after a first one")
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="seeds of the runs; (): only measure the time of updates")
+    timed_updates: PositiveInt = Field(3, description="number of measured updates, after one to warm up")
 
     def answer(self) -> Findings:
         rows = []
@@ -67,8 +66,9 @@ class OnlineBenchmark(Benchmark):
 
 # ---------------------------------------------------------------------------------------------- gain
 def gains(run_dirs: list[str]) -> list[dict]:
-    """For each model and guidance scale, the mean and the paired difference to the base model at the base model's best
-    scale: for each run, and over all runs. An interval over all runs is over prompts, with the runs of each averaged.
+    """For each model and guidance scale, the mean and the paired difference to the base model at its best scale.
+
+    There are rows for each run and for all runs together. Intervals of all runs are over prompts, averaged over runs.
     """
     config, _ = read_run(run_dirs[0])
     frames = {model: _frames(run_dirs, model) for model in models_of(config)}
@@ -96,7 +96,7 @@ def _frames(run_dirs: list[str], model: str) -> pd.DataFrame | None:
 
 
 def _column(run_dir: str) -> Column:
-    """The first column of the first metric of a run, by which the report compares models."""
+    """The first column of the first metric of a run, which the report compares."""
     report = storage.read_json(storage.join(run_dir, "report", "report.json"))
     return next(iter(declared(report["metrics"]).values()))[0]
 
@@ -118,7 +118,7 @@ def _gain(frame: pd.DataFrame, base: pd.DataFrame, scale: float, best: float, co
 
 # ---------------------------------------------------------------------------------------------- time
 class Board:
-    """Generation and training of one process, one after the other; the methods of both sides' boards."""
+    """The board of generation and training in one process, one after the other."""
 
     def __init__(self):
         self.policies: dict[int, dict] = {}
@@ -137,7 +137,7 @@ class Board:
 
 
 class Stopwatch:
-    """Seconds within the forward passes of modules, and within backward passes."""
+    """Measures the seconds in forward passes of modules and in backward passes."""
 
     def __init__(self):
         self.forward = self.backward = 0.0
@@ -164,8 +164,8 @@ class Stopwatch:
 
 
 def time_of_updates(config: RunConfig, updates: int) -> dict:
-    """Seconds per update of generation (with scores and the writing of shards) and of training, in one process on the
-    CPU: in all, and within the denoiser. `outside` is the share of both that is spent outside the denoiser."""
+    """Seconds per update, in total and in the denoiser, for generation (with scores and writing of shards) and training,
+    in one process on the CPU. `outside` is the share of the total that is spent outside the denoiser."""
     online = config.online.model_copy(update={"updates": max(config.online.updates, updates + 1), "lag": 0})
     watches, seconds = {"generation": Stopwatch(), "training": Stopwatch()}, {"generation": 0.0, "training": 0.0}
     with tempfile.TemporaryDirectory() as folder:

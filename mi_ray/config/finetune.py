@@ -50,7 +50,7 @@ class FinetuneConfig(Section):
         gt=0,
         lt=1,
         description="decay of an exponential moving average (EMA) of the weights, which is saved; none: save the last"
-        " weights. In an online run: of the sampling policies, one step per update",
+        " weights. An online run averages the sampling policies, one step per update",
     )
     baseline: Share = Field(
         0.0,

@@ -113,10 +113,10 @@ class OnlineGenerator:
         return receipt
 
     def _take(self, row: dict, timeout_s: float) -> str:
-        """Load the policy that a part names, if it exists: "here". Otherwise return what the board says of it.
+        """Load the policy of a part, if it exists, and return "here". Otherwise return the answer of the board.
 
-        A validation uses the saved policy, because this is the one that the evaluation will use. It is saved before
-        its version is published.
+        A validation uses the saved policy, because the evaluation uses it too. It is saved before its version is
+        published.
         """
         version = row["version"]
         validation = row["validation"] and version > 0  # version 0 is the base model

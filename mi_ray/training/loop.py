@@ -100,7 +100,7 @@ class Source(Protocol):
 
 # ---------------------------------------------------------------------------------------------- one worker
 def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Training, Objective, Source]:
-    """The model under its starting adapter, and its data."""
+    """The model with its initial adapter, and the data."""
     tuning = config.finetune
     # Half precision is used on GPUs, with autocast. On a CPU it would be slow and inaccurate.
     dtype = config.model.dtype if device.type == "cuda" else "float32"

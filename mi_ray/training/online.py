@@ -68,8 +68,9 @@ class OnlineSource:
 
     Args:
         folder: URI of the arm's folder, see `runs.layout`.
-        timesteps: that are trained.
-        average: moving average of the sampling policies; it is what is validated and saved. None: they are themselves.
+        timesteps: the trained timesteps.
+        average: moving average of the sampling policies, which is validated and saved. None: the policies themselves
+            are validated and saved.
     """
 
     def __init__(
