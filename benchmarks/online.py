@@ -1,8 +1,8 @@
 """Gain and cost of online fine-tuning: python benchmarks/online.py [--seeds '[0,1,2]'] [--out FILE.json] [--check]
 
-It runs jobs/pipeline.py once per training seed. A finished run is not repeated. All models of a run are compared with its
-base model at the guidance scale where the base model is best, on the same prompts and image seeds. A separate short run
-in this process measures the time of the parts of an update.
+It runs jobs/pipeline.py once per training seed. A finished run is not repeated. All models of a run are compared with
+the base model at the guidance scale where it is best, on the same prompts and image seeds. A separate short run in this
+process measures the time of the parts of an update.
 """
 
 import subprocess
@@ -39,7 +39,7 @@ OUTSIDE = 0.1  # largest allowed share of an update's time outside the denoiser
 
 
 class OnlineBenchmark(Benchmark):
-    """How much better than the base model, at its best guidance scale, is an online fine-tuned model, and which share of
+    """How much better than the base model, at its best guidance scale, is an online fine-tuned model? Which share of
     the time of an update is spent outside the denoiser?"""
 
     config: LocalPath = Field(ROOT / "jobs" / "configs" / "shapes.yaml", description="config of the runs")
@@ -164,7 +164,7 @@ class Stopwatch:
 
 
 def time_of_updates(config: RunConfig, updates: int) -> dict:
-    """Seconds per update, in total and in the denoiser, for generation (with scores and writing of shards) and training,
+    """Seconds per update, in total and in the denoiser, of generation (with scores and writing of shards) and training,
     in one process on the CPU. `outside` is the share of the total that is spent outside the denoiser."""
     online = config.online.model_copy(update={"updates": max(config.online.updates, updates + 1), "lag": 0})
     watches, seconds = {"generation": Stopwatch(), "training": Stopwatch()}, {"generation": 0.0, "training": 0.0}
