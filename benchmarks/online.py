@@ -1,4 +1,4 @@
-"""Gain and cost of online fine-tuning: python benchmarks/online.py [--seeds '[0,1,2]'] [--out F.json] [--check] [--smoke]
+"""Gain and cost of online fine-tuning: python benchmarks/online.py [--seeds "[0,1,2]"] [--out F] [--check] [--smoke]
 
 The runs are those of jobs/pipeline.py, one per training seed. A run that is finished is not repeated. All models of a
 run are compared with its base model at the guidance scale at which the base model is best, on the same prompts and
@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -80,11 +79,9 @@ def gains(run_dirs: list[str]) -> list[dict]:
     rows = [{"model": "base", SCALE: point[SCALE], column.name: scale_of(column) * point["value"]} for point in curve]
     for model, frame in frames.items():
         for scale in sorted(frame[SCALE].unique()):
-            for run in (*run_dirs, None):
-                few = frame[frame["run"] == run] if run else frame
-                rows.append(
-                    _gain(at_scale(few, scale), base, scale, best, column) | {"model": model, "run": run or "all"}
-                )
+            for run in (*run_dirs, "all"):
+                few = frame if run == "all" else frame[frame["run"] == run]
+                rows.append({"model": model, "run": run} | _gain(at_scale(few, scale), base, scale, best, column))
     return rows
 
 

@@ -15,9 +15,10 @@ class OnlinePlan:
 
     A part holds the candidates of one shard of prompts, drawn by one version of the policy. Version 0 is the base
     model; version v is the policy after v updates. Update u uses the next shards of the prompt list and draws with
-    version max(0, u - lag). Each epoch is a new permutation of the list, cut into whole updates, so that no update has a
-    shard twice; what is left of the permutation is not used. The shards at the end of the list are held out: every `validate_every` updates, and after the last one, the newest version is scored on them, with the same
-    seeds each time.
+    version max(0, u - lag). Each epoch has a new permutation of the list. An epoch is a whole number of updates, so no
+    update has a shard twice; the rest of the permutation is not used. The shards at the end of the list are held out:
+    every `validate_every` updates, and after the last one, the newest version is scored on them, with the same seeds
+    each time.
 
     Raises:
         ConfigError: the list is too short.
