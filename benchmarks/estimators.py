@@ -81,7 +81,7 @@ class EstimatorsBenchmark(Benchmark):
     per denoiser evaluation?"""
 
     model: ModelPath | None = Field(
-        None, description="measure this model instead of the closed forms: a shipped model (shapes) or diffusers folder"
+        None, description="a model instead of the closed forms: the embedded model (shapes) or a folder"
     )
     pairs: PositiveInt = Field(8, description="number of image-prompt pairs")
     replicates: PositiveInt = Field(100, description="number of independent estimates per pair, for the variance")
@@ -89,7 +89,7 @@ class EstimatorsBenchmark(Benchmark):
 
     def answer(self) -> Findings:
         if self.num_samples < 8 or self.num_samples % 2:
-            raise ValueError(f"num_samples: {self.num_samples} will not do; give an even number of at least 8")
+            raise ValueError(f"num_samples: {self.num_samples} is invalid; give an even number of at least 8")
         if self.replicates < 2:
             raise ValueError(f"replicates: {self.replicates} is too few for a variance; give two or more")
         pairs, replicates = (2, 20) if self.smoke else (self.pairs, self.replicates)
@@ -171,7 +171,7 @@ def closed_forms(pairs: int) -> list[Case]:
 
 
 def of_model(path: str, pairs: int) -> Case:
-    """Rendered images of the shapes world with their own prompts, over all log SNRs of the model's schedule."""
+    """Rendered images of the embedded world with their own prompts, over all log SNRs of the model's schedule."""
     try:
         denoiser = load_denoiser(path)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What is lost or repeated under faults: python benchmarks/faults.py [--out FILE.json] [--check] [--smoke]"""
+"""Lost and repeated work of runs with faults: python benchmarks/faults.py [--out FILE.json] [--check] [--smoke]"""
 
 import os
 import random
@@ -24,15 +24,15 @@ from mi_ray import storage
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs import lease
 
-SHARDS = 8  # of the generation
-STEPS, EVERY, BATCH, BATCHES = 12, 4, 3, 2  # of the training: optimiser steps, checkpoints, rows, and batches in a step
+SHARDS = 8  # number of shards of candidates
+STEPS, EVERY, BATCH, BATCHES = 12, 4, 3, 2  # optimiser steps, steps per checkpoint, rows per batch, batches per step
 RUN = [
     *("--smoke", "--prompts.limit", str(SHARDS), "--generate.prompts-per-shard", "1"),
     *("--generate.preview-prompts", "0", "--resources.shard-timeout-s", "30", "--finetune.log-to", "none"),
     *("--finetune.steps", str(STEPS), "--finetune.checkpoint-every", str(EVERY)),
     *("--finetune.batch-size", str(BATCH), "--finetune.gradient-accumulation", str(BATCHES)),
 ]
-UPDATES, INNER = STEPS // 2, 2  # of an online run, which has as many optimiser steps and checkpoints
+UPDATES, INNER = STEPS // 2, 2  # online run: updates, and steps per update; it has the same steps and checkpoints
 ONLINE = [
     *("--online.updates", str(UPDATES), "--online.inner-steps", str(INNER), "--online.prompts-per-update", "2"),
     *("--online.validate-every", str(EVERY // INNER), "--online.validation-prompts", "2"),
@@ -41,62 +41,72 @@ ONLINE = [
     *("--resources.train-cpus", "0.5"),  # one actor and one training worker on each node
 ]
 WAIT_S = 900
-KILLED = ("driver", "actor", "worker", "node")  # while it generates, from outside
-INSIDE = ("nan", "oom", "hang")  # of the generating actor
-TRAINING = ("trainer", "notice", "growth")  # while it fine-tunes
-WHOLE = (*TRAINING, "driver", "s3", "job")  # up to the adapter; the others up to the candidates
-CALLS = 30  # of the denoiser in one actor, among which the faulty one is drawn
+KILLED = ("driver", "actor", "worker", "node")  # processes that are killed during the generation
+INSIDE = ("nan", "oom", "hang")  # faults inside a generating actor
+TRAINING = ("trainer", "notice", "growth")  # faults during the fine-tuning
+WHOLE = (*TRAINING, "driver", "s3", "job")  # runs until the adapter; the others only until the candidates
+CALLS = 30  # the faulty call of the denoiser is drawn from the first calls of an actor
 KINDS = (*KILLED, *INSIDE, "s3", "disk", *TRAINING, "job")
-FAULTLESS = ("lost", "duplicated", "changed", "events_off", "curves_off", "adapters_off", "untold", "half_written")
+MUST_BE_ZERO = (
+    "lost",
+    "duplicated",
+    "changed",
+    "events_off",
+    "curves_off",
+    "adapters_off",
+    "unreported",
+    "half_written",
+)
 OF_ONLINE = ("driver", "actor", "trainer", "node", "notice")
 
 
 class FaultsBenchmark(Benchmark):
-    """What is lost, duplicated or changed of a run under each kind of fault, and how much work is repeated?
+    """Which results of a run are lost, duplicated or changed by each kind of fault, and how much work is repeated?
 
-    The same command is given again until it succeeds; rows and adapter are compared with an undisturbed run's. A
-    candidate in which the model says NaN must be there once, as an error. A run that its fault missed (it was over
-    before, or the training had one worker) is counted, and another one made.
+    The same command is repeated until it succeeds. Rows and adapter are compared with those of a run without faults. A
+    candidate with NaN in the model's output must be there once, as an error row. If the fault did not happen (the run
+    ended before, or the training had only one worker), the run is counted and repeated.
     """
 
     kinds: list[str] = Field(
         list(KINDS),
-        description="which faults: driver, actor, worker, node, trainer (killed), nan, oom, hang, s3 (errors, slow,"
-        " connections lost), disk (full), notice (of a node's end, to the training), growth (a second node joins the"
-        " training), job (jobs/pipeline.py by `ray job submit`, its driver killed)",
+        description="kinds of faults: driver, actor, worker, node, trainer (killed), nan, oom, hang, s3 (errors, slow"
+        " answers, lost connections), disk (full), notice (a preemption notice for a node of the training), growth (a"
+        " second node joins the training), job (a job of `ray job submit` whose driver is killed)",
     )
     online: CliToggleFlag[bool] = Field(
-        False, description=f"disturb an online run: {', '.join(OF_ONLINE)}, where --kinds names no others"
+        False, description=f"use an online run; it has the kinds {', '.join(OF_ONLINE)}, all of them by default"
     )
-    driver_kills: PositiveInt = Field(20, description="of the driver; of the other kinds half as many")
-    seed: int = Field(0, description="of the moments")
+    driver_kills: PositiveInt = Field(20, description="number of killed drivers; of each other kind half as many")
+    seed: int = Field(0, description="seed of the random moments of the faults")
 
     def answer(self) -> Findings:
         if unknown := set(self.kinds) - set(KINDS):
-            raise ValueError(f"kinds: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
+            raise ValueError(f"kinds: unknown {', '.join(sorted(unknown))}; use {', '.join(KINDS)}")
         kinds = list(OF_ONLINE) if self.online and self.kinds == list(KINDS) else self.kinds
         if self.online and (unfit := set(kinds) - set(OF_ONLINE)):
-            raise ValueError(f"kinds: {', '.join(sorted(unfit))} is none of {', '.join(OF_ONLINE)}, those of --online")
+            kinds_of_online = ", ".join(OF_ONLINE)
+            raise ValueError(f"kinds: --online does not have {', '.join(sorted(unfit))}; use {kinds_of_online}")
         counts = {kind: self.driver_kills if kind == "driver" else -(-self.driver_kills // 2) for kind in kinds}
         if self.smoke:
             counts = dict.fromkeys([kind for kind in ("driver", "oom", "disk", "notice") if kind in kinds], 1)
-        lots = random.Random(self.seed)
+        rng = random.Random(self.seed)
         rows = []
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, nodes() as cluster:
-            truth = Disturbed(Path(folder) / "undisturbed", "none", lots, self.online)
+            truth = Disturbed(Path(folder) / "undisturbed", "none", rng, self.online)
             truth.until = "finetune" if self.online or set(counts) & set(WHOLE) else "generate"
             truth.run(cluster)
             for kind, count in counts.items():
                 results = []
                 while sum(r["happened"] for r in results) < count and (number := len(results)) < 2 * count:
-                    run = Disturbed(Path(folder) / f"{kind}-{number}", kind, lots, self.online)
+                    run = Disturbed(Path(folder) / f"{kind}-{number}", kind, rng, self.online)
                     began = time.monotonic()
                     run.run(cluster, truth.run_dir)
-                    results.append(run.against(truth))
+                    results.append(run.compared_with(truth))
                     shown = ", ".join(f"{name} {value}" for name, value in results[-1].items())
                     print(f"{kind} {number}: {time.monotonic() - began:.0f} s, {shown}", file=sys.stderr, flush=True)
                 rows.append({"fault": kind, "runs": len(results), **summed(results)})
-        totals = {name: sum(row[name] for row in rows) for name in FAULTLESS}
+        totals = {name: sum(row[name] for row in rows) for name in MUST_BE_ZERO}
         gates = {name: Gate(total, maximum=0) for name, total in totals.items()}
         gates["happened"] = Gate(sum(r["happened"] for r in rows) / sum(r["runs"] for r in rows), minimum=0.8)
         return Findings(rows, gates)
@@ -107,29 +117,29 @@ def summed(results: list[dict[str, int]]) -> dict[str, int]:
 
 
 class Disturbed:
-    """One run, with a fault of one kind at a random moment."""
+    """A run with one fault at a random moment."""
 
-    def __init__(self, folder: Path, kind: str, lots: random.Random, online: bool):
+    def __init__(self, folder: Path, kind: str, rng: random.Random, online: bool):
         self.folder, self.kind, self.online = folder, kind, online
         self.home = "online" if online else "round-0"
         self.key = ["prompt_id", "candidate_index", *(["update"] if online else [])]
-        self.after, self.pause = lots.randrange(SHARDS - 1), lots.uniform(0, 1.5)
-        self.step, self.seed = lots.randrange(2, STEPS - 2), lots.randrange(2**31)
-        self.call, self.late = lots.randrange(1, CALLS), lots.random() < 0.5  # late: while it fine-tunes
+        self.after, self.pause = rng.randrange(SHARDS - 1), rng.uniform(0, 1.5)
+        self.step, self.seed = rng.randrange(2, STEPS - 2), rng.randrange(2**31)
+        self.call, self.late = rng.randrange(1, CALLS), rng.random() < 0.5  # late: during the fine-tuning
         self.until = "finetune" if online or kind in WHOLE else "generate"
         self.run_dir = str(folder / "run")
-        self.commands, self.happened, self.untold, self.half_written = 0, False, 0, 0
+        self.commands, self.happened, self.unreported, self.half_written = 0, False, 0, 0
         folder.mkdir(parents=True)
 
     # -------------------------------------------------------------------------------------- the run
     def run(self, cluster: Nodes, generated: str = ""):
-        """Give the command until it succeeds; the fault comes while the first one runs.
+        """Repeat the command until it succeeds. The fault happens during the first one.
 
         Args:
-            generated: folder of a run, whose generation one that is disturbed in its training starts from.
+            generated: folder of a run without faults. A fault in the training starts from its candidates.
 
         Raises:
-            RuntimeError: it fails again and again.
+            RuntimeError: the command failed too often.
         """
         self.cluster, self.enlarge, self.head = cluster, None, None
         mine = {"FAULT_FOLDER": str(self.folder), "FAULT_UNTIL": self.until}
@@ -139,12 +149,12 @@ class Disturbed:
             self.environment["FAULT"] = self.kind
         with ExitStack() as stack:
             if self.kind == "disk":
-                size = 60 + self.seed % 120  # KiB: room for some of the shards
+                size = 60 + self.seed % 120  # KiB, enough for some of the shards
                 self.enlarge = stack.enter_context(small_disk(Path(self.run_dir), size))
             if self.kind == "job":
                 self.head, closed = stack.enter_context(head(self.folder))
                 self.environment |= closed
-                del self.environment["RAY_ADDRESS"]  # it would win over --address
+                del self.environment["RAY_ADDRESS"]  # it would override --address
             store = stack.enter_context(flaky_store(self.seed)) if self.kind == "s3" else None
             if store:
                 self.environment |= store.environment
@@ -189,7 +199,7 @@ class Disturbed:
             self.run_dir,
         ]
         if self.kind == "node" and not self.online:
-            command += ["--resources.num-actors", "2,2"]  # one on each
+            command += ["--resources.num-actors", "2,2"]  # one on each node
         if self.kind in TRAINING:
             command += ["--resources.train-workers", "1,2"]
         output = self.folder / f"log-{self.commands}"
@@ -207,15 +217,15 @@ class Disturbed:
             finally:
                 process.kill()
         if self.enlarge and not self.happened:
-            self._look_at_full_disk(code, output.read_text(errors="replace"))
+            self._check_full_disk(code, output.read_text(errors="replace"))
         with (self.folder / "log").open("ab") as log:
             log.write(output.read_bytes())
         return code
 
     # -------------------------------------------------------------------------------------- the faults
     def _kill(self, driver: subprocess.Popen):
-        """Kill the driver, a generating actor, any worker, or a node, once so many shards are committed; every other
-        driver once so many optimiser steps are begun."""
+        """Kill the driver, a generating actor, any worker, or a node, after a random number of committed shards. Half
+        of the drivers are killed after a random number of optimiser steps instead."""
         if self.kind == "driver" and self.late:
             self._until(driver, lambda: len(self._begun_steps()) >= self.step)
         else:
@@ -223,7 +233,7 @@ class Disturbed:
         time.sleep(self.pause)
         if driver.poll() is not None:
             return
-        if self.kind == "job":  # the process that was started here waits for the driver
+        if self.kind == "job":  # the process started here only waits for the driver
             os.kill(lease.latest(self.run_dir)[1]["pid"], signal.SIGKILL)
             self.happened = True
             return
@@ -239,7 +249,7 @@ class Disturbed:
             self.happened = True
 
     def _take_node(self, driver: subprocess.Popen):
-        """Give notice to a training node, and end it once the training has gone on after its checkpoint."""
+        """Send a preemption notice to a node of the training. Kill the node after the checkpoint and further steps."""
         for moment, seconds in (("waiting", 300), ("saved", 0)):
             self._until(driver, (self.folder / moment).exists)
             if driver.poll() is not None:
@@ -249,11 +259,11 @@ class Disturbed:
         self.cluster.kill(node)
         self.happened = True
 
-    def _look_at_full_disk(self, code: int, output: str):
-        """After the first command: did it tell, once, and did it leave nothing that is not whole? Then make room."""
-        told = [line for line in output.splitlines() if line.startswith("error: ")]
+    def _check_full_disk(self, code: int, output: str):
+        """After the first command: check that it printed one message and left no incomplete files. Enlarge the disk."""
+        messages = [line for line in output.splitlines() if line.startswith("error: ")]
         self.happened = "is full" in output
-        self.untold = int(self.happened and (code != 2 or len(told) != 1))
+        self.unreported = int(self.happened and (code != 2 or len(messages) != 1))
         parts = Path(self.run_dir).rglob("*")
         self.half_written = sum(path.is_file() and path.name.startswith(".") for path in parts)
         self.half_written += sum(not readable(path) for path in Path(self.run_dir).rglob("*.parquet"))
@@ -274,13 +284,14 @@ class Disturbed:
         folder = storage.join(self.run_dir, self.home, "candidates", run_folder.COMMITS)
         return [storage.read_json(storage.join(folder, name)) for name in storage.list_names(folder) if name[0] != "."]
 
-    # -------------------------------------------------------------------------------------- what came of it
+    # -------------------------------------------------------------------------------------- the comparison
     def rows(self) -> pd.DataFrame:
         return self.table.sort_values(self.key).reset_index(drop=True)
 
-    def against(self, undisturbed: "Disturbed") -> dict[str, int]:
-        """What differs from the undisturbed run: rows lost, duplicated, changed, events and adapters off; and what was
-        begun again, in shards, optimiser steps and the denoiser evaluations of both (a training row counts as one)."""
+    def compared_with(self, undisturbed: "Disturbed") -> dict[str, int]:
+        """The differences to the run without faults: numbers of lost, duplicated and changed rows, of wrong events,
+        curves and adapters; and the repeated work in shards, optimiser steps and denoiser evaluations (a training row
+        counts as one)."""
         mine, truth = self.rows(), undisturbed.rows()
         key = self.key
         keys, wanted = ({tuple(row) for row in frame[key].itertuples(index=False)} for frame in (mine, truth))
@@ -289,11 +300,11 @@ class Disturbed:
         same = (both["seed"] == both["seed_mine"]) & (
             failed | np.isclose(both["score_mitune"], both["score_mitune_mine"], rtol=1e-3)
         )
-        learnt = "advantage" if self.online else "kept"
-        learnt_off = ~np.isclose(
-            both[learnt].astype(float), both[f"{learnt}_mine"].astype(float), atol=1e-2, equal_nan=True
+        trained = "advantage" if self.online else "kept"
+        trained_off = ~np.isclose(
+            both[trained].astype(float), both[f"{trained}_mine"].astype(float), atol=1e-2, equal_nan=True
         )
-        kept_off = learnt_off & ~both["prompt_id"].isin(both["prompt_id"][failed])
+        kept_off = trained_off & ~both["prompt_id"].isin(both["prompt_id"][failed])
         written = sum(
             e["event"] == "shard_written" and e["stage"] == ("online" if self.online else "generate")
             for e in self.events
@@ -312,8 +323,8 @@ class Disturbed:
             "changed": int((~same | kept_off).sum()) + abs(int(failed.sum()) - expected_errors),
             "events_off": abs(written - len(self.receipts)),
             "curves_off": sum(self._curve_off(undisturbed, name) for name in ("loss", "reward")),
-            "adapters_off": int(not self._learned_as(undisturbed)),
-            "untold": self.untold,
+            "adapters_off": int(not self._same_adapter(undisturbed)),
+            "unreported": self.unreported,
             "half_written": self.half_written,
             "shards_repeated": shards,
             "steps_repeated": steps,
@@ -321,14 +332,14 @@ class Disturbed:
         }
 
     def _curve_off(self, other: "Disturbed", name: str) -> bool:
-        """Whether a figure of the training's log is another one at some step."""
+        """Whether a value of the training log differs at any step."""
         if self.until != "finetune":
             return False
         mine, theirs = (np.array([line.get(name) for line in run.steps], float) for run in (self, other))
         return len(mine) != len(theirs) or not np.allclose(mine, theirs, rtol=1e-3, equal_nan=True)
 
-    def _learned_as(self, other: "Disturbed") -> bool:
-        """The same weights, but for the order of additions."""
+    def _same_adapter(self, other: "Disturbed") -> bool:
+        """Whether the weights are equal up to rounding."""
         return self.until != "finetune" or (
             self.adapter.keys() == other.adapter.keys()
             and all(np.allclose(w, other.adapter[n], atol=1e-4, rtol=1e-2) for n, w in self.adapter.items())
@@ -343,7 +354,7 @@ def readable(part: Path) -> bool:
 
 
 def descendants(pid: int) -> Iterator[tuple[int, str]]:
-    """(process id, command) of all that a process has started, and they in turn."""
+    """(process id, command) of all direct and indirect child processes."""
     parents, names = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():

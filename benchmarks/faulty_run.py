@@ -1,8 +1,11 @@
-"""A run with a fault inside its actors, for benchmarks/faults.py: jobs/pipeline.py's command line, up to FAULT_UNTIL.
+"""A run with a fault in its actors or workers, for benchmarks/faults.py. The command line is that of jobs/pipeline.py.
 
-The environment says which: FAULT is nan, oom, hang, trainer, notice, growth or nothing; FAULT_CALL is an actor's call
-of the denoiser (from 1) that has one of the first three, FAULT_STEP the step of the last three; FAULT_FOLDER is where
-it is noted that it has happened (it happens once) and what was begun.
+Environment variables:
+- FAULT: nan, oom, hang, trainer, notice or growth; not set: no fault.
+- FAULT_CALL: the call of the denoiser in an actor, from 1, at which nan, oom or hang happens.
+- FAULT_STEP: the optimiser step at which trainer, notice or growth happens.
+- FAULT_FOLDER: folder for files that record that the fault has happened (it happens once) and which work has begun.
+- FAULT_UNTIL: last stage of the run.
 """
 
 import os
@@ -28,12 +31,12 @@ CALL = int(os.environ.get("FAULT_CALL", "1"))
 
 
 def noted(name: str, text: str = "") -> bool:
-    """Note something in the folder; False if it is there already."""
+    """Create a file in FAULT_FOLDER. False if it exists already."""
     return create_bytes(str(FOLDER / name), text.encode())
 
 
 class FaultyGenerator(stage.CandidateGenerator):
-    """Pickled by value, since it lives in the script that is run; so the actors have the fault and nothing else has."""
+    """The actor with faults. It is defined in the main script, so it is pickled by value and works in the actors."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -57,7 +60,7 @@ class FaultyGenerator(stage.CandidateGenerator):
 
 
 class FaultyOnlineGenerator(online_stage.OnlineGenerator):
-    """Notes every part that is begun."""
+    """Records every part that an actor begins."""
 
     def _write(self, row):
         noted(f"begun/{uuid.uuid4().hex}", row["name"])
@@ -65,8 +68,8 @@ class FaultyOnlineGenerator(online_stage.OnlineGenerator):
 
 
 def faulty_train_loop(settings: dict) -> dict | None:
-    """Notes every optimiser step that is begun, and kills its process, or waits: for its node to be taken, or for
-    the second worker, with which all are started again."""
+    """Records every optimiser step. At FAULT_STEP it kills its process, or waits until its node is preempted or until a
+    second worker joins, after which all workers are restarted."""
     from mi_ray.training import loop as module
 
     optimizer_step, calls = module.optimizer_step, []
@@ -83,16 +86,16 @@ def faulty_train_loop(settings: dict) -> dict | None:
             os.kill(os.getpid(), signal.SIGKILL)
         if FAULT == "growth" and workers == 1 and len(calls) == STEP:
             noted("waiting")
-            time.sleep(3600)  # Ray Train looks for room once a minute
+            time.sleep(3600)  # Ray Train checks once a minute for more resources
         if FAULT == "notice" and workers > 1:
             if len(calls) == STEP:
                 noted("waiting")
                 while ray.train.get_preemption_info() is None:
                     time.sleep(0.05)
-            if len(calls) == STEP + 2:  # past the step whose end wrote the checkpoint
+            if len(calls) == STEP + 2:  # after the step that wrote the checkpoint
                 ray.train.get_all_reported_checkpoints()
                 noted("saved")
-                time.sleep(3600)  # until the node is gone
+                time.sleep(3600)  # until the node is killed
         return optimizer_step(*arguments)
 
     module.optimizer_step = step
@@ -100,7 +103,7 @@ def faulty_train_loop(settings: dict) -> dict | None:
 
 
 def run(config, dry_run):
-    store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}  # the nodes lack them
+    store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}  # the nodes do not have them
     ray.init(logging_level="warning", runtime_env={"env_vars": store} if store else None)
     noted("driver", ray.get_runtime_context().get_node_id())
     run_or_describe(config, dry_run, until=UNTIL)
@@ -109,5 +112,5 @@ def run(config, dry_run):
 if __name__ == "__main__":
     stage.CandidateGenerator, finetune_stage.train_loop = FaultyGenerator, faulty_train_loop
     online_stage.OnlineGenerator = FaultyOnlineGenerator
-    finetune_stage.ScalingConfig = partial(finetune_stage.ScalingConfig, placement_strategy="SPREAD")  # over the nodes
+    finetune_stage.ScalingConfig = partial(finetune_stage.ScalingConfig, placement_strategy="SPREAD")  # one per node
     run_command(run, "A run with a fault.", "jobs/configs/shapes-smoke.yaml")

@@ -50,7 +50,7 @@ class MemoryBenchmark(Benchmark):
         if self.alone:
             return Findings([measure(self.alone, self.prompts_per_shard)], {})
         if len(self.prompts) < 2 or sorted(self.prompts) != self.prompts:
-            raise ValueError(f"prompts: {self.prompts} will not do; give two or more numbers in ascending order")
+            raise ValueError(f"prompts: {self.prompts} is invalid; give two or more numbers in ascending order")
         sizes = [500, 5000] if self.smoke else self.prompts
         per_shard = 100 if self.smoke else self.prompts_per_shard
         rows = [in_a_fresh_process(count, per_shard) for count in sizes]

@@ -19,7 +19,7 @@ SMOKE_RENDERS = 60
 class OracleBenchmark(Benchmark):
     """How often does the oracle detect exactly what was drawn, on rendered images and after the model's autoencoder?"""
 
-    model: ModelPath = Field("shapes", description="a shipped model or a diffusers folder; its autoencoder is tested")
+    model: ModelPath = Field("shapes", description="the embedded model (shapes) or a folder; its autoencoder is tested")
     renders: PositiveInt = Field(1000, description="number of scenes, taking the categories in turn")
 
     def answer(self) -> Findings:

@@ -53,7 +53,7 @@ class PruningBenchmark(Benchmark):
     """How many denoiser evaluations does pruning save, and how much alignment does the best image of a prompt lose?"""
 
     model: ModelPath = Field(
-        "shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar"
+        "shapes", description="the embedded model (shapes) or a diffusers folder, for prompts of the shapes grammar"
     )
     prompts: PositiveInt = Field(60, description="number of prompts, from the demo's training prompts")
     candidates: PositiveInt = Field(DEMO.generate.candidates_per_prompt, description="number of candidates per prompt")

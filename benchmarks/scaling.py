@@ -1,4 +1,4 @@
-"""How busy a cluster's GPUs are kept: python benchmarks/scaling.py [--out FILE.json] [--check] [--smoke]"""
+"""Utilisation of the GPUs of a cluster: python benchmarks/scaling.py [--out FILE.json] [--check] [--smoke]"""
 
 import os
 import tempfile
@@ -22,23 +22,23 @@ from mi_ray.runs import folder as run_folder
 from mi_ray.stages.shards import ShardWriter, run_stage
 from mi_ray.storage import tables
 
-CANDIDATES, STEPS, PROMPTS = 8, 20, 4  # of a prompt, of a candidate, of a shard
-NODE = 8  # GPUs of a simulated machine
-SMOKE_SHARD_S = 5.0  # assumed, since measuring would take longer than the rest
+CANDIDATES, STEPS, PROMPTS = 8, 20, 4  # candidates per prompt, steps per candidate, prompts per shard
+NODE = 8  # number of GPUs of a simulated machine
+SMOKE_SHARD_S = 5.0  # assumed seconds per shard: a measurement would take too long
 
 
 class ScalingBenchmark(Benchmark):
-    """What share of their time are 1 to 64 GPUs busy, how soon is a first shard there, and what does a dead node cost?
+    """Which share of the time are 1 to 64 GPUs busy, when is the first shard ready, and what does a dead node cost?
 
-    The GPUs are declared, not real: the denoiser sleeps as long as a real one takes. Ray, Ray Data, the actors, the
-    commits and the events are those of a real run. Every simulated GPU is a process here, so memory limits how many.
+    The GPUs are simulated: the denoiser sleeps for the time of a real one. Ray, Ray Data, the actors, the commits and
+    the events are those of a real run. Every simulated GPU is a process, so the memory limits their number.
     """
 
     gpus: list[int] = Field([1, 8, 32, 64], description="numbers of simulated GPUs")
     seconds_per_evaluation: PositiveFloat | None = Field(
-        None, description="what a denoiser evaluation takes on your hardware; none: measured here, embedded model"
+        None, description="time of a denoiser evaluation; none: that of the embedded model, measured on this machine"
     )
-    shards_per_gpu: PositiveInt = Field(12, description="length of a run")
+    shards_per_gpu: PositiveInt = Field(12, description="number of shards of a run, per GPU")
 
     def answer(self) -> Findings:
         evaluations = 2 * STEPS * CANDIDATES * PROMPTS
@@ -59,14 +59,14 @@ class ScalingBenchmark(Benchmark):
 
 
 def measured_here() -> float:
-    from mi_ray.diffusion.denoisers import load_denoiser  # here alone: the actors need neither, and memory limits them
+    from mi_ray.diffusion.denoisers import load_denoiser  # imported here: the actors would need more memory
     from mi_ray.scoring.trial import try_batch
 
     return try_batch(load_denoiser("shapes"), 16).seconds_per_evaluation
 
 
 class SleepingGenerator:
-    """Ray Data actor: takes the time of a real one, keeps a simulated GPU, and writes rows of the real schema."""
+    """Ray Data actor that sleeps for the time of a real one and writes rows of the real schema."""
 
     def __init__(self, config: dict, folder: str, seconds: float, token: int | None = None):
         config = RunConfig.model_validate(config)
@@ -92,7 +92,7 @@ class SleepingGenerator:
 
 
 def plan(count: int, run_dir: str) -> ShardPlan:
-    """Shards of made-up prompts."""
+    """Shards of artificial prompts."""
     prompts = [f"prompt {number}" for number in range(count * PROMPTS)]
     nothing = [None] * len(prompts)
     source = storage.join(run_dir, "prompts.parquet")
@@ -102,8 +102,8 @@ def plan(count: int, run_dir: str) -> ShardPlan:
 
 
 def measure(gpus: int, count: int, seconds: float, kill: bool) -> dict:
-    """Run so many shards on so many simulated GPUs; kill a node in the middle if asked to."""
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # many nodes start on few cores
+    """Run `count` shards on `gpus` simulated GPUs. `kill`: kill a node during the run."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # the start of many nodes on few cores is slow
     per_node = min(NODE, -(-gpus // 2)) if gpus > 1 else 1
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0})
     nodes = [cluster.add_node(num_cpus=per_node, num_gpus=per_node) for _ in range(-(-gpus // per_node))]
@@ -114,7 +114,7 @@ def measure(gpus: int, count: int, seconds: float, kill: bool) -> dict:
             resources = {"num_actors": (gpus, gpus), "gpus_per_actor": 1, "cpus_per_actor": 1}
             given = {"score": {"names": ("mitune",)}, "resources": resources}
             config = RunConfig.model_validate({"run_dir": run_dir, "prompts": {"file": "none.txt"}, **given})
-            mine = ray.get_runtime_context().get_node_id()  # all nodes have one address: the driver may be at any
+            mine = ray.get_runtime_context().get_node_id()  # the driver can be on any node
             victim = next((node for node in nodes if node.node_id != mine), None)
             killer = threading.Thread(target=kill_node, args=(cluster, victim, folder, count // 3), daemon=True)
             if kill:
@@ -141,7 +141,7 @@ def kill_node(cluster: Cluster, node, folder: str, after: int):
 
 
 def findings(folder: str, gpus: int, count: int, seconds: float, began: float, wall: float) -> dict:
-    """From the receipts: busy share in steady state (all actors at work, shards left for all) and of the whole run."""
+    """The results, from the receipts: busy share in the steady state, while all actors work, and of the whole run."""
     commits = storage.join(folder, run_folder.COMMITS)
     receipts = [storage.read_json(storage.join(commits, name)) for name in storage.list_names(commits)]
     by_actor = defaultdict(list)
@@ -154,7 +154,7 @@ def findings(folder: str, gpus: int, count: int, seconds: float, began: float, w
     table = storage.read_tables(folder, ["prompt_id", "candidate_index"]).to_pandas()
     expected = count * PROMPTS * CANDIDATES
     return {
-        "busy_share": within / (gpus * (last - first)) if last > first else None,  # a killed node leaves no such time
+        "busy_share": within / (gpus * (last - first)) if last > first else None,  # not defined with a killed node
         "busy_share_whole_run": len(receipts) * seconds / (gpus * wall),
         "first_shard_s": min(receipt["time"] for receipt in receipts) - began,
         "overhead_per_shard_s": sum(gaps) / len(gaps) if gaps else None,

@@ -1,6 +1,6 @@
 """Quality and cost of the scores: python benchmarks/selection.py [--out F.json] [--figure F.png] [--smoke]
 
-For one pool of the shapes model and every score: how well the score separates better from worse images of a prompt
+For one pool of the embedded model and every score: how well the score separates better from worse images of a prompt
 according to a metric, how good its best-ranked image is, and how many denoiser evaluations it needs in addition to
 those for generating a candidate.
 """
@@ -58,7 +58,7 @@ class SelectionBenchmark(Benchmark):
     """Which score finds the best images of a prompt, and what does it cost?"""
 
     model: ModelPath = Field(
-        "shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar"
+        "shapes", description="the embedded model (shapes) or a diffusers folder, for prompts of the shapes grammar"
     )
     prompts: PositiveInt = Field(150, description="number of prompts, from the demo's training prompts")
     candidates: PositiveInt = Field(16, description="number of candidates per prompt")

@@ -29,11 +29,11 @@ from workers import (
     Trainer,
     Workers,
     bare_calls,
+    denoiser_shares,
     half_of,
     peak_memory_gib,
     share_inside,
     synchronise,
-    told_by,
 )
 
 import diffusers  # isort: skip
@@ -172,10 +172,10 @@ class World:
         rows = {}
         for way, seconds in alternate(all_ways, self.settings.repeats).items():
             if way in ways:
-                told = share_inside(ways[way], self.pipeline.unet, "forward"), peak_memory_gib()
+                measured = share_inside(ways[way], self.pipeline.unet, "forward"), peak_memory_gib()
             else:
-                told = told_by(actors, way)
-            rows[way] = self._row(way, seconds, *told)
+                measured = denoiser_shares(actors, way)
+            rows[way] = self._row(way, seconds, *measured)
         return rows
 
     def stages(self, actors: Workers) -> dict[str, dict]:
@@ -183,7 +183,7 @@ class World:
         seconds = alternate(
             {way: (lambda way=way: actors("run", way)) for way in (STAGE, PRUNED)}, self.settings.repeats
         )
-        rows = {way: self._row(way, seconds[way], *told_by(actors, way)) for way in seconds}
+        rows = {way: self._row(way, seconds[way], *denoiser_shares(actors, way)) for way in seconds}
         setting = ("ddpm", 4 if self.settings.sampler.num_inference_steps < 5 else 100)
         began = time.perf_counter()
         share = share_inside(lambda: self.naive(*setting, prompts=1), self.pipeline.unet, "forward")

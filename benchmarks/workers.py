@@ -52,7 +52,7 @@ CUT_SCORE = DEMO.score.model_copy(update={"names": ("pmi_negatives",)})
 class ThroughputSettings(Benchmark):
     """The settings of the throughput benchmark."""
 
-    model: ModelPath = Field("shapes", description="a shipped model or a diffusers folder")
+    model: ModelPath = Field("shapes", description="the embedded model (shapes) or a diffusers folder")
     dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: float16 on a GPU, float32 without")
     channels_last: bool = Field(True, description="memory layout of our UNet only, as `model.channels_last`")
     compile: Literal["default", "cuda-graphs"] | None = Field(None, description="for our UNet, as `model.compile`")
@@ -279,7 +279,7 @@ class Workers:
         return [getattr(worker, method)(*arguments) for worker in self._here] + [f.result() for f in futures]
 
 
-def told_by(actors: Workers, way: str) -> tuple[float, float]:
+def denoiser_shares(actors: Workers, way: str) -> tuple[float, float]:
     """The mean share of wall time in the denoiser, and the total memory of all workers, in GiB."""
     shares, memory = zip(*actors("denoiser_share", way), strict=True)
     return mean(shares), sum(memory)

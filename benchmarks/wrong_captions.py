@@ -30,7 +30,7 @@ class WrongCaptionsBenchmark(Benchmark):
     """How well does each score separate captions with one error from correct captions, on new rendered images?"""
 
     model: ModelPath = Field(
-        "shapes", description="a shipped model or a diffusers folder, for prompts of the shapes grammar"
+        "shapes", description="the embedded model (shapes) or a diffusers folder, for prompts of the shapes grammar"
     )
     pairs: PositiveInt = Field(
         200, description="number of rendered images with a caption, taking the categories in turn"
@@ -45,7 +45,7 @@ class WrongCaptionsBenchmark(Benchmark):
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
         pairs = draw_pairs(SMOKE_PAIRS if self.smoke else self.pairs, self.wrong_share, self.seed)
-        scores, told, costs = score_all(denoiser, self.score, pairs)
+        scores, scored, costs = score_all(denoiser, self.score, pairs)
         rng = np.random.default_rng(0)
         wrong = np.array([pair.kind is not None for pair in pairs])
         kinds = sorted({pair.kind for pair in pairs if pair.kind})
@@ -55,8 +55,8 @@ class WrongCaptionsBenchmark(Benchmark):
                 of_kind = wrong if kind == "all" else np.array([pair.kind == kind for pair in pairs])
                 row = {"score": name, "corruption": kind, "wrong": int(of_kind.sum()), "right": int((~wrong).sum())}
                 value, low, high = auc_with_interval(values, of_kind, ~wrong, rng)
-                rows.append(row | {"auc": value, "low": low, "high": high, "evaluations_a_pair": costs[name]})
-        rows += [verdict_row(pairs, told, kind) for kind in ("all", *kinds)]
+                rows.append(row | {"auc": value, "low": low, "high": high, "evaluations_per_pair": costs[name]})
+        rows += [verdict_row(pairs, scored, kind) for kind in ("all", *kinds)]
         best = max(row["auc"] for row in rows if row.get("corruption") == "all" and "auc" in row)
         return Findings(rows, {"auc_of_the_best_score": Gate(best, minimum=0.95)})
 
@@ -70,13 +70,13 @@ class LabelledPair:
     kind: str | None
 
 
-def corruption(spec: SceneSpec, said: SceneSpec) -> str:
-    """The kind of difference between the shown scene `spec` and the caption `said`."""
-    if len(spec.objects) != len(said.objects):
+def corruption(spec: SceneSpec, described: SceneSpec) -> str:
+    """The kind of difference between the shown scene `spec` and the caption `described`."""
+    if len(spec.objects) != len(described.objects):
         return "object"
-    if spec.relation != said.relation:
+    if spec.relation != described.relation:
         return "relation"
-    changed = [(a, b) for a, b in zip(spec.objects, said.objects, strict=True) if a != b]
+    changed = [(a, b) for a, b in zip(spec.objects, described.objects, strict=True) if a != b]
     before, after = changed[0]
     names = [key for key in ("count", "shape", "color", "texture") if getattr(before, key) != getattr(after, key)]
     return f"{names[0]} swap" if len(changed) > 1 else names[0]
@@ -91,14 +91,14 @@ def draw_pairs(count: int, wrong_share: float, seed: int) -> list[LabelledPair]:
     while len(pairs) < count:
         wrong = wrongs[len(pairs)]
         spec = sample_spec(CATEGORIES[len(pairs) % len(CATEGORIES)], rng)
-        said = corrupt(spec, rng) if wrong else spec
-        if any(is_unseen_combination(o) for s in (spec, said) for o in s.objects):
+        described = corrupt(spec, rng) if wrong else spec
+        if any(is_unseen_combination(o) for s in (spec, described) for o in s.objects):
             continue
         image = render(draw_scene(spec, rng))
-        if score(image, said).exact != float(not wrong):
+        if score(image, described).exact != float(not wrong):
             continue  # the wrong caption is true by chance: a random attribute matches it
-        caption = sentence(said, str(rng.choice(FORMS[said.structure])))
-        pairs.append(LabelledPair(image, caption, corruption(spec, said) if wrong else None))
+        caption = sentence(described, str(rng.choice(FORMS[described.structure])))
+        pairs.append(LabelledPair(image, caption, corruption(spec, described) if wrong else None))
     return pairs
 
 
@@ -109,11 +109,11 @@ def score_all(
     judge = PairScorer(denoiser, config, AT_ONCE, seed=0, words=False)
     against = ScoreConfig.model_validate(config.model_dump() | {"names": ["pmi_contrastive"]})
     contrast = Scorer(denoiser, against, AT_ONCE, seed=0, pool=[pair.caption for pair in pairs])
-    told, contrastive, judged, contrasted = [], [], Work(), Work()
+    scored, contrastive, judged, contrasted = [], [], Work(), Work()
     for start in range(0, len(pairs), AT_ONCE):
         chunk = pairs[start : start + AT_ONCE]
         images, captions = np.stack([pair.image for pair in chunk]), [pair.caption for pair in chunk]
-        told += judge(images, captions, judged)
+        scored += judge(images, captions, judged)
         latents = denoiser.encode_images(images)
         nowhere = Trajectory(latents, torch.empty(0), *2 * [torch.empty(len(chunk), 0)])  # no sampling, no curves
         conditioning, index = denoiser.encode_prompts(captions), torch.arange(len(chunk))
@@ -122,12 +122,12 @@ def score_all(
     costs = {"pmi": 2 * config.num_samples, "pmi_negatives": whole - config.num_samples, "margin": whole}
     costs["pmi_contrastive"] = round(contrasted.score_evaluations / len(pairs))
     scores = {
-        "pmi": np.array([row["score_pmi"] for row in told]),
+        "pmi": np.array([row["score_pmi"] for row in scored]),
         "pmi_contrastive": np.array(contrastive),
-        "pmi_negatives": np.array([row["score_pmi_negatives"] for row in told]),
-        "margin": np.array([row["score_margin"] for row in told]),
+        "pmi_negatives": np.array([row["score_pmi_negatives"] for row in scored]),
+        "margin": np.array([row["score_margin"] for row in scored]),
     }
-    return scores, told, costs
+    return scores, scored, costs
 
 
 def auc_with_interval(
@@ -143,17 +143,17 @@ def auc_with_interval(
     return of(good, bad), *np.percentile(draws, [2.5, 97.5]).tolist()
 
 
-def verdict_row(pairs: list[LabelledPair], told: list[dict], kind: str) -> dict[str, str | int | float]:
+def verdict_row(pairs: list[LabelledPair], scored: list[dict], kind: str) -> dict[str, str | int | float]:
     """How often a wrong caption is reported, how often with the right attribute, and how often a correct one is."""
-    wrong = [(pair, row) for pair, row in zip(pairs, told, strict=True) if pair.kind is not None]
+    wrong = [(pair, row) for pair, row in zip(pairs, scored, strict=True) if pair.kind is not None]
     of_kind = [(pair, row) for pair, row in wrong if kind in ("all", pair.kind)]
-    called = [row["contradicted_attribute"] for _, row in of_kind]
-    named = [said is not None and pair.kind.startswith(said) for said, (pair, _) in zip(called, of_kind, strict=True)]
+    found = [row["contradicted_attribute"] for _, row in of_kind]
+    named = [name is not None and pair.kind.startswith(name) for name, (pair, _) in zip(found, of_kind, strict=True)]
     row = {"score": "verdict", "corruption": kind, "wrong": len(of_kind)}
-    row |= {"called_wrong": np.mean([said is not None for said in called]).item(), "named_right": np.mean(named).item()}
+    row |= {"called_wrong": np.mean([name is not None for name in found]).item(), "named_right": np.mean(named).item()}
     if kind == "all":
         right = [
-            row["contradicted_attribute"] is not None for p, row in zip(pairs, told, strict=True) if p.kind is None
+            row["contradicted_attribute"] is not None for p, row in zip(pairs, scored, strict=True) if p.kind is None
         ]
         row["right_called_wrong"] = np.mean(right).item()
     return row

@@ -1,4 +1,4 @@
-"""Tiny models that every test may use: the real classes and files, random weights, milliseconds a step."""
+"""Tiny models for all tests: real classes and files with random weights; a step takes milliseconds."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ WIDTH = 16
 
 @pytest.fixture(scope="module")
 def s3_server():
-    """The address of an S3 server in this process, without buckets; the credentials for it are in the environment."""
+    """The address of an S3 server in this process, without buckets. Its credentials are in the environment."""
     from moto.server import ThreadedMotoServer  # seconds, for the few who need it
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

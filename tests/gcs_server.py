@@ -1,4 +1,4 @@
-"""A server that speaks like Google Cloud Storage, with the bucket `runs`; prints its address and runs until killed.
+"""A server with the API of Google Cloud Storage and the bucket `runs`. It prints its address and runs until killed.
 
 It is an emulator of the API, to which this adds what the tests are about: `ifGenerationMatch=0` is honoured, and what
 is asked of objects whose names begin with `flaky` or `lost` fails at first. It is a process of its own, since Arrow
@@ -24,11 +24,11 @@ met = Counter()
 
 
 class Refused(Exception):
-    """412: there is such an object."""
+    """412: the object exists."""
 
 
 class OnceStorage(Storage):
-    """What is asked for on the condition that there is none of that name is looked at where it is made, in one step."""
+    """Check the condition that no object has this name when the object is created, in one step."""
 
     conditional = False  # the request that is being answered
 
@@ -45,7 +45,7 @@ class OnceStorage(Storage):
 
 class Handler(RequestHandler):
     def handle_one(self, answer):
-        """Reading the request and sending the answer may take long: a test may have stopped the other side."""
+        """Reading the request and sending the response may take long, if a test has stopped the client."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = re.search(rb"[\w-]+(?:/|%2F)(flaky|lost)", self.path.encode() + body[:1000])
         failing = False

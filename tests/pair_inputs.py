@@ -1,4 +1,4 @@
-"""The same five pairs of image and caption in every form that jobs/score.py reads."""
+"""The same five pairs of image and caption in every format that jobs/score.py reads."""
 
 import io
 import json

@@ -39,8 +39,8 @@ def test_tables_are_aligned_and_leave_gaps(gates):
 
 
 @pytest.mark.slow
-def test_the_oracle_benchmark_tells_a_bad_autoencoder(tiny_pipeline, tmp_path):
-    """The tiny pipeline's autoencoder is untrained: fresh renders are read, decoded ones are not."""
+def test_oracle_benchmark_finds_a_bad_autoencoder(tiny_pipeline, tmp_path):
+    """The autoencoder of the tiny pipeline is untrained: the oracle reads rendered images but not decoded ones."""
     out = tmp_path / "oracle.json"
     done = run("oracle.py", "--smoke", "--check", "--model", str(tiny_pipeline), "--out", str(out))
     assert done.returncode == 1, done.stderr
@@ -53,7 +53,7 @@ def test_the_oracle_benchmark_tells_a_bad_autoencoder(tiny_pipeline, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_oracle_benchmark_refuses_what_is_no_model(tmp_path):
+def test_oracle_benchmark_refuses_an_invalid_model(tmp_path):
     done = run("oracle.py", "--smoke", "--model", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: model: ")
@@ -68,8 +68,8 @@ def guidance(monkeypatch):
     return guidance
 
 
-def test_models_are_compared_on_the_same_prompts_and_seeds(guidance):
-    """Two prompts of two seeds: tuned gains one image of four on the base, and none on the control."""
+def test_guidance_benchmark_compares_the_same_prompts_and_seeds(guidance):
+    """Two prompts with two seeds: tuned has one more correct image than base, and the same number as the control."""
     images = {"prompt_id": ["a", "a", "b", "b"], "seed": [1, 2, 3, 4]}
     drawn = {
         "base": pd.DataFrame(images | {"exact": [1.0, 0.0, 0.0, 0.0]}),
@@ -85,6 +85,6 @@ def test_models_are_compared_on_the_same_prompts_and_seeds(guidance):
     assert tuned["minus_base_low"] == pytest.approx(25.0 - half, rel=1e-3)
 
 
-def test_a_folder_without_a_finished_run_has_no_guidance_to_compare(guidance, tmp_path):
+def test_guidance_benchmark_refuses_a_folder_without_a_run(guidance, tmp_path):
     with pytest.raises(ValueError, match=r"holds no run"):
         guidance.finished_run(str(tmp_path))

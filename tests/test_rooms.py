@@ -36,7 +36,7 @@ WITH_RAY = ("stages/", "training/loop.py", "training/pretrain.py")
 
 
 def imported(source: str) -> Iterator[str]:
-    """Full names of all that a module imports, wherever in it."""
+    """The full names of all imports of a module, anywhere in the file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -46,7 +46,7 @@ def imported(source: str) -> Iterator[str]:
 
 
 def violations(file: str, source: str) -> list[str]:
-    """What a file, named from the package's folder, imports although its room may not."""
+    """The imports of a file that its room does not allow. The file is relative to the package folder."""
     room = file.split("/")[0]
     allowed = [f"mi_ray.{name}." for name in ("__version__", room, *ARROWS[room])]
     names = [f"{name}." for name in imported(source)]
@@ -56,7 +56,7 @@ def violations(file: str, source: str) -> list[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Every file that reaches itself, with the way back to it."""
+    """Every file that imports itself indirectly, with the path of imports."""
     found = []
     for start in graph:
         ways, seen = [[start]], set()
@@ -105,7 +105,7 @@ def test_imports_follow_the_arrows(path):
         ("stages/generate.py", "import ray\nfrom mi_ray.diffusion import sampling", []),
     ],
 )
-def test_the_walk_finds_what_is_wrong(file, source, expected):
+def test_wrong_imports_are_found(file, source, expected):
     assert violations(file, source) == expected
 
 
@@ -114,24 +114,24 @@ def test_no_files_import_each_other_in_a_circle(folder, prefix):
     assert circles(graph_of(folder, prefix)) == []
 
 
-def test_a_circle_is_found():
+def test_circles_are_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c", "b"], ["c", "b", "c"]]
 
 
-def test_no_file_is_long_and_stages_stay_thin():
+def test_length_of_files_and_stages_is_limited():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
     assert {str(path): count for path, count in lines.items() if count > MOST_LINES} == {}
     assert sum(count for path, count in lines.items() if path.parent.name == "stages") < MOST_LINES_OF_STAGES
 
 
-def test_each_room_says_what_it_is_for_and_what_it_must_not_know():
+def test_each_room_has_a_docstring_with_its_limits():
     for room in ARROWS:
         lines = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))).split("\n\n")
         assert len(lines) == 2, room
 
 
-def test_nothing_but_the_alignment_knows_the_oracle_and_its_columns():
-    """Everything else takes a metric's name from the configuration and its columns from what it declares."""
+def test_only_alignment_names_the_oracle_and_its_columns():
+    """All other rooms get the names of metrics from the config and their columns from the metric."""
     at_home = (
         "mi_ray/alignment/",
         "mi_ray/shapes/",
@@ -163,8 +163,8 @@ def test_nothing_but_the_alignment_knows_the_oracle_and_its_columns():
     assert found == []
 
 
-def test_all_but_the_stages_work_without_ray():
-    """Not even by a detour through the package's __init__."""
+def test_all_rooms_except_stages_import_without_ray():
+    """Also not through the __init__ of the package."""
     names = [path.relative_to(ROOT).with_suffix("").as_posix() for path in modules()]
     free = [
         name.replace("/", ".") for name in names if not f"{name[7:]}.py".startswith(WITH_RAY) and "triton" not in name
@@ -174,7 +174,7 @@ def test_all_but_the_stages_work_without_ray():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_help_wrong_flags_and_the_status_wait_for_no_model():
+def test_help_and_status_do_not_import_torch():
     block = "import sys; sys.modules['torch'] = sys.modules['ray'] = None; "
     names = ("config.command_line", "config", "inputs.pair_config", "inputs.more_prompts_config", "runs.status")
     code = block + "; ".join(f"import mi_ray.{name}" for name in names)

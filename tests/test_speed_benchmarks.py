@@ -1,4 +1,4 @@
-"""The benchmarks of speed: that they measure what they say. No test here asserts a speed."""
+"""The speed benchmarks: that they measure what they report. No test checks a speed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------------------------ the compiled kernel
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict:
-    """The report of the kernel's benchmark, which compiles for sm_80 and sm_90 without a GPU."""
+    """The report of the kernel benchmark, which compiles for sm_80 and sm_90 without a GPU."""
     pytest.importorskip("triton")
     out = tmp_path_factory.mktemp("kernel") / "kernel.json"
     done = run("kernel.py", "--smoke", "--check", "--out", str(out))
@@ -30,7 +30,7 @@ def compiled(tmp_path_factory) -> dict:
 
 
 @pytest.mark.slow
-def test_the_compiled_step_moves_no_byte_twice_and_none_in_small_pieces(compiled):
+def test_compiled_step_moves_every_byte_once(compiled):
     rows = [row for row in compiled["results"] if row["way"].startswith("fused, sm_")]
     assert {(row["way"], row["predictions"]) for row in rows} == {
         (f"fused, sm_{capability}", dtype) for capability in (80, 90) for dtype in ("float16", "bfloat16", "float32")
@@ -44,7 +44,7 @@ def test_the_compiled_step_moves_no_byte_twice_and_none_in_small_pieces(compiled
 
 
 @pytest.mark.slow
-def test_latents_that_do_not_divide_by_16_bytes_are_told(tmp_path):
+def test_kernel_benchmark_reports_unaligned_latents(tmp_path):
     pytest.importorskip("triton")
     done = run("kernel.py", "--smoke", "--check", "--size", "7", "--out", str(tmp_path / "odd.json"))
     assert done.returncode == 1, done.stderr
@@ -62,8 +62,8 @@ def pruning(monkeypatch):
     return pruning
 
 
-def test_schedules_are_followed_on_recorded_scores(pruning):
-    """Two prompts of four candidates: three go on after step 1, one after step 2; the final score takes the best."""
+def test_pruning_schedules_on_recorded_scores(pruning):
+    """Two prompts with four candidates: three continue after step 1, one after step 2; the final score chooses."""
     recorded = pruning.Recorded(
         worth=np.array([[0.0, 1, 0, 0], [1, 0, 0, 0]]),
         final=np.array([[9.0, 8, 7, 6], [1, 2, 3, 4]]),
@@ -84,7 +84,7 @@ def test_schedules_are_followed_on_recorded_scores(pruning):
     assert recorded.survivors("random", {1: 2, 2: 1}).sum(1).tolist() == [1, 1]
 
 
-def test_evaluations_are_counted_by_hand(pruning, monkeypatch):
+def test_pruning_evaluations_equal_a_count_by_hand(pruning, monkeypatch):
     monkeypatch.setattr(pruning, "SCHEDULES", (((0.25, 0.5), (0.75, 0.25)),))
     monkeypatch.setattr(pruning, "SCORES", ("asd",))
     draws = np.random.default_rng(0).random((4, 3, 4))
@@ -104,7 +104,7 @@ def test_evaluations_are_counted_by_hand(pruning, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_pruning_benchmark_runs(tiny_pipeline, tmp_path):
+def test_pruning_benchmark_runs(tiny_pipeline, tmp_path):
     out, figure = tmp_path / "pruning.json", tmp_path / "pruning.png"
     done = run("pruning.py", "--smoke", "--model", str(tiny_pipeline), "--out", str(out), "--figure", str(figure))
     assert done.returncode == 0, done.stderr
@@ -116,7 +116,7 @@ def test_the_pruning_benchmark_runs(tiny_pipeline, tmp_path):
 
 # ------------------------------------------------------------------------------------------ throughput
 @pytest.mark.slow
-def test_the_throughput_benchmark_compares_equal_work(tiny_pipeline, tmp_path):
+def test_throughput_benchmark_compares_equal_work(tiny_pipeline, tmp_path):
     out, figure = tmp_path / "throughput.json", tmp_path / "throughput.png"
     done = run("throughput.py", "--smoke", "--model", str(tiny_pipeline), "--out", str(out), "--figure", str(figure))
     assert done.returncode == 0, done.stderr

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What a mi_ray cluster needs in a Google Cloud project: a private bucket for runs, a network that lets in nothing from
-# outside but SSH from yours, and an account each for head and workers, so that no key is ever written down.
+# Creates what a mi_ray cluster needs in a Google Cloud project: a private bucket for runs, a network that admits only SSH
+# from your network, and service accounts without keys for the head and the workers.
 #   cluster/gcp/account.sh PROJECT BUCKET YOUR.ADDRESS/32
-# Run it again after an error or a change: what is there stays.
+# It can be run again after an error or a change: existing objects are kept.
 set -euo pipefail
 if [[ $# != 3 || ! $3 =~ ^[0-9]+(\.[0-9]+){3}/(3[0-2]|[12][0-9]|[89])$ ]]; then
   echo "usage: $0 PROJECT BUCKET NETWORK, the last no wider than /8, such as 203.0.113.7/32" >&2
   exit 2
 fi
 project=$1 bucket=gs://$2 admin=$3
-region=us-central1 # the bucket's too: a GPU that waits for data from elsewhere costs, and so does the traffic
+region=us-central1 # also of the bucket: data from another region is slow and its traffic costs money
 email() { echo "$1@$project.iam.gserviceaccount.com"; }
 run() { gcloud --project="$project" --quiet "$@"; }
 there() { run "$@" > /dev/null 2>&1; }
@@ -29,21 +29,21 @@ fi
 there storage buckets describe "$bucket" ||
   run storage buckets create "$bucket" --location="$region" --uniform-bucket-level-access --public-access-prevention
 
-# Ray's launcher makes ray-autoscaler-sa-v1 at the first `ray up` and gives it roles as wide as compute.admin, whatever
-# cluster.yaml says. Nothing here runs as that account; made and disabled before, nothing can.
+# Ray's launcher creates ray-autoscaler-sa-v1 at the first `ray up`, with roles as wide as compute.admin. cluster.yaml
+# cannot change this. The cluster does not use this account, so it is created here and disabled.
 for name in mi-ray-head mi-ray-worker ray-autoscaler-sa-v1; do
   there iam service-accounts describe "$(email $name)" || run iam service-accounts create "$name"
 done
 run iam service-accounts disable "$(email ray-autoscaler-sa-v1)"
 
-# Both read and write runs; Arrow also asks whether the bucket is there, which the second role allows.
+# Both read and write runs. Arrow also checks that the bucket exists, which needs the second role.
 for name in mi-ray-head mi-ray-worker; do
   for role in roles/storage.objectUser roles/storage.legacyBucketReader; do
     run storage buckets add-iam-policy-binding "$bucket" --member="serviceAccount:$(email $name)" --role="$role"
   done
 done
 
-# The head starts and ends machines, and starts them as workers.
+# The head creates and deletes machines, and starts them with the account of the workers.
 permissions=compute.disks.create,compute.subnetworks.use,compute.subnetworks.useExternalIp,compute.zoneOperations.get
 for verb in create delete get list setLabels setMetadata setServiceAccount setTags start stop; do
   permissions+=,compute.instances.$verb

@@ -14,7 +14,7 @@ ScoreName = Literal[
     "mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives"
 ]
 
-MODEL = "a shipped model (shapes), a diffusers folder or a hub id; owner/name@revision pins a branch, tag or commit"
+MODEL = "the embedded model (shapes), a diffusers folder or a hub id; owner/name@revision pins a branch, tag or commit"
 
 
 class PromptsConfig(Section):

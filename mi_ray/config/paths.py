@@ -43,7 +43,7 @@ def shared(path: str) -> str:
 
 
 def model_place(path: str) -> str:
-    """The absolute path of a model folder. The name of a shipped model or a hub id is returned unchanged.
+    """The absolute path of a model folder. The name of an embedded model or a hub id is returned unchanged.
 
     Raises:
         ValueError: as `absolute` and `shared` do.
@@ -80,5 +80,5 @@ def without_revision(path: str) -> str:
 
 
 def pinned(path: str, commit: str | None) -> str:
-    """A hub id pinned to a commit (`without_revision` undoes it). A folder or a shipped name is returned unchanged."""
+    """A hub id pinned to a commit (`without_revision` undoes it). Other paths are unchanged."""
     return f"{without_revision(path)}@{commit}" if commit and not path.startswith("/") else path

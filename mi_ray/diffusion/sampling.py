@@ -30,16 +30,16 @@ class SolverPlan:
 
     @property
     def stochastic(self) -> bool:
-        """Whether it needs noise on the way."""
+        """Whether the solver adds noise at its steps."""
         return bool((self.coefficients[:, 3] != 0).any())
 
     @property
     def multistep(self) -> bool:
-        """Whether it needs the x0 of the step before."""
+        """Whether the solver needs the x0 of the previous step."""
         return bool((self.coefficients[:, 2] != 0).any())
 
     def guided(self, interval: tuple[float, float] | None) -> list[bool]:
-        """Which steps evaluate both branches: those whose log SNR lies in the interval; all without one."""
+        """For each step: whether both branches are evaluated, because its log SNR is in the interval. None: always."""
         if interval is None:
             return [True] * len(self.timesteps)
         alpha, sigma = self.coefficients[:, 4:].unbind(1)
@@ -170,12 +170,12 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Where sampling stands after a step."""
+    """The state of sampling after a step."""
 
-    step: int  # index of the step just done
+    step: int  # index of the step
     latents: Tensor  # (n, *latent_shape) fp32
-    x0: Tensor | None  # (n, *latent_shape) fp32, the clean latents that the step predicted, where they were asked for
-    statistics: Tensor  # (S, 2, n, parts) fp32, as `kernels.guided_step` writes them; NaN where no step did
+    x0: Tensor | None  # (n, *latent_shape) fp32, the clean latents that the step predicted; None if not requested
+    statistics: Tensor  # (S, 2, n, parts) fp32, see `kernels.guided_step`; NaN for steps that are not done
 
     @property
     def delta_sq(self) -> Tensor:
@@ -204,17 +204,20 @@ def sampling_steps(
     previous_x0: Tensor | None = None,
     x0_at: Container[int] | None = None,
 ) -> Iterator[State]:
-    """Denoise with classifier-free guidance, yielding the state after each step. The other arguments are `sample`'s.
+    """Denoise with classifier-free guidance, and yield the state after each step. See `sample` for other arguments.
 
-    Both branches go in one denoiser batch, and nothing in the loop waits for the device.
+    Both branches are evaluated in one batch. The loop never waits for the device.
 
     Args:
-        steps: which steps of the plan to do; None: all. What one call leaves, the next may continue from, with other
-            candidates beside: latents, previous_x0 (where the plan is multistep) and the noise say all.
-        x0_at: steps whose x0 is wanted; None: all. A multistep plan has it always.
+        steps: the steps of the plan to do; None: all. A later call can continue, also in a batch with other candidates:
+            the state of a candidate is its latents, its previous_x0 (if the plan is multistep) and its noise generator.
+        x0_at: steps after which x0 is needed; None: all. A multistep plan always returns it.
+
+    Raises:
+        ValueError: the plan is stochastic and step_noise is None.
     """
     if plan.stochastic and step_noise is None:
-        raise ValueError("this solver adds noise at its steps: give step_noise")
+        raise ValueError("this solver adds noise at its steps; give step_noise")
     device, n, count = denoiser.device, len(latents), len(plan.timesteps)
     timesteps = plan.timesteps.to(device)
     prediction_type = denoiser.schedule.prediction_type
@@ -263,16 +266,17 @@ def sample(
 
     Args:
         conditioning: n rows, from `denoiser.encode_prompts`.
-        null: of the empty prompt, n rows or one for all.
-        latents: (n, *latent_shape) standard normal, on any device.
-        guidance_scale: one for all, or each candidate's own, (n,) fp32 on the device.
-        step_noise: standard normal noise of a step; asked in order, and only where the plan is stochastic.
-        guidance_interval: of log SNR; outside it the conditional branch alone is evaluated and followed, and the
-            statistics are NaN (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: guidance everywhere.
-        kernel: which implementation of the step, from `kernels.choose_kernel`.
+        null: conditioning of the empty prompt, n rows or one row.
+        latents: (n, *latent_shape) standard normal noise, on any device.
+        guidance_scale: one value, or one per candidate, (n,) fp32 on the device.
+        step_noise: standard normal noise of a step. It is called in the order of the steps, and only for steps that add
+            noise.
+        guidance_interval: interval of log SNR with guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724). Outside it
+            only the conditional branch is evaluated, and the statistics are NaN. None: guidance at all steps.
+        kernel: implementation of the step, from `kernels.choose_kernel`.
 
     Raises:
-        ValueError: if the plan is stochastic and step_noise is None.
+        ValueError: the plan is stochastic and step_noise is None.
     """
     arguments = (denoiser, plan, conditioning, null, latents, guidance_scale, step_noise)
     steps = sampling_steps(*arguments, guidance_interval=guidance_interval, kernel=kernel, x0_at=())
@@ -281,24 +285,24 @@ def sample(
 
 
 def _like(latents: Tensor, prediction: Tensor) -> Tensor:
-    """The latents in the memory layout of the prediction; a channels-last model has another than the noise."""
+    """The latents in the memory layout of the prediction. They differ for a channels-last model."""
     if latents.ndim == 4 and prediction.ndim == 4 and not prediction.is_contiguous():
         return latents.contiguous(memory_format=torch.channels_last)
     return latents
 
 
 def _to_device(noise: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting: from pinned memory, where the device is a GPU."""
+    """Copy to the device. The copy to a GPU uses pinned memory, so that it does not wait."""
     if device.type == "cuda" and not noise.is_cuda:
         noise = noise.pin_memory()
     return noise.to(device, torch.float32, non_blocking=True)
 
 
 class CandidateNoise:
-    """The noise of candidates, fp32 on the CPU, each from its own generator: a candidate never depends on its batch,
-    nor on the device.
+    """The noise of candidates, fp32 on the CPU. Each candidate has its own generator, seeded with its seed, so it does
+    not depend on its batch or the device.
 
-    A generator, seeded with the candidate's seed, gives in this order: latents, first noisy step, second, and so on.
+    A generator gives the initial latents first, then the noise of the steps that add noise, in order.
     """
 
     def __init__(self, seeds: list[int], latent_shape: tuple[int, ...]):
@@ -306,7 +310,7 @@ class CandidateNoise:
         self._shape = latent_shape
 
     def draw(self, rows: list[int] | None = None) -> Tensor:
-        """The next noise of each, or of some candidates: (n, *latent_shape)."""
+        """The next noise of the candidates `rows`, or of all: (n, *latent_shape)."""
         chosen = self._generators if rows is None else [self._generators[row] for row in rows]
         noise = torch.empty(len(chosen), *self._shape)
         for values, generator in zip(noise, chosen, strict=True):
@@ -314,8 +318,8 @@ class CandidateNoise:
         return noise
 
     @contextmanager
-    def taken_back_on_error(self, rows: list[int]) -> Iterator[None]:
-        """If what is within fails, these candidates' noise begins again where it was."""
+    def restored_on_error(self, rows: list[int]) -> Iterator[None]:
+        """Context that resets the generators of these candidates if the block raises an error."""
         before = [self._generators[row].get_state() for row in rows]
         try:
             yield
@@ -326,6 +330,6 @@ class CandidateNoise:
 
 
 def candidate_noise(seeds: list[int], latent_shape: tuple[int, ...]) -> tuple[Tensor, StepNoise]:
-    """Initial latents (n, *latent_shape) and the noise of the steps of candidates that stay together."""
+    """Initial latents (n, *latent_shape) and the noise of the steps, for candidates that stay in one batch."""
     noise = CandidateNoise(seeds, latent_shape)
     return noise.draw(), lambda step: noise.draw()

@@ -20,7 +20,7 @@ class Negative:
     prompt: str
     kind: str  # one of KINDS
     attribute: str  # category of the changed words: color, shape, texture, size, count, relation, object ...
-    said: str  # the changed words in the original prompt; an image of this negative contradicts them
+    original: str  # the changed words in the original prompt; an image of this negative contradicts them
     instead: str  # the words that replace them in this negative; empty if they are left out
 
 

@@ -21,7 +21,7 @@ from mi_ray.language.nouns import is_singular, plural
 from mi_ray.language.templates import Form, Relation, Slot, Template, template_of
 from mi_ray.language.text import FindPhrases, plain_phrases, synonymous, with_right_articles
 
-DRAWS_IN_VAIN = 10_000  # stop after this number of consecutive draws without a new prompt
+MAX_FAILED_DRAWS = 10_000  # stop after this number of consecutive draws without a new prompt
 _NUMERALS = {number: word for word, number in NUMBERS.items()}
 _TRIES = 20  # attempts to fill one template with different objects
 
@@ -66,11 +66,11 @@ class TextTemplates:
         self._values: dict[str, Counter[str]] = defaultdict(Counter)
         self._seen: dict[tuple[str, str], set[str]] = defaultdict(set)  # (kind, noun) -> values
         self._counts: dict[int, Counter[int]] = defaultdict(Counter)  # noun phrases enumerated -> counts
-        self._said_relations: Counter[str] = Counter()
+        self._relation_weights: Counter[str] = Counter()
         self._cache: dict[tuple, Weighted] = {}
         for template, weight in zip(self.templates, weights, strict=True):
             self._learn(template, weight)
-        self._relations = Weighted(self._said_relations)
+        self._relations = Weighted(self._relation_weights)
 
     def varies(self, index: int) -> bool:
         """Whether any slot of the template has more than one possible filler."""
@@ -97,7 +97,7 @@ class TextTemplates:
     def _learn(self, template: Template, weight: float):
         for piece in template:
             if isinstance(piece, Relation) and weight:
-                self._said_relations[piece.said] += weight
+                self._relation_weights[piece.text] += weight
             elif isinstance(piece, Slot):
                 form = piece.form
                 for word, kind in zip(form.words, form.kinds, strict=True):
@@ -152,7 +152,7 @@ class TextTemplates:
         slots, text = iter(filled), ""
         for piece in template:
             if isinstance(piece, Slot):
-                text += _spoken(next(slots))
+                text += _as_text(next(slots))
             else:
                 text += self._relations.draw(rng) if isinstance(piece, Relation) else piece
         capital = isinstance(template[0], Slot) and template[0].opener[:1].isupper()
@@ -166,8 +166,8 @@ def _differ(slots: list[Slot], filled: list[Slot]) -> bool:
             return False
         if not _in_common(a, b) and _in_common(x, y):
             return False
-    said, instead = ([_attributes_of(slot) for slot in some] for some in (slots, filled))
-    flat, others = ([value for values in some for value in values] for some in (said, instead))
+    before, instead = ([_attributes_of(slot) for slot in some] for some in (slots, filled))
+    flat, others = ([value for values in some for value in values] for some in (before, instead))
     return all(
         a[0] != b[0] or synonymous(a[1], b[1]) or not synonymous(x[1], y[1])
         for (a, b), (x, y) in zip(combinations(flat, 2), combinations(others, 2), strict=True)
@@ -183,7 +183,7 @@ def _attributes_of(slot: Slot) -> list[tuple[str, str]]:
     return [(kind, word) for word, kind in zip(slot.form.words, slot.form.kinds, strict=True) if kind]
 
 
-def _spoken(slot: Slot) -> str:
+def _as_text(slot: Slot) -> str:
     *modifiers, noun = slot.form.words
     opener = slot.opener
     if slot.count is not None:
@@ -198,11 +198,11 @@ def same(prompt: str) -> tuple:
     plain = re.sub(r"\ban\b", "a", " ".join(prompt.lower().split()).rstrip(" ."))
     pieces = template_of(plain)
     slots = iter([piece for piece in pieces if isinstance(piece, Slot)])
-    said: list[str] = []
+    phrases: list[str] = []
     for first in slots:
         group = [first, *islice(slots, first.group - 1)]
-        said += sorted(f"{slot.opener} {' '.join(slot.form.words)}" for slot in group)
-    return (*said, *("" if isinstance(piece, Slot) else str(piece) for piece in pieces))
+        phrases += sorted(f"{slot.opener} {' '.join(slot.form.words)}" for slot in group)
+    return (*phrases, *("" if isinstance(piece, Slot) else str(piece) for piece in pieces))
 
 
 def recombined(
@@ -212,7 +212,7 @@ def recombined(
     excluded: Iterable[str],
     fits: Callable[[str], bool] = lambda prompt: True,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (index of the source template, new prompt). All prompts differ. Stops after `DRAWS_IN_VAIN` vain draws.
+    """Yield (index of the source template, new prompt). All prompts differ. It stops after `MAX_FAILED_DRAWS` failures.
 
     Args:
         weights: relative frequency of each prompt's template.
@@ -223,19 +223,19 @@ def recombined(
     if not usable:
         return
     rng, indices = random.Random(seed), Weighted(usable)
-    said = set(excluded)
-    seen, in_vain = {same(prompt) for prompt in said}, 0
-    while in_vain < DRAWS_IN_VAIN:
-        in_vain += 1
+    made = set(excluded)
+    seen, failed = {same(prompt) for prompt in made}, 0
+    while failed < MAX_FAILED_DRAWS:
+        failed += 1
         index = indices.draw(rng)
         prompt = templates.draw(index, rng)
-        if prompt is None or prompt in said:
+        if prompt is None or prompt in made:
             continue
-        said.add(prompt)
+        made.add(prompt)
         key = same(prompt)
         if key in seen:
             continue
         seen.add(key)
         if fits(prompt):
-            in_vain = 0
+            failed = 0
             yield index, prompt

@@ -23,9 +23,9 @@ from mi_ray.shapes.scenes import COLORS, RELATIONS, SHAPES, TEXTURES
 _VALUES = {"color": COLORS, "texture": TEXTURES, "shape": SHAPES}
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _PLURAL = tuple(word for count, word in NUMERALS.items() if count > 1)
-_SPOKEN = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+_RELATION_WORDS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
-_Change = tuple[str, str, str, str, SceneSpec]  # kind, attribute, said, instead, specification of the negative
+_Change = tuple[str, str, str, str, SceneSpec]  # kind, attribute, original, instead, specification of the negative
 
 
 def reads(prompt: str) -> bool:
@@ -47,11 +47,11 @@ def negatives(prompt: str) -> list[Negative]:
     spec = parse(prompt)
     form = form_of(prompt, spec)
     made, meanings = [], {_meaning(spec)}
-    for kind, attribute, said, instead, other in _changes(prompt, spec):
+    for kind, attribute, original, instead, other in _changes(prompt, spec):
         if other.total > MAX_OBJECTS or _meaning(other) in meanings or can_both_hold(spec, other):
             continue
         meanings.add(_meaning(other))
-        made.append(Negative(worded(other, _adapted(form, spec, other)), kind, attribute, said, instead))
+        made.append(Negative(worded(other, _adapted(form, spec, other)), kind, attribute, original, instead))
     return made
 
 
@@ -109,16 +109,16 @@ def _changes(prompt: str, spec: SceneSpec) -> Iterator[_Change]:
     if spec.relation:  # an exchange of the two objects means the opposite relation, so it needs no negative of its own
         others = shuffled([r for r in RELATIONS if r not in (spec.relation, _OPPOSITE[spec.relation])], prompt)
         for relation in (_OPPOSITE[spec.relation], *others):
-            said, instead = _SPOKEN[spec.relation], _SPOKEN[relation]
-            yield "relation flip", "relation", said, instead, replace(spec, relation=relation)
+            original, instead = _RELATION_WORDS[spec.relation], _RELATION_WORDS[relation]
+            yield "relation flip", "relation", original, instead, replace(spec, relation=relation)
     yield from _replacements(prompt, spec)
     yield from _count_swaps(spec)
     for i, obj in enumerate(spec.objects):
         for count in (obj.count + 1, obj.count - 1):
             if 1 <= count <= MAX_OBJECTS and (spec.numeric or count > 1):
                 changed = replace(obj, count=count)
-                said, instead = (noun_phrase(o, spec.numeric) for o in (obj, changed))
-                yield "count change", "count", said, instead, _with(spec, {i: changed})
+                original, instead = (noun_phrase(o, spec.numeric) for o in (obj, changed))
+                yield "count change", "count", original, instead, _with(spec, {i: changed})
     if len(spec.objects) > 1:
         for i, obj in enumerate(spec.objects):
             rest = spec.objects[:i] + spec.objects[i + 1 :]
@@ -142,9 +142,9 @@ def _swaps(spec: SceneSpec) -> Iterator[_Change]:
             first, second = getattr(a, key), getattr(b, key)
             if first and second and first != second:
                 swapped = replace(a, **{key: second}), replace(b, **{key: first})
-                said, instead = (f"{_phrase(x)} and {_phrase(y)}" for x, y in ((a, b), swapped))
+                original, instead = (f"{_phrase(x)} and {_phrase(y)}" for x, y in ((a, b), swapped))
                 kind = "object swap" if key == "shape" else "attribute swap"
-                yield kind, key, said, instead, _with(spec, dict(zip((i, j), swapped, strict=True)))
+                yield kind, key, original, instead, _with(spec, dict(zip((i, j), swapped, strict=True)))
 
 
 def _count_swaps(spec: SceneSpec) -> Iterator[_Change]:
@@ -152,8 +152,8 @@ def _count_swaps(spec: SceneSpec) -> Iterator[_Change]:
         a, b = spec.objects[i], spec.objects[j]
         if a.count != b.count:
             swapped = replace(a, count=b.count), replace(b, count=a.count)
-            said, instead = (" and ".join(noun_phrase(o, spec.numeric) for o in pair) for pair in ((a, b), swapped))
-            yield "count change", "count", said, instead, _with(spec, dict(zip((i, j), swapped, strict=True)))
+            original, instead = (" and ".join(noun_phrase(o, spec.numeric) for o in pair) for pair in ((a, b), swapped))
+            yield "count change", "count", original, instead, _with(spec, dict(zip((i, j), swapped, strict=True)))
 
 
 def _replacements(prompt: str, spec: SceneSpec) -> Iterator[_Change]:

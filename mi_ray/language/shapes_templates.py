@@ -42,8 +42,8 @@ class ShapesTemplates:
     def varies(self, index: int) -> bool:
         """Whether the list has another shape, colour, texture, relation or count for this template."""
         spec = self.specs[index]
-        said = [key for key in _KEYS if any(getattr(obj, key) for obj in spec.objects)]
-        choices = [self._values[key] for key in said]
+        keys = [key for key in _KEYS if any(getattr(obj, key) for obj in spec.objects)]
+        choices = [self._values[key] for key in keys]
         choices += [self._values["relation"]] if spec.relation else []
         choices += [self._counts[len(spec.objects)]] if spec.numeric else []
         return any(len(choice) > 1 for choice in choices)

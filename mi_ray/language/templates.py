@@ -38,7 +38,7 @@ _THERE = re.compile(r"there\s+(?:is|are|was|were)", re.IGNORECASE)
 _RELATION = "<relation>"  # placeholder for any relation in a context
 _COPULAS = ("is", "are", "was", "were")
 
-Context = tuple[str, str]  # the text before and after, normalised by `_said_between`
+Context = tuple[str, str]  # the text before and after the phrase, see `_normalised`
 FREE: Context = ("", "")
 
 
@@ -84,7 +84,7 @@ class Slot:
 class Relation:
     """A relation word or phrase between two noun phrases."""
 
-    said: str
+    text: str
 
 
 Template = tuple[str | Slot | Relation, ...]
@@ -114,7 +114,7 @@ def _slots(prompt: str, phrases: list[Phrase]) -> Iterator[tuple[int, int, Slot]
         count = NUMBERS.get(opener.lower()) or (int(opener) if opener.isdigit() else None)
         words = list(WORD.finditer(prompt, phrase.start, phrase.end))
         words = _without_verb(prompt, words, opener.lower(), count)
-        if not words or words[-1].group().isdigit() or _goes_on(prompt, words):
+        if not words or words[-1].group().isdigit() or _is_incomplete(prompt, words):
             continue
         if count is not None and not 1 <= count <= 12:
             continue
@@ -126,26 +126,27 @@ def _slots(prompt: str, phrases: list[Phrase]) -> Iterator[tuple[int, int, Slot]
 
 def _without_verb(prompt: str, words: list[re.Match], opener: str, count: int | None) -> list[re.Match]:
     """The words of the phrase before a verb or adverb that was wrongly included in it."""
-    said = [word.group().lower() for word in words]
+    lower = [word.group().lower() for word in words]
     after = re.match(r"\s+([\w'’-]+)", prompt[words[-1].end() :])
     follows = after[1].lower() if after else ""
     end = len(words)
     for i in range(1, end):
-        deed = said[i].endswith("ed") and said[i] not in _KINDS and (i + 1 == end or said[i + 1].endswith("ly"))
-        past = said[i] in VERBS and follows not in ("", "and", "or", "with", "of", *_COPULAS)
-        if said[i].endswith("ly") or deed or (past and not all(word in _KINDS for word in said[:i])):
+        is_last = i + 1 == end or lower[i + 1].endswith("ly")
+        participle = lower[i].endswith("ed") and lower[i] not in _KINDS and is_last
+        past = lower[i] in VERBS and follows not in ("", "and", "or", "with", "of", *_COPULAS)
+        if lower[i].endswith("ly") or participle or (past and not all(word in _KINDS for word in lower[:i])):
             end = i
             break
     if end == len(words) > 1:
-        third_person = opener in ("a", "an", "one") and is_plural(said[-1]) and said[-1].endswith("s")
+        third_person = opener in ("a", "an", "one") and is_plural(lower[-1]) and lower[-1].endswith("s")
         if third_person or (follows and is_opener(follows)):  # a man rides a horse
             end -= 1
-    if count is not None and count > 1 and not is_plural(said[end - 1]):  # two cars stuck on the road
-        end = next((i + 1 for i in reversed(range(end)) if is_plural(said[i])), 0)
+    if count is not None and count > 1 and not is_plural(lower[end - 1]):  # two cars stuck on the road
+        end = next((i + 1 for i in reversed(range(end)) if is_plural(lower[i])), 0)
     return words[:end]
 
 
-def _goes_on(prompt: str, words: list[re.Match]) -> bool:
+def _is_incomplete(prompt: str, words: list[re.Match]) -> bool:
     """Whether the phrase is incomplete: its last word is an adjective, or more nouns follow."""
     last, rest = words[-1].group().lower(), prompt[words[-1].end() :]
     following = re.match(r"(\s*,|\s+and\b|\s*,\s+and\b)?\s+([\w'’-]+)", rest)
@@ -164,8 +165,8 @@ def _form(words: list[str]) -> Form:
     for i in reversed(range(len(words) - 1)):
         if words[i].lower() in SHADES and kinds[i + 1] == "color":
             words[i : i + 2], kinds[i : i + 2] = [f"{words[i]} {words[i + 1]}"], ["color"]
-    said = (word.lower() if kind else word for word, kind in zip(words, kinds, strict=True))
-    return Form(tuple(said), tuple(kinds))
+    texts = (word.lower() if kind else word for word, kind in zip(words, kinds, strict=True))
+    return Form(tuple(texts), tuple(kinds))
 
 
 # ---------------------------------------------------------------------------------------------- contexts
@@ -173,29 +174,29 @@ def _placed(slots: list[Slot], between: list[str], prompt: str) -> list[Slot]:
     """Set the context of each slot. Slots that are joined by commas and `and` share one context."""
     if not slots:
         return []
-    said = [_said_between(text) for text in between]
-    if not _opens(said[0]):
+    texts = [_normalised(text) for text in between]
+    if not _opens(texts[0]):
         of_picture = False
     else:
-        said[0] = ""
-        of_picture = slots[0].form.noun in PICTURES and said[1] == "of"
+        texts[0] = ""
+        of_picture = slots[0].form.noun in PICTURES and texts[1] == "of"
     if of_picture:
-        said[0], said[1] = "of", ""
+        texts[0], texts[1] = "of", ""
     keeps_nouns = any(word.group().lower() in PRONOUNS for word in WORD.finditer(prompt))
     borders = [i for i in range(1, len(slots)) if not _JOINED.fullmatch(between[i])]
     placed = []
     for first, last in pairwise([0, *borders, len(slots)]):
-        sides = said[first], said[last]
+        sides = texts[first], texts[last]
         free = all(side in ("", _RELATION) for side in sides)
         context = FREE if free else sides
-        if keeps_nouns or any(_is_mere_preposition(side) for side in sides):
+        if keeps_nouns or any(_is_only_prepositions(side) for side in sides):
             context = None
         agrees = not free or (first == 0 and bool(_THERE.search(between[0])))
         placed += [replace(s, context=context, group=last - first, agrees=agrees) for s in slots[first:last]]
     return placed
 
 
-def _said_between(text: str) -> str:
+def _normalised(text: str) -> str:
     """The normalised text between two noun phrases. Every relation is replaced by the same placeholder."""
     match = _BESIDE_RELATION.fullmatch(text)
     if match:
@@ -203,11 +204,11 @@ def _said_between(text: str) -> str:
     return " ".join(text.lower().split()).strip(" .,;:!")
 
 
-def _opens(said: str) -> bool:
-    return not said or bool(_THERE.fullmatch(said))
+def _opens(text: str) -> bool:
+    return not text or bool(_THERE.fullmatch(text))
 
 
-def _is_mere_preposition(said: str) -> bool:
+def _is_only_prepositions(text: str) -> bool:
     """Whether the words are only prepositions and the like, which do not restrict the noun phrase beside them."""
-    words = [word for word in said.split() if word not in DETERMINERS]
+    words = [word for word in text.split() if word not in DETERMINERS]
     return bool(words) and _RELATION not in words and all(word in BOUNDARIES for word in words)

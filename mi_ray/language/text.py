@@ -42,7 +42,7 @@ class Phrase:
 
 FindPhrases = Callable[[str], list[Phrase]]
 _Edit = tuple[int, int, str]  # start, end, replacement
-_Change = tuple[str, str, str, str, list[_Edit]]  # kind, attribute, said, instead, the edits
+_Change = tuple[str, str, str, str, list[_Edit]]  # kind, attribute, original, instead, the edits
 
 
 # ---------------------------------------------------------------------------------------------- noun phrases
@@ -109,12 +109,12 @@ def negatives(prompt: str, find_phrases: FindPhrases = plain_phrases) -> list[Ne
     """All negatives of the prompt that the lexicon allows. None repeats the prompt or another negative."""
     phrases = find_phrases(prompt)
     made, meanings = [], {_meaning(prompt, phrases)}
-    for kind, attribute, said, instead, edits in _changes(prompt, phrases):
+    for kind, attribute, original, instead, edits in _changes(prompt, phrases):
         other = _edited(prompt, edits)
         meaning = _meaning(other, find_phrases(other))
         if meaning not in meanings:
             meanings.add(meaning)
-            made.append(Negative(other, kind, attribute, said, instead))
+            made.append(Negative(other, kind, attribute, original, instead))
     return made
 
 
@@ -122,7 +122,7 @@ def _meaning(prompt: str, phrases: list[Phrase]) -> tuple:
     """A key that is equal for prompts that differ only in the order of noun phrases without a relation or verb."""
     text = " ".join(prompt.lower().split())
     gaps = _gaps(prompt, phrases)[1:-1]
-    if _RELATION.search(text) or any(len(WORD.findall(gap)) > 1 or _is_deed(gap) for gap in gaps):
+    if _RELATION.search(text) or any(len(WORD.findall(gap)) > 1 or _is_action(gap) for gap in gaps):
         return (text,)
     named = sorted(prompt[p.start : p.end].lower() for p in phrases)
     return (*named, *(" ".join(_without_articles(gap)) for gap in _gaps(prompt, phrases)))
@@ -164,12 +164,13 @@ def _changes(prompt: str, phrases: list[Phrase]) -> Iterator[_Change]:
     ]
     for (kind, s1, e1, one), (other_kind, s2, e2, two) in combinations(attributes, 2):
         if kind == other_kind and not synonymous(one, two) and not _about_one(prompt, e1, s2, e2):
-            said, instead = f"{one} … {two}", f"{two} … {one}"
-            yield "attribute swap", kind, said, instead, [(s1, e1, _cased(two, one)), (s2, e2, _cased(one, two))]
+            original, instead = f"{one} … {two}", f"{two} … {one}"
+            yield "attribute swap", kind, original, instead, [(s1, e1, _cased(two, one)), (s2, e2, _cased(one, two))]
     related = list(_RELATION.finditer(prompt))
     for match in related:
-        said = " ".join(match.group().lower().split())
-        yield "relation flip", "relation", said, RELATIONS[said], [(*match.span(), _cased(RELATIONS[said], said))]
+        original = " ".join(match.group().lower().split())
+        flipped = RELATIONS[original]
+        yield "relation flip", "relation", original, flipped, [(*match.span(), _cased(flipped, original))]
     yield from _object_swaps(prompt, phrases, related)
     yield from _omissions(prompt, phrases)
     yield from _replacements(prompt, attributes)
@@ -197,15 +198,15 @@ def _object_swaps(prompt: str, phrases: list[Phrase], related: list[re.Match]) -
         if heads[0].lower() == heads[1].lower() or heads[0].endswith("s") != heads[1].endswith("s"):
             continue  # a plural noun would get the article of the singular one
         between = any(a.end <= match.start() and match.end() <= b.start for match in related)
-        between = between or _is_deed(prompt[a.end : b.start])
+        between = between or _is_action(prompt[a.end : b.start])
         part = {"of", "with"} & set(prompt[a.end : b.start].lower().split())  # a woman with golden hair
         if between or (a.head > a.start and b.head > b.start and not part):
-            said = " … ".join(prompt[p.start : p.end] for p in (a, b))
+            original = " … ".join(prompt[p.start : p.end] for p in (a, b))
             instead = " … ".join((prompt[a.start : a.head] + heads[1], prompt[b.start : b.head] + heads[0]))
-            yield "object swap", "object", said, instead, [(a.head, a.end, heads[1]), (b.head, b.end, heads[0])]
+            yield "object swap", "object", original, instead, [(a.head, a.end, heads[1]), (b.head, b.end, heads[0])]
 
 
-def _is_deed(gap: str) -> bool:
+def _is_action(gap: str) -> bool:
     """Whether the text between two noun phrases is an action, as in "an astronaut riding a horse"."""
     words = [word for word in WORD.findall(gap.lower()) if word not in DETERMINERS]
     return len(words) == 1 and words[0].endswith("ing") and words[0] not in MUTUAL
@@ -235,8 +236,8 @@ def _replacements(prompt: str, attributes: list[tuple[str, int, int, str]]) -> I
         others = [v for v in ATTRIBUTES[kind] if not synonymous(v, word)]
         if word.lower() in CONTRARIES:
             others = [CONTRARIES[word.lower()]]
-        said = {w.lower() for k, *_, w in attributes if k == kind}
-        others = sorted(shuffled(others, prompt, str(start)), key=lambda value, said=said: value not in said)
+        used = {w.lower() for k, *_, w in attributes if k == kind}
+        others = sorted(shuffled(others, prompt, str(start)), key=lambda value, used=used: value not in used)
         queues.append([(kind, start, end, word, other) for other in others])
     for place in range(max(map(len, queues), default=0)):
         for kind, start, end, word, other in (queue[place] for queue in queues if place < len(queue)):

@@ -1,4 +1,4 @@
-"""A picture of where in an image the information about its prompt lies, and in which of its words."""
+"""A picture of the PMI of an image and its prompt: a map over the image, and a bar for each word."""
 
 import io
 
@@ -9,20 +9,22 @@ from matplotlib.figure import Figure
 
 from mi_ray.report.figures import BAD, GOOD
 
-_SHARE_SHOWN = 99.5  # percentile of the map's size at which its colour is full
-_DIM = 0.35  # contrast that is left to the image below the overlay
+_FULL_COLOR = 99.5  # percentile of the map's absolute values that gets the full colour
+_DIM = 0.35  # contrast of the image below the overlay
 _DIVERGING = LinearSegmentedColormap.from_list("information", [BAD, "#ffffff", GOOD])
 
 
 def attribution_png(
     image: np.ndarray, density: np.ndarray, prompt: str, value: float, standard_error: float | None, words: list[dict]
 ) -> bytes:
-    """The image, its map over it, and a bar for each word, as PNG.
+    """The image, the map over the image, and a bar for each word, as PNG.
 
     Args:
         image: (h, w, 3) uint8.
-        density: (h, w) nats a pixel; green where the prompt informs about the image, red where it misinforms.
-        words: of each {word, value, standard_error} in nats.
+        density: (h, w) PMI in nats per pixel. Positive values are green: there the prompt makes the image likelier.
+            Negative values are red.
+        value, standard_error: PMI of the pair, nats.
+        words: for each word {word, value, standard_error} in nats.
     """
     figure = Figure((10.5, 3.8), dpi=110, layout="constrained", facecolor="white")
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
@@ -48,13 +50,13 @@ def _shortened(prompt: str) -> str:
 def _overlay(figure: Figure, axes: Axes, image: np.ndarray, density: np.ndarray):
     grey = image.mean(-1)
     axes.imshow(255 - _DIM * (255 - grey), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    limit = max(float(np.percentile(np.abs(density), _SHARE_SHOWN)), 1e-12)
+    limit = max(float(np.percentile(np.abs(density), _FULL_COLOR)), 1e-12)
     alpha = np.clip(np.abs(density) / limit, 0, 1) * 0.85
     shown = axes.imshow(density, cmap=_DIVERGING, vmin=-limit, vmax=limit, alpha=alpha, interpolation="nearest")
     bar = figure.colorbar(shown, ax=axes, shrink=0.75, ticks=[-limit, 0, limit], format=lambda x, _: f"{x:.1g}")
     bar.solids.set_alpha(1)
     bar.ax.tick_params(labelsize=7)
-    axes.set_title("nats a pixel", loc="left", fontsize=9)
+    axes.set_title("nats per pixel", loc="left", fontsize=9)
 
 
 def _bars(axes: Axes, words: list[dict]):

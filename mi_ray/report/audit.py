@@ -1,4 +1,4 @@
-"""The audit page of scored pairs: how many contradict their caption and in what, the worst and the best of them."""
+"""The audit page of scored pairs: the number of contradicted captions, their attributes, the worst and best pairs."""
 
 import base64
 import heapq
@@ -22,10 +22,14 @@ _PLAIN = [name for name in SCORED.names if name != "image"]
 
 # ---------------------------------------------------------------------------------------------- numbers
 def summarise_pairs(folder: str, names: list[str], rank_by: str, shown: int) -> tuple[dict, dict[str, list]]:
-    """Counts and values of all parts, read one after the other, and the rows at both ends.
+    """Summarise all parts of a folder, read one after the other.
+
+    Args:
+        names: names of the parts.
+        shown: largest number of worst and of best pairs.
 
     Returns:
-        The summary as it goes into audit.json, and {"worst", "best"}: rows with images, in order.
+        The content of audit.json, and {"worst", "best"}: rows with images, in order.
     """
     column = f"score_{rank_by}"
     counts = {"scored": 0, "errors": 0, "contradicted": 0, "unjudged": 0}
@@ -40,9 +44,9 @@ def summarise_pairs(folder: str, names: list[str], rank_by: str, shown: int) -> 
         counts["errors"] += len(table) - len(sound)
         counts["scored"] += len(sound)
         counts["unjudged"] += sound["posterior"].null_count
-        told = [name for name in sound["contradicted_attribute"].to_pylist() if name is not None]
-        attributes.update(told)
-        counts["contradicted"] += len(told)
+        contradicted = [name for name in sound["contradicted_attribute"].to_pylist() if name is not None]
+        attributes.update(contradicted)
+        counts["contradicted"] += len(contradicted)
         scores = sound[column].to_numpy(zero_copy_only=False).astype(np.float64)
         values.append(scores[np.isfinite(scores)])
         ends = [(score, place, row) for row, score in enumerate(scores) if np.isfinite(score)]
@@ -52,7 +56,7 @@ def summarise_pairs(folder: str, names: list[str], rank_by: str, shown: int) -> 
     reasons = sorted(errors.values(), key=lambda error: -error["count"])
     summary = {**counts, "rank_by": rank_by, "attributes": dict(attributes.most_common()), "reasons": reasons}
     summary["quantiles"] = {str(q): float(np.percentile(values, q)) for q in (5, 25, 50, 75, 95)} if len(values) else {}
-    both = min(shown, -(-len(values) // 2))  # of few pairs none is shown at both ends
+    both = min(shown, -(-len(values) // 2))  # no pair is shown among the worst and the best
     ends = {"worst": worst[:both], "best": best[: min(shown, len(values) // 2)]}
     return summary | {"histogram": _histogram(values)}, {
         end: list(_rows(folder, names, places)) for end, places in ends.items()
@@ -65,7 +69,7 @@ def _kind_of_error(message: str) -> str:
 
 
 def _rows(folder: str, names: list[str], places: list[tuple[float, int, int]]) -> Iterator[dict]:
-    """The rows at these places, in their order; each part is opened once."""
+    """The rows at these (score, part, row) places, in the same order. Each part is opened once."""
     found = {}
     for part in sorted({place for _, place, _ in places}):
         wanted = sorted(row for _, place, row in places if place == part)
@@ -89,7 +93,7 @@ def _histogram(values: np.ndarray) -> dict[str, list[float]]:
 def _histogram_plot(histogram: dict[str, list[float]], rank_by: str) -> str:
     edges, counts = np.array(histogram["edges"]), histogram["counts"]
     colors = [COLORS["tuned"]] * len(counts)
-    if rank_by != "pmi":  # above zero the caption is likelier than its alternatives
+    if rank_by != "pmi":  # above zero, the caption is likelier than its alternatives
         colors = [GOOD if left + right > 0 else BAD for left, right in pairwise(edges)]
     with styled_figure(11, 2.4) as figure:
         axes = figure.subplots()
@@ -102,7 +106,7 @@ def _histogram_plot(histogram: dict[str, list[float]], rank_by: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- the page
 def _card(row: dict) -> dict:
-    """A row as the template shows it."""
+    """A row with the additional values for the template."""
     source = row["image"] and "data:image/png;base64," + base64.b64encode(row["image"]["bytes"]).decode()
     largest = max((abs(word["value"]) for word in row["words"] or []), default=1) or 1
     words = [word | {"share": 100 * abs(word["value"]) / largest} for word in row["words"] or []]
@@ -112,10 +116,10 @@ def _card(row: dict) -> dict:
 def _headline(summary: dict) -> tuple[str, str]:
     judged = summary["scored"] - summary["unjudged"]
     if not judged:
-        return f"{summary['scored']:,} pairs scored", "No caption has a word whose contrary is known."
+        return f"{summary['scored']:,} pairs scored", "No caption could be changed into a hard negative."
     share = 100 * summary["contradicted"] / judged
     title = f"{summary['contradicted']:,} of {judged:,} captions look wrong ({share:.1f} %)"
-    verdict = "For these the model finds the caption changed in one thing clearly likelier than the caption itself."
+    verdict = "For these pairs a hard negative, the caption with one change, is clearly likelier than the caption."
     return title, verdict
 
 

@@ -1,14 +1,14 @@
-"""How a metric's numbers are shown: as per cent where they are shares, else in the unit that the column declares."""
+"""The text of a metric's values: shares in per cent, other values in the unit that the column declares."""
 
 from mi_ray.alignment.metric import Column
 
-# The model's own number, which the report shows after the metrics' columns and, without a metric, as its headline.
+# The base model's PMI. The report shows it after the metrics; without a metric it is the headline.
 PMI = Column("pmi", "log p(x|y) - log p(x) by the base model", "nats", model="the base model", nullable=True)
 _LABELS = {"pmi": "PMI"}
 
 
 def decimal(value: float | None, digits: int = 2, sign: str = "") -> str:
-    """A number with a true minus sign; a dash for None. `sign`: "+" shows that of positive numbers too."""
+    """A number with a typographic minus sign; a dash for None. `sign`: "+" also shows the sign of positive numbers."""
     return "–" if value is None else f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
@@ -21,13 +21,13 @@ def label(column: Column) -> str:
 
 
 def heading(column: Column) -> str:
-    """exact, %; PMI, nats."""
+    """Label and unit: "exact, %" or "PMI, nats"."""
     unit = "%" if is_share(column) else column.unit
     return f"{label(column)}, {unit}" if unit else label(column)
 
 
 def unit_of_change(column: Column) -> str:
-    """What follows a difference, with a space before it: points of per cent, or the unit."""
+    """The unit of a difference, after a space: points (of per cent) for shares."""
     unit = "points" if is_share(column) else column.unit
     return f" {unit}" if unit else ""
 
@@ -37,7 +37,7 @@ def scale(column: Column) -> int:
 
 
 def _digits(column: Column) -> int:
-    """Decimals that tell values of the column's range apart."""
+    """Number of decimals that suits the range of the column."""
     if is_share(column) or (column.high or 0) >= 100:
         return 1
     return 3 if column.high is not None and column.high <= 1 else 2
@@ -52,24 +52,24 @@ def _shown(value: float, result: dict, column: Column, sign: str = "") -> str:
 
 
 def value(result: dict | None, column: Column) -> str:
-    """48.2 ± 3.0, a mean with half its interval; a dash for None."""
+    """A mean with half the width of its interval, such as 48.2 ± 3.0; a dash for None."""
     return "–" if result is None else _shown(result["value"], result, column)
 
 
 def change(result: dict | None, column: Column) -> str:
-    """+4.9 ± 2.1, a difference with half its interval; a dash for None."""
+    """A difference with half the width of its interval, such as +4.9 ± 2.1; a dash for None."""
     return "–" if result is None else _shown(result["difference"], result, column, "+")
 
 
 def direction(result: dict | None, column: Column) -> str:
-    """better or worse where the interval of a difference is clear of zero, else unclear."""
+    """Return better or worse if the interval of a difference does not include zero, otherwise unclear."""
     if result is None or result["low"] is None or result["low"] <= 0 <= result["high"]:
         return "unclear"
     return "better" if column.sign * result["low"] > 0 else "worse"
 
 
 def mark(value: float | None, column: Column | None) -> dict | None:
-    """What the corner of an image shows: {kind: yes, no or number; text; title}; None where nothing is known."""
+    """The mark in the corner of an image: {kind: yes, no or number; text; title}. None if the value is missing."""
     if column is None or value is None:
         return None
     if column.unit == "yes/no":
@@ -81,5 +81,5 @@ def mark(value: float | None, column: Column | None) -> dict | None:
 
 
 def size(result: dict, columns: list[Column]) -> dict | None:
-    """A result that says n_prompts and n_images: the first column's that has one."""
+    """The result of the first column that has one; it contains n_prompts and n_images."""
     return next((result[column.name] for column in columns if column.name in result), None)

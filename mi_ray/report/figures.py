@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from mi_ray.alignment.metric import Column
 from mi_ray.report.columns import direction, heading, label, scale, unit_of_change
 
-INK = "#010203"  # stands for the page's text colour; replaced when the figure is written
+INK = "#010203"  # placeholder for the page's text colour; replaced when the figure is written
 COLORS = {"base": "#8b929e", "tuned": "#3f74d8", "random": "#c98a1b"}
-OTHER_COLORS = ("#3f9b6b", "#8a5fc0", "#b8567f", "#3a9aa8")  # of models selected by a metric, in turn
+OTHER_COLORS = ("#3f9b6b", "#8a5fc0", "#b8567f", "#3a9aa8")  # of other models, in turn
 GOOD, BAD = "#2f9e6e", "#d0605e"
 
 _STYLE = {
@@ -45,13 +45,13 @@ _SCHEME = "svg{color:#33383f}@media(prefers-color-scheme:dark){svg{color:#c9ced6
 
 @contextmanager
 def styled_figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches in the report's style."""
+    """Context with a figure of this size in inches, in the report's style."""
     with mpl.rc_context(_STYLE):
         yield Figure((width, height), layout="constrained")
 
 
 def data_uri(figure: Figure) -> str:
-    """The figure as an SVG data URI; what is drawn in `INK` takes the colour of the page's text."""
+    """The figure as an SVG data URI. Everything in the colour `INK` gets the colour of the page's text."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -70,12 +70,12 @@ def _errorbar(axes: Axes, result: dict, key: str, y: float, scale: float, color:
 
 
 def _colors(models: Iterable[str]) -> dict[str, str]:
-    """One a model."""
+    """A colour for each model."""
     return COLORS | dict(zip((m for m in models if m not in COLORS), cycle(OTHER_COLORS), strict=False))
 
 
 def _curve(axes: Axes, points: list[dict], x: str, times: float, color: str, name: str | None):
-    """A line through the values of points, with their 95 % intervals as a band, where they have any."""
+    """A line through the values of points. If all points have a 95 % interval, it is drawn as a band."""
     places = [point[x] for point in points]
     axes.plot(places, [times * point["value"] for point in points], "o-", color=color, lw=1.4, ms=3, label=name)
     if points and all(point.get("low") is not None for point in points):
@@ -84,22 +84,22 @@ def _curve(axes: Axes, points: list[dict], x: str, times: float, color: str, nam
 
 
 def guidance_plot(guidance: dict, column: Column) -> str:
-    """Mean of a column against the guidance scale, one line a model, and where the headline stands."""
+    """Mean of a column against guidance_scale, one line per model. A dashed line marks the scale of the headline."""
     with styled_figure(6.4, 3.2) as figure:
         axes, colors = figure.subplots(), _colors(guidance["curves"])
         axes.axvline(guidance["headline"], color=INK, lw=0.8, alpha=0.5, ls=(0, (3, 3)))
         for model, points in guidance["curves"].items():
             _curve(axes, points, "guidance_scale", scale(column), colors[model], model)
-        axes.set_xlabel("guidance scale (dashed: the headline's)")
+        axes.set_xlabel("guidance scale (dashed: scale of the comparison)")
         axes.set_title(heading(column), loc="left")
         axes.legend(loc="best")
         return data_uri(figure)
 
 
-GUARDS = {  # of an online run's updates: title, and whether it is shown relative to the first update's
+GUARDS = {  # values of an update: title, and whether it is divided by the value of the first update
     "reward": ("reward of the candidates", False),
-    "latent_std": ("std of latents, of the first", True),
-    "diversity": ("diversity, of the first", True),
+    "latent_std": ("std of latents / first update", True),
+    "diversity": ("diversity / first update", True),
     "distance_to_base": ("squared distance to base", False),
     "effective_guidance": ("effective guidance γ", False),
 }
@@ -108,16 +108,16 @@ GUARDS = {  # of an online run's updates: title, and whether it is shown relativ
 @dataclass(frozen=True)
 class Panel:
     title: str
-    x: str  # update, or version of the policy
-    curves: dict[str, list[dict]]  # of each arm: points with x and value, perhaps low and high
-    times: float = 1
+    x: str  # name of the x axis: update or version (of the policy)
+    curves: dict[str, list[dict]]  # points of each arm, with x, value and optionally low and high
+    times: float = 1  # factor of the values
 
 
 def online_panels(online: dict[str, dict], columns: list[Column]) -> list[Panel]:
-    """Reward and guards by update, self-score and means of columns by validated version; without the empty ones.
+    """Panels of reward and guards by update, and of self-score and columns by validated version. None is empty.
 
     Args:
-        columns: metrics, and scores as columns named score_<name>.
+        columns: columns of metrics, and of scores (score_<name>).
     """
     panels = [
         Panel(title, "update", {arm: _of_updates(found["updates"], key, first) for arm, found in online.items()})
@@ -139,7 +139,7 @@ def online_panels(online: dict[str, dict], columns: list[Column]) -> list[Panel]
 
 
 def online_plot(panels: list[Panel], kept: dict[str, int | None]) -> str:
-    """The panels, one line an arm; dotted where the version is that an arm keeps."""
+    """The panels with one line per arm. A dotted line marks the version that an arm keeps."""
     across = min(4, len(panels))
     down = -(-len(panels) // across)
     with styled_figure(11, 0.3 + 1.9 * down) as figure:
@@ -160,14 +160,14 @@ def online_plot(panels: list[Panel], kept: dict[str, int | None]) -> str:
 
 
 def _of_updates(updates: list[dict], key: str, relative: bool) -> list[dict]:
-    """The points of a curve; relative: as shares of the first."""
+    """The points of a curve. With `relative`, they are divided by the first value."""
     points = [{"update": line["update"], "value": line[key]} for line in updates if line.get(key) is not None]
     first = points[0]["value"] if relative and points else 1
     return [point | {"value": point["value"] / first} for point in points] if first else []
 
 
 def difference_plot(groups: dict[str, dict], column: Column) -> str:
-    """Paired differences of a column with their intervals, one line a group; coloured where clear of zero."""
+    """Paired differences of a column with their intervals, one line per group. A clear difference is coloured."""
     colors = {"better": GOOD, "worse": BAD, "unclear": COLORS["base"]}
     with styled_figure(5.4, 0.6 + 0.3 * len(groups)) as figure:
         axes = figure.subplots()
@@ -183,7 +183,7 @@ def difference_plot(groups: dict[str, dict], column: Column) -> str:
 
 
 def auc_plot(aucs: dict[str, dict[str, dict]]) -> str:
-    """Within-prompt AUC of each score with its interval, a panel for each metric's column; 0.5 is chance."""
+    """AUC within prompts of each score with its interval, one panel per metric. 0.5 is chance."""
     with styled_figure(5.4, sum(0.6 + 0.32 * len(of_metric) for of_metric in aucs.values())) as figure:
         panels = figure.subplots(len(aucs), squeeze=False, height_ratios=[len(scores) for scores in aucs.values()])
         lowest = min(result["value"] - 0.05 for of_metric in aucs.values() for result in of_metric.values())
@@ -202,19 +202,19 @@ def auc_plot(aucs: dict[str, dict[str, dict]]) -> str:
 
 
 def score_plot(distributions: dict[str, dict]) -> str:
-    """Distribution of each score minus its prompt's mean, split into the good and the others where that is known."""
+    """Distribution of each score minus its prompt's mean, for good and other candidates if a metric measured them."""
     columns = min(3, len(distributions))
     rows = -(-len(distributions) // columns)
     with styled_figure(11, 2.3 * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (name, distribution) in zip(panels, distributions.items(), strict=False):
             edges = distribution["edges"]
-            groups = [group for group in distribution if group != "edges"]  # the good first, or all
+            groups = [group for group in distribution if group != "edges"]  # good candidates first, or all
             for group, color in zip(groups, (GOOD, BAD) if len(groups) > 1 else (COLORS["tuned"],), strict=True):
                 if any(distribution[group]):
-                    counted = {"x": edges[:-1], "bins": edges, "weights": distribution[group], "density": True}
-                    axes.hist(**counted, histtype="stepfilled", color=color, alpha=0.28)
-                    axes.hist(**counted, histtype="step", color=color, lw=1.2, label=group)
+                    histogram = {"x": edges[:-1], "bins": edges, "weights": distribution[group], "density": True}
+                    axes.hist(**histogram, histtype="stepfilled", color=color, alpha=0.28)
+                    axes.hist(**histogram, histtype="step", color=color, lw=1.2, label=group)
             axes.set_title(name, loc="left")
             axes.set_xlabel("nats above the prompt's mean")
             axes.set_yticks([])
@@ -227,7 +227,7 @@ def score_plot(distributions: dict[str, dict]) -> str:
 
 
 def training_plot(training: dict[str, dict]) -> str:
-    """Loss, raw and smoothed, and gradient norm over the optimiser steps, one colour a model."""
+    """Loss and gradient norm by optimiser step, raw and smoothed, one colour per model."""
     with styled_figure(11, 2.8) as figure:
         panels = figure.subplots(1, 2)
         colors = _colors(training)

@@ -1,7 +1,7 @@
-"""What the guidance scale does to each model, where several were evaluated: the curve, the best scale, the headline's.
+"""The effect of guidance_scale on each model, if several scales were evaluated: curves, best scales, comparison.
 
-A tuned model is compared with the base model at the base's best scale: a gain at a scale that nobody would use for the
-base may be had by turning the guidance up.
+Models are compared at the scale where the base model is best. At another scale, the base model could reach the same
+gain with a better guidance_scale.
 """
 
 import pandas as pd
@@ -12,7 +12,7 @@ from mi_ray.report.columns import PMI
 from mi_ray.report.statistics import paired_difference, prompt_mean
 
 SCALE = "guidance_scale"  # column of the evaluation's tables
-NEAR = 0.15  # an evaluated scale stands for another one up to this relative distance
+NEAR = 0.15  # largest relative distance at which an evaluated scale is used in place of another scale
 Frames = dict[str, pd.DataFrame]  # the evaluated images of each model
 
 
@@ -25,14 +25,14 @@ def _scales(frame: pd.DataFrame) -> list[float]:
 
 
 def headline_column(evaluation: Frames, metrics: dict[str, tuple[Column, ...]]) -> Column:
-    """The first column of the first metric that has values, else the model's own PMI."""
+    """The first column of the first metric that has values. If there is none, PMI."""
     primary = [columns[0] for columns in metrics.values()]
     measured = (c for c in primary if any(c.name in f and f[c.name].notna().any() for f in evaluation.values()))
     return next(measured, PMI)
 
 
 def best_scale(curve: list[dict], column: Column) -> float | None:
-    """The scale with the best mean, the lowest of equal ones; None: nothing is measured."""
+    """The scale with the best mean, the lowest one of equal scales. None if the curve is empty."""
     best = max(curve, key=lambda point: (column.sign * point["value"], -point[SCALE]), default=None)
     return best and best[SCALE]
 
@@ -44,7 +44,7 @@ def _curve(frame: pd.DataFrame, column: Column) -> list[dict]:
 
 
 def _difference_curve(frame: pd.DataFrame, base: pd.DataFrame, column: Column) -> list[dict]:
-    """A model less the base model at the same scale, paired by prompt and seed, at each scale."""
+    """The difference of a model to the base model at each scale, paired by prompt and seed."""
     of_scale = [(s, paired_difference(at_scale(frame, s), at_scale(base, s), column.name)) for s in _scales(frame)]
     return [{SCALE: scale, **result} for scale, result in of_scale if result]
 
@@ -52,18 +52,18 @@ def _difference_curve(frame: pd.DataFrame, base: pd.DataFrame, column: Column) -
 def guidance_section(
     evaluation: Frames, metrics: dict[str, tuple[Column, ...]], config: RunConfig, gammas: dict[str, float]
 ) -> dict:
-    """The section `guidance` of report.json; {} where the images have one scale alone.
+    """The section `guidance` of report.json. Empty if all images have the same scale.
 
     Args:
-        gammas: effective guidance of the models of which it is known (see `training.online`).
+        gammas: effective guidance of the models for which it is known (see `training.online`).
 
     Returns:
-        scales: all that were evaluated, and column: by which they are compared. headline: the scale of the report's
-        other sections: the base model's best, or evaluation.sampler's as long as the base model is not evaluated
-        (base_best tells). best: each model's best scale. curves and differences: by model, at each scale, the mean, and
-        the difference to the base model. effective_guidance: `gammas`. rows: models at single scales, each with its
-        evaluations of the denoiser an image (without what a guidance interval saves), its mean and the difference to
-        the base model at the headline's scale, paired by prompt and seed.
+        column: the compared column. scales: all evaluated scales. best: the best scale of each model. headline: the
+        scale of the other sections of the report: the best scale of the base model, or the scale of evaluation.sampler
+        if the base model is not evaluated. base_best: whether it is the former. curves, differences: for each model
+        and scale the mean, and the difference to the base model at the same scale. effective_guidance: `gammas`.
+        rows: models at single scales, with denoiser evaluations per image (a guidance interval needs fewer), the mean,
+        and the difference to the base model at the scale `headline`, paired by prompt and seed.
     """
     scales = sorted({scale for frame in evaluation.values() for scale in _scales(frame)})
     if len(scales) < 2:
@@ -96,8 +96,8 @@ def _rows(
     gammas: dict[str, float],
     config: RunConfig,
 ) -> list[dict]:
-    """Each model where the base model is best and at its own best; the base model at gamma times that scale; and the
-    guidance-free student."""
+    """The rows of the table: each model at `headline` and at its best scale; the base model near gamma times
+    `headline`; and, if it was trained with anchor_guidance, each model without guidance."""
     notes: dict[tuple[str, float], list[str]] = {}
 
     def note(model: str, scale: float, text: str):
@@ -118,8 +118,8 @@ def _rows(
                 note(model, 1.0, "guidance-free student, one branch")
     reference, rows = at_scale(measured["base"], headline) if "base" in measured else None, []
     for (model, scale), texts in notes.items():
-        images, itself = at_scale(measured[model], scale), (model, scale) == ("base", headline)
-        compared = None if reference is None or itself else paired_difference(images, reference, column.name)
+        images, is_reference = at_scale(measured[model], scale), (model, scale) == ("base", headline)
+        compared = None if reference is None or is_reference else paired_difference(images, reference, column.name)
         rows.append(
             {
                 "model": model,

@@ -1,4 +1,4 @@
-"""What an online run left of its training: the log by update, the validations, and how it ended."""
+"""The report on an online run's training: values per update, validations, and how the training ended."""
 
 import pandas as pd
 
@@ -6,7 +6,7 @@ from mi_ray.report.pools import VALIDATION, declared_in, numeric, present
 from mi_ray.report.statistics import prompt_mean
 from mi_ray.storage import ParquetRows, exists, join, list_tables, read_json, read_lines, read_table
 
-GUARDS = ("latent_std", "diversity", "distance_to_base", "effective_guidance")  # of an update, beside its reward
+GUARDS = ("latent_std", "diversity", "distance_to_base", "effective_guidance")  # values of an update that are watched
 
 
 def online_folders(run_dir: str, models: list[str]) -> dict[str, str]:
@@ -16,8 +16,9 @@ def online_folders(run_dir: str, models: list[str]) -> dict[str, str]:
 
 
 def read_updates(folder: str) -> list[dict]:
-    """The log's figures of each update, its optimiser steps taken together: the last value of each that is a number."""
-    lines = {line["step"]: line for line in read_lines(join(folder, "training.jsonl"))}  # the later of a repeated step
+    """The values of each update from training.jsonl: for each value, the last number in the update's steps."""
+    # If a step was repeated, the later line counts.
+    lines = {line["step"]: line for line in read_lines(join(folder, "training.jsonl"))}
     updates: dict[int, dict] = {}
     for _, line in sorted(lines.items()):
         if line.get("update") is not None:
@@ -26,8 +27,8 @@ def read_updates(folder: str) -> list[dict]:
 
 
 def read_validations(folder: str) -> list[dict]:
-    """Of each validated version of the policy, in order: version, and by column (scores, metrics) the mean over the
-    held-out prompts with its interval; {version, columns: {name: `statistics.prompt_mean`}}."""
+    """The validations in order of the policy's version: {version, columns: {name of a score or metric column: mean
+    over the held-out prompts, as `statistics.prompt_mean`}}."""
     candidates = join(folder, "candidates")
     parts = [name for name in list_tables(candidates) if name.startswith(VALIDATION)]
     frames: dict[int, list[pd.DataFrame]] = {}
@@ -47,13 +48,13 @@ def read_validations(folder: str) -> list[dict]:
 
 
 def read_online(run_dir: str, models: list[str]) -> dict[str, dict]:
-    """The section `online` of report.json: what each arm has; {} of a run of rounds.
+    """The section `online` of report.json. Empty if the run has rounds instead.
 
     Returns:
-        By arm: updates (as `read_updates`), validations (as `read_validations`), self_score: mean reward of the
-        held-out prompts of each validated version; effective_guidance: the last that was measured, null if none was;
-        and, once the training has ended: finished, kept: the version that is evaluated, stopped: why it ended before
-        the last update, null if it did not.
+        For each arm: updates (see `read_updates`), validations (see `read_validations`), self_score (mean reward of
+        the held-out prompts, for each validated version), effective_guidance (last measured value, or null), finished
+        (whether the training has ended), kept (version that is evaluated), stopped (reason for a stop before the last
+        update, or null).
     """
     arms = {}
     for model, folder in online_folders(run_dir, models).items():

@@ -37,12 +37,12 @@ PREVIEWS, STRIP = 12, 5  # prompts, and images in each strip of highest and lowe
 MAX_SIDE = 256  # pixels; larger images are inlined as thumbnails
 CRISP_SIDE = 128  # pixels; images up to this size are shown with their pixels
 SHOWN_ERRORS = 50
-SAMPLE_SEED = 0  # of the prompts shown side by side
+SAMPLE_SEED = 0  # seed that draws the prompts shown side by side
 
 
 # ------------------------------------------------------------------------------------------ numbers as text
 def plain(cell: object) -> str:
-    """A cell of a benchmark's table."""
+    """The text of a cell in a benchmark's table."""
     if cell is None or isinstance(cell, bool):
         return {None: "–", True: "yes", False: "no"}[cell]
     return decimal(cell, 3) if isinstance(cell, float) else str(cell)
@@ -63,8 +63,8 @@ def duration(seconds: float) -> str:
 
 
 _VERDICTS = {
-    "better": "The tuned model does better by {}: the 95 % interval is clear of zero.",
-    "worse": "The tuned model does worse by {}: the 95 % interval is clear of zero.",
+    "better": "The tuned model is better by {}: the 95 % interval does not include zero.",
+    "worse": "The tuned model is worse by {}: the 95 % interval does not include zero.",
     "unclear": "This run shows no clear difference: the 95 % interval includes zero.",
 }
 
@@ -75,22 +75,22 @@ def _primary(report: dict) -> list[Column]:
 
 
 def _shown_columns(report: dict) -> list[Column]:
-    """All columns that some model's images were measured by, the model's own last."""
+    """All metric columns that at least one model has values for, then PMI."""
     columns = [column for of_metric in declared(report["metrics"]).values() for column in of_metric]
     return [c for c in (*columns, PMI) if any(c.name in result for result in report["alignment"].values())]
 
 
 def compared_at(report: dict) -> str:
-    """At which guidance scale models are compared, as a sentence; empty where there is one alone."""
+    """A sentence with the guidance scale at which models are compared. Empty if there is only one scale."""
     guidance = report.get("guidance")
     if not guidance:
         return ""
-    why = ", where the base model is best" if guidance["base_best"] else ", evaluation.sampler's"
-    return f"Compared at guidance {guidance['headline']:g}{why}."
+    why = "where the base model is best" if guidance["base_best"] else "the scale of evaluation.sampler"
+    return f"Compared at guidance {guidance['headline']:g}, {why}."
 
 
 def headline(report: dict) -> tuple[str, str]:
-    """What came out, in one line, and what may be concluded from it: by the first metric, else by the model's PMI."""
+    """(result in one line, conclusion) of the first metric, or of PMI if there is no metric."""
     alignment, comparison = report["alignment"], report["comparison"].get("tuned-base", {})
     for column in (*_primary(report), PMI):
         difference = comparison.get(column.name)
@@ -100,12 +100,12 @@ def headline(report: dict) -> tuple[str, str]:
         before, after = (value(alignment[model][column.name], column).split(" ")[0] for model in ("base", "tuned"))
         verdict = _VERDICTS[direction(difference, column)].format(label(column))
         if difference["low"] is None:
-            verdict = "One prompt alone allows no conclusion."
+            verdict = "A single prompt allows no conclusion."
         random = report["comparison"].get("tuned-random", {}).get(column.name)
         if random:
-            clear = {"better": "clear of zero", "worse": "clear of zero, the wrong way", "unclear": "not clear of zero"}
-            control = "by random rewards" if report.get("online") else "on randomly chosen candidates"
-            verdict += f" Against fine-tuning {control}: {change(random, column)}"
+            clear = {"better": "a clear gain", "worse": "a clear loss", "unclear": "no clear difference"}
+            control = "with random rewards" if report.get("online") else "on randomly chosen candidates"
+            verdict += f" Compared with fine-tuning {control}: {change(random, column)}"
             verdict += f"{unit_of_change(column)} ({clear[direction(random, column)]})."
         if report["quality"].get("tuned", {}).get("collapsed"):
             verdict += " But the tuned model's images have collapsed: see Image quality."
@@ -115,12 +115,12 @@ def headline(report: dict) -> tuple[str, str]:
             f"{compared_at(report)} {verdict}".strip(),
         )
     if alignment:
-        return f"Evaluated so far: {', '.join(alignment)}", "Base and tuned model cannot be compared yet."
-    return "Not evaluated yet", "The evaluation has not run; below is what the run has so far."
+        return f"Evaluated so far: {', '.join(alignment)}", "The base and the tuned model cannot be compared yet."
+    return "Not evaluated yet", "The evaluation has not run. This page shows the results so far."
 
 
 def _grid(rows: list[list[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+    """Text with aligned columns: the first column to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -132,7 +132,8 @@ def _grid(rows: list[list[str]]) -> str:
 def alignment_table(report: dict) -> str:
     """The alignment of every model and the paired differences, as plain text for a terminal.
 
-    Shares in per cent and differences in points, all else in its unit, with the half-width of the 95 % interval.
+    Shares are in per cent and their differences in points; other values are in their units. After ± is half the width
+    of the 95 % interval.
     """
     alignment, comparison = report["alignment"], report["comparison"]
     if not alignment:
@@ -153,7 +154,7 @@ def alignment_table(report: dict) -> str:
             rows.append(row(f"  {heading(first)}, {name}", results, difference, first))
     notes = [compared_at(report)] if report.get("guidance") else []
     if sizes := size(alignment[models[0]], columns):
-        counts = f"{sizes['n_prompts']} prompts, {sizes['n_images']} images a model"
+        counts = f"{sizes['n_prompts']} prompts, {sizes['n_images']} images per model"
         notes.append(f"{counts}; ± is a 95 % interval over prompts, differences are paired")
     for name, result in comparison.items():
         if first != PMI and first.name in result and name != "tuned-base":
@@ -164,7 +165,7 @@ def alignment_table(report: dict) -> str:
 
 # ------------------------------------------------------------------------------------------ images
 def _tile(row: dict, column: Column | None = None) -> dict:
-    """What the template shows of an image: source, whether to keep its pixels crisp, and the mark of a column."""
+    """The data of an image for the template: source, whether its pixels are shown crisp, and the mark of a column."""
     content = row["image"]["bytes"]
     with Image.open(io.BytesIO(content)) as image:
         crisp = max(image.size) <= CRISP_SIDE
@@ -180,12 +181,12 @@ def _tile(row: dict, column: Column | None = None) -> dict:
 
 
 def _marking(folder: str) -> Column | None:
-    """The column whose value marks a folder's images: the first metric's first."""
+    """The column whose value is the mark of a folder's images: the first column of the first metric."""
     return next((columns[0] for columns in declared_in(folder).values()), None)
 
 
 def _parts(folder: str, columns: list[str], first: int | None = None):
-    """The rows of a folder, or of its first few parts, so that never more than one part's images are in memory."""
+    """The rows of each part of a folder, or of its `first` parts. Only the images of one part are in memory."""
     for name in list_tables(folder)[:first]:
         yield read_table(join(folder, name), columns).to_pylist()
 
@@ -194,7 +195,7 @@ def side_by_side(run_dir: str, scale: float | None = None) -> list[dict]:
     """Images of base and tuned model on the same seeds, for prompts drawn at random with a fixed seed.
 
     Args:
-        scale: of guidance, where the images have several.
+        scale: guidance_scale of the images; None: all images.
     """
     folders = {model: join(run_dir, "evaluation", model) for model in ("base", "tuned")}
     rows = {model: {} for model in folders}
@@ -229,13 +230,13 @@ def side_by_side(run_dir: str, scale: float | None = None) -> list[dict]:
 
 
 def shown_score(config: RunConfig) -> str:
-    """The selecting score; where the selection is random or by a metric, the first one computed."""
+    """The score that selects. If the selection is random or by a metric, the first score."""
     return config.select.by if config.select.by in config.score.names else config.score.names[0]
 
 
 def previews(run_dir: str, config: RunConfig) -> list[dict]:
-    """The highest- and lowest-scored candidates of the previewed prompts, which are a run's first, of the last round
-    that has them; of a pruned pool, those that were sampled to the end."""
+    """The candidates with the highest and lowest scores, for the first prompts of the run, in the last round with
+    images. Pruned candidates are left out."""
     score = f"score_{shown_score(config)}"
     first = math.ceil(config.generate.preview_prompts / config.generate.prompts_per_shard)
     for number in reversed(round_numbers(run_dir)):
@@ -271,7 +272,7 @@ def _strips(pool: list[dict], score: str, marking: Column | None = None) -> dict
 
 # ------------------------------------------------------------------------------------------ the page
 def _plots(report: dict) -> dict:
-    """Data URIs of the figures that this run has the numbers for."""
+    """Data URIs of the figures for which this run has values."""
     plots = {}
     comparison = report["comparison"].get("tuned-base", {})
     for column in _primary(report)[:1]:
@@ -297,13 +298,13 @@ def _plots(report: dict) -> dict:
 
 
 def _named(report: dict, name: str) -> Column:
-    """A metric's column, or the model's own."""
+    """The metric column with this name, or PMI."""
     columns = [column for of_metric in declared(report["metrics"]).values() for column in of_metric]
     return next((column for column in columns if column.name == name), PMI)
 
 
 def _validated(report: dict) -> list[Column]:
-    """What the validations of an online run tell: scores, then the columns of metrics."""
+    """The columns of an online run's validations: scores, then the columns of metrics."""
     validations = [validation["columns"] for arm in report["online"].values() for validation in arm["validations"]]
     names = dict.fromkeys(name for columns in validations for name in columns)
     scores = [Column(name, "a score", "nats") for name in names if name.startswith("score_")]
@@ -311,14 +312,18 @@ def _validated(report: dict) -> list[Column]:
 
 
 def _broken_down(report: dict, columns: list[Column]) -> list[tuple[Column, list[str]]]:
-    """What the table by category shows: the headline's column of all models, the others of base and tuned alone."""
+    """(column, models) of the table by category: all models for the first column, only base and tuned for others."""
     models = list(report["alignment"])
     two = [model for model in models if model in ("base", "tuned")]
     return [(column, two if number or column == PMI else models) for number, column in enumerate(columns)]
 
 
 def page_environment(*filters: Callable) -> Environment:
-    """Of the templates beside this file: escaping, strict about missing values, with the filters by their names."""
+    """The environment of the templates in this folder. It escapes text and raises an error for missing values.
+
+    Args:
+        filters: functions that templates can use, by their names.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -331,7 +336,7 @@ def page_environment(*filters: Callable) -> Environment:
 
 
 def render(report: dict, config: RunConfig) -> str:
-    """The page of a report, from its numbers and the images in the run's folder."""
+    """The HTML page of a report, from the content of report.json and the images in the run folder."""
     run_dir = report["run"]["run_dir"]
     environment = page_environment(value, change, heading, label, size, decimal, direction, number, duration, plain)
     title, verdict = headline(report)
@@ -362,9 +367,9 @@ def render(report: dict, config: RunConfig) -> str:
 
 
 def write_report(run_dir: str, config: RunConfig) -> str:
-    """Write report/report.json and report/index.html of a run's folder; the URI of the page.
+    """Write report/report.json and report/index.html in a run folder. Returns the URI of the page.
 
-    What has not run yet is left out, so a report can be written after any stage.
+    A report can be written after any stage: it leaves out the stages that have not run.
     """
     report = summarise(run_dir, config)
     write_json(join(run_dir, "report", "report.json"), report)

@@ -1,4 +1,4 @@
-"""What the report tells of the candidates, read part by part: memory does not grow with their number."""
+"""The report on the candidates. Tables are read part by part, so memory does not grow with their number."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ from mi_ray.report.statistics import PromptAverage, prompt_aucs, within_prompt_a
 from mi_ray.storage import ParquetRows, join, list_names, list_tables, read_table
 from mi_ray.storage.tables import metric_columns
 
-DRAWN = 20_000  # candidates at least, if there are so many, whose scores' distribution is shown
-MAX_TOLD = 1000  # different errors; what comes after is told by stage alone
-VALIDATION = "validation-"  # how the names of an online run's parts begin that no update trains
-UNTOLD = "further error rows: see the column `error` of the tables"
+SAMPLED = 20_000  # smallest number of candidates in the distributions of scores, if there are as many
+MAX_ERRORS = 1000  # number of different errors that are listed; further ones are counted by stage
+VALIDATION = "validation-"  # prefix of the parts of an online run that are validations, not used for training
+FURTHER_ERRORS = "further error rows: see the column `error` of the tables"
 
 
 def numeric(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -35,12 +35,12 @@ def present(results: dict) -> dict:
 
 def count_error(errors: Counter, prompt: str, stage: str, message: str, count: int = 1):
     """Add to the counts of (prompt, stage, message)."""
-    known = (prompt, stage, message)
-    errors[known if known in errors or len(errors) < MAX_TOLD else ("", stage, UNTOLD)] += count
+    key = (prompt, stage, message)
+    errors[key if key in errors or len(errors) < MAX_ERRORS else ("", stage, FURTHER_ERRORS)] += count
 
 
 class Selection:
-    """By the primary column of each metric: the AUC of each score, and the means of the pool and of the kept."""
+    """For the first column of each metric: the AUC of each score, and the means of all and of the kept candidates."""
 
     def __init__(self, score_names: tuple[str, ...], truths: list[Column]):
         self.truths = truths
@@ -48,7 +48,7 @@ class Selection:
         self.means = {f"{part}_{truth.name}": PromptAverage() for truth in truths for part in ("pool", "kept")}
 
     def add(self, candidates: pd.DataFrame):
-        """Whole pools of prompts that have not come before, in all rounds that count."""
+        """Add the complete pools of new prompts, from all rounds."""
         kept = candidates[candidates["kept"].eq(True)]
         for truth in self.truths:
             for name, average in self.aucs[truth.name].items():
@@ -57,7 +57,7 @@ class Selection:
             self.means[f"kept_{truth.name}"].add(kept, truth.name)
 
     def result(self) -> dict:
-        """{auc: {column: {score: result}}, pool_<column>, kept_<column>}, without what nothing is known of."""
+        """{auc: {column: {score: result}}, pool_<column>, kept_<column>}; keys without a value are left out."""
         aucs = {
             truth: present({name: within_prompt_auc(average) for name, average in of_truth.items()})
             for truth, of_truth in self.aucs.items()
@@ -67,8 +67,8 @@ class Selection:
 
 
 class Thinned:
-    """Rows drawn at random from frames that come bit by bit; the share halves as they grow, so that at most twice
-    `DRAWN` are held."""
+    """A random sample of rows that are added frame by frame. If it exceeds twice `SAMPLED` rows, the share of sampled
+    rows is halved."""
 
     def __init__(self):
         self.share, self.lots, self.rows = 1.0, np.random.default_rng(0), pd.DataFrame()
@@ -77,28 +77,28 @@ class Thinned:
         frame = frame.assign(lot=self.lots.random(len(frame)))
         frame = frame[frame["lot"] < self.share]
         self.rows = pd.concat([self.rows, frame], ignore_index=True) if len(self.rows) else frame
-        while len(self.rows) > 2 * DRAWN:
+        while len(self.rows) > 2 * SAMPLED:
             self.share /= 2
             self.rows = self.rows[self.rows["lot"] < self.share]
 
 
 @dataclass
 class Pools:
-    """Of all rounds together, and of each."""
+    """Results of all rounds together; `selection` also has those of each round."""
 
     prompts: int = 0
-    metrics: dict[str, tuple[Column, ...]] = field(default_factory=dict)  # that measured the candidates
+    metrics: dict[str, tuple[Column, ...]] = field(default_factory=dict)  # metrics of the candidates
     selection: dict = field(default_factory=dict)
     distributions: dict = field(default_factory=dict)
     errors: Counter = field(default_factory=Counter)
 
 
 def read_pools(run_dir: str, score_names: tuple[str, ...]) -> Pools:
-    """What is told of a run's candidates.
+    """The results of a run's candidates.
 
-    A prompt's candidates of one round lie in one part, and in the part of the same name in every round: so a part is
-    read in all rounds at once, since a prompt's rounds are averaged before anything else. Of an online run these are
-    the candidates of all updates, without the validations; a prompt counts once for each update that draws it.
+    All candidates of a prompt in a round are in one part, and this part has the same name in every round. A part is
+    read from all rounds together, because values are averaged over the rounds of a prompt first. An online run has the
+    candidates of all updates, without the validations; a prompt counts once for each update that uses it.
     """
     scores = [f"score_{name}" for name in score_names]
     folders = {number: join(run_dir, f"round-{number}", "candidates") for number in round_numbers(run_dir)}
@@ -141,13 +141,18 @@ def read_pools(run_dir: str, score_names: tuple[str, ...]) -> Pools:
 
 
 def declared_in(folder: str) -> dict[str, tuple[Column, ...]]:
-    """The metrics whose columns the tables of a folder have, as the first of them says; {} if there is none."""
+    """The metrics of the tables in a folder, from the schema of the first table. Empty if there is no table."""
     return next((metric_columns(ParquetRows(join(folder, name)).schema) for name in list_tables(folder)), {})
 
 
 def _good(candidates: pd.DataFrame, level: pd.DataFrame, truths: list[Column]) -> pd.Series:
-    """Whether each candidate is good by the first metric, 1 or 0, NaN where that is not known: its value, of yes and
-    no; else whether it is better than its prompt's mean, `level`."""
+    """1 if a candidate is good by the first metric, 0 if not, NaN if the value is missing.
+
+    A yes/no metric is used directly. For other metrics a candidate is good if it is better than its prompt's mean.
+
+    Args:
+        level: the mean over the candidate's prompt and round, with the rows of `candidates`.
+    """
     if not truths:
         return pd.Series(np.nan, candidates.index)
     truth, values = truths[0], candidates[truths[0].name]
@@ -156,8 +161,11 @@ def _good(candidates: pd.DataFrame, level: pd.DataFrame, truths: list[Column]) -
 
 
 def distribution(centred: pd.DataFrame, name: str, truth: Column | None = None) -> dict | None:
-    """How a score minus its prompt's mean is distributed: {edges (n + 1,), and counts (n,) of the good, of the others,
-    or, where that is not known of any, all}. Prompts differ in level, and only the order within one selects."""
+    """The histogram of a score minus its prompt's mean: {edges: (n + 1,), group: counts (n,)}. None without values.
+
+    The groups are the good and the other candidates, or all if no metric measured them. The prompt's mean is subtracted
+    because candidates are selected within a prompt.
+    """
     values = centred[f"score_{name}"].dropna()
     if values.empty:
         return None

@@ -1,7 +1,7 @@
 """The report's statistics: means and paired differences over prompts, AUC within prompts, image quality.
 
-The prompt is the unit everywhere: images of one prompt resemble each other, so each prompt is first averaged over its
-images, and the intervals are 95 % t-intervals over the prompts' means.
+The unit is the prompt, because images of the same prompt are not independent. Values are first averaged over the images
+of each prompt. Intervals are 95 % t-intervals over these means.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from mi_ray.alignment.metric import Column
 
 CONFIDENCE = 0.95
-MAX_DEVIATIONS = 3.0  # of a feature
+MAX_DEVIATIONS = 3.0  # standardised features are clipped to this value
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 10, 1000  # torchmetrics averages over random subsets of this size
 
 # A model counts as collapsed if one of these holds (see `is_collapsed`).
@@ -26,26 +26,26 @@ KERNEL_MARGIN = 0.1  # shifting every feature by a fifth of its standard deviati
 
 
 class PromptAverage:
-    """Mean over prompts of each prompt's mean, of rows that come bit by bit, a prompt's all at once."""
+    """Mean over prompts of each prompt's mean. Rows are added in parts; all rows of a prompt are in the same part."""
 
     def __init__(self):
         self.prompts, self.images, self.mean, self.squares = 0, 0, 0.0, 0.0
 
     def add(self, rows: pd.DataFrame, column: str):
-        """Rows with the columns prompt_id and `column`; those without a value are left out."""
+        """Add rows with the columns prompt_id and `column`. Rows without a value are left out."""
         measured = rows[rows[column].notna()]
         if measured.empty:
             return
         means = measured.groupby("prompt_id")[column].mean().to_numpy(float)
         # Chan, Golub and LeVeque (1983), eq. 2.1
-        together, apart = self.prompts + len(means), means.mean() - self.mean
-        self.squares += ((means - means.mean()) ** 2).sum() + apart**2 * self.prompts * len(means) / together
-        self.mean += apart * len(means) / together
-        self.prompts, self.images = together, self.images + len(measured)
+        total, shift = self.prompts + len(means), means.mean() - self.mean
+        self.squares += ((means - means.mean()) ** 2).sum() + shift**2 * self.prompts * len(means) / total
+        self.mean += shift * len(means) / total
+        self.prompts, self.images = total, self.images + len(measured)
 
     def result(self) -> dict | None:
-        """{value, low, high, n_prompts, n_images} with the ends of the 95 % t-interval, None of a single prompt; None
-        if nothing is measured."""
+        """{value, low, high, n_prompts, n_images}; low and high are the ends of the 95 % t-interval, None for a single
+        prompt. None if there are no rows."""
         if not self.prompts:
             return None
         low = high = None
@@ -58,7 +58,7 @@ class PromptAverage:
 
 
 def prompt_mean(rows: pd.DataFrame, column: str) -> dict | None:
-    """The `PromptAverage` of rows that are all there."""
+    """The result of `PromptAverage` for these rows."""
     average = PromptAverage()
     average.add(rows, column)
     return average.result()
@@ -67,8 +67,8 @@ def prompt_mean(rows: pd.DataFrame, column: str) -> dict | None:
 def paired_difference(rows: pd.DataFrame, baseline: pd.DataFrame, column: str) -> dict | None:
     """`rows` minus `baseline`, paired by prompt and seed: {difference, low, high, n_prompts, n_images}.
 
-    Differences of images of the same prompt and seed are averaged over the prompt's seeds; the interval is that of a
-    paired t-test over prompts. What only one of the two has measured is left out.
+    Differences between images of the same prompt and seed are averaged over the prompt's seeds. The interval is that of
+    a paired t-test over prompts. Images without a partner are left out.
     """
     keys = ["prompt_id", "seed"]
     pairs = rows[[*keys, column]].merge(baseline[[*keys, column]], on=keys, suffixes=("", "_baseline"))
@@ -78,18 +78,28 @@ def paired_difference(rows: pd.DataFrame, baseline: pd.DataFrame, column: str) -
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Chance that a positive outscores a negative, ties counting half (Mann-Whitney U / n1 n0); both shape (n,)."""
+    """Probability that a positive has a higher score than a negative; ties count half (Mann-Whitney U / n1 n0).
+
+    Args:
+        scores: (n,).
+        positive: (n,) bool.
+    """
     n_positive = positive.sum()
     rank_sum = stats.rankdata(scores)[positive].sum()
     return float((rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * (~positive).sum()))
 
 
 def prompt_aucs(candidates: pd.DataFrame, column: str, truth: Column) -> pd.DataFrame:
-    """How often a score orders two candidates of one prompt and round as a metric does: columns prompt_id, auc.
+    """How often a score orders two candidates of the same prompt and round like a metric.
 
-    Over the pairs whose values of the metric differ; equal scores count half. Where the metric is 0 or 1, this is the
-    area under the ROC curve. `candidates` has the columns round, prompt_id, `column` and the metric's. Pools without
-    such a pair have no row.
+    Only pairs with different values of the metric count; equal scores count half. For a metric that is 0 or 1, this is
+    the area under the ROC curve.
+
+    Args:
+        candidates: the columns round, prompt_id, `column` (the score) and `truth.name` (the metric).
+
+    Returns:
+        Columns prompt_id and auc, one row per prompt and round with at least one such pair.
     """
     measured = candidates[candidates[column].notna() & candidates[truth.name].notna()]
     pools = measured.groupby(["round", "prompt_id"])
@@ -99,8 +109,8 @@ def prompt_aucs(candidates: pd.DataFrame, column: str, truth: Column) -> pd.Data
     scores[pool, place] = measured[column]
     truths[pool, place] = truth.sign * measured[truth.name]
     pairs, right = np.zeros(shape[0]), np.zeros(shape[0])
-    for score, value in zip(scores.T[..., None], truths.T[..., None], strict=True):  # each against all of its pool
-        better = truths > value  # NaN, where a pool has fewer candidates, is above nothing
+    for score, value in zip(scores.T[..., None], truths.T[..., None], strict=True):  # one candidate per pool
+        better = truths > value  # False for NaN, the padding of smaller pools
         pairs += better.sum(1)
         right += (better * ((scores > score) + 0.5 * (scores == score))).sum(1)
     ids = pools["prompt_id"].first().to_numpy()
@@ -108,15 +118,15 @@ def prompt_aucs(candidates: pd.DataFrame, column: str, truth: Column) -> pd.Data
 
 
 def within_prompt_auc(aucs: PromptAverage) -> dict | None:
-    """{value, low, high, n_prompts} of `prompt_aucs`, a prompt's rounds averaged first; None if no prompt has any."""
+    """{value, low, high, n_prompts} of `prompt_aucs`, averaged over the rounds of a prompt first. None without rows."""
     result = aucs.result()
     return result and {key: result[key] for key in ("value", "low", "high", "n_prompts")}
 
 
 def standardise(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Features (n, d) in the reference's (m, d) standard deviations from its mean, cut at +-3.
+    """Features (n, d) minus the mean of the reference (m, d), in units of its standard deviation, clipped to +-3.
 
-    Without the cut, a feature that the reference hardly ever shows (a pixel of the border) decides every distance.
+    Without clipping, a feature that is almost constant in the reference (a border pixel) would dominate every distance.
     """
     deviation = reference.std(0)
     standard = (features - reference.mean(0)) / np.where(deviation > 0, deviation, 1)
@@ -126,15 +136,17 @@ def standardise(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float | None:
     """Unbiased MMD^2 with the kernel (x.y / d + 1)^3: KID (Binkowski et al., ICLR 2018, section 4) on any features.
 
-    Both (n, d), standardised by the reference; near 0, and possibly below it, for samples of one distribution.
-    None for fewer than two images.
+    Near 0, and possibly negative, for samples of the same distribution. None for fewer than two images.
+
+    Args:
+        features, reference: (n, d) and (m, d); both are standardised with the reference.
     """
     size = min(len(features), len(reference), KERNEL_SUBSET_SIZE)
     if size < 2:
         return None
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that all features are kept in memory
-        torch.manual_seed(0)  # of the subsets
+        warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns that it keeps all features in memory
+        torch.manual_seed(0)  # for the random subsets
         distance = KernelInceptionDistance(torch.nn.Identity(), subsets=KERNEL_SUBSETS, subset_size=size)
         distance.update(torch.from_numpy(standardise(reference, reference)), real=True)
         distance.update(torch.from_numpy(standardise(features, reference)), real=False)
@@ -142,9 +154,14 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float | None
 
 
 def diversity(features: np.ndarray, prompt_ids: np.ndarray, reference: np.ndarray) -> float | None:
-    """Mean distance of two images of the same prompt, in the reference's standard deviations a feature.
+    """Mean distance between two images of the same prompt, per feature, in standard deviations of the reference.
 
-    features (n, d), prompt_ids (n,), reference (m, d). Averaged over pairs, then over prompts with two images or more.
+    It is averaged over pairs, then over prompts with at least two images. None if there is no such prompt.
+
+    Args:
+        features: (n, d).
+        prompt_ids: (n,).
+        reference: (m, d).
     """
     standard = standardise(features, reference) / np.sqrt(features.shape[1])
     groups = (standard[index] for index in pd.Series(prompt_ids).groupby(prompt_ids).indices.values())
@@ -153,10 +170,13 @@ def diversity(features: np.ndarray, prompt_ids: np.ndarray, reference: np.ndarra
 
 
 def is_collapsed(quality: dict, base: dict) -> bool:
-    """Whether a model ({kernel_distance, diversity}) fell behind the base model so far that its gains mean nothing.
+    """Whether a model's images are so bad, compared with the base model, that its alignment values mean little.
 
-    Its images of one prompt are less than 0.6 times as diverse as the base model's, or their kernel distance to the
-    reference exceeds twice the base model's by more than 0.1.
+    This holds if the diversity is less than 0.6 times that of the base model, or if the kernel distance is larger than
+    twice that of the base model plus 0.1.
+
+    Args:
+        quality, base: kernel_distance and diversity of the model and of the base model.
     """
     lost_diversity = None not in (quality["diversity"], base["diversity"]) and (
         quality["diversity"] < MIN_DIVERSITY_RATIO * base["diversity"]

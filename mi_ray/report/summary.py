@@ -1,4 +1,4 @@
-"""What a run folder says, as one dictionary: the content of report.json."""
+"""The content of report.json, computed from a run folder."""
 
 import math
 from collections import Counter
@@ -35,22 +35,22 @@ from mi_ray.storage import (
     read_tables,
 )
 
-REFERENCE = "reference"  # real renders, evaluated like a model
-STAGES = {"generate": "generate", "online": "generate", "evaluate": "evaluate"}  # that write shards; how they count
+REFERENCE = "reference"  # real images, evaluated like a model
+STAGES = {"generate": "generate", "online": "generate", "evaluate": "evaluate"}  # {stage: stage that it counts for}
 AMOUNTS = ("rows", "denoiser_evaluations", "score_evaluations")  # of a shard
-QUALITY_IMAGES = 20_000  # of a model, enough for quality: what is measured by them needs no more
-CLOCK_SLACK_S = 1.0  # between a stage's own stopwatch and the times in events.jsonl
+QUALITY_IMAGES = 20_000  # number of images of a model that the quality measures use; more do not change them
+CLOCK_SLACK_S = 1.0  # allowed difference between the measured duration of a stage and the times in events.jsonl
 
 
 # ------------------------------------------------------------------------------------------ reading
 def _events(run_dir: str) -> tuple[list[dict], dict[str, Counter]]:
-    """All events but those of shards, which are many: of these, by stage, the sums of their numbers.
+    """Read events.jsonl. The many events of shards are only summed.
 
     Returns:
-        The events, and of generate (an online run's candidates too) and evaluate: rows, denoiser_evaluations,
-        score_evaluations; and the same as timed_<name>, of the shards that were written in sessions that finished the
-        stage. A killed session leaves shards but no time; to count them would overstate the throughput. The reference,
-        which no model draws, counts for nothing.
+        All other events, and for generate (including the candidates of an online run) and evaluate the sums of rows,
+        denoiser_evaluations and score_evaluations. The sums timed_<name> include only shards from sessions that
+        finished the stage: a killed session has shards but no duration, which would give a too high throughput. Shards
+        of the reference are left out, because no model generates them.
     """
     uri = join(run_dir, "events.jsonl")
     events = [event for event in iter_lines(uri) if event["event"] != "shard_written"]
@@ -69,19 +69,19 @@ def _events(run_dir: str) -> tuple[list[dict], dict[str, Counter]]:
 
 
 def _finished(events: list[dict], stage: str) -> list[dict]:
-    """The sessions that finished a stage, which stands for all its arms too (evaluate: evaluate_base, ...)."""
+    """The stage_finished events of a stage and all its arms (evaluate: evaluate_base, ...)."""
     ended = [e for e in events if e["event"] == "stage_finished"]
     finished = [e for e in ended if STAGES.get(e["stage"].partition("_")[0]) == stage]
     return [e for e in finished if not e["stage"].endswith(REFERENCE)]
 
 
 def models_of(config: RunConfig) -> list[str]:
-    """Those that a run evaluates, beside `REFERENCE`."""
+    """The models that a run evaluates, without `REFERENCE`."""
     return list(dict.fromkeys(["base", "tuned", "random", *config.evaluation.controls]))
 
 
 def pairs_of(config: RunConfig) -> list[tuple[str, str]]:
-    """The models that are compared: (model, baseline)."""
+    """The pairs of models that are compared: (model, baseline)."""
     metrics = [control for control in config.evaluation.controls if control != "random"]
     pairs = [("tuned", "base"), ("tuned", "random"), ("random", "base")]
     return pairs + [pair for metric in metrics for pair in ((metric, "base"), ("tuned", metric))]
@@ -93,12 +93,12 @@ def declared(metrics: dict[str, list[dict]]) -> dict[str, list[Column]]:
 
 
 def read_evaluation(run_dir: str, model: str) -> pd.DataFrame | None:
-    """The evaluated images of a model (or of `REFERENCE`) without images and features; None if there are none."""
+    """The evaluation table of a model or `REFERENCE`, without images and features. None if it does not exist."""
     folder = join(run_dir, "evaluation", model)
     if not (parts := list_tables(folder)):
         return None
     measured = ["score_pmi", *(c.name for columns in declared_in(folder).values() for c in columns)]
-    # Runs that began before there were several guidance scales do not say the one that they have.
+    # Runs of earlier versions have a single guidance scale and no column for it.
     scale = [SCALE] if SCALE in ParquetRows(join(folder, parts[0])).schema.names else []
     columns = ["prompt_id", "prompt", "category", "split", "seed", *scale, *measured, "error"]
     frame = numeric(read_tables(folder, columns).to_pandas(), [*scale, *measured])
@@ -106,10 +106,10 @@ def read_evaluation(run_dir: str, model: str) -> pd.DataFrame | None:
 
 
 def read_features(run_dir: str, model: str, scale: float | None = None) -> tuple[np.ndarray, np.ndarray] | None:
-    """Features (n, d) and prompt ids (n,) of a model's images, of the first parts that hold `QUALITY_IMAGES`.
+    """Features (n, d) and prompt ids (n,) of a model's images, from the first parts with `QUALITY_IMAGES` images.
 
     Args:
-        scale: of guidance, of the images; None: all images.
+        scale: guidance_scale of the images; None: all images.
     """
     folder, only = join(run_dir, "evaluation", model), [] if scale is None else [SCALE]
     features, ids = [], []
@@ -140,7 +140,7 @@ def _run(run_dir: str, config: RunConfig, events: list[dict]) -> dict:
 
 
 def _timing(events: list[dict]) -> dict:
-    """Wall time per stage, seconds, added up over rounds and resumed sessions."""
+    """Wall time of each stage in seconds, summed over rounds and resumed sessions."""
     seconds = Counter()
     for event in events:
         if event["event"] == "stage_finished":
@@ -149,7 +149,7 @@ def _timing(events: list[dict]) -> dict:
 
 
 def _throughput(events: list[dict], work: dict[str, Counter]) -> dict:
-    """Per second of wall time: candidates of generate, images of evaluate, and the denoiser evaluations of both."""
+    """Candidates of generate, images of evaluate, and denoiser evaluations of both, per second of wall time."""
     seconds = {stage: sum(e["seconds"] for e in _finished(events, stage)) for stage in work}
     evaluations = sum(of["timed_denoiser_evaluations"] + of["timed_score_evaluations"] for of in work.values())
 
@@ -164,7 +164,7 @@ def _throughput(events: list[dict], work: dict[str, Counter]) -> dict:
 
 
 def _denoiser_evaluations(work: dict[str, Counter]) -> dict:
-    """generate: sampling the candidates; score: their pointwise scores; evaluate: sampling and scoring its images."""
+    """generate: sampling of candidates; score: their pointwise scores; evaluate: sampling and scoring of images."""
     generated, evaluated = work["generate"], work["evaluate"]
     return {
         "generate": generated["denoiser_evaluations"],
@@ -174,7 +174,7 @@ def _denoiser_evaluations(work: dict[str, Counter]) -> dict:
 
 
 def _prompts(events: list[dict], generated: int, evaluation: dict[str, pd.DataFrame]) -> dict:
-    """Counts of the last session: a resumed one reads the same files again."""
+    """Counts of the last session. A resumed run reads the same files again."""
     read = {"training": {}, "evaluation": {}}
     for event in events:
         if event["event"] == "prompts_read":
@@ -191,8 +191,7 @@ def _prompts(events: list[dict], generated: int, evaluation: dict[str, pd.DataFr
 
 
 def _statistics(frame: pd.DataFrame, columns: list[str], compared: list[str], statistic) -> dict:
-    """A statistic of the columns, and by category and split that of the compared ones; groups in order of
-    appearance."""
+    """A statistic of the columns, and of the `compared` columns for each category and split, in order of appearance."""
 
     def of(rows: pd.DataFrame, names: list[str]) -> dict:
         return present({name: statistic(rows, name) for name in names if name in rows})
@@ -210,7 +209,7 @@ def _alignment(evaluation: dict[str, pd.DataFrame], metrics: dict[str, tuple[Col
 
 
 def _compared(metrics: dict[str, tuple[Column, ...]]) -> list[str]:
-    """The columns by which models are compared: the primary one of each metric, and the model's own."""
+    """The columns by which models are compared: the first column of each metric, and PMI."""
     return [*(of_metric[0].name for of_metric in metrics.values()), PMI.name]
 
 
@@ -230,8 +229,11 @@ def _difference(baseline: pd.DataFrame, rows: pd.DataFrame, column: str) -> dict
 
 
 def _quality(run_dir: str, models: list[str], scale: float | None) -> dict:
-    """Distance to the reference images (a metric's real ones, else the base model's) and diversity within a prompt;
-    relative_diversity: as a share of the base model's, both in standard deviations of the base model's features."""
+    """Kernel distance to the reference images, and diversity within a prompt, of each model.
+
+    The reference images are real images of a metric, or those of the base model. relative_diversity is the diversity
+    divided by that of the base model, both in standard deviations of the base model's features.
+    """
     found = present({model: read_features(run_dir, model, scale) for model in models})
     if "base" not in found:
         return {}
@@ -240,9 +242,9 @@ def _quality(run_dir: str, models: list[str], scale: float | None) -> dict:
     quality, base = {}, found["base"][0]
     whole = diversity(base, found["base"][1], base)
     for model, (features, ids) in found.items():
-        itself = model == "base" and not real
+        is_reference = model == "base" and not real
         quality[model] = {
-            "kernel_distance": 0.0 if itself else kernel_distance(features, reference),
+            "kernel_distance": 0.0 if is_reference else kernel_distance(features, reference),
             "diversity": diversity(features, ids, reference),
             "relative_diversity": diversity(features, ids, base) / whole if whole else None,
             "reference": "real" if real else "base",
@@ -254,14 +256,14 @@ def _quality(run_dir: str, models: list[str], scale: float | None) -> dict:
 
 
 def _training_of(folders: list[tuple[str, str]]) -> dict | None:
-    """The training of one model, its rounds one after the other; `round_starts` are indices into the curves.
+    """The training of one model, all rounds in a row. `round_starts` are indices into the curves.
 
     Args:
-        folders: of each round's log, and of its adapter.
+        folders: for each round the folder of the log and the folder of the adapter.
     """
     curves, summaries, starts = [], [], []
     for folder, adapter in folders:
-        # Steps since the last checkpoint are repeated after a restart: the later line counts.
+        # After a restart, steps since the last checkpoint are repeated. The later line counts.
         lines = {line["step"]: line for line in read_lines(join(folder, "training.jsonl"))}
         uri = join(adapter, "summary.json")
         summary = read_json(uri) if exists(uri) else {}
@@ -292,9 +294,9 @@ def _training(run_dir: str, models: list[str]) -> dict:
 
 
 def _errors(events: list[dict], generated: Counter, evaluation: dict[str, pd.DataFrame]) -> list[dict]:
-    """Skipped prompts and error rows; rows that say the same are one entry with a `count`, and of many skipped prompts
-    those beyond the first are one entry without a prompt."""
-    skipped = [e for e in events if e["event"] == "prompt_skipped"]  # a resumed session says it again
+    """Skipped prompts and error rows. Equal ones are one entry with a `count`. If there are many skipped prompts, only
+    the first ones are listed; the others are one entry without a prompt."""
+    skipped = [e for e in events if e["event"] == "prompt_skipped"]  # a resumed session logs them again
     counts = Counter({(e["prompt"], e["stage"], e["message"]): e.get("count", 1) for e in skipped})
     for (prompt, stage, message), count in generated.items():
         count_error(counts, prompt, stage, message, count)
@@ -308,7 +310,7 @@ def _errors(events: list[dict], generated: Counter, evaluation: dict[str, pd.Dat
 
 
 def _strict(value):
-    """The same for JSON: NaN and infinities as null, NumPy's numbers as Python's."""
+    """The value for strict JSON: null for NaN and infinities, Python numbers for NumPy numbers."""
     if isinstance(value, dict):
         return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -319,22 +321,22 @@ def _strict(value):
 
 
 def _benchmarks(run_dir: str) -> dict[str, dict]:
-    """What benchmarks wrote by `--out` into the folder `benchmarks/`, by name; other files there are left out."""
+    """{name: result} of the benchmarks in the folder `benchmarks/`, written with `--out`. Other files are ignored."""
     folder = join(run_dir, "benchmarks")
     found = {
         name.removesuffix(".json"): read_json(join(folder, name))
         for name in list_names(folder)
         if name.endswith(".json")
     }
-    return {name: told for name, told in found.items() if {"question", "results", "gates"} <= told.keys()}
+    return {name: result for name, result in found.items() if {"question", "results", "gates"} <= result.keys()}
 
 
 def summarise(run_dir: str, config: RunConfig) -> dict:
-    """The content of report.json, from the run's folder alone; what has not run yet is left out.
+    """The content of report.json, computed from the run folder only. Stages that have not run are left out.
 
-    Intervals are 95 % t-intervals over prompts; metrics are in the units that `metrics` declares, those of the
-    evaluation first; scores are in nats, times in seconds. Where images have several guidance scales, alignment,
-    comparison and quality are those of the headline's (see `guidance.guidance_section`).
+    Intervals are 95 % t-intervals over prompts. Metrics have the units in `metrics`; scores are in nats, times in
+    seconds. If images have several guidance scales, alignment, comparison and quality use one of them, see
+    `guidance.guidance_section`.
     """
     events, work = _events(run_dir)
     pools, models = read_pools(run_dir, config.score.names), models_of(config)

@@ -81,8 +81,8 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
         return
     content = storage.read_json(uri)
     before, now = flatten(content["config"]), flatten(results)
-    began, now_counted = counted(content["config"]), counted(results)
-    if differing := [key for key in began | now_counted if began.get(key) != now_counted.get(key)]:
+    stored, given = counted(content["config"]), counted(results)
+    if differing := [key for key in stored | given if stored.get(key) != given.get(key)]:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
         raise ConfigError(
             [

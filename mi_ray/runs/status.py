@@ -259,7 +259,8 @@ def _driver(run_dir: str) -> dict | None:
     if holder is None or holder["released"]:
         return None
     heard = max(0.0, time.time() - holder["heartbeat"])
-    return {key: holder[key] for key in ("host", "pid", "since", "seconds")} | {"heard_of_seconds_ago": round(heard, 1)}
+    driver = {key: holder[key] for key in ("host", "pid", "since", "seconds")}
+    return driver | {"seconds_since_heartbeat": round(heard, 1)}
 
 
 def rough_duration(seconds: float | None) -> str:
@@ -282,9 +283,9 @@ def status_text(status: dict) -> str:
     driver = status["driver"]
     lines.append("")
     if driver:
-        silent = driver["heard_of_seconds_ago"] > driver["seconds"]
+        silent = driver["seconds_since_heartbeat"] > driver["seconds"]
         gone = ", so it is dead; run the same command to continue the run" if silent else ""
-        heard = f"last heartbeat {driver['heard_of_seconds_ago']:.0f} s ago{gone}"
+        heard = f"last heartbeat {driver['seconds_since_heartbeat']:.0f} s ago{gone}"
         lines.append(f"driver: process {driver['pid']} on {driver['host']}, {heard}")
     else:
         lines.append("driver: none; run the same command to continue the run")

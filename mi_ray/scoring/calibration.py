@@ -53,7 +53,7 @@ def probed_pool(
         texts = Conditioning.cat([conditioning, scorer.pool_conditioning.rows(nearest.flatten())])
         own, others = torch.arange(len(texts)).split([len(conditioning), nearest.numel()])
         branches = torch.cat([own[:, None], others.view_as(nearest)], 1)
-        errors.append(_halves(config, denoiser, latents, texts, branches, ids[some]))
+        errors.append(_two_sample_errors(config, denoiser, latents, texts, branches, ids[some]))
         repeated = [prompt for prompt in prompts[some] for _ in range(each)]
         images = denoiser.decode(latents) if config.alignment or keep else None
         for metric in metrics.values():
@@ -66,7 +66,7 @@ def probed_pool(
     return torch.cat(errors), index, torch.tensor(labels) if labels else None
 
 
-def _halves(
+def _two_sample_errors(
     config: CalibrationConfig,
     denoiser: Denoiser,
     latents: Tensor,

@@ -1,4 +1,4 @@
-"""What one actor does with pairs of image and caption: admit the images, score them, say which way they are wrong."""
+"""Scores pairs of image and caption: PMI, log odds against hard negatives, contradicted words, share of each word."""
 
 import math
 import time
@@ -21,23 +21,24 @@ from mi_ray.scoring.branches import branch_errors, encode_each, hard_negatives, 
 from mi_ray.scoring.scorer import draw_probes_of
 from mi_ray.scoring.work import Work
 
-CLEAR = 2.0  # standard errors by which an alternative must lead
+CLEAR = 2.0  # a negative must be likelier than the caption by this number of standard errors
 
 
 # ---------------------------------------------------------------------------------------------- images
 class _Encoded(NamedTuple):
-    """n pairs, ready for the denoiser."""
+    """n pairs, encoded for the denoiser."""
 
     latents: Tensor  # (n, *latent_shape)
     conditioning: Conditioning  # n rows
-    index: Tensor  # (n,), each pair is its own prompt
+    index: Tensor  # (n,) prompt of each pair: 0 to n - 1
     probes: Probes
 
 
 class PairScorer:
-    """Scores pairs: i_s, the log odds against hard negatives with the contradicted words, and the words' shares.
+    """Scores pairs of image and caption. A pair's scores depend on the pair, the configuration and the seed only.
 
-    A pair's scores depend on the pair, the configuration and the seed, not on the pairs beside it.
+    Args:
+        words: also compute the share of each word of the caption.
     """
 
     def __init__(self, denoiser: Denoiser, config: ScoreConfig, batch_size: int, seed: int, words: bool):
@@ -46,7 +47,7 @@ class PairScorer:
         self.negatives = negatives_by(config.negatives)
 
     def __call__(self, images: np.ndarray, prompts: list[str], work: Work) -> list[dict]:
-        """Score images (n, h, w, 3) uint8 with their prompts: a row of the scored columns for each."""
+        """Score images (n, h, w, 3) uint8 with their prompts. Returns n rows with the score columns of `SCORED`."""
         began = time.perf_counter()
         encoded = self._encode(images, prompts)
         errors = denoising_errors(
@@ -88,12 +89,12 @@ class PairScorer:
         for i, (of_prompt, words) in enumerate(zip(negatives, left_out, strict=True)):
             row = {"score_pmi": values[i].item(), "score_pmi_se": finite(standard_errors[i].item())}
             likely = [of_prompt[kept] for kept in others.kept[i].tolist()]
-            row |= _verdict(own[i], errors[i, 1], others.errors[i], likely, encoded.probes)
+            row |= _comparison(own[i], errors[i, 1], others.errors[i], likely, encoded.probes)
             rows.append(row | {"words": _words(own[i], without[i], [word for word, _ in words], encoded.probes)})
         return rows
 
     def maps(self, images: np.ndarray, prompts: list[str]) -> InformationMaps:
-        """Where in the images the information lies, with the probes of the scores."""
+        """The maps of PMI over the images (n, h, w, 3) uint8, from the same probes as the scores."""
         encoded = self._encode(images, prompts)
         return information_maps(
             self.denoiser.predict_epsilon,
@@ -112,35 +113,38 @@ class PairScorer:
         return _Encoded(latents, conditioning, torch.arange(len(prompts)), probes)
 
 
-def _verdict(own: Tensor, null: Tensor, against: Tensor, negatives: list[Negative], probes: Probes) -> dict:
-    """The lead over the likeliest alternative, one of the negatives or the empty prompt; the log odds against the
-    negatives; and what the image contradicts. Errors: own (K,), null (K,), against (J, K).
+def _comparison(own: Tensor, null: Tensor, others: Tensor, negatives: list[Negative], probes: Probes) -> dict:
+    """The columns that compare the caption with other prompts: score_margin, score_pmi_negatives and contradicted.
 
-    The empty prompt is among the alternatives since a caption may be wrong in a way that no negative mends. The image
-    contradicts what the likeliest negative changes, if that leads the prompt by more than `CLEAR` standard errors of
-    the difference.
+    score_margin compares with the likeliest of the negatives and the empty prompt. The empty prompt is included because
+    a caption can be wrong in a way that no negative corrects. The image contradicts the words that the likeliest
+    negative changes, if it is likelier than the caption by more than `CLEAR` standard errors of the difference.
+
+    Args:
+        own, null: (K,) errors under the caption and under the empty prompt.
+        others: (J, K) errors under the negatives.
     """
     names = ("score_pmi_negatives", "score_pmi_negatives_se", "posterior")
-    told = ("contradicted_attribute", "contradicted_kind", "contradicted", "instead", "instead_posterior")
-    row = dict.fromkeys((*names, *told))
-    lead, uncertainty = margin(own[None], torch.cat([null[None], against])[None], probes)
+    contradiction = ("contradicted_attribute", "contradicted_kind", "contradicted", "instead", "instead_posterior")
+    row = dict.fromkeys((*names, *contradiction))
+    lead, uncertainty = margin(own[None], torch.cat([null[None], others])[None], probes)
     row |= {"score_margin": lead.item(), "score_margin_se": finite(uncertainty.item())}
     if not negatives:
         return row
-    value, standard_error = log_odds(own[None], against[None], probes)
-    posterior = posteriors(own[None], against[None], probes)[0]
+    value, standard_error = log_odds(own[None], others[None], probes)
+    posterior = posteriors(own[None], others[None], probes)[0]
     row |= zip(names, (value.item(), finite(standard_error.item()), posterior[0].item()), strict=True)
-    lead, uncertainty = margin(own[None], against[None], probes)
+    lead, uncertainty = margin(own[None], others[None], probes)
     best = int(posterior[1:].argmax())
-    if lead < 0 and not -lead <= CLEAR * uncertainty:  # of a single probe the uncertainty is nan
+    if lead < 0 and not -lead <= CLEAR * uncertainty:  # the uncertainty of a single probe is NaN
         negative = negatives[best]
-        change = (negative.attribute, negative.kind, negative.said, negative.instead, posterior[1 + best].item())
-        row |= zip(told, change, strict=True)
+        change = (negative.attribute, negative.kind, negative.original, negative.instead, posterior[1 + best].item())
+        row |= zip(contradiction, change, strict=True)
     return row
 
 
 def _words(own: Tensor, without: Tensor, words: list[str], probes: Probes) -> list[dict]:
-    """log p(x|y) - log p(x|y without the word) of each word."""
+    """log p(x|y) - log p(x|y without the word) of each word, nats."""
     if not words:
         return []
     values, standard_errors = pmi(own.expand_as(without), without, probes)
@@ -151,4 +155,5 @@ def _words(own: Tensor, without: Tensor, words: list[str], probes: Probes) -> li
 
 
 def finite(value: float) -> float | None:
+    """The value, or None if it is NaN or infinite."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What one actor of an online run does with a shard: draw by the policy, judge by the frozen base model."""
+"""The work of one actor of an online run: sample candidates with the policy, score them with the frozen base model."""
 
 import copy
 import time
@@ -19,9 +19,10 @@ from mi_ray.scoring.work import Work
 
 
 class PolicySampler:
-    """Draws, scores and rewards candidates. The policy starts as the base model; `load` exchanges it.
+    """Samples and scores candidates, and computes their advantages. The policy starts as the base model, see `load`.
 
-    The judge is always the base model: a policy that judged itself could raise its score by judging worse.
+    Scores are always computed with the base model. If the policy computed them, it could get a better score by becoming
+    a worse judge.
     """
 
     def __init__(self, config: RunConfig):
@@ -42,7 +43,7 @@ class PolicySampler:
         for denoiser in (self.base, self.drawing):
             specialise(denoiser, config.model, batch_size)
         self.sampler = Sampler(self.drawing, config.sampler, batch_size, config.model.kernel)
-        # A validation is also measured by the metrics of the evaluation, which nobody learns from. Each is loaded once.
+        # Validations also use the metrics of the evaluation, which are not part of the reward. Each is loaded once.
         both = dict.fromkeys([*config.generate.alignment, *config.evaluation.alignment])
         self.validation_metrics = load_metrics(tuple(both))
         self.metrics = {name: self.validation_metrics[name] for name in config.generate.alignment}
@@ -55,13 +56,16 @@ class PolicySampler:
         return self.base.calls + self.drawing.calls
 
     def load(self, state: dict[str, torch.Tensor]):
-        """Exchange the policy for one with these weights of the adapter."""
+        """Replace the policy by the base model with these adapter weights."""
         self.adapter.load(state)
 
     def rows(self, shard: Shard, positions: list[int], update: int, validation: bool, work: Work) -> list[dict]:
-        """The candidates' rows of some of the shard's prompts, of an update or of a validation.
+        """The rows of the candidates of the prompts at these positions of the shard.
 
-        A validation has the same seeds for every version of the policy, an update its own.
+        Validations use the same seeds for every version of the policy. Every update uses different seeds.
+
+        Args:
+            update: index of the update; in a validation, the version of the policy.
         """
         config, online = self.config, self.config.online
         each = online.validation_candidates if validation else config.generate.candidates_per_prompt
@@ -97,7 +101,7 @@ class PolicySampler:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _measured(self, latents, prompts: list[str], validation: bool, columns: dict, work: Work) -> dict[str, list]:
-        """Metrics of all images, where there are metrics; of a validation also the first image of each prompt."""
+        """The columns of the metrics; in a validation also the first image of each prompt."""
         began, metrics = time.perf_counter(), self.metrics
         if validation:
             measuring = self.validation_metrics.items()

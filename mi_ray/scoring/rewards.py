@@ -17,7 +17,7 @@ MEASURED = 1e-4  # smallest standard deviation that counts, for rewards without 
 
 @dataclass(frozen=True)
 class Reward:
-    """A column of the table of candidates that is used as a reward."""
+    """A column of the table of candidates that is used as a reward, with its weight."""
 
     name: str  # a score, a column of a metric, or `random`
     weight: float
@@ -63,7 +63,7 @@ def run_rewards(config: RunConfig) -> tuple[Reward, ...]:
 
 
 def validation_rewards_of(config: RunConfig) -> tuple[Reward, ...]:
-    """What held-out prompts are judged by: the rewards, or what selects where the rewards are random."""
+    """The rewards for held-out prompts: those of the run. If they are random, the score that selects."""
     if sound := tuple(reward for reward in run_rewards(config) if reward.name != RANDOM):
         return sound
     by = next(name for name in (config.select.by, *config.score.names) if name != RANDOM)

@@ -1,4 +1,4 @@
-"""What one actor does with its prompts: sample, score, measure, decode. Knows the device, not the cluster."""
+"""Samples the candidates of prompts in full batches on one device, with cuts of the pool on the way."""
 
 import hashlib
 import math
@@ -19,44 +19,44 @@ from mi_ray.diffusion.kernels import choose_kernel
 from mi_ray.diffusion.sampling import CandidateNoise, State, Trajectory, sampling_steps, solver_plan
 from mi_ray.scoring.work import Work
 
-NOWHERE = (math.inf, -math.inf)  # the interval of log SNR without any: one branch at every step
+NOWHERE = (math.inf, -math.inf)  # an empty interval of log SNR: no guidance at any step
 
 
 def derived_seed(*parts: str | int) -> int:
-    """A 63-bit seed that depends on all parts and on nothing else."""
+    """A 63-bit seed that depends only on these parts."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def batch_at_size(denoiser: Denoiser, batch_size: int) -> int:
-    """How many candidates go in one denoiser batch, if at the model's own size `batch_size` do.
+    """Number of candidates in a denoiser batch, at least one. `batch_size` is that number at the model's own size.
 
-    As many as have no more latent tokens together, and at least one: an image of half the height and width has a
-    quarter of them, so that four times as many candidates cost about the same time and memory.
+    Both batches have the same number of latent tokens, so they need about the same time and memory. An image of half
+    the height and width has a quarter of the tokens, so its batch has four times as many candidates.
     """
     own, here = (math.prod(shape[1:]) for shape in (denoiser.own_latent_shape, denoiser.latent_shape))
     return max(1, batch_size * own // here)
 
 
 def specialise(denoiser: Denoiser, config: ModelConfig, batch_size: int):
-    """Trade the denoiser's generality for speed, as configured; what it computes stays the same."""
-    rows = (batch_size, 2 * batch_size)  # one branch, both branches; scoring takes as many as the latter
+    """Make the denoiser faster for these batch sizes, as configured. Its outputs stay the same."""
+    rows = (batch_size, 2 * batch_size)  # one branch, both branches; scoring uses the latter
     denoiser.specialise(channels_last=config.channels_last, compiled=config.compile, rows=rows)
 
 
 @dataclass(eq=False)
 class Pool:
-    """N candidates on their way: what sampling has left of each so far."""
+    """The state of N candidates during sampling."""
 
-    owner: Tensor  # (N,) long on the CPU: whose prompt's
-    timesteps: Tensor  # (S,) of the whole way
-    latents: Tensor  # (N, *latent_shape) fp32: x_t, clean where the whole way is done
-    x0: Tensor | None  # (N, *latent_shape) fp32: the clean latents predicted last, where they were needed
-    delta_sq: Tensor  # (N, S) fp32, NaN where a candidate has not come
+    owner: Tensor  # (N,) long on the CPU: prompt of each candidate
+    timesteps: Tensor  # (S,) of all steps
+    latents: Tensor  # (N, *latent_shape) fp32: x_t; clean latents after the last step
+    x0: Tensor | None  # (N, *latent_shape) fp32: last prediction of the clean latents; None if not needed yet
+    delta_sq: Tensor  # (N, S) fp32, NaN for steps that a candidate has not done
     cross: Tensor  # (N, S) fp32, likewise
 
     def put(self, rows: Tensor, steps: range, state: State):
-        """Take over what sampling left of some candidates after some steps."""
+        """Store the state of the candidates `rows` after `steps`."""
         rows = rows.to(self.latents.device)
         self.latents[rows] = state.latents
         if state.x0 is not None:
@@ -66,7 +66,7 @@ class Pool:
             curve[rows, steps.start : steps.stop] = new[:, steps.start : steps.stop]
 
     def so_far(self, rows: Tensor, steps: int) -> Trajectory:
-        """Some candidates after their first steps, scored like finished ones: the predicted x0 stands for the image."""
+        """Candidates after their first steps, to be scored like finished ones, with the predicted x0 as latents."""
         rows = rows.to(self.latents.device)
         return Trajectory(self.x0[rows], self.timesteps[:steps], self.delta_sq[rows, :steps], self.cross[rows, :steps])
 
@@ -75,16 +75,16 @@ class Pool:
 
 
 class Cuts(Protocol):
-    """Where a pool is cut on the way, and by what."""
+    """The cuts of a pool during sampling."""
 
-    after: tuple[int, ...]  # numbers of steps, rising
+    after: tuple[int, ...]  # numbers of steps after which the pool is cut, rising
 
     def survivors(self, pool: Pool, rows: Tensor, steps: int) -> Tensor:
-        """Which of the candidates `rows` go on after so many steps."""
+        """The candidates among `rows` that continue after `steps` steps."""
 
 
 def even_batches(rows: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-    """The fewest batches of at most batch_size rows, as equal as can be: no small one is left over at the end."""
+    """The smallest number of batches of at most `batch_size` rows, of almost equal size: the last one is not small."""
     return rows.tensor_split(max(1, -(-len(rows) // batch_size)))
 
 
@@ -92,7 +92,7 @@ class Sampler:
     """Samples candidates of many prompts in full batches.
 
     Args:
-        kernel: of the solver step, as `diffusion.kernels.choose_kernel` takes it.
+        kernel: kernel of the solver step, see `diffusion.kernels.choose_kernel`.
     """
 
     def __init__(self, denoiser: Denoiser, config: SamplerConfig, batch_size: int, kernel: str = "auto"):
@@ -112,8 +112,8 @@ class Sampler:
 
         Args:
             conditioning: of the prompts, P rows.
-            cuts: where candidates drop out. Those that are left are packed into full batches again, whatever their
-                prompts; a dropped one's latents are those of its last step, its curves NaN from there on.
+            cuts: after each cut, the remaining candidates of all prompts are packed into full batches again. A pruned
+                candidate has the latents of its last step, and its curves are NaN after that.
         """
         noise = CandidateNoise([seed for of_prompt in seeds for seed in of_prompt], self.denoiser.latent_shape)
         latents = noise.draw().to(self.denoiser.device)
@@ -137,7 +137,7 @@ class Sampler:
     def _advance(
         self, pool: Pool, rows: Tensor, steps: range, conditioning: Conditioning, noise: CandidateNoise
     ) -> int:
-        """Take the first batch of some candidates through some steps; returns how many it held."""
+        """Run the first batch of the candidates `rows` through `steps`. Returns the number of candidates in it."""
         rows = even_batches(rows, self.batch_size)[0]
         on_device = rows.to(pool.latents.device)
         chosen = rows.tolist()
@@ -155,7 +155,7 @@ class Sampler:
             previous_x0=pool.x0[on_device] if self.plan.multistep and steps.start else None,
             x0_at=(steps.stop - 1,) if steps.stop < len(self.plan.timesteps) else (),
         )
-        with noise.taken_back_on_error(chosen):
+        with noise.restored_on_error(chosen):
             last = deque(states, maxlen=1).pop()
         pool.put(rows, steps, last)
         return len(rows)

@@ -158,18 +158,18 @@ class Scorer:
             nearest = self.neighbours(prompts, conditioning).cpu()
             contrast = partial(pointwise.pmi_contrastive, total=nearest.shape[1])
             others = self.pool_conditioning, list(nearest)
-            scores["pmi_contrastive"] = self._against(*others, contrast, index, latents, own, probes, work)
+            scores["pmi_contrastive"] = self._compared(*others, contrast, index, latents, own, probes, work)
         if "pmi_negatives" in config.names:
             negatives = [
                 hard_negatives(self.denoiser, self.negatives, prompt, config.max_negatives) for prompt in prompts
             ]
             # A prompt without negatives is compared with the empty prompt.
             others = encode_each(self.denoiser, [[n.prompt for n in of_prompt] or [""] for of_prompt in negatives])
-            scores["pmi_negatives"] = self._against(*others, pointwise.log_odds, index, latents, own, probes, work)
+            scores["pmi_negatives"] = self._compared(*others, pointwise.log_odds, index, latents, own, probes, work)
         work.timed("score", began)
         return scores
 
-    def _against(
+    def _compared(
         self,
         others: Conditioning,
         branches: list[Tensor],
@@ -180,7 +180,7 @@ class Scorer:
         probes: Probes,
         work: Work,
     ) -> pointwise.Estimate:
-        """Score of each candidate's own prompt against other prompts, (N,).
+        """Score of each candidate from the comparison of its own prompt with other prompts, (N,).
 
         Args:
             others: conditioning of all other prompts, one row per prompt.
@@ -200,5 +200,5 @@ class Scorer:
             first=config.shortlist_samples if config.shortlist else config.num_samples,
         )
         work.score_evaluations += found.evaluations
-        scored = [score(e[None], against[None], probes) for e, against in zip(own, found.errors, strict=True)]
+        scored = [score(e[None], of_others[None], probes) for e, of_others in zip(own, found.errors, strict=True)]
         return pointwise.Estimate(*map(torch.cat, zip(*scored, strict=True)))

@@ -28,7 +28,7 @@ class Trial:
 
 
 def try_batch(denoiser: Denoiser, batch_size: int, seconds: float = 0.0) -> Trial:
-    """Run denoiser batches, after one to warm up, for at least so many seconds and at least once."""
+    """Measure denoiser batches for at least `seconds`, at least one batch, after one batch to warm up."""
     rows = 2 * batch_at_size(denoiser, batch_size)
     conditioning = denoiser.encode_prompts([""]).expand(rows)
     latents = torch.randn(rows, *denoiser.latent_shape, device=denoiser.device)
@@ -69,17 +69,17 @@ def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
 
 
 def size_text(denoiser: Denoiser) -> str:
-    """The sizes of images and latents and, where they are not the model's own, how batches are counted."""
+    """The sizes of images and latents. If they are not the model's own, also how batches are counted."""
     height, width = denoiser.image_size
-    told = f"{height} x {width} pixels, latents of {' x '.join(map(str, denoiser.latent_shape))}"
+    sizes = f"{height} x {width} pixels, latents of {' x '.join(map(str, denoiser.latent_shape))}"
     if denoiser.latent_shape == denoiser.own_latent_shape:
-        return f"{told}, the model's own size"
+        return f"{sizes}, the model's own size"
     own = " x ".join(map(str, denoiser.own_latent_shape))
-    return f"{told}; resources.batch_size counts candidates of the model's own size, {own}"
+    return f"{sizes}; resources.batch_size counts candidates of the model's own size, {own}"
 
 
 def sweep(denoiser: Denoiser) -> list[Trial]:
-    """Batches of rising size, until one does not fit or two in a row are no faster than what came before."""
+    """Try batches of increasing size, until one does not fit or the last two are slower than the best before."""
     trials: list[Trial] = []
     for batch_size in BATCH_SIZES:
         try:
@@ -107,15 +107,15 @@ def best(trials: list[Trial]) -> Trial:
 
 
 def sweep_dtypes(model: ModelConfig) -> dict[str, list[Trial]]:
-    """`sweep` in the configured precision of the denoiser (first) and in the others that have a use here."""
+    """`sweep` in the configured dtype (first) and in the other dtypes that are useful on this device."""
     useful = ("float32", "float16", "bfloat16") if torch.cuda.is_available() else ("float32", "bfloat16")
     trials = {}
     for dtype in (model.dtype, *useful):
         denoiser = load_denoiser(model.path, dtype, size=model.size)
-        name = str(denoiser.dtype).removeprefix("torch.")  # auto is one of them
+        name = str(denoiser.dtype).removeprefix("torch.")  # auto is resolved to one of the others
         if name not in trials:
             trials[name] = sweep(denoiser)
-        del denoiser  # before the next is loaded
+        del denoiser  # free it before the next is loaded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return trials

@@ -1,4 +1,4 @@
-"""Prompts of the shapes world: scene specifications, sentences for them, and a parser for these sentences.
+"""Prompts of the embedded world: scene specifications, sentences for them, and a parser for these sentences.
 
 The six categories follow T2I-CompBench (Huang et al., NeurIPS 2023): color, shape, texture, spatial, numeracy, complex.
 Training never sees a tenth of the specifications (`is_held_out`), some attribute combinations (`UNSEEN_COLOR_SHAPE`,
@@ -18,7 +18,7 @@ CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex")
 NUMERALS = {1: "one", 2: "two", 3: "three", 4: "four"}
 MAX_OBJECTS = 4
 HELD_OUT_SHARE = 0.1
-MAX_DRAWS_IN_VAIN = 10_000  # stop after this number of consecutive draws without a new prompt
+MAX_FAILED_DRAWS = 10_000  # stop after this number of consecutive draws without a new prompt
 
 UNSEEN_COLOR_SHAPE = frozenset(
     {("purple", "heart"), ("yellow", "star"), ("cyan", "cross"), ("red", "triangle"), ("green", "circle")}
@@ -223,7 +223,7 @@ def sample_prompts(category: str, split: str, count: int, rng: np.random.Generat
     for draw in itertools.count():
         if len(prompts) == count:
             return list(prompts)
-        if draw - last_new > MAX_DRAWS_IN_VAIN:
+        if draw - last_new > MAX_FAILED_DRAWS:
             raise ValueError(
                 f"the grammar has fewer than {count} prompts of category {category!r} in split {split!r}; ask for fewer"
             )

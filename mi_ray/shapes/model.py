@@ -1,4 +1,4 @@
-"""Architecture, tokenizer and training pairs of the shapes model, a small Stable Diffusion model."""
+"""Architecture, tokenizer and training pairs of the embedded model, a small Stable Diffusion model."""
 
 from collections import Counter
 from dataclasses import replace

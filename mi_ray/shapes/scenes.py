@@ -1,4 +1,4 @@
-"""Scenes of the shapes world and their renderer: 8 colours x 6 shapes x 3 textures on 64x64 pixels."""
+"""Scenes of the embedded world and their renderer: 8 colours x 6 shapes x 3 textures on 64x64 pixels."""
 
 from dataclasses import dataclass
 

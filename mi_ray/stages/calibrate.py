@@ -64,7 +64,7 @@ def calibrate(config: CalibrationConfig, dry_run: bool = False):
     if labels is not None:
         chosen["labelled"] = max(bands, key=lambda band: band.auc)
     for name, band in chosen.items():
-        print(f"{name.replace('_', '-'):<11} {_said(band)}")
+        print(f"{name.replace('_', '-'):<11} {_summary(band)}")
     if labels is not None:
         share = 100 * chosen["label_free"].auc / max(chosen["labelled"].auc, 1e-9)
         print(f"the label-free band reaches {share:.0f} % of the AUC of the band chosen by labels")
@@ -145,7 +145,7 @@ def _digest(config: CalibrationConfig) -> str:
     return config_hash(results)
 
 
-def _said(band: Band) -> str:
+def _summary(band: Band) -> str:
     auc = "" if band.auc is None else f", AUC {band.auc:.3f}"
     return (
         f"log SNR {band.log_snr_min:.2f} to {band.log_snr_max:.2f}: own prompt scores higher than"
@@ -154,6 +154,6 @@ def _said(band: Band) -> str:
 
 
 def _as_yaml(config: CalibrationConfig, band: Band, prompts: int) -> str:
-    head = f"# Calibrated on {config.model.path} with {prompts} prompts of {config.prompts.file}: {_said(band)}\n"
+    head = f"# Calibrated on {config.model.path} with {prompts} prompts of {config.prompts.file}: {_summary(band)}\n"
     values = {"log_snr_min": round(band.log_snr_min, 3), "log_snr_max": round(band.log_snr_max, 3)}
     return head + yaml.safe_dump({"score": values})

@@ -1,4 +1,4 @@
-"""Ray's start, with a time limit and one message for each fault, and whether the cluster has what a run asks for."""
+"""Start Ray or connect to it, with a time limit and one message per fault; check the cluster's resources."""
 
 import json
 import math
@@ -15,14 +15,14 @@ from ray.experimental.internal_kv import _internal_kv_get
 from mi_ray.config import ResourcesConfig
 from mi_ray.config.section import ConfigError
 
-CONNECT_S, ANSWER_S = 5, 20
+CONNECT_S, ANSWER_S = 5, 20  # time limits in seconds: of a TCP connection, and of Ray's health check
 
 
 def start_ray():
-    """Join the Ray that this process is submitted to or that runs here, else start one: `ray.init` without an address.
+    """Connect to the Ray of RAY_ADDRESS or of this machine, or start one: like `ray.init` without an address.
 
     Raises:
-        ConfigError: no Ray answers where there should be one, or none can be joined or started.
+        ConfigError: no Ray answers at the address, or Ray cannot start.
     """
     if ray.is_initialized():
         return
@@ -35,36 +35,39 @@ def start_ray():
         if address and ":" in address and "://" not in address:
             host, _, port = address.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-            # Whether that is a Ray, in a process that can be ended: Ray's client tries for minutes, uninterruptibly.
+            # Check in a process that can be killed that this is Ray. Ray's client itself retries for minutes and cannot
+            # be interrupted.
             command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
             subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True)
         ray.init(logging_level="warning")
-    except Exception as error:  # of many kinds
-        said = (getattr(error, "stderr", None) or str(error) or type(error).__name__).strip()
-        reason = f"no answer in {ANSWER_S} s" if isinstance(error, subprocess.TimeoutExpired) else said.splitlines()[-1]
+    except Exception as error:  # Ray raises many types
+        text = (getattr(error, "stderr", None) or str(error) or type(error).__name__).strip()
+        reason = f"no answer in {ANSWER_S} s" if isinstance(error, subprocess.TimeoutExpired) else text.splitlines()[-1]
         fault = f"cannot start with its files in {folder!r}, {variable or 'the default'}"
         advice = "set RAY_TMPDIR to a folder of your own with a short path"
         if address:
-            fault, advice = f"cannot be joined at {address!r}, the address in {source}", "start one there"
-            advice += f", or {'unset' if source == 'RAY_ADDRESS' else 'remove'} {source} to start one here"
+            fault, advice = f"cannot be reached at {address!r}, the address in {source}", "start Ray there"
+            advice += f", or {'unset' if source == 'RAY_ADDRESS' else 'remove'} {source} to start Ray here"
         raise ConfigError([f"Ray {fault} ({reason[:300]}); {advice}"]) from error
 
 
 def room(each: dict[str, float]) -> float:
-    """How many processes that each need these resources the cluster's nodes hold together."""
+    """Number of processes with these resources each that fit on the cluster's nodes together."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     shares = [[node.get(name, 0) / amount for name, amount in each.items() if amount] for node in nodes]
     return sum(math.floor(min(share) + 1e-9) if share else math.inf for share in shares)
 
 
 def check_room(resources: ResourcesConfig, train: bool, at_once: bool = False):
-    """See that the cluster has room for one actor and, if asked, for the least number of training workers.
+    """Check that the cluster has resources for one actor and, with `train`, for the minimum number of training workers.
+
+    If the cluster has an autoscaler, a message is printed instead of an error, and the run waits for new nodes.
 
     Args:
-        at_once: they run beside the actors, whose least number then needs room too.
+        at_once: the workers run beside the actors, so the minimum number of actors must fit too.
 
     Raises:
-        ConfigError: it has not, and no autoscaler either; with one, what is waited for is printed.
+        ConfigError: the cluster has too few resources and no autoscaler.
     """
     share = 1 if resources.gpus_per_actor == "auto" else resources.gpus_per_actor
     asked = {"num_actors": (1, {"CPU": resources.cpus_per_actor, "GPU": share})}
@@ -76,26 +79,25 @@ def check_room(resources: ResourcesConfig, train: bool, at_once: bool = False):
     for field, (count, each) in asked.items():
         if (there := room(each)) < count:
             needs = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
-            fault = f"asks for at least {count} times {needs}, and the cluster ({has}) has room for {there}"
+            fault = f"needs at least {count} times {needs}, but the cluster ({has}) has room for {there}"
             faults.append(f"resources.{field}: {fault}")
     if train and at_once and not faults:
         (_, generating), (workers, training) = asked.values()
         for name in ("CPU", "GPU"):
             needs = resources.num_actors[0] * generating[name] + workers * training[name]
             if needs > (there := ray.cluster_resources().get(name, 0)) + 1e-9:
-                fault = f"{resources.num_actors[0]} actors beside {workers} training workers, as online.updates needs,"
-                faults.append(f"resources.num_actors: {fault} take {needs:g} {name}, and the cluster has {there:g}")
+                fault = f"an online run needs {resources.num_actors[0]} actors and {workers} training workers together:"
+                faults.append(f"resources.num_actors: {fault} {needs:g} {name}, but the cluster has {there:g}")
     if faults and not _autoscales():
-        raise ConfigError(
-            [f"{fault} and starts no nodes by itself: ask for less or start Ray with more" for fault in faults]
-        )
+        advice = "set a smaller number, or start Ray with more resources"
+        raise ConfigError([f"{fault} and has no autoscaler; {advice}" for fault in faults])
     for fault in faults:
-        print(f"{fault} now: waiting for its autoscaler", flush=True)
+        print(f"{fault} now; waiting for its autoscaler", flush=True)
 
 
 def _autoscales() -> bool:
-    """Whether the cluster starts nodes by itself; where it does not, its nodes' types are all node_<id>."""
+    """Whether the cluster has an autoscaler. Without one, the types of all nodes are named node_<id>."""
     status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    types = [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]  # autoscaler v2
+    types = [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]  # v2
     report = json.loads(_internal_kv_get(b"__autoscaling_status") or "{}").get("autoscaler_report") or {}
-    return any(not name.startswith("node_") for name in (*types, *report.get("active_nodes", {})))  # and v1
+    return any(not name.startswith("node_") for name in (*types, *report.get("active_nodes", {})))  # v1

@@ -1,4 +1,4 @@
-"""Evaluation on Ray Data: the same held-out prompts and seeds for every model; images, alignment, PMI, features."""
+"""Evaluation with Ray Data: images of the same held-out prompts and seeds for every model; metrics, PMI, features."""
 
 import time
 
@@ -22,9 +22,9 @@ from mi_ray.storage import tables
 
 
 class Evaluator:
-    """Ray Data actor: a batch holding one shard of held-out prompts -> one row that says what was written.
+    """Ray Data actor: a batch with one shard of held-out prompts -> one row, the receipt of the shard.
 
-    The judge of PMI and the source of features is always the base model, whichever model draws.
+    PMI and the features are always computed with the base model, whichever model samples the images.
     """
 
     def __init__(self, config: dict, model: str, folder: str, adapter: str | None, token: int | None = None):
@@ -32,18 +32,18 @@ class Evaluator:
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.config, self.model = config, model
         evaluation, path, dtype, size = config.evaluation, config.model.path, config.model.dtype, config.model.size
-        self.base = drawing = load_denoiser(path, dtype, size=size)
+        self.base = sampled = load_denoiser(path, dtype, size=size)
         batch_size = batch_at_size(self.base, config.resources.batch_size)
         if adapter:
             merged = storage.local_folder(adapter)
-            drawing = load_denoiser(path, dtype, adapter=merged, beside=self.base, size=size)
-        models = {id(d): d for d in (self.base, drawing)}.values()
+            sampled = load_denoiser(path, dtype, adapter=merged, beside=self.base, size=size)
+        models = {id(d): d for d in (self.base, sampled)}.values()
         for denoiser in models:
             specialise(denoiser, config.model, batch_size)
         kernel, by_scale = config.model.kernel, evaluation.samplers.items()
-        self.samplers = {scale: Sampler(drawing, sampler, batch_size, kernel) for scale, sampler in by_scale}
-        judged = config.score.model_copy(update={"names": ("pmi",)})
-        self.scorer = Scorer(self.base, judged, batch_size, config.seed, []) if evaluation.pmi else None
+        self.samplers = {scale: Sampler(sampled, sampler, batch_size, kernel) for scale, sampler in by_scale}
+        only_pmi = config.score.model_copy(update={"names": ("pmi",)})
+        self.scorer = Scorer(self.base, only_pmi, batch_size, config.seed, []) if evaluation.pmi else None
 
         def calls() -> int:
             return sum(denoiser.calls for denoiser in models)
@@ -74,13 +74,12 @@ class Evaluator:
         }
         rows = []
         for scale in (None,) if self.model == REFERENCE else self.samplers:
-            drawn = columns | self._drawn(scale, [shard.prompts[p] for p in positions], seeds, work)
-            rows += [dict(zip(drawn, values, strict=True)) for values in zip(*drawn.values(), strict=True)]
+            whole = columns | self._at_scale(scale, [shard.prompts[p] for p in positions], seeds, work)
+            rows += [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
         return rows
 
-    def _drawn(self, scale: float | None, prompts: list[str], seeds: list[list[int]], work: Work) -> dict[str, list]:
-        """The columns that depend on the guidance scale, of the images of prompts with these seeds; scale None: real
-        images."""
+    def _at_scale(self, scale: float | None, prompts: list[str], seeds: list[list[int]], work: Work) -> dict[str, list]:
+        """The columns that depend on guidance_scale, one row per prompt and seed. Scale None: real images."""
         prompt_of = [prompt for prompt, of_prompt in zip(prompts, seeds, strict=True) for _ in of_prompt]
         scores = dict.fromkeys(("score_pmi", "score_pmi_se"), [None] * len(prompt_of))
         if scale is None:
@@ -105,11 +104,10 @@ class Evaluator:
 
 
 def evaluate(config: RunConfig, shards: ShardPlan, model: str, adapter: str | None) -> dict:
-    """Draw and measure `images_per_prompt` images of every held-out prompt at each guidance scale, into
-    evaluation/<model>.
+    """Sample and measure images of every held-out prompt at each guidance_scale, into evaluation/<model>.
 
     Args:
-        model: base, tuned, a control, or `REFERENCE`: real images of a metric's own, for the quality measures.
+        model: base, tuned, a control, or `REFERENCE`: real images from a metric, for the quality measures.
         adapter: folder of the model's adapter; None: the base model.
     """
     folder = storage.join(config.run_dir, "evaluation", model)

@@ -1,7 +1,7 @@
-"""Online fine-tuning on Ray: actors that draw and score by the newest policy, beside the workers that train it.
+"""Online fine-tuning on Ray: actors sample and score with the newest policy while workers train it.
 
-The actors are a Ray Data pool that lives as long as the run and writes the parts of an `OnlinePlan` in order; the
-workers are Ray Train's. Both meet at a board: it knows which parts are committed and holds the newest policies.
+The actors are a Ray Data pool that writes the parts of an `OnlinePlan` in order during the whole run. The workers are
+those of Ray Train. They share a board, which knows the committed parts and the newest policies.
 """
 
 import threading
@@ -29,21 +29,21 @@ from mi_ray.training.board import Meeting
 from mi_ray.training.loop import loop_settings, remove_checkpoints, train
 from mi_ray.training.online import best_version
 
-LOOK_S = 30.0  # that an actor waits for a policy before it looks whether a part before its own was lost
+LOOK_S = 30.0  # seconds that an actor waits for a policy before it checks whether an earlier part was lost
 
-GRACE_S, INTERRUPTED_S = 60.0, 10.0  # for parts in the making, where the training has failed, and at Ctrl-C
+GRACE_S, INTERRUPTED_S = 60.0, 10.0  # seconds to finish parts after the training failed, and after Ctrl-C
 
 
 class _Meeting(Meeting):
-    """The board's actor. It owns the weights in the object store: what a worker puts there dies with the worker."""
+    """The actor of the board. It owns the weights in the object store: objects of a worker are lost with the worker."""
 
     async def publish(self, version: int, policy: dict[str, Tensor]):
-        await super().publish(version, [ray.put(policy)])  # a list: Ray resolves no reference within one
+        await super().publish(version, [ray.put(policy)])  # in a list, Ray does not resolve the reference
 
 
 class Board:
-    """What the workers and actors see of the board, as `training.online.Board` has it. It lives on the driver's node,
-    without which the run ends anyway."""
+    """The handle of the board for workers and actors, a `training.online.Board`. The actor is on the driver's node:
+    without this node the run ends anyway."""
 
     def __init__(self, keep: int):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -68,10 +68,10 @@ class Board:
 
 
 class OnlineGenerator:
-    """Ray Data actor: a batch holding one part of the plan -> one row that says what was written.
+    """Ray Data actor: a batch with one part of the plan -> one row, the receipt of the part.
 
-    A part waits for the version of the policy that its row names. While it waits, it looks from time to time whether a
-    part before it was lost with another actor, and makes that one itself: so nobody waits for ever.
+    The actor waits for the version of the policy in its row. Meanwhile it checks whether an earlier part was lost with
+    another actor, and makes such a part itself. Otherwise the training would wait for ever.
     """
 
     def __init__(self, config: dict, source: str, folder: str, board: Board, token: int | None = None):
@@ -89,14 +89,14 @@ class OnlineGenerator:
             word = self._take(row, LOOK_S)
             if word == "here":
                 break
-            if word != "wait":  # nobody needs this part any more
+            if word != "wait":  # this part is no longer needed
                 return {name: [value] for name, value in (FACTS | {"index": row["index"]}).items()}
             self._mend(row["index"])
         return self._write(row)
 
     def _mend(self, until: int):
-        """Of the parts before this one, tell the board which are committed, and make those that are not but can be:
-        the actor that had them may be gone, before or after its commit."""
+        """Report earlier parts that are committed to the board, and make those that are missing, if possible:
+        the actor that had them may have been lost before or after its commit."""
         names = [self.plan.name(index) for index in range(until)]
         missing = set(run_folder.missing_parts(self.candidates, names))
         self.board.finished([index for index, name in enumerate(names) if name not in missing])
@@ -134,16 +134,16 @@ class OnlineGenerator:
 
 
 def online(config: RunConfig, source: str, folder: str, name: str) -> str:
-    """Train a policy online into `folder`; Ray must be initialised. Returns the folder of the best policy's adapter.
+    """Train a policy online into `folder`. Ray must be initialised. Returns the adapter folder of the best policy.
 
-    Called again, it goes on: parts that are committed are not made again, and the training continues at its last
-    checkpoint. The best policy is the validated version with the highest self-score on held-out prompts.
+    A second call continues: committed parts are not made again, and the training continues from its last checkpoint.
+    The best policy is chosen by its self-score on held-out prompts, see `best_version`.
 
     Args:
         source: URI of the stored table of prompts.
-        folder: URI. In the end it holds candidates/, policies/, adapter/ with the best policy, training.jsonl and
-            summary.json (as of `training.loop.finetune`, with `version`, the best one, and `validation`, all).
-        name: of the training run, for Ray and the trackers.
+        folder: URI. In the end it contains candidates/, policies/, training.jsonl and adapter/ with the best policy and
+            summary.json: the fields of `training.loop.finetune`, `version` (the best) and `validation` (self-scores).
+        name: name of the training run in Ray and in the trackers.
 
     Raises:
         ConfigError, lease.Lost, ray.train.TrainingFailedError: as `training.loop.finetune`.
@@ -158,7 +158,7 @@ def online(config: RunConfig, source: str, folder: str, name: str) -> str:
     board.finished([index for index, part in enumerate(names) if part not in missing])
     constructor = {"config": config.model_dump(mode="json"), "source": source, "folder": folder, "board": board}
     what = "online", "policy", OnlineGenerator, constructor, plan, candidates, config.run_dir
-    # The shards of one update run side by side: an actor of a fixed pool holds no second one that another could take.
+    # In a fixed pool each actor holds one shard, so that the shards of an update run in parallel on all actors.
     least, most = config.resources.num_actors
     in_flight = 1 if least == most else 2
     generation = _Thread(lambda: write_missing(*what, config.resources, "prompt", in_flight), board.end)
@@ -169,8 +169,8 @@ def online(config: RunConfig, source: str, folder: str, name: str) -> str:
     except BaseException as error:
         board.end()
         interrupted = not isinstance(error, Exception)
-        generation.join(INTERRUPTED_S if interrupted else GRACE_S)  # Ray Data that outlives Ray would start it again
-        if generation.error and not interrupted:  # of which the training's is a consequence
+        generation.join(INTERRUPTED_S if interrupted else GRACE_S)  # Ray Data must end first: it would start Ray again
+        if generation.error and not interrupted:  # it caused the error of the training
             raise generation.error from error
         raise
     if summary["stopped"]:
@@ -188,7 +188,7 @@ def online(config: RunConfig, source: str, folder: str, name: str) -> str:
 
 
 class _Thread(threading.Thread):
-    """Runs a function beside the caller; where it fails, something is done at once, and `finish` raises its error."""
+    """Runs a function in a thread. If it fails, `on_error` is called at once, and `finish` raises the error."""
 
     def __init__(self, run: Callable[[], None], on_error: Callable[[], None]):
         super().__init__(daemon=True)

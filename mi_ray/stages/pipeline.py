@@ -1,4 +1,4 @@
-"""The main job: rounds of generate, select and fine-tune, then evaluation and the report, in one resumable folder."""
+"""The main job: rounds of generate, select and fine-tune, then evaluation and report. The run folder can be resumed."""
 
 import math
 import platform
@@ -51,9 +51,9 @@ PACKAGES = ("torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "num
 
 
 class Plan:
-    """What a run will do: its prompts and shards. Building it checks everything that can be checked beforehand.
+    """The prompts and shards of a run. The constructor checks everything that can be checked before the run starts.
 
-    The prompts lie in a temporary folder until `open_run` stores them in the run's; none are in memory.
+    The prompts are in a temporary folder until `open_run` copies them to the run folder. They are not kept in memory.
 
     Raises:
         ConfigError: with every fault of the model, the prompt files and the run folder.
@@ -67,7 +67,7 @@ class Plan:
             check_model(config.model.path)
             path = as_it_began(config.run_dir, config.model.path)
             self.model_commit = model_commit(path)
-            # Every actor loads this commit, though the hub may get another one before it starts.
+            # All actors load this commit, even if the hub has a newer one when they start.
             model = config.model.model_copy(update={"path": pinned(path, self.model_commit)})
             self.config = config = config.model_copy(update={"model": model})
             tokenizer = load_tokenizer(config.model.path)
@@ -99,7 +99,7 @@ class Plan:
         with collecting(faults):
             self.has_reference = _check_alignment(config, self.train, self.held_out)
         if "pmi_contrastive" in {*config.score.names, config.prune.by} and self.train and len(self.train) == 1:
-            faults.append("score.names: pmi_contrastive holds a prompt against others; give two, or leave it out")
+            faults.append("score.names: pmi_contrastive compares prompts, but there is only one; give more prompts")
         if faults:
             raise ConfigError(faults)
         self.hash, per_shard = began_hash(config.run_dir, config.hash()), config.generate.prompts_per_shard
@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def stored(self) -> list[tuple[str, str, ShardPlan]]:
-        """Where the run keeps its prompts, the field that says where they are from, and their shards."""
+        """(URI of the stored prompts, the config field that they come from, their shards), for train and evaluation."""
         folder = storage.join(self.config.run_dir, "prompts")
         held_out_by = "evaluation.file" if self.config.evaluation.file else "prompts.file"
         return [
@@ -122,7 +122,7 @@ class Plan:
         ]
 
     def settle(self):
-        """Find what the resources leave open, on the cluster."""
+        """Replace every `auto` of the resources by what a trial on the cluster finds."""
         resources = settle(self.config.model, self.config.resources)
         self.config = self.config.model_copy(update={"resources": resources})
 
@@ -143,7 +143,7 @@ class Plan:
         return table
 
     def _split(self, prompts: storage.ParquetRows) -> tuple[storage.ParquetRows, storage.ParquetRows]:
-        """Without a file of its own, the evaluation takes a share of the prompts."""
+        """Divide the prompts into training and evaluation, if the evaluation has no file of its own."""
         evaluation = self.config.evaluation
         ids = (i for batch in prompts.batches(["prompt_id"]) for i in batch["prompt_id"].to_pylist())
         held_out = Holdout(ids, evaluation.holdout_share, self.config.seed)
@@ -161,7 +161,7 @@ class Plan:
 
     @cached_property
     def pool(self) -> list[str]:
-        """The prompts among which pmi_contrastive finds neighbours: all, or as many evenly from the whole list."""
+        """The prompts among which pmi_contrastive searches neighbours: all, or `NEIGHBOUR_POOL` evenly spaced ones."""
         rows, found, start = np.linspace(0, len(self.train), NEIGHBOUR_POOL, endpoint=False, dtype=np.int64), [], 0
         for batch in self.train.batches(["prompt"]):
             here = np.unique(rows[(rows >= start) & (rows < start + len(batch))])
@@ -171,7 +171,7 @@ class Plan:
 
 
 def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.RecordBatch]:
-    """The first so many rows."""
+    """The first `limit` rows. None: all rows."""
     left = math.inf if limit is None else limit
     for batch in batches:
         if left <= 0:
@@ -181,15 +181,15 @@ def _first(batches: Iterable[pa.RecordBatch], limit: int | None) -> Iterator[pa.
 
 
 def _size_faults(config: RunConfig) -> list[str]:
-    """What is wrong with the size of the images: for the model, or for a metric.
+    """The faults of the image size, for the model and the metrics.
 
     Raises:
-        ValueError: the model does not say its sizes.
+        ValueError: the model's files do not contain its sizes.
     """
     sizes = load_sizes(config.model.path)
     faults = [f"model.{fault}" for fault in sizes.faults(*config.model.size)]
     for section in () if faults else ("generate", "evaluation"):
-        with suppress(ValueError):  # _check_alignment reports a name that is no metric
+        with suppress(ValueError):  # _check_alignment reports unknown metrics
             metrics = load_metrics(getattr(config, section).alignment)
             with collecting(faults, f"{section}.alignment"):
                 check_image_size(metrics, sizes.image(*config.model.size))
@@ -197,7 +197,7 @@ def _size_faults(config: RunConfig) -> list[str]:
 
 
 def _check_alignment(config: RunConfig, *prompts: storage.ParquetRows | None) -> bool:
-    """See that all metrics load, name their columns apart and read all prompts; whether one has real images."""
+    """Check that all metrics load, name their columns differently and read all prompts. True if one has real images."""
     faults, metrics = [], {}
     schemas = {
         "generate": partial(tables.candidates_schema, config.score.names),
@@ -218,7 +218,7 @@ def _check_alignment(config: RunConfig, *prompts: storage.ParquetRows | None) ->
 # ------------------------------------------------------------------------------------------ running
 @contextmanager
 def timed(config: RunConfig, stage: str):
-    """Log how long a stage took, and tell that and how long all others may take."""
+    """Context of a stage. Logs and prints its duration, and prints an estimate for the rest of the run."""
     confirm(config.run_dir)
     began = time.monotonic()
     yield
@@ -226,14 +226,14 @@ def timed(config: RunConfig, stage: str):
     took = time.monotonic() - began
     run_folder.log_event(config.run_dir, "stage_finished", stage=stage, seconds=round(took, 3))
     left = None
-    with suppress(OSError, ValueError, KeyError, ConfigError):  # an estimate ends no run
+    with suppress(OSError, ValueError, KeyError, ConfigError):  # a failed estimate must not stop the run
         left = run_status(config.run_dir)["seconds_left"]
-    whole = f"; the rest of the whole pipeline: about {rough_duration(left)}" if left else ""
-    print(f"{stage}: {rough_duration(took)}{whole}", flush=True)
+    rest = f"; the rest of the pipeline takes about {rough_duration(left)}" if left else ""
+    print(f"{stage}: {rough_duration(took)}{rest}", flush=True)
 
 
 def open_run(plan: Plan):
-    """Write run.json, which makes the folder this run's, store its prompts and note what was read and skipped."""
+    """Write run.json, so that the folder belongs to this run. Store the prompts; log what was read and skipped."""
     config = plan.config
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions = {"mi_ray": __version__, "python": platform.python_version(), **versions}
@@ -253,17 +253,17 @@ def open_run(plan: Plan):
 
 
 def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
-    """All rounds of one arm; returns the last adapter's folder.
+    """Run all rounds of one arm. Returns the folder of the last adapter.
 
-    The arm `tuned` selects by `select.by`. A control is an arm that selects otherwise: it shares the first round's pool
-    and from then on generates with its own adapters, so that arms differ in nothing but the selection.
+    The arm `tuned` selects by `select.by`. A control is an arm with another selection. All arms share the candidates of
+    the first round; in later rounds each arm generates with its own adapter. So arms differ only in the selection.
     """
     config, run_dir = plan.config, plan.config.run_dir
     if config.online.updates:
         rewards = config.online.rewards if arm == "tuned" else (arm,)
-        learnt = config.model_copy(update={"online": config.online.model_copy(update={"rewards": rewards})})
+        of_arm = config.model_copy(update={"online": config.online.model_copy(update={"rewards": rewards})})
         with timed(config, "online" if arm == "tuned" else f"online_{arm}"):
-            return online(learnt, plan.shards.source, online_folder(run_dir, arm), arm)
+            return online(of_arm, plan.shards.source, online_folder(run_dir, arm), arm)
     home, by = home_of(run_dir, arm), selects_by(config, arm)
     suffix = "" if arm == "tuned" else f"_{arm}"
     previews = plan.train.read(0, config.generate.preview_prompts)["prompt_id"].to_pylist()
@@ -272,8 +272,8 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
         candidates = storage.join(run_dir if r == 0 else home, f"round-{r}", "candidates")
         selected, tuned = (storage.join(home, f"round-{r}", name) for name in ("selected.parquet", "adapter"))
         if r or arm == "tuned":
-            against = ["random"] if takes_baseline(config, r, by) else []
-            keep_by = list(dict.fromkeys([by, *against, *([] if r else config.evaluation.controls)]))
+            baseline = ["random"] if takes_baseline(config, r, by) else []
+            keep_by = list(dict.fromkeys([by, *baseline, *([] if r else config.evaluation.controls)]))
             with timed(config, f"generate{suffix}"):
                 generate(config, plan.shards, candidates, r, adapter, keep_by, previews, plan.pool)
         if until == "generate":
@@ -289,7 +289,7 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
 
 
 def _less_baseline(config: RunConfig, arm: str, candidates: str, tuned: str, start: str | None, r: int) -> str:
-    """The adapter of an arm without what a random selection of its pool teaches; returns its folder."""
+    """Subtract the baseline, an adapter trained on a random selection, from an arm's adapter. Returns its folder."""
     folder = baseline_folder(config.run_dir, arm, r)
     selected, baseline = storage.join(folder, "selected.parquet"), storage.join(folder, "adapter")
     select(config, candidates, selected, "random")
@@ -300,25 +300,25 @@ def _less_baseline(config: RunConfig, arm: str, candidates: str, tuned: str, sta
 
 
 def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
-    """Run or continue the whole job, or what comes up to a stage; returns the report's URI.
+    """Run or continue the job up to a stage. Returns the URI of the report, or None if the job ends earlier.
 
     Args:
         until: the last stage to run: generate (of the first round), finetune, evaluate or report.
 
     Raises:
-        ConfigError: something the user gave is wrong, or another driver holds the run, and nothing was started; or the
-            disk is full.
+        ConfigError: a setting or an input file is wrong, or another driver holds the run, and nothing was started; or
+            the disk is full.
     """
     plan = Plan(config)
     with run_folder.full_disk_told(config.run_dir), held(config.run_dir, config.resources.lease_s):
-        # Again: who held the run until now may have begun another config.
+        # Check again: the driver that held the lease before may have started a run with another config.
         run_folder.check_run_dir(config.run_dir, config.results_config(), plan.model_commit)
         return _run(plan, until)
 
 
 def _run(plan: Plan, until: str) -> str | None:
     start_ray()
-    if not storage.exists(storage.join(plan.config.run_dir, "report", "report.json")):  # else nothing is left to do
+    if not storage.exists(storage.join(plan.config.run_dir, "report", "report.json")):  # otherwise the run is finished
         check_room(plan.config.resources, until != "generate", at_once=plan.config.online.updates > 0)
     plan.settle()
     config = plan.config

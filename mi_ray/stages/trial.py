@@ -1,4 +1,4 @@
-"""A trial before the run, on the actors' own hardware: which batch size, and how many actors to a GPU, go fastest."""
+"""A trial before the run, on the actors' own hardware: which batch size and how many actors per GPU are fastest."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ from mi_ray.scoring.sampler import batch_at_size, specialise
 from mi_ray.scoring.trial import WORTH_IT, Trial, best, sweep, try_batch, try_fitting
 from mi_ray.stages.cluster import room
 
-ACTORS_TO_A_GPU = (2, 4)
-MEMORY_SHARE = 0.85  # of a GPU, which its actors may fill: scoring and decoding need room beside the denoiser
+ACTORS_PER_GPU = (2, 4)  # numbers that are tried
+MEMORY_SHARE = 0.85  # of a GPU's memory for the denoisers of all its actors; the rest is for scoring and decoding
 
 
 # ------------------------------------------------------------------------------------------ on the cluster
 class Probe:
-    """Ray actor that holds the model as a generating one does."""
+    """Ray actor that loads the model like an actor of the run and measures its speed."""
 
     def __init__(self, model: dict, cpus: float, gpus: float):
         take_share(cpus, gpus)
@@ -41,7 +41,7 @@ class Probe:
 
 @contextmanager
 def _probes(model: ModelConfig, cpus: float, gpus: float, count: int) -> Iterator[list]:
-    """So many probes, on one GPU together if they need one at all."""
+    """Context with `count` probes. If they need a GPU, they share one."""
     bundle = {"CPU": cpus * count, "GPU": float(gpus > 0) if count > 1 else gpus}
     group: PlacementGroup = placement_group([{name: amount for name, amount in bundle.items() if amount}])
     ray.get(group.ready())
@@ -57,9 +57,9 @@ def _probes(model: ModelConfig, cpus: float, gpus: float, count: int) -> Iterato
 
 
 def settle(model: ModelConfig, resources: ResourcesConfig) -> ResourcesConfig:
-    """Put what a trial finds in the place of every `auto`; without one, nothing is tried.
+    """Replace every `auto` of the resources by what a trial finds. Without `auto` there is no trial.
 
-    More actors share a GPU as long as, running at the same time, they do more together than fewer did.
+    More actors share a GPU as long as they are faster together, measured at the same time, than fewer actors.
     """
     auto_batch, auto_share = resources.batch_size == "auto", resources.gpus_per_actor == "auto"
     if not (auto_batch or auto_share):
@@ -75,21 +75,21 @@ def settle(model: ModelConfig, resources: ResourcesConfig) -> ResourcesConfig:
     settled = resources.model_copy(update={"batch_size": chosen.batch_size, "gpus_per_actor": gpus})
     of_own = " of the model's own size" if any(model.size) else ""
     print(
-        f"trial: batches of {settled.batch_size} candidates{of_own}, {1e3 * chosen.seconds_per_evaluation:.2f} ms a"
-        f" denoiser evaluation, {chosen.memory_gib:.1f} GiB; resources.gpus_per_actor {settled.gpus_per_actor:g}"
+        f"trial: batches of {settled.batch_size} candidates{of_own}, {1e3 * chosen.seconds_per_evaluation:.2f} ms per"
+        f" evaluation, {chosen.memory_gib:.1f} GiB; resources.gpus_per_actor {settled.gpus_per_actor:g}"
     )
     return settled
 
 
 def _share(model: ModelConfig, cpus: float, chosen: Trial) -> float:
-    """GPUs an actor: 1, or less where several on one GPU are faster together."""
+    """GPUs per actor: 1, or less if several actors on one GPU are faster together."""
     memory = MEMORY_SHARE * (chosen.memory_gib + chosen.memory_left_gib)
     count, together = 1, 1 / chosen.seconds_per_evaluation
-    for more in ACTORS_TO_A_GPU:
+    for more in ACTORS_PER_GPU:
         if more * chosen.memory_gib > memory or not room({"CPU": more * cpus, "GPU": 1}):
             break
         with _probes(model, cpus, 1 / more, more) as probes:
-            ray.get([probe.try_batch.remote(chosen.batch_size) for probe in probes])  # all are loaded and warm
+            ray.get([probe.try_batch.remote(chosen.batch_size) for probe in probes])  # until all are loaded and warm
             trials = ray.get([probe.try_batch.remote(chosen.batch_size, 2.0) for probe in probes])
         rate = sum(1 / trial.seconds_per_evaluation for trial in trials)
         if rate < WORTH_IT * together:

@@ -1,6 +1,6 @@
-"""Where the generation and the training of an online run meet: what is committed, and the newest policies.
+"""The shared state of generation and training in an online run: committed parts, and the newest policies.
 
-Without Ray: `stages.online` holds a `Meeting` in an asynchronous actor, in which all may wait at once.
+This file does not need Ray: `stages.online` keeps a `Meeting` in an asynchronous actor, where many callers can wait.
 """
 
 import asyncio
@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 Policy = TypeVar("Policy")
-POLL_S = 0.02  # between two looks at what is known
+POLL_S = 0.02  # seconds between two checks of a condition
 
 
 class Meeting(Generic[Policy]):
-    """Parts of the plan that are committed, and the last versions of the policy.
+    """The committed parts of the plan, and the last versions of the policy.
 
-    What an update trains is decided once: every worker, and a worker that starts again, gets the same answer. An
-    update that is not decided when the run ends is never trained, so that no worker goes on alone.
+    The parts of an update are decided once, so that all workers, also restarted ones, get the same answer. An update
+    that is not decided when the run ends is never trained, so that no worker continues alone.
 
     Args:
         keep: number of versions that are kept.
@@ -34,7 +34,7 @@ class Meeting(Generic[Policy]):
             self.done.setdefault(index, now)
 
     async def publish(self, version: int, policy: Policy):
-        """Keep a version of the policy; older ones than the last `keep` are dropped."""
+        """Store a version of the policy. Only the last `keep` versions are kept."""
         self.policies[version] = policy
         self.policies = {v: self.policies[v] for v in sorted(self.policies)[-self.keep :]}
 
@@ -42,7 +42,12 @@ class Meeting(Generic[Policy]):
         self.ended = True
 
     async def policy(self, version: int, timeout_s: float) -> tuple[str, Policy | None]:
-        """The policy of a version, behind one word: here, past (it is kept no more), ended, or wait."""
+        """Wait for a version of the policy, at most `timeout_s`.
+
+        Returns:
+            (state, policy). The state is here, past (the version is no longer kept), ended (the run ended), or wait
+            (timeout). The policy is None unless the state is here.
+        """
         until = time.monotonic() + timeout_s
         while True:
             if version in self.policies:
@@ -56,10 +61,10 @@ class Meeting(Generic[Policy]):
             await asyncio.sleep(POLL_S)
 
     async def wait(self, indices: Iterable[int], deadline_s: float | None) -> list[int] | None:
-        """Wait until all of these parts are committed, or, `deadline_s` after the first of them, some.
+        """Wait until all of these parts are committed, but at most `deadline_s` after the first one.
 
         Returns:
-            Those that count, in rising order; None: the run ended before that.
+            The parts that are used, in rising order. None if the run ended first.
         """
         key = tuple(indices)
         while key not in self.closed:

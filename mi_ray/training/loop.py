@@ -1,6 +1,6 @@
 """Fine-tuning on Ray Train: one loop for every method, data-parallel and resumable.
 
-A `Source` says what a step learns from: the kept candidates of a round, or the fresh candidates of an online update.
+A `Source` provides the data of a step: the kept candidates of a round, or the new candidates of an online update.
 """
 
 import hashlib
@@ -56,10 +56,10 @@ from mi_ray.training.online import OnlineSource, RunAway
 from mi_ray.training.optimization import Training, learning_rate_at, optimizer_step
 from mi_ray.training.training_set import KeptCandidates, read_training_set, trained_timesteps
 
-CHECKPOINTS = "checkpoints"  # in the folder of an adapter, while it is trained
-CHANGED = 1e-6  # relative; what floating-point noise alone may move an output by
+CHECKPOINTS = "checkpoints"  # folder in an adapter's folder, during the training
+CHANGED = 1e-6  # relative change of an output that floating-point rounding can cause
 _QUIET = {
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray's tee prints every line twice
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise Ray prints every line twice
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
@@ -68,41 +68,41 @@ _QUIET = {
 
 
 class Source(Protocol):
-    """What the optimiser steps of a training learn from; every worker holds one and all do the same."""
+    """The data of all optimiser steps. Every worker has one, and all are in the same state."""
 
-    steps: int  # in all
+    steps: int  # total number of optimiser steps
 
     def open(self, step: int) -> bool:
-        """Make the batches of a step ready. False: the training ends before it.
+        """Prepare the batches of a step. False: the training ends before this step.
 
         Raises:
-            RunAway: the policy can no longer be trusted.
+            RunAway: the policy has changed too much.
         """
 
     def parts(self, step: int, rank: int, workers: int) -> list[tuple[Callable[[], Batch], float]]:
-        """The microbatches of a worker, as `optimizer_step` takes them; none: there is nothing to learn."""
+        """The microbatches of a worker, see `optimizer_step`. Empty: there is no data for this step."""
 
     def close(self, step: int) -> dict[str, float]:
-        """What follows a step; returns figures for the log."""
+        """Finish a step. Returns values for the log."""
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after a step."""
+        """Whether a checkpoint is written after a step."""
 
     def probe(self) -> Batch | None:
-        """The first batch of the first step, at any time; None: there was none."""
+        """The first batch of the first step. It can be called at any time. None: there was no batch."""
 
     def state(self) -> dict:
-        """What a checkpoint holds beside the training's own state."""
+        """The state of the source in a checkpoint."""
 
     def load(self, state: dict, lines: list[dict]):
-        """Continue from a checkpoint with these lines of the log."""
+        """Continue from a checkpoint: its state, and the lines of the log so far."""
 
 
 # ---------------------------------------------------------------------------------------------- one worker
 def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Training, Objective, Source]:
     """The model under its starting adapter, and its data."""
     tuning = config.finetune
-    # Half precision is for GPUs, under autocast; on a CPU it would be slow and coarse.
+    # Half precision is used on GPUs, with autocast. On a CPU it would be slow and inaccurate.
     dtype = config.model.dtype if device.type == "cuda" else "float32"
     denoiser = load_denoiser(settings["model"], dtype, str(device), size=config.model.size)
     denoiser.specialise(channels_last=config.model.channels_last, compiled=None, rows=())
@@ -110,7 +110,7 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
     if settings["online"] is None:
         drawn = tuning.steps * tuning.gradient_accumulation * tuning.batch_size
         kept = read_training_set(settings["selected"], denoiser, config.seed, drawn)
-    torch.manual_seed(config.seed)  # of the adapter's random A: the same on every worker and after a restart
+    torch.manual_seed(config.seed)  # the adapter's random matrix A must be the same on all workers and after a restart
     model = attach_adapter(
         denoiser.unet,
         rank=tuning.rank,
@@ -145,7 +145,7 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
 
 
 def _restore(training: Training, source: Source) -> list[dict]:
-    """Continue from the run's last checkpoint, if there is one; returns the log's lines up to it."""
+    """Continue from the last checkpoint, if there is one. Returns the lines of the log up to it."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         source.load({}, [])
@@ -158,16 +158,20 @@ def _restore(training: Training, source: Source) -> list[dict]:
 
 
 def train_loop(settings: dict) -> dict | None:
-    """What each worker does; rank 0 returns the summary, or None if another driver has taken over the run: an error
-    would have Ray Train start the workers again. Takes `loop_settings`.
+    """The training in each worker. With `ScalingConfig(num_workers=0)` it runs in the calling process.
 
-    Runs in the calling process under `ScalingConfig(num_workers=0)`.
+    Args:
+        settings: see `loop_settings`.
+
+    Returns:
+        On rank 0 the summary. None on other ranks, or if another driver has taken over the run: an error would make Ray
+        Train restart the workers.
     """
     config = RunConfig.model_validate(settings["config"])
     tuning, context, device = config.finetune, ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
     lost = torch.tensor(float(lease.superseded(settings["run_dir"], settings["token"])), device=device)
-    if workers > 1:  # one that goes on would wait for those that do not
+    if workers > 1:  # all workers must decide alike, otherwise some would wait for the others
         dist.all_reduce(lost, dist.ReduceOp.MAX)
     if lost:
         return None
@@ -217,7 +221,7 @@ def train_loop(settings: dict) -> dict | None:
             if rank == 0:
                 log.step(step + 1, {"loss": mean_loss, "grad_norm": norm, "learning_rate": rate, **figures})
             earlier, notice = notice, ray.train.get_preemption_info()  # of a node that will go: the same on every rank
-            # Reporting takes about two seconds of Ray's time and halts every worker: at checkpoints only.
+            # Reporting stops all workers for about two seconds, so it is done only at checkpoints.
             if (source.due(step) or notice != earlier) and step + 1 < source.steps:
                 refuse()
                 _report(training, source, log.lines if rank == 0 else None)
@@ -229,7 +233,7 @@ def train_loop(settings: dict) -> dict | None:
     change = _output_change(objective, source.probe(), final)
     if change <= CHANGED:
         advice = "raise finetune.learning_rate"
-        print(f"warning: fine-tuning changed no output of the model (by {change:.1e}); {advice}", flush=True)
+        print(f"warning: fine-tuning did not change the model's outputs ({change:.1e}); {advice}", flush=True)
     refuse()
     if settings["online"] is None:
         save(settings["destination"], None)
@@ -245,7 +249,7 @@ def train_loop(settings: dict) -> dict | None:
 
 @torch.no_grad()
 def _output_change(objective: Objective, probe: Batch | None, final: list[Tensor]) -> float:
-    """Relative L2 distance of the predictions before and after the training, on one batch; NaN without a batch."""
+    """Relative L2 distance between the predictions before and after the training, on one batch. NaN without a batch."""
     if probe is None:
         return math.nan
     outputs = []
@@ -257,7 +261,7 @@ def _output_change(objective: Objective, probe: Batch | None, final: list[Tensor
 
 
 def _report(training: Training, source: Source, lines: list[dict] | None):
-    """Checkpoint; every worker calls it, the one with the log's lines uploads."""
+    """Write a checkpoint. All workers call this; the one with the lines of the log uploads."""
     if lines is None:
         return ray.train.report({})
     with tempfile.TemporaryDirectory() as folder:
@@ -266,7 +270,7 @@ def _report(training: Training, source: Source, lines: list[dict] | None):
 
 
 def _upload_adapter(objective: Objective, base_model: str, destination: str, values: list[Tensor] | None):
-    """Write the adapter with these values of its parameters; None: with its own."""
+    """Write the adapter with these values of its parameters; None: with its current values."""
     parameters = objective.parameters_trained
     with tempfile.TemporaryDirectory() as folder:
         with weights_of(values or [p.data for p in parameters], parameters):
@@ -280,7 +284,7 @@ def check_targets(config: RunConfig):
     """Check that each of `finetune.target_modules` binds to a layer; reads the UNet's configuration, not its weights.
 
     Raises:
-        ConfigError: with a message for each that binds to nothing.
+        ConfigError: with one message for each target without a matching layer.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(part_config(config.model.path, "unet"))
@@ -296,7 +300,7 @@ def loop_settings(
     name: str,
     online: dict | None = None,
 ) -> dict:
-    """What `train_loop` takes, and the name that a rerun finds again."""
+    """The settings of `train_loop`. The name `run` is the same when the training is continued."""
     sections = {"seed", "model", "finetune"} | (
         {"online", "sampler", "score", "generate", "select"} if online else set()
     )
@@ -319,24 +323,24 @@ def loop_settings(
 
 
 def finetune(config: RunConfig, selected: str, destination: str, previous_adapter: str | None, name: str) -> dict:
-    """Fine-tune an adapter on the selected candidates; Ray must be initialised.
+    """Fine-tune an adapter on the selected candidates. Ray must be initialised.
 
-    Called again, it continues at the step and the data of the last checkpoint, or returns at once if it had ended.
+    A second call continues from the last checkpoint, or returns at once if the training has ended.
 
     Args:
         selected: URI of a table of schema `tables.SELECTED`.
-        destination: URI of the adapter's folder. It holds adapter_config.json, adapter_model.safetensors (PEFT),
-            pytorch_lora_weights.safetensors (diffusers), training.jsonl, tensorboard/ and summary.json in the end,
-            checkpoints/ until then: on several nodes it must be shared or on an object store.
-        previous_adapter: URI of the folder of an adapter to start from (an earlier round's).
-        name: of the training run, for Ray and the trackers.
+        destination: URI of the adapter's folder. In the end it contains adapter_config.json, adapter_model.safetensors
+            (PEFT), pytorch_lora_weights.safetensors (diffusers), training.jsonl, tensorboard/ and summary.json; before
+            that also checkpoints/. With several nodes it must be on a shared disk or an object store.
+        previous_adapter: URI of the folder of the adapter to start from, that of an earlier round.
+        name: name of the training run in Ray and in the trackers.
 
     Returns:
         The content of summary.json: steps, trainable_parameters, outputs_changed, output_change (relative L2
         distance of the model's predictions before and after, on a fixed batch) and seconds (since the last start).
 
     Raises:
-        ConfigError: a target binds to nothing, a tracker is not installed.
+        ConfigError: a target has no matching layer, or a tracker is not installed.
         lease.Lost: another driver has taken over the run.
         ray.train.TrainingFailedError: more than `finetune.max_failures` failures.
     """
@@ -348,7 +352,7 @@ def finetune(config: RunConfig, selected: str, destination: str, previous_adapte
 
 
 def train(config: RunConfig, settings: dict) -> dict:
-    """Run `train_loop` on the workers of the run; returns its summary.
+    """Run `train_loop` on the workers of the run. Returns its summary.
 
     Raises:
         ConfigError, lease.Lost, ray.train.TrainingFailedError: as `finetune`.
@@ -364,7 +368,7 @@ def train(config: RunConfig, settings: dict) -> dict:
         scaling_config=ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=resources.train_gpus > 0,
-            # Ray places no worker that asks for nothing: one without CPUs of its own asks for a byte of memory.
+            # Ray does not start a worker that requests no resources. A worker without CPUs requests a byte of memory.
             resources_per_worker=({"CPU": resources.train_cpus} if resources.train_cpus else {"memory": 1})
             | ({"GPU": resources.train_gpus} if resources.train_gpus else {}),
         ),
@@ -378,7 +382,7 @@ def train(config: RunConfig, settings: dict) -> dict:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     ).fit()
-    # Also where the workers have ended because of it, and there is no summary.
+    # Raise this error also if the workers have ended for this reason without a summary.
     lease.refuse_if_superseded(settings["run_dir"], settings["token"], join(settings["destination"], SUMMARY))
     return result.return_value
 
@@ -387,5 +391,5 @@ def remove_checkpoints(destination: str):
     """Remove the checkpoints of a training that has ended."""
     system, path = filesystem(join(destination, CHECKPOINTS))
     if system.get_file_info(path).type != pafs.FileType.NotFound:
-        with suppress(FileNotFoundError):  # of GCS, at the end, for a folder that is only in the names of its files
+        with suppress(FileNotFoundError):  # GCS raises it after the last file, because folders do not exist there
             system.delete_dir(path)

@@ -1,7 +1,7 @@
-"""What an online training draws from: the candidates of each update, as the run folder holds them.
+"""The training data of an online run: the candidates of each update, read from the run folder.
 
-Nothing here knows how candidates are made. Whoever makes them is a `Board` to this file: it tells when the parts of an
-update are there, and takes the policy after each update.
+This file does not know how candidates are generated. A `Board` reports when the parts of an update are committed, and
+receives the policy after each update.
 """
 
 import hashlib
@@ -26,24 +26,24 @@ from mi_ray.runs.layout import CANDIDATES, policy_folder
 from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, run_rewards, validation_rewards_of
 from mi_ray.training.losses import Batch, Objective, weights_of
 
-GUARDED = ("latent_std", "diversity")  # figures of the candidates that stop a run which they leave
-PROBE_ROWS = 32  # on which the effective guidance is measured
-READ = ("prompt_id", "prompt", "advantage", "latents")  # of a part, beside the rewarded columns
+GUARDED = ("latent_std", "diversity")  # values of the candidates; a large change stops the training
+PROBE_ROWS = 32  # number of rows that the effective guidance is measured on
+READ = ("prompt_id", "prompt", "advantage", "latents")  # columns of a part that are read, in addition to the rewards
 
 
 class Board(Protocol):
-    """Where generation and training meet."""
+    """The connection between generation and training, see `training.board.Meeting`."""
 
     def wait(self, indices: Sequence[int], deadline_s: float | None) -> list[int] | None:
-        """Wait for parts to be committed, or, so long after the first, for some; returns those. None: the run ends."""
+        """Wait until parts are committed, at most `deadline_s` after the first one. Returns them; None: it ended."""
 
     def publish(self, version: int, policy: dict[str, Tensor]):
-        """Give the actors a version of the policy."""
+        """Send a version of the policy to the actors."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The candidates of one prompt that are trained."""
+    """The m trained candidates of one prompt."""
 
     prompt_id: str
     prompt: str
@@ -52,22 +52,22 @@ class Group:
 
 
 class RunAway(Exception):
-    """The policy has left the region in which it can be trusted."""
+    """The policy has changed too much, so the training must stop."""
 
 
 def decay_at(update: int, decay: tuple[float, float, float]) -> float:
-    """Of the average of the trained weights that draws the candidates, after an update (DiffusionNFT, section 4)."""
+    """The decay, after an update, of the moving average of the weights that is the policy (DiffusionNFT, section 4)."""
     first, rise, most = decay
     return min(most, first + rise * update)
 
 
 class OnlineSource:
-    """The batches of every optimiser step of an online run, and what happens between updates.
+    """The batches of every optimiser step of an online run, and the changes of the policy between updates.
 
-    All workers hold the same state and read the same parts; what a step learns from does not depend on their number.
+    All workers have the same state and read the same parts. The data of a step do not depend on the number of workers.
 
     Args:
-        folder: URI of the arm's folder, as `runs.layout` has it.
+        folder: URI of the arm's folder, see `runs.layout`.
         timesteps: that are trained.
         average: moving average of the sampling policies; it is what is validated and saved. None: they are themselves.
     """
@@ -88,12 +88,12 @@ class OnlineSource:
         self.denoiser, self.objective, self.timesteps, self.average = denoiser, objective, timesteps, average
         self.rewards: tuple[Reward, ...] = run_rewards(config)
         self.steps = config.online.updates * config.online.inner_steps
-        self.save: Callable[[str, list[Tensor]], None] | None = None  # rank 0: writes an adapter's folder
-        self.recent: dict[int, dict[str, Tensor]] = {}  # the last lag + 1 versions, which a restart publishes again
-        self.scores: dict[int, np.ndarray] = {}  # by validated version: mean reward of each held-out prompt
+        self.save: Callable[[str, list[Tensor]], None] | None = None  # on rank 0: writes an adapter folder
+        self.recent: dict[int, dict[str, Tensor]] = {}  # the last lag + 1 versions; a restart publishes them again
+        self.scores: dict[int, np.ndarray] = {}  # {validated version: mean reward of each held-out prompt}
         self.groups: list[Group] = []
         self.figures: dict[str, float] = {}
-        self.history: list[dict[str, float]] = []  # the guarded figures of every update so far
+        self.history: list[dict[str, float]] = []  # `GUARDED` values of every update so far
         self.update = -1
 
     # ------------------------------------------------------------------------------------------ reading
@@ -105,7 +105,7 @@ class OnlineSource:
         return self._read(update)
 
     def _read(self, update: int) -> bool:
-        """Wait for the candidates of an update and read them; False: the run ends here."""
+        """Wait for the candidates of an update and read them. False: the run has ended."""
         online = self.config.online
         arrived = self.board.wait(self.plan.of_update(update), online.deadline_s)
         if arrived is None:
@@ -130,7 +130,11 @@ class OnlineSource:
         return True
 
     def _look(self, rewards: np.ndarray, prompts: int):
-        """What the log tells of an update, and whether it has run away."""
+        """Compute the logged values of an update, and check them.
+
+        Raises:
+            RunAway: as `_guard`.
+        """
         self.figures = {"update": self.update, "trained_prompts": len(self.groups) / max(1, prompts)}
         if len(rewards):
             self.figures["reward"] = float(rewards.mean())
@@ -147,10 +151,10 @@ class OnlineSource:
         self._guard()
 
     def _guard(self):
-        """Compare the last updates with the first ones; single updates differ, for they have other prompts.
+        """Compare the means of the last updates with those of the first ones. Single updates have different prompts.
 
         Raises:
-            RunAway: the scale or the diversity of the candidates has left its range.
+            RunAway: the scale or the diversity of the candidates has changed too much.
         """
         size = self.config.online.validate_every
         if len(self.history) < 2 * size:
@@ -168,10 +172,11 @@ class OnlineSource:
 
     # ------------------------------------------------------------------------------------------ batches
     def parts(self, step: int, rank: int, workers: int) -> list[tuple[Callable[[], Batch], float]]:
-        """The microbatches of a worker, each with its share of the step's loss; the same number for every worker.
+        """The microbatches of a worker, each with its share of the loss of the step.
 
-        A microbatch holds whole prompts, as many as `finetune.batch_size` rows have room for. A worker without one of
-        its own takes the first with share zero, so that all exchange gradients equally often.
+        A microbatch has all rows of its prompts, up to `finetune.batch_size` rows or one prompt. All workers get the
+        same number of microbatches, because they exchange gradients after each one: if one is missing, the first
+        microbatch is used with share zero.
         """
         inner, levels = step % self.config.online.inner_steps, self.config.online.noise_levels
         batches, rows = [[]], 0
@@ -191,14 +196,14 @@ class OnlineSource:
         return [(lambda batch=batch: self._draw(batch, inner), part) for batch, part in zip(mine, share, strict=True)]
 
     def _draw(self, groups: list[Group], inner: int) -> Batch:
-        """The rows of some prompts at their noise levels: a pure function of (seed, update, inner step, prompt)."""
+        """The rows of prompts at their noise levels: a pure function of (seed, update, inner step, prompt)."""
         online, tuning, parts = self.config.online, self.config.finetune, []
         count = len(self.timesteps)
         for group in groups:
             key = f"online noise/{self.config.seed}/{self.update}/{inner}/{group.prompt_id}"
             generator = _generator(key)
             m, levels = len(group.latents), online.noise_levels
-            # One level of each of equal strata: together they cover the band.
+            # Stratified noise levels: one in each of `levels` equal parts of the timesteps.
             places = (torch.arange(levels) + torch.rand(levels, generator=generator)) / levels
             drawn = self.timesteps.start + (places * count).long().clamp(max=count - 1)
             dropped = torch.rand(levels, generator=generator) < tuning.prompt_dropout
@@ -223,14 +228,18 @@ class OnlineSource:
         return batch.to(self.denoiser.device)
 
     def _encoded(self, prompts: list[str], sizes: Tensor) -> Conditioning:
-        """The conditioning of each row, of prompts with so many rows each."""
+        """The conditioning of each row. `sizes` are the numbers of rows of the prompts."""
         distinct = list(dict.fromkeys(prompts))
         number = torch.tensor([distinct.index(prompt) for prompt in prompts]).repeat_interleave(sizes)
         return self.denoiser.encode_prompts(distinct).rows(number)
 
     # ------------------------------------------------------------------------------------------ between updates
     def close(self, step: int) -> dict[str, float]:
-        """After the last step of an update the policy moves towards the trained weights and is published."""
+        """After the last step of an update, move the policy towards the trained weights and publish it.
+
+        Returns:
+            Values for the log.
+        """
         online, figures = self.config.online, self.figures
         update, inner = divmod(step, online.inner_steps)
         if inner + 1 < online.inner_steps:
@@ -248,7 +257,7 @@ class OnlineSource:
         return figures
 
     def _publish(self, version: int):
-        """Give a version to the actors; those of checkpoints are also saved."""
+        """Send a version of the policy to the actors. Versions at checkpoints are also saved."""
         with weights_of(self.objective.old, self.objective.parameters_trained):
             self.recent[version] = adapter_state(self.objective.model)
         self.recent = {v: state for v, state in self.recent.items() if v > version - 1 - self.config.online.lag}
@@ -282,12 +291,13 @@ class OnlineSource:
                 self.board.publish(version, policy)
 
     def _judge(self, update: int):
-        """Hold the last version but one that was validated against the best before it, on the same prompts and seeds.
+        """Compare the second last validated version with the best version, on the same prompts and seeds.
 
-        One interval late, so that nobody waits for a validation and a rerun judges at the same place.
+        The last version is not used: its validation may not be finished. So the training need not wait, and a rerun
+        compares the same versions.
 
         Raises:
-            RunAway: its self-score is worse by more than three standard errors.
+            RunAway: the self-score is worse by more than three standard errors.
         """
         version = update - self.config.online.validate_every
         if version <= 0 or not self.plan.of_validation(version):
@@ -305,8 +315,11 @@ class OnlineSource:
             raise RunAway(f"the self-score of held-out prompts fell by {lost.mean():.2f} since update {best}")
 
     def effective_guidance(self) -> float:
-        """gamma = <eps_policy(y) - eps(), Delta> / ||Delta||^2 with Delta = eps(y) - eps() of the base model, on the
-        update's candidates: the guidance scale of the base model that the unguided policy is most like (1: itself)."""
+        """The guidance_scale at which the base model is most similar to the policy without guidance.
+
+        gamma = <eps_policy(y) - eps(), Delta> / ||Delta||^2 with Delta = eps(y) - eps() of the base model, on the
+        update's candidates. 1: the base model itself.
+        """
         if not self.groups:
             return math.nan
         batch = self._draw(self.groups[: max(1, PROBE_ROWS // len(self.groups[0].latents))], 0)
@@ -322,7 +335,7 @@ class OnlineSource:
 
 
 def validation_rewards(plan: OnlinePlan, candidates: str, version: int, rewards: tuple[Reward, ...]) -> np.ndarray:
-    """The mean reward of each held-out prompt under a version of the policy, in the prompts' order; NaN: no reward."""
+    """The mean reward of each held-out prompt for a version of the policy, in the order of the prompts; NaN: none."""
     found = []
     for index in plan.of_validation(version):
         rows = storage.read_table(storage.join(candidates, plan.name(index))).to_pydict()
@@ -332,11 +345,13 @@ def validation_rewards(plan: OnlinePlan, candidates: str, version: int, rewards:
 
 
 def best_version(config: RunConfig, plan: OnlinePlan, candidates: str, saved: list[int]) -> dict:
-    """The validated versions' self-scores, and which version is kept: the last one whose mean is not below the highest
-    by more than the standard error of their difference. Without a validation it is the last that was saved.
+    """The self-scores of the validated versions, and the version that is kept.
+
+    The kept version is the last one whose mean is not lower than the highest mean by more than the standard error of
+    the difference. Without a validation it is the last saved version.
 
     Args:
-        saved: versions whose adapter lies in the run folder.
+        saved: versions with an adapter in the run folder.
 
     Returns:
         version, and validation: {version: mean reward of the held-out prompts}.

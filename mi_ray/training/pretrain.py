@@ -1,4 +1,4 @@
-"""Pre-training of the shapes model with Ray Train: first the autoencoder, then the text encoder and the UNet."""
+"""Pre-training of the embedded model with Ray Train: first the autoencoder, then the text encoder and the UNet."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from mi_ray.shapes.scenes import BACKGROUND
 
 
 class PretrainConfig(BaseModel):
-    """Settings of pre-training. The model card shapes/weights/README.md has the settings of the shipped model."""
+    """Settings of pre-training. The model card shapes/weights/README.md has the settings of the embedded model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,7 +48,7 @@ class PretrainConfig(BaseModel):
     min_snr_gamma: float = 5.0  # Hang et al. 2023, eq. 5
     ema_decay: float = 0.999
     checkpoint_every: int = 500
-    start_from: ModelPath = ""  # continue training from this pipeline of the same architecture: folder or shipped name
+    start_from: ModelPath = ""  # continue training from this pipeline of the same architecture: a folder or shapes
     layout_share: float = Field(0.0, ge=0, lt=1)  # share of timesteps drawn around 690, where the caption matters most
 
 

@@ -1,4 +1,4 @@
-"""A user's own metric, in a file of its own: the tests name it dark_pixels:DarkPixels."""
+"""A metric of a user, in its own file. The tests name it dark_pixels:DarkPixels."""
 
 from mi_ray.alignment.metric import Column, Metric
 
@@ -24,7 +24,7 @@ class NeedsAPath(DarkPixels):
 
 
 class Exact(Metric):
-    """Declares a column of the same name as the oracle's."""
+    """A metric whose column has the same name as a column of the oracle."""
 
     columns = (Column("exact", "something else"),)
 

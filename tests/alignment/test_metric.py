@@ -36,12 +36,12 @@ def images() -> np.ndarray:
     return np.stack([oracle.reference(prompt, seed) for seed, prompt in enumerate(PROMPTS)])
 
 
-def test_every_metric_of_the_package_loads_by_its_name():
+def test_load_metrics_loads_every_metric_of_the_package():
     for name, metric in load_metrics(list(METRICS)).items():
         assert metric.columns, name
 
 
-def test_the_metrics_are_measured_together_in_their_order(images):
+def test_measure_returns_the_columns_of_all_metrics_in_order(images):
     metrics = load_metrics(["oracle", MINE])
     found = measure(metrics, images, PROMPTS)
     assert list(found) == [c.name for columns in columns_of(metrics).values() for c in columns]
@@ -54,7 +54,7 @@ def test_the_metrics_are_measured_together_in_their_order(images):
     assert measure({}, images, PROMPTS) == {}
 
 
-def test_the_oracle_says_what_the_worlds_oracle_says(images):
+def test_oracle_metric_equals_the_shapes_oracle(images):
     swapped = PROMPTS[::-1]
     found = Oracle().measure(images, swapped)
     for index, (image, prompt) in enumerate(zip(images, swapped, strict=True)):
@@ -62,14 +62,14 @@ def test_the_oracle_says_what_the_worlds_oracle_says(images):
         assert {name: values[index] for name, values in found.items()} == vars(truth)
 
 
-def test_only_the_oracles_world_has_real_images(images):
+def test_only_the_oracle_has_real_images(images):
     assert reference_of(load_metrics([MINE])) is None
     reference = reference_of(load_metrics([MINE, "oracle"]))
     assert (reference(PROMPTS[1], 1) == images[1]).all()
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "reported"),
     [
         (["oracel"], r"'oracel' is not a metric: use one of oracle, or your own as package\.module:Class"),
         (["no_such_module:Metric"], r"cannot be loaded \(ModuleNotFoundError: .*on every node.*PYTHONPATH"),
@@ -79,19 +79,19 @@ def test_only_the_oracles_world_has_real_images(images):
         (["oracle", "dark_pixels:Exact"], r"'oracle' and 'dark_pixels:Exact' both declare the column 'exact'"),
     ],
 )
-def test_a_name_that_leads_to_no_metric_is_one_message(names, told):
-    with pytest.raises(ValueError, match=told) as refused:
+def test_unknown_metric_gives_one_message(names, reported):
+    with pytest.raises(ValueError, match=reported) as refused:
         load_metrics(names)
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_all_faults_of_a_list_are_told():
+def test_load_metrics_reports_all_faults():
     with pytest.raises(ValueError, match="oracel") as refused:
         load_metrics(["oracel", "nowhere:X", "oracle"])
     assert len(str(refused.value).splitlines()) == 2
 
 
-def test_foreign_prompts_are_counted_and_the_first_shown():
+def test_check_prompts_counts_unreadable_prompts_and_shows_the_first():
     prompts = ["a cat", "a red circle", "a dog", "an owl", "a cow"]
     expected = (
         r"the oracle reads only prompts of the shapes grammar, not 'a cat', 'a dog', 'an owl' \(4 of 5\);"
@@ -105,7 +105,7 @@ def test_foreign_prompts_are_counted_and_the_first_shown():
 
 
 @pytest.mark.parametrize(
-    ("returned", "told"),
+    ("returned", "reported"),
     [
         ({"other": [1.0, 2.0]}, r"'m' returned the columns \['other'\], but it declares \['mine'\]"),
         ({"mine": [1.0]}, "'m' returned 1 values of 'mine' for 2 images"),
@@ -113,18 +113,18 @@ def test_foreign_prompts_are_counted_and_the_first_shown():
         ({"mine": [1.0, float("nan")]}, "'m' returned None in the column 'mine'"),
     ],
 )
-def test_a_metric_that_returns_what_it_does_not_declare_is_told(images, returned, told):
+def test_measure_reports_undeclared_columns(images, returned, reported):
     class Mine(Metric):
         columns = (Column("mine", "mine"),)
 
         def measure(self, images, prompts):
             return returned
 
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reported):
         measure({"m": Mine()}, images, PROMPTS)
 
 
-def test_values_are_as_the_tables_store_them(images):
+def test_measured_values_have_the_type_of_the_tables(images):
     class Mine(Metric):
         columns = (Column("mine", "mine"),)
 
@@ -134,7 +134,7 @@ def test_values_are_as_the_tables_store_them(images):
     assert measure({"m": Mine()}, images, PROMPTS)["mine"] == [np.float32(0.1)] * 2
 
 
-def test_a_declaration_survives_as_text():
+def test_column_metadata_round_trip():
     column = Column("a", "b", "nats", -1.5, None, False, "owner/name", "abc", True, False)
     texts = column.as_metadata()
     assert texts["description"] == "b"
@@ -144,7 +144,7 @@ def test_a_declaration_survives_as_text():
     assert Column.from_metadata("a", plain.as_metadata()) == plain
 
 
-def test_metrics_load_without_torch():
+def test_load_metrics_does_not_import_torch():
     code = f"import sys; sys.modules['torch'] = None; sys.path.append({str(HERE)!r}); "
     code += f"from mi_ray.alignment.metric import load_metrics; load_metrics(['oracle', {MINE!r}])"
     subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], check=True)

@@ -1,4 +1,4 @@
-"""Worker nodes follow the generation stage: none before it, as many as its pool asks for, none after it."""
+"""Worker nodes exist only during the generation stage, as many as its pool needs."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ CLUSTER = {
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A head without CPUs, with an autoscaler that starts further nodes as processes of this machine."""
+    """A head without CPUs, with an autoscaler that starts nodes as processes on this machine."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         address = f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"  # the fake nodes must know it before
@@ -87,7 +87,7 @@ def worker_nodes() -> int:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_worker_nodes_come_with_the_pools_demand_and_go_with_it(cluster, tiny_pipeline, tmp_path):
+def test_autoscaler_starts_and_stops_nodes_with_the_pool(cluster, tiny_pipeline, tmp_path):
     config = RunConfig.model_validate(
         {
             "run_dir": str(tmp_path),

@@ -1,4 +1,4 @@
-"""The cluster's files say what their readers understand, and keep strangers out."""
+"""The cluster files: valid fields, and no access from outside."""
 
 import copy
 import json
@@ -32,24 +32,24 @@ def load(*parts: str) -> dict:
 
 # ------------------------------------------------------------------------------------------ virtual machines
 def completed(name: str) -> dict:
-    """As `ray up` fills it in before it checks it."""
+    """The config after `ray up` has added its defaults."""
     empty = {"cluster_synced_files": [], "file_mounts_sync_continuously": False, "rsync_filter": []}
     commands = {f"{when}_commands": [] for when in ("initialization", "head_setup", "worker_setup")}
     return {**empty, **commands, **load(name, "cluster.yaml")}
 
 
 @pytest.mark.parametrize("name", VM)
-def test_ray_takes_the_cluster(name):
+def test_cluster_files_match_the_schema_of_ray(name):
     validate_config(completed(name))
 
 
-def test_ray_would_refuse_a_wrong_one():
+def test_schema_of_ray_refuses_wrong_files():
     with pytest.raises(Exception, match="idle_minutes"):
         validate_config(completed("aws") | {"idle_minutes": 5})
 
 
 @pytest.mark.parametrize("name", VM)
-def test_workers_come_from_zero_on_spot_and_the_head_stays(name):
+def test_workers_are_spot_machines_that_scale_from_zero(name):
     nodes = load(name, "cluster.yaml")["available_node_types"]
     worker, head = (nodes[key]["node_config"] for key in ("gpu_spot", "head"))
     assert nodes["gpu_spot"]["min_workers"] == 0
@@ -59,12 +59,12 @@ def test_workers_come_from_zero_on_spot_and_the_head_stays(name):
 
 
 def ec2_faults(node: dict) -> str:
-    """As EC2's own description of RunInstances has it."""
+    """The fields of RunInstances in EC2's API description."""
     request = {key: value for key, value in node.items() if key != "SubnetIds"}  # Ray makes one of them SubnetId
     return ParamValidator().validate(request | {"MinCount": 1, "MaxCount": 1}, EC2).generate_report()
 
 
-def test_ec2_knows_every_field_and_ray_leaves_the_image_alone():
+def test_ec2_fields_are_valid_and_the_image_is_kept():
     cluster = load("aws", "cluster.yaml")
     as_written = copy.deepcopy(cluster)
     _check_ami(cluster)
@@ -78,7 +78,7 @@ def test_ec2_knows_every_field_and_ray_leaves_the_image_alone():
     assert all(node["node_config"]["ImageId"].startswith("ami-") for node in cluster["available_node_types"].values())
 
 
-def test_gcp_machines_have_a_disk_they_take_a_driver_for_cuda_13_and_accounts_of_their_own():
+def test_gcp_machines_have_a_valid_disk_driver_and_account():
     cluster = load("gcp", "cluster.yaml")
     zone, nodes = cluster["provider"]["availability_zone"], cluster["available_node_types"]
     for name, node in nodes.items():
@@ -92,7 +92,7 @@ def test_gcp_machines_have_a_disk_they_take_a_driver_for_cuda_13_and_accounts_of
 
 
 @pytest.mark.parametrize("name", VM)
-def test_spot_workers_hear_that_they_will_be_taken(name):
+def test_spot_workers_run_the_preemption_watcher(name):
     cluster = load(name, "cluster.yaml")
     start, notice = cluster["worker_start_ray_commands"][-2:]
     assert start.startswith("ray start ")
@@ -106,7 +106,7 @@ def test_spot_workers_hear_that_they_will_be_taken(name):
         assert options[1:] == ["--notice", given["seconds"]]
 
 
-def test_extras_that_are_installed_exist():
+def test_installed_extras_exist():
     extras = tomllib.loads((CLUSTER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for file in ("Dockerfile", "gcp/cluster.yaml"):
         [extra] = re.findall(r'pip install .*"\.\[(\w+)\]"', (CLUSTER / file).read_text())
@@ -114,7 +114,7 @@ def test_extras_that_are_installed_exist():
 
 
 @pytest.mark.parametrize("name", VM)
-def test_machines_ask_for_the_token_and_show_no_dashboard(name):
+def test_machines_need_the_token_and_hide_the_dashboard(name):
     cluster = load(name, "cluster.yaml")
     assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
     mounts = cluster["file_mounts"]
@@ -125,7 +125,7 @@ def test_machines_ask_for_the_token_and_show_no_dashboard(name):
     assert "--dashboard-host=127.0.0.1" in start
 
 
-def test_aws_lets_nothing_in_but_ssh_from_one_network():
+def test_aws_admits_only_ssh_from_one_network():
     text = (CLUSTER / "aws" / "account.yaml").read_text()
     assert [str(match) for match in lint(text, regions=["us-east-1"])] == []
     plain = yaml.load(re.sub(r"!(Ref|Sub|GetAtt)", "", text), yaml.SafeLoader)
@@ -140,7 +140,7 @@ def test_aws_lets_nothing_in_but_ssh_from_one_network():
         assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
 
 
-def test_aws_heads_change_only_what_they_started():
+def test_aws_head_changes_only_its_own_machines():
     text = (CLUSTER / "aws" / "account.yaml").read_text()
     plain = yaml.load(re.sub(r"!(Ref|Sub|GetAtt)", "", text), yaml.SafeLoader)
     [policy] = plain["Resources"]["HeadRole"]["Properties"]["Policies"]
@@ -154,7 +154,7 @@ def test_aws_heads_change_only_what_they_started():
     assert len(tags) == 2
 
 
-def test_a_template_that_is_wrong_is_found():
+def test_cfn_lint_finds_faults_in_the_template():
     text = (CLUSTER / "aws" / "account.yaml").read_text()
     assert lint(text.replace("FromPort: 22", "FromPort: ssh"), regions=["us-east-1"])
     assert lint(text.replace("!GetAtt Runs.Arn", "!GetAtt Run.Arn"), regions=["us-east-1"])
@@ -167,7 +167,7 @@ echo "$*" >> "$(dirname "$0")/asked"
 
 
 def asked_of_gcloud(folder: Path, *arguments: str) -> list[str]:
-    """What account.sh would have changed, without the options that every command has."""
+    """The commands of account.sh that change something, without common options."""
     (folder / "gcloud").write_text(GCLOUD)
     (folder / "gcloud").chmod(0o755)
     (folder / "asked").write_text("")
@@ -179,7 +179,7 @@ def asked_of_gcloud(folder: Path, *arguments: str) -> list[str]:
     return [line.removeprefix("--project=p --quiet ") for line in asked if " describe " not in line]
 
 
-def test_gcp_accounts_may_do_what_they_must_and_nothing_else(tmp_path):
+def test_gcp_accounts_have_only_the_needed_roles(tmp_path):
     asked = asked_of_gcloud(tmp_path, "p", "b", "203.0.113.7/32")
     head, worker = (f"--member=serviceAccount:mi-ray-{who}@p.iam.gserviceaccount.com" for who in ("head", "worker"))
     granted = [line for line in asked if "add-iam-policy-binding" in line]
@@ -196,7 +196,7 @@ def test_gcp_accounts_may_do_what_they_must_and_nothing_else(tmp_path):
     assert {re.search(r"--source-ranges=(\S+)", rule)[1] for rule in rules} == {"10.10.0.0/20", "203.0.113.7/32"}
 
 
-def test_gcp_accounts_can_be_made_again(tmp_path):
+def test_gcp_account_script_can_be_repeated(tmp_path):
     (tmp_path / "there").touch()
     asked = asked_of_gcloud(tmp_path, "p", "b", "203.0.113.8/32")
     assert not [line for line in asked if " create " in line]
@@ -211,7 +211,7 @@ def hadolint(dockerfile: Path) -> subprocess.CompletedProcess:
     return subprocess.run([command, "--no-color", dockerfile], capture_output=True, text=True)
 
 
-def test_the_dockerfile_is_sound(tmp_path):
+def test_hadolint_accepts_the_dockerfile(tmp_path):
     done = hadolint(CLUSTER / "Dockerfile")
     assert done.returncode == 0, done.stdout
     text = (CLUSTER / "Dockerfile").read_text()
@@ -226,7 +226,7 @@ def test_the_dockerfile_is_sound(tmp_path):
         assert rule in hadolint(broken).stdout
 
 
-def test_the_image_has_the_base_and_the_files_it_names():
+def test_dockerfile_base_and_copied_files_exist():
     lines = re.sub(r"\\\n", " ", (CLUSTER / "Dockerfile").read_text()).splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line.strip() and not line.startswith("#")]
     arguments = dict(value.split("=") for step, value in steps if step == "ARG")
@@ -238,21 +238,21 @@ def test_the_image_has_the_base_and_the_files_it_names():
     assert {f"!{source}" for source in copied} <= set(ignored)
 
 
-def test_ray_is_the_same_everywhere():
+def test_ray_version_is_the_same_in_all_files():
     constraints = (CLUSTER.parent / "constraints.txt").read_text()
     version = re.search(r"^ray==(.+)$", constraints, re.MULTILINE)[1]
     for file in ("Dockerfile", "aws/cluster.yaml", "gcp/cluster.yaml", "kubernetes/raycluster.yaml"):
         assert version in (CLUSTER / file).read_text(), file
 
 
-def test_the_dashboard_shows_every_metric_and_no_other():
+def test_dashboard_shows_exactly_the_metrics():
     dashboard = json.loads((CLUSTER / "monitoring" / "grafana.json").read_text())
     shown = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     expected = {f"ray_{name}_total" for name in metrics.COUNTERS} | {f"ray_{name}" for name in metrics.GAUGES}
     assert set(re.findall(r"ray_mi_ray_\w+", shown)) == expected
 
 
-def test_no_file_holds_a_secret():
+def test_no_file_contains_a_secret():
     for file in CLUSTER.rglob("*"):
         if file.is_file():
             assert not re.search(r"AKIA[0-9A-Z]{16}|BEGIN \w* ?PRIVATE KEY|auth_token: [0-9a-f]{16}", file.read_text())

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests hold what KubeRay and Kubernetes know, and keep strangers out."""
+"""The Kubernetes manifests: valid fields, and no access from outside."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ KUBERAY = ("raycluster", "rayjob")
 
 # ------------------------------------------------------------------------------------------ what KubeRay knows
 def fields(required: str = "", **properties: dict) -> dict:
-    """An object with these fields and no other."""
+    """A schema of an object with exactly these fields."""
     known = {"properties": properties, "required": required.split(), "additionalProperties": False}
     return {"type": "object", **known}
 
@@ -133,7 +133,7 @@ def cluster_spec(name: str) -> dict:
 
 
 def templates(name: str) -> list[dict]:
-    """Of all pods that come of a manifest; the submitter's last."""
+    """The specs of all pods of a manifest; the submitter is last."""
     manifest, spec = load(name), cluster_spec(name)
     found = [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
     return found + ([manifest["spec"]["submitterPodTemplate"]] if manifest["kind"] == "RayJob" else [])
@@ -145,13 +145,13 @@ def pod(template: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_kuberay_and_kubernetes_know_every_field(name):
+def test_kuberay_manifests_have_only_valid_fields(name):
     assert kuberay_faults(load(name)) == []
     assert [kubernetes_faults(pod(template)) for template in templates(name)] == [[]] * len(templates(name))
 
 
 @pytest.mark.parametrize("name", ["networkpolicy", "serviceaccount"])
-def test_kubernetes_knows_every_field(name):
+def test_kubernetes_manifests_have_only_valid_fields(name):
     manifest = load(name)
     assert kubernetes_faults(manifest) == []
     assert kubernetes_faults(manifest | {"specification": {}})
@@ -169,7 +169,7 @@ def test_kubernetes_knows_every_field(name):
         ("spec.submitterPodTemplate.label", {}),
     ],
 )
-def test_what_kuberay_does_not_know_is_found(path, value):
+def test_unknown_kuberay_fields_are_found(path, value):
     manifest = load("rayjob")
     *above, last = path.split(".")
     place = manifest
@@ -179,7 +179,7 @@ def test_what_kuberay_does_not_know_is_found(path, value):
     assert len(kuberay_faults(manifest)) == 1
 
 
-def test_what_a_pod_does_not_know_is_found():
+def test_unknown_pod_fields_are_found():
     for change in ({"terminationGracePeriod": 60}, {"tolerations": [{"keys": "nvidia.com/gpu"}]}, {"restartPolicy": 1}):
         template = templates("rayjob")[1]
         template["spec"] |= change
@@ -187,7 +187,7 @@ def test_what_a_pod_does_not_know_is_found():
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_kuberay_scales_from_zero_with_the_token_and_no_work_on_the_head(name):
+def test_cluster_scales_from_zero_with_a_token_and_an_idle_head(name):
     spec = cluster_spec(name)
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["enableInTreeAutoscaling"] is True
@@ -196,12 +196,12 @@ def test_kuberay_scales_from_zero_with_the_token_and_no_work_on_the_head(name):
     assert all(group["minReplicas"] == 0 for group in spec["workerGroupSpecs"])
 
 
-def test_the_job_has_the_cluster_of_the_other_manifest():
+def test_rayjob_has_the_same_cluster_as_raycluster():
     assert cluster_spec("rayjob") == cluster_spec("raycluster")
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_pods_run_as_nobody_special_and_carry_no_keys(name):
+def test_pods_run_unprivileged_and_without_keys(name):
     for template in templates(name):
         assert template["spec"]["securityContext"]["runAsNonRoot"] is True
         for container in template["spec"]["containers"]:
@@ -213,7 +213,7 @@ def test_pods_run_as_nobody_special_and_carry_no_keys(name):
     ]
 
 
-def test_the_network_policy_covers_every_pod_and_opens_no_port_to_all():
+def test_network_policy_covers_every_pod_and_closes_all_ports():
     policy = load("networkpolicy")
     [(key, value)] = policy["spec"]["podSelector"]["matchLabels"].items()
     for name in KUBERAY:

@@ -1,4 +1,4 @@
-"""A cloud's notice reaches Ray: from a metadata service that behaves as AWS's and Google's do, to a drained node."""
+"""A preemption notice reaches Ray: from a metadata service like that of AWS or Google to a drained node."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ def spot_notice(monkeypatch):
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """Both clouds' metadata services, as far as spot machines ask them; the state is the server's."""
+    """The parts of both clouds' metadata services that spot machines use. The server has the state."""
 
     protocol_version = "HTTP/1.1"
 
@@ -105,7 +105,7 @@ def wait_until(ready):
 
 
 class Commands(list):
-    """In place of subprocess: what would have been run; the first so many fail."""
+    """Replaces subprocess: records the commands; the first ones fail."""
 
     def __init__(self, failing: int = 0):
         self.failing = failing
@@ -117,7 +117,7 @@ class Commands(list):
 
 # ------------------------------------------------------------------------------------------ to the command
 @pytest.mark.parametrize(("cloud", "notice"), [("aws", aws_notice), ("gcp", lambda seconds: "TRUE")])
-def test_a_notice_becomes_the_command_that_drains_the_node(spot_notice, metadata, monkeypatch, cloud, notice):
+def test_notice_runs_the_drain_command(spot_notice, metadata, monkeypatch, cloud, notice):
     commands = Commands()
     monkeypatch.setattr(spot_notice, "subprocess", commands)
     node_id = secrets.token_hex(28)
@@ -145,7 +145,7 @@ def test_a_notice_becomes_the_command_that_drains_the_node(spot_notice, metadata
         assert metadata.asked == 2  # the second waited
 
 
-def test_ray_has_the_command_with_these_options(spot_notice):
+def test_ray_has_the_drain_command_with_these_options(spot_notice):
     from click.testing import CliRunner
     from ray.scripts.scripts import cli
 
@@ -156,7 +156,7 @@ def test_ray_has_the_command_with_these_options(spot_notice):
     assert "No such option" in done.output
 
 
-def test_an_expired_token_is_renewed(spot_notice, metadata, monkeypatch):
+def test_expired_token_is_renewed(spot_notice, metadata, monkeypatch):
     waiting = []
     thread = threading.Thread(daemon=True, target=lambda: waiting.append(spot_notice.wait_aws(metadata.url, 120)))
     thread.start()
@@ -168,12 +168,12 @@ def test_an_expired_token_is_renewed(spot_notice, metadata, monkeypatch):
     assert metadata.answered.count(("/latest/api/token", 200)) == 2
 
 
-def test_a_notice_that_cannot_be_read_is_a_notice(spot_notice, metadata):
+def test_unreadable_notice_counts_as_a_notice(spot_notice, metadata):
     metadata.give("something new")
     assert 115 < spot_notice.wait_aws(metadata.url, 120) - time.time() <= 120
 
 
-def test_without_a_metadata_service_it_goes_on_asking(spot_notice, monkeypatch):
+def test_polling_continues_without_a_metadata_service(spot_notice, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -191,7 +191,7 @@ def test_without_a_metadata_service_it_goes_on_asking(spot_notice, monkeypatch):
                 wait(url, 120)
 
 
-def test_ray_is_told_again_while_there_is_time(spot_notice, monkeypatch):
+def test_drain_is_retried_until_the_deadline(spot_notice, monkeypatch):
     monkeypatch.setattr(spot_notice.time, "sleep", lambda seconds: None)
     commands = Commands(failing=2)
     monkeypatch.setattr(spot_notice, "subprocess", commands)
@@ -203,7 +203,7 @@ def test_ray_is_told_again_while_there_is_time(spot_notice, monkeypatch):
     assert commands[-1][-1] == "--deadline-remaining-seconds=0"
 
 
-def test_there_is_one_of_it(spot_notice, metadata):
+def test_only_one_process_runs(spot_notice, metadata):
     name = secrets.token_hex(8)
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(f"\0mi_ray.spot_notice.{name}")
@@ -233,8 +233,8 @@ print(json.dumps(found))
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_node_is_drained_with_the_token_on(metadata, tmp_path):
-    """Also by the signal that Kubernetes sends a pod, in the way in which KubeRay starts Ray."""
+def test_node_is_drained_with_token_authentication(metadata, tmp_path):
+    """Also after the signal that Kubernetes sends to a pod, with Ray started like by KubeRay."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray_command = str(Path(sys.executable).with_name("ray"))

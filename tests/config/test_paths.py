@@ -1,4 +1,4 @@
-"""Paths of every job's configuration: absolute once read, and no reason to refuse a run whose inputs moved."""
+"""Paths in the configs of all jobs: they become absolute, and a run continues after its inputs moved."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def faults(*arguments: str, model: type[BaseModel] = RunConfig) -> list[str]:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A working directory, whose parent is the user's home."""
+    """A working directory; its parent is the user's home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -58,7 +58,7 @@ def home(tmp_path, monkeypatch):
 
 
 def texts(model: type[BaseModel]) -> dict[str, object]:
-    """The fields of a configuration, sections included, that hold text, with their declarations."""
+    """All text fields of a config and its sections, with their declarations."""
     found = {}
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -70,7 +70,7 @@ def texts(model: type[BaseModel]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_text_is_declared_a_path_or_known_to_be_none(model):
+def test_every_text_field_is_a_path_or_listed_as_no_path(model):
     plain = {name for name, field in texts(model).items() if "AfterValidator" not in repr(field)}
     assert plain <= NO_PATHS
 
@@ -88,7 +88,7 @@ def test_every_text_is_declared_a_path_or_known_to_be_none(model):
         ("file:///a", "file:///a"),
     ],
 )
-def test_a_path_is_absolute_and_a_uri_stays(home, given, expected):
+def test_paths_become_absolute_and_uris_stay(home, given, expected):
     expected = expected.format(home=home)
     assert load("--run-dir", given, "--prompts.file=" + given).run_dir == expected
     assert load(*LEAST, "--prompts.file=" + given, "--evaluation.file", given).prompts.file == expected
@@ -102,7 +102,7 @@ def test_a_path_is_absolute_and_a_uri_stays(home, given, expected):
     assert load("--run-dir", given, model=RescoreConfig).run_dir == expected
 
 
-def test_a_default_is_absolute_too(home):
+def test_default_paths_become_absolute(home):
     assert load("--prompts.file", "p", model=CalibrationConfig).out == str(home / "work" / "calibration.yaml")
     assert load("--image", "x.v.png", "--prompt", "a", model=ScorePairsConfig).map_file == str(
         home / "work/x.v-map.png"
@@ -114,13 +114,13 @@ def test_a_default_is_absolute_too(home):
 @pytest.mark.parametrize(
     ("given", "reason"), [("", "is empty"), ("~nobody-at-all/x", "the user after ~ does not exist")]
 )
-def test_what_is_no_path_is_refused(home, given, reason):
+def test_invalid_paths_are_refused(home, given, reason):
     (fault,) = faults(*LEAST[2:], "--run-dir", given)
     assert fault.startswith("run_dir: ")
     assert reason in fault
 
 
-def test_names_of_models_stay_and_folders_become_absolute(home):
+def test_model_names_stay_and_model_folders_become_absolute(home):
     assert {*SHIPPED} == {*folders.SHIPPED}
     for folder in ("shapes", "me/tiny"):
         assert load(*LEAST, "--model.path", folder).model.path == folder
@@ -136,7 +136,7 @@ def test_names_of_models_stay_and_folders_become_absolute(home):
     assert pinned("/me@x", "c0ffee") == without_revision("/me@x") == "/me@x"
 
 
-def test_what_ray_keeps_a_copy_of_is_read_but_nothing_is_left_there(tmp_path, monkeypatch):
+def test_outputs_in_rays_working_directory_copy_are_refused(tmp_path, monkeypatch):
     """The working directory of the driver of `ray job submit --working-dir .`."""
     package = tmp_path / "ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1"
     (package / "model").mkdir(parents=True)
@@ -160,7 +160,7 @@ SMOKE = [str(Path(__file__).parents[2] / "jobs/configs/shapes-smoke.yaml")]
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, tiny_pipeline):
-    """Make a folder with prompts and a model, and go there."""
+    """Make a folder with prompts and a model, and change to it."""
 
     def make(name: str) -> Path:
         folder = tmp_path / name
@@ -179,7 +179,7 @@ def plan(*arguments: str) -> Plan:
     return Plan(load(*command, *arguments))
 
 
-def test_a_run_goes_on_by_the_same_command_also_where_its_folder_moved(place, monkeypatch, tmp_path):
+def test_run_continues_after_its_folder_moved(place, monkeypatch, tmp_path):
     folder = place("a")
     first = plan()
     open_run(first)
@@ -196,7 +196,7 @@ def test_a_run_goes_on_by_the_same_command_also_where_its_folder_moved(place, mo
     assert [elsewhere.shards.name(i) for i in range(len(elsewhere.shards))] == names
 
 
-def test_other_prompts_or_weights_in_the_same_place_are_refused(place):
+def test_changed_prompts_or_weights_are_refused(place):
     folder = place("a")
     begun = plan()
     open_run(begun)
@@ -213,7 +213,7 @@ def test_other_prompts_or_weights_in_the_same_place_are_refused(place):
         plan("--model.path", "shapes")
 
 
-def test_a_run_of_the_version_that_kept_paths_as_given_goes_on(place):
+def test_run_of_a_version_with_relative_paths_continues(place):
     folder = place("a")
     first = plan()
     open_run(first)
@@ -229,7 +229,7 @@ def test_a_run_of_the_version_that_kept_paths_as_given_goes_on(place):
     assert plan().hash == "0123456789ab"
 
 
-def test_an_audit_keeps_to_its_input(tmp_path, monkeypatch):
+def test_audit_with_another_input_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load("--input", "pairs", "--run-dir", "run", model=ScorePairsConfig)
     before = config.results_config() | {"input": "pairs"}  # as an earlier version kept it

@@ -37,7 +37,7 @@ def config_file(tmp_path):
 
 
 def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """The dotted name of every field that holds a value."""
+    """The dotted names of all fields with a value."""
     names = []
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -56,7 +56,7 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
         ("--resources.batch-size=4",),
     ],
 )
-def test_both_spellings(flag):
+def test_flags_with_hyphens_and_underscores(flag):
     assert load(*LEAST, *flag).resources.batch_size == 4
 
 
@@ -67,7 +67,7 @@ def test_lists(value):
 
 @pytest.mark.parametrize("field", ["train_workers", "num_actors"])
 @pytest.mark.parametrize(("value", "workers"), [("3", (3, 3)), ("1,3", (1, 3))])
-def test_a_number_of_workers_or_the_least_and_the_most(field, value, workers, config_file):
+def test_number_of_workers_is_a_number_or_a_range(field, value, workers, config_file):
     assert getattr(load(*LEAST, f"--resources.{field}", value).resources, field) == workers
     file = config_file(f"resources: {{{field}: {value if value.isdecimal() else f'[{value}]'}}}")
     assert getattr(load(*LEAST, "--config", file).resources, field) == workers
@@ -84,7 +84,7 @@ def test_flags_override_the_file_field_by_field(config_file):
     assert config.evaluation.pmi is False
 
 
-def test_a_section_set_in_part_keeps_the_rest_of_its_default():
+def test_partly_set_section_keeps_its_other_defaults():
     sampler = load(*LEAST, "--evaluation.sampler.guidance-scale", "3").evaluation.sampler
     assert (sampler.solver, sampler.num_inference_steps, sampler.guidance_scale) == ("ddim", 50, 3)
 
@@ -99,7 +99,7 @@ def test_none_empties_a_list(config_file):
     assert (config.evaluation.controls, config.finetune.log_to) == ((), ())
 
 
-def test_of_several_files_the_later_one_wins(config_file, tmp_path):
+def test_later_config_file_overrides_earlier_ones(config_file, tmp_path):
     first = config_file("run_dir: a\nprompts: {file: p.txt, limit: 8}\nscore: {log_snr_min: -4, num_samples: 3}\n")
     second = tmp_path / "calibration.yaml"
     second.write_text("score: {log_snr_min: -3, log_snr_max: -1}\n")
@@ -116,28 +116,28 @@ def test_dry_run_and_the_smoke_file(config_file):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("shapes*.yaml")), ids=lambda path: path.name)
-def test_shipped_configs_are_valid_and_name_files_that_exist(path):
+def test_configs_of_the_repository_are_valid(path):
     config = load("--config", str(path))
     assert (ROOT / config.prompts.file).is_file()
     assert config.evaluation.file is None or (ROOT / config.evaluation.file).is_file()
 
 
-def test_the_calibration_config_is_valid():
+def test_calibration_config_is_valid():
     config, _ = load_config(["--config", str(ROOT / "jobs/configs/calibrate-smoke.yaml")], model=CalibrationConfig)
     assert (ROOT / config.prompts.file).is_file()
 
 
 # ------------------------------------------------------------------------------------------ faults
-def test_all_faults_are_told_at_once(config_file):
+def test_all_faults_are_reported_together(config_file):
     file = config_file("run_dir: a\nprompt: {file: p.txt}\nsampler: {solver: euler, guidence_scale: 3}\nseed: many\n")
-    told = faults("--config", file, "--select.top-k", "0", "--rounds.count", "3", "extra")
-    assert sorted(fault.partition(":")[0] for fault in told) == [
+    text = faults("--config", file, "--select.top-k", "0", "--rounds.count", "3", "extra")
+    assert sorted(fault.partition(":")[0] for fault in text) == [
         *("--rounds.count", "extra", "prompt", "prompts.file"),
         *("sampler.guidence_scale", "sampler.solver", "seed", "select.top_k"),
     ]
-    told = "\n".join(told)
-    assert "sampler.solver: 'euler' is not valid; input should be 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m-sde'" in told
-    assert "prompts.file: missing; set it in the config file or with --prompts.file" in told
+    text = "\n".join(text)
+    assert "sampler.solver: 'euler' is not valid; input should be 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m-sde'" in text
+    assert "prompts.file: missing; set it in the config file or with --prompts.file" in text
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_unknown_keys_are_refused_with_a_suggestion(config_file):
         (("--select.top-k", "50"), "there are only 50 candidates per prompt"),
     ],
 )
-def test_values_that_will_not_do(arguments, expected):
+def test_invalid_values_are_refused(arguments, expected):
     (fault,) = faults(*LEAST, *arguments)
     assert expected in fault
 
@@ -208,7 +208,7 @@ def test_values_that_will_not_do(arguments, expected):
         (None, "cannot be read"),
     ],
 )
-def test_config_files_that_will_not_do(config_file, tmp_path, content, expected):
+def test_invalid_config_files_are_refused(config_file, tmp_path, content, expected):
     file = str(tmp_path / "none.yaml") if content is None else config_file(content)
     (fault,) = faults("--config", file)
     assert expected in fault
@@ -252,7 +252,7 @@ def test_exit_codes_and_messages():
 
 
 # ------------------------------------------------------------------------------------------ the hash
-def test_the_hash_ignores_where_and_how_fast():
+def test_hash_ignores_paths_and_resources():
     base = load(*LEAST).hash()
     assert re.fullmatch("[0-9a-f]{12}", base)
     moved = ("--run-dir", "elsewhere", "--prompts.file", "prompts.txt", "--resources.batch-size", "3")
@@ -261,7 +261,7 @@ def test_the_hash_ignores_where_and_how_fast():
     assert load(*LEAST, "--evaluation.sampler.num-inference-steps", "10").hash() != base
 
 
-def test_the_size_is_part_of_the_hash_and_one_that_is_not_set_leaves_it_as_it_was():
+def test_hash_includes_the_image_size_only_if_set():
     base, larger = load(*LEAST), load(*LEAST, "--model.height", "128")
     assert larger.hash() != base.hash()
     assert larger.results_config()["model"] == {"path": "shapes", "height": 128, "dtype": "auto"}
@@ -273,14 +273,14 @@ def test_the_size_is_part_of_the_hash_and_one_that_is_not_set_leaves_it_as_it_wa
     assert wide.hash() != alone.hash()
 
 
-def test_the_hash_survives_a_round_trip_through_yaml(config_file):
+def test_hash_is_equal_after_a_yaml_round_trip(config_file):
     config = load(*LEAST, "--score.names", "pmi,mitune", "--finetune.learning-rate", "3e-5")
     file = config_file(yaml.safe_dump(config.model_dump(mode="json")))
     assert load("--config", file) == config
     assert load("--config", file).hash() == config.hash()
 
 
-def test_a_config_is_frozen():
+def test_config_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         load(*LEAST).seed = 3
 
@@ -291,22 +291,22 @@ def test_flatten():
 
 @pytest.mark.parametrize("uri", ["s3://id:word@bucket/x", "s3://id:wo/rd@bucket/x", "s3://bucket/x?session_token=word"])
 def test_credentials_are_refused_and_not_repeated(uri):
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as reported:
         load_config(["--run-dir", uri, "--prompts.file", "prompts.txt"])
-    assert "credentials" in str(told.value)
-    assert "rd@" not in str(told.value)
-    assert "word" not in str(told.value)
+    assert "credentials" in str(reported.value)
+    assert "rd@" not in str(reported.value)
+    assert "word" not in str(reported.value)
 
 
 @pytest.mark.parametrize(("value", "scales"), [("4", (3, 4)), ("4,1", (1, 3, 4)), ("none", (3,)), ("3,3", (3,))])
-def test_an_evaluation_has_its_samplers_guidance_scale_and_those_of_the_list(value, scales):
+def test_evaluation_samplers_have_all_guidance_scales(value, scales):
     sampler = ("--evaluation.sampler.guidance-scale", "3")
     evaluation = load(*LEAST, *sampler, "--evaluation.guidance_scales", value).evaluation
     assert tuple(evaluation.samplers) == scales
     assert all(sampler.guidance_scale == scale for scale, sampler in evaluation.samplers.items())
 
 
-def test_without_guidance_no_score_may_need_both_branches():
+def test_scores_with_both_branches_need_guidance():
     with pytest.raises(ConfigError) as error:
         load(*LEAST, "--sampler.guidance-scale", "1")
     assert "sampler.guidance_scale is 1, but mitune needs both branches" in str(error.value)

@@ -1,4 +1,4 @@
-"""One value for all that a prompt becomes: rows are picked, joined, repeated and moved together."""
+"""Conditioning: rows of all tensors are selected, joined, repeated and moved together."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from mi_ray.diffusion.conditioning import Conditioning
 
 @pytest.fixture
 def three() -> Conditioning:
-    """As a family with a mask and a pooled vector would have it."""
+    """The conditioning of a family with a mask and a pooled vector."""
     embeds = torch.arange(24.0).view(3, 4, 2)
     return Conditioning({"embeds": embeds, "mask": torch.tensor([[1, 1, 0, 0]] * 3), "pooled": torch.eye(3)})
 
@@ -19,7 +19,7 @@ def equal(ours: Conditioning, theirs: Conditioning) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours.tensors)
 
 
-def test_rows_are_picked_together_in_any_order_and_number(three):
+def test_rows_selects_the_same_rows_of_all_tensors(three):
     assert len(three) == 3
     picked = three.rows(torch.tensor([2, 0, 2, 2]))
     assert picked["embeds"].shape == (4, 4, 2)
@@ -29,13 +29,13 @@ def test_rows_are_picked_together_in_any_order_and_number(three):
     assert len(three.rows(torch.empty(0, dtype=torch.long))) == 0
 
 
-def test_parts_join_to_the_whole(three):
+def test_cat_joins_parts(three):
     parts = [three.rows(slice(0, 1)), three.rows(slice(1, 3))]
     assert equal(Conditioning.cat(parts), three)
     assert equal(Conditioning.cat(iter(parts)), three)
 
 
-def test_one_row_stands_for_many_without_a_copy(three):
+def test_expand_repeats_one_row_without_a_copy(three):
     one = three.rows(slice(1, 2))
     many = one.expand(5)
     assert len(many) == 5
@@ -46,7 +46,7 @@ def test_one_row_stands_for_many_without_a_copy(three):
         three.expand(5)
 
 
-def test_precision_changes_numbers_and_not_masks(three):
+def test_to_dtype_changes_only_floating_point_tensors(three):
     half = three.to(dtype=torch.bfloat16)
     assert {name: tensor.dtype for name, tensor in half.tensors.items()} == {
         "embeds": torch.bfloat16,
@@ -59,7 +59,7 @@ def test_precision_changes_numbers_and_not_masks(three):
     assert equal(three.cpu(), three)
 
 
-def test_what_does_not_belong_together_is_refused(three):
+def test_invalid_conditionings_are_refused(three):
     with pytest.raises(
         ValueError, match=r"has these tensors: embeds \(3, 2\), pooled \(2, 2\); give .* one row per prompt"
     ):
@@ -74,7 +74,7 @@ def test_what_does_not_belong_together_is_refused(three):
 
 
 class Pooling(torch.nn.Module):
-    """A network that a conditioning is an argument of."""
+    """A network with a conditioning as argument."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,7 @@ class Pooling(torch.nn.Module):
         return (conditioning["embeds"] @ self.weight * conditioning["mask"]).sum()
 
 
-def test_data_parallel_training_hands_it_on(three, tmp_path):
+def test_conditioning_passes_through_data_parallel_training(three, tmp_path):
     alone, parallel = Pooling(), Pooling()
     alone(three).backward()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)

@@ -32,7 +32,7 @@ def denoiser(tiny_pipeline):
 
 @pytest.fixture
 def copy(tiny_pipeline, tmp_path):
-    """A copy of the tiny model, to be broken."""
+    """A copy of the tiny model that a test can damage."""
     return shutil.copytree(tiny_pipeline, tmp_path / "model")
 
 
@@ -52,7 +52,7 @@ def test_shapes_and_tokens(denoiser):
     assert not any(p.requires_grad for p in denoiser.unet.parameters())
 
 
-def test_prompts_are_encoded_as_by_the_pipeline(denoiser, tiny_pipeline):
+def test_encode_prompts_equals_diffusers(denoiser, tiny_pipeline):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     prompts = ["a red circle", "a blue star " * 20]
     theirs, null = pipeline.encode_prompt(prompts, "cpu", 1, True)
@@ -60,7 +60,7 @@ def test_prompts_are_encoded_as_by_the_pipeline(denoiser, tiny_pipeline):
     torch.testing.assert_close(denoiser.encode_prompts([""])["embeds"], null[:1])
 
 
-def test_v_prediction_becomes_epsilon(tiny_v_pipeline):
+def test_v_prediction_is_converted_to_epsilon(tiny_v_pipeline):
     denoiser = load_denoiser(str(tiny_v_pipeline), device="cpu")
     x_t, timesteps, conditioning = _inputs(denoiser)
     v = denoiser.unet(x_t, timesteps, conditioning["embeds"]).sample
@@ -72,7 +72,7 @@ def test_v_prediction_becomes_epsilon(tiny_v_pipeline):
     torch.testing.assert_close(between, expected, rtol=0.05, atol=0.05)
 
 
-def test_half_precision_stays_inside(denoiser, tiny_pipeline):
+def test_half_precision_denoiser_returns_fp32(denoiser, tiny_pipeline):
     half = load_denoiser(str(tiny_pipeline), dtype="bfloat16", device="cpu")
     assert half.unet.dtype == half.dtype == torch.bfloat16
     assert half.text_encoder.dtype == half.vae.dtype == torch.float32  # on a CPU
@@ -82,7 +82,7 @@ def test_half_precision_stays_inside(denoiser, tiny_pipeline):
     torch.testing.assert_close(predicted, denoiser.predict_epsilon(*inputs), rtol=0.1, atol=0.1)
 
 
-def test_images_are_those_of_the_pipelines_autoencoder(denoiser, tiny_pipeline):
+def test_decode_equals_diffusers(denoiser, tiny_pipeline):
     vae = StableDiffusionPipeline.from_pretrained(tiny_pipeline).vae
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (35, 64, 64, 3), dtype=np.uint8)  # more than one chunk
@@ -102,7 +102,7 @@ def test_images_are_those_of_the_pipelines_autoencoder(denoiser, tiny_pipeline):
 
 # ---------------------------------------------------------------------------------------------- adapters
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_a_merged_adapter_equals_the_unmerged_model(tiny_pipeline, tmp_path, denoiser, use_dora):
+def test_merged_adapter_equals_the_unmerged_adapter(tiny_pipeline, tmp_path, denoiser, use_dora):
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
     config = LoraConfig(
@@ -127,7 +127,7 @@ def test_a_merged_adapter_equals_the_unmerged_model(tiny_pipeline, tmp_path, den
     assert not any("lora" in name for name, _ in tuned.unet.named_modules())
 
 
-def test_a_second_one_beside_the_first_shares_all_but_the_unet(tiny_pipeline, denoiser):
+def test_second_denoiser_shares_all_but_the_network(tiny_pipeline, denoiser):
     second = load_denoiser(str(tiny_pipeline), device="cpu", beside=denoiser)
     assert second.unet is not denoiser.unet
     assert (second.text_encoder, second.tokenizer, second.vae) == (
@@ -138,13 +138,13 @@ def test_a_second_one_beside_the_first_shares_all_but_the_unet(tiny_pipeline, de
     assert torch.equal(second.predict(*_inputs(second)), denoiser.predict(*_inputs(denoiser)))
 
 
-def test_a_folder_without_adapter_is_refused(tiny_pipeline, tmp_path):
+def test_folder_without_an_adapter_is_refused(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         load_denoiser(str(tiny_pipeline), device="cpu", adapter=tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- checks
-def test_a_good_model_passes(tiny_pipeline, tiny_v_pipeline):
+def test_check_model_accepts_a_valid_model(tiny_pipeline, tiny_v_pipeline):
     check_model(str(tiny_pipeline))
     check_model(str(tiny_v_pipeline))
     assert load_tokenizer(str(tiny_pipeline))("a red circle").input_ids
@@ -178,7 +178,7 @@ def test_folder_without_index(tmp_path):
         ("scheduler", "scheduler/scheduler_config.json"),
     ],
 )
-def test_a_missing_part_is_named(copy, missing, named):
+def test_check_model_names_a_missing_part(copy, missing, named):
     path = copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ValueError, match=named):
@@ -187,7 +187,7 @@ def test_a_missing_part_is_named(copy, missing, named):
         load_denoiser(str(copy))
 
 
-def test_all_missing_parts_are_listed(copy):
+def test_check_model_lists_all_missing_parts(copy):
     shutil.rmtree(copy / "vae")
     (copy / "unet" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     (copy / "scheduler" / "scheduler_config.json").write_text("{")
@@ -227,7 +227,7 @@ def test_inpainting_is_refused(copy):
         check_model(str(copy))
 
 
-def test_the_autoencoder_takes_fewer_images_where_memory_does_not_suffice(tiny_pipeline):
+def test_autoencoder_batches_are_halved_if_memory_runs_out(tiny_pipeline):
     whole, small = load_denoiser(str(tiny_pipeline)), load_denoiser(str(tiny_pipeline))
     latents = torch.randn(11, *whole.latent_shape, generator=torch.Generator().manual_seed(0))
 
@@ -245,7 +245,7 @@ def test_the_autoencoder_takes_fewer_images_where_memory_does_not_suffice(tiny_p
         small.decode(latents)
 
 
-def test_a_model_without_a_schedule_is_one_message(tiny_pipeline, tmp_path):
+def test_model_without_a_schedule_gives_one_message(tiny_pipeline, tmp_path):
     copy = shutil.copytree(tiny_pipeline, tmp_path / "copy")
     (copy / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"scheduler_config\.json that is not JSON"):
@@ -257,7 +257,7 @@ def test_a_model_without_a_schedule_is_one_message(tiny_pipeline, tmp_path):
 
 @pytest.fixture
 def hub(tiny_pipeline, tiny_v_pipeline, tmp_path, monkeypatch):
-    """A cache of the hub that holds two commits of me/tiny: the first predicts epsilon; the second, main, v."""
+    """A hub cache with two commits of me/tiny: the first predicts epsilon, the second (main) v."""
     model = tmp_path / "models--me--tiny"
     for commit, source in (("1" * 40, tiny_pipeline), ("2" * 40, tiny_v_pipeline)):
         shutil.copytree(source, model / "snapshots" / commit)
@@ -268,7 +268,7 @@ def hub(tiny_pipeline, tiny_v_pipeline, tmp_path, monkeypatch):
     return model
 
 
-def test_a_hub_model_is_pinned_to_its_commit(hub):
+def test_hub_model_is_pinned_to_its_commit(hub):
     first, second = "1" * 40, "2" * 40
     assert model_commit("me/tiny") == second
     assert model_commit(f"me/tiny@{first}") == first
@@ -283,7 +283,7 @@ def test_a_hub_model_is_pinned_to_its_commit(hub):
     assert without_revision("a@b/c/d") == "a@b/c/d"
 
 
-def test_a_run_goes_on_with_the_commit_that_it_began_with(hub, tmp_path):
+def test_run_continues_with_the_commit_of_its_start(hub, tmp_path):
     def plan(path: str = "me/tiny") -> Plan:
         smoke = ["--config", "jobs/configs/shapes-smoke.yaml", "--run-dir", str(tmp_path / "run")]
         return Plan(load_config([*smoke, "--model.path", path])[0])
@@ -298,7 +298,7 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(hub, tmp_path):
         plan("me/tiny@main")
 
 
-def test_a_hub_model_of_another_kind_is_told_before_anything_starts(hub, tmp_path):
+def test_unsupported_hub_model_is_reported_before_the_start(hub, tmp_path):
     index = hub / "snapshots" / ("2" * 40) / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
     smoke = ["--config", "jobs/configs/shapes-smoke.yaml", "--run-dir", str(tmp_path / "run")]
@@ -306,7 +306,7 @@ def test_a_hub_model_of_another_kind_is_told_before_anything_starts(hub, tmp_pat
         Plan(load_config([*smoke, "--model.path", "me/tiny"])[0])
 
 
-def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch, tmp_path):
+def test_unreachable_hub_gives_one_message(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for load in (load_denoiser, load_tokenizer, load_schedule):

@@ -7,7 +7,7 @@ from mi_ray.diffusion.schedules import NoiseSchedule, epsilon_from
 
 SHAPES = [(1, 4, 8, 8), (3, 4, 7, 5), (2, 16, 32, 32), (5, 3, 11), (2, 1), (4, 1031)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU, Triton's interpreter runs the program
-PRECISION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of what is written
+PRECISION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the outputs
 
 
 @pytest.fixture(params=["eager", "triton"])
@@ -18,13 +18,13 @@ def kernel(request):
 
 
 def _coefficients(rows: int) -> torch.Tensor:
-    """(rows, 8), every row with other numbers."""
+    """(rows, 8), all rows different."""
     row = torch.tensor([0.7, 0.4, -0.2, 0.3, 1.6, -1.3, 0.8, 0.5], device=DEVICE)
     return row * torch.linspace(1, 1.5, rows, device=DEVICE).unsqueeze(1)
 
 
 def _truth(conditional, unconditional, x_t, before, noise, coefficients, weight):
-    """next, x0, ||Delta||^2, <g, Delta> and the map by the docstring's formulas in fp64."""
+    """next, x0, ||Delta||^2, <g, Delta> and the map, from the formulas of the docstring, in fp64."""
     column = (-1, *[1] * (x_t.ndim - 1))
     c = Coefficients(*(values.double().view(column) for values in coefficients.unbind(1)))
     conditional, x_t = conditional.double(), x_t.double()
@@ -43,12 +43,12 @@ def _truth(conditional, unconditional, x_t, before, noise, coefficients, weight)
 def _draw(shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     conditional, unconditional, x_t, before, noise = torch.randn(5, *shape, generator=generator).to(DEVICE)
-    unconditional = conditional + 0.1 * unconditional  # the prompt says little, as in sampling
+    unconditional = conditional + 0.1 * unconditional  # a small effect of the prompt, as in sampling
     return conditional.to(dtype), unconditional.to(dtype), x_t, before, noise
 
 
 def _check(kernel, arguments, coefficients, weight, with_x0=True, with_map=False):
-    """Run a step and hold all that it writes against fp64."""
+    """Run a step and compare all its outputs with fp64."""
     x_t = arguments[2]
     parts = statistics_parts(x_t.shape[1:], kernel, with_map)
     curves = torch.full((4, 2, len(x_t), parts), 7.0, device=DEVICE)
@@ -68,23 +68,23 @@ def _check(kernel, arguments, coefficients, weight, with_x0=True, with_map=False
     assert ((curves[1, 1].sum(-1).double() - cross).abs() <= 1e-5 * scale).all()
     if with_map:
         torch.testing.assert_close(delta_map.double(), true_map, rtol=1e-5, atol=1e-6)
-    assert (curves[[0, 2, 3]] == 7).all()  # those of other steps
+    assert (curves[[0, 2, 3]] == 7).all()  # the other steps are unchanged
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_step_against_fp64(kernel, shape, dtype):
+def test_step_equals_fp64(kernel, shape, dtype):
     _check(kernel, _draw(shape, dtype), _coefficients(1), 7.5)
 
 
 @pytest.mark.parametrize(("multistep", "noisy", "with_x0"), [(0, 0, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (1, 1, 1)])
-def test_what_a_solver_does_not_need_is_left_out(kernel, multistep, noisy, with_x0):
+def test_step_without_optional_inputs_equals_fp64(kernel, multistep, noisy, with_x0):
     conditional, unconditional, x_t, before, noise = _draw((3, 4, 7, 5), torch.float16)
     arguments = conditional, unconditional, x_t, before if multistep else None, noise if noisy else None
     _check(kernel, arguments, _coefficients(1), 7.5, with_x0=bool(with_x0))
 
 
-def test_each_sample_may_have_its_own_guidance_and_coefficients(kernel):
+def test_step_with_guidance_and_coefficients_per_sample(kernel):
     _check(
         kernel,
         _draw((5, 4, 9, 8), torch.float32),
@@ -94,24 +94,24 @@ def test_each_sample_may_have_its_own_guidance_and_coefficients(kernel):
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 3, 7, 5), (2, 16, 40, 32), (2, 5, 11)])
-def test_the_map_sums_over_channels(kernel, shape):
+def test_delta_map_is_the_sum_over_channels(kernel, shape):
     _check(kernel, _draw(shape, torch.bfloat16), _coefficients(1), 7.5, with_map=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_latents_too_may_be_of_half_precision(kernel, dtype):
+def test_step_with_latents_in_half_precision(kernel, dtype):
     _check(kernel, tuple(values.to(dtype) for values in _draw((3, 4, 8, 8), dtype)), _coefficients(1), 3.0)
 
 
-def test_channels_last_memory_is_no_matter(kernel):
+def test_step_with_channels_last_memory(kernel):
     arguments = [values.contiguous(memory_format=torch.channels_last) for values in _draw((3, 4, 8, 6), torch.float16)]
     _check(kernel, arguments, _coefficients(3), 3.0)
-    arguments[4] = arguments[4].contiguous()  # the noise, as it comes from its generators
+    arguments[4] = arguments[4].contiguous()  # noise has the default layout
     _check(kernel, arguments, _coefficients(3), 3.0)
     _check(kernel, arguments, _coefficients(3), 3.0, with_map=True)
 
 
-def test_without_guidance_the_prediction_is_followed_and_the_statistics_are_unknown(kernel):
+def test_step_without_guidance_has_no_statistics(kernel):
     conditional, _, x_t, before, noise = _draw((3, 4, 8, 8), torch.float16)
     curves = torch.zeros(2, 3, statistics_parts(x_t.shape[1:], kernel), device=DEVICE)
     following, x0 = guided_step(conditional, None, x_t, before, noise, _coefficients(1), 7.5, curves, kernel=kernel)
@@ -121,7 +121,7 @@ def test_without_guidance_the_prediction_is_followed_and_the_statistics_are_unkn
     assert curves.isnan().all()
 
 
-def test_the_programs_result_does_not_depend_on_the_batch():
+def test_triton_step_does_not_depend_on_the_batch():
     pytest.importorskip("triton")
     arguments = _draw((5, 4, 24, 24), torch.float16)
     together = torch.zeros(2, 5, statistics_parts((4, 24, 24), "triton"), device=DEVICE)
@@ -133,7 +133,7 @@ def test_the_programs_result_does_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_statistics_are_of_epsilon_whatever_the_model_predicts(prediction_type):
+def test_statistics_use_epsilon_for_every_prediction_type(prediction_type):
     schedule = NoiseSchedule.from_config({"beta_schedule": "scaled_linear", "prediction_type": prediction_type})
     plan = solver_plan(schedule, "ddim", 5)
     conditional, unconditional, x_t, _, _ = _draw((3, 4, 8, 8), torch.float32)
@@ -152,16 +152,16 @@ def test_statistics_are_of_epsilon_whatever_the_model_predicts(prediction_type):
 
 
 # ---------------------------------------------------------------------------------------------- the choice
-def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
+def test_choose_kernel_refuses_a_kernel_that_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="eager"):  # for want of Triton, or of a GPU
+    with pytest.raises(ValueError, match="eager"):  # without Triton, or without a GPU
         choose_kernel("triton", torch.device("cpu"))
     monkeypatch.setattr("mi_ray.diffusion.kernels.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed"):
         choose_kernel("triton", torch.device("cuda"))
 
 
-def test_auto_says_what_it_took(caplog, monkeypatch):
+def test_choose_kernel_auto_logs_its_choice(caplog, monkeypatch):
     with caplog.at_level("INFO", logger="mi_ray.diffusion.kernels"):
         assert choose_kernel("auto", torch.device("cpu")) == "eager"
         monkeypatch.setattr("mi_ray.diffusion.kernels.find_spec", lambda name: object())

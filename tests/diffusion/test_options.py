@@ -1,4 +1,4 @@
-"""Options that make sampling and training cheaper: what they leave out, and that nothing else changes."""
+"""Options that make sampling and training cheaper: their effect, and that results do not change otherwise."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def denoiser(tiny_pipeline):
 
 
 def _watched(denoiser) -> list[int]:
-    """The batch sizes of the UNet's calls from now on."""
+    """Records the batch sizes of the UNet's calls."""
     sizes = []
     denoiser.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     return sizes
@@ -33,7 +33,7 @@ def _arguments(denoiser, solver="ddim", steps=8):
 
 
 # ---------------------------------------------------------------------------------------------- guidance interval
-def test_outside_the_interval_one_branch_is_evaluated_and_followed(denoiser):
+def test_guidance_interval_evaluates_one_branch_outside(denoiser):
     arguments = _arguments(denoiser)
     plan, conditioning, null, latents = arguments[1:5]
     log_snr = denoiser.schedule.log_snr[plan.timesteps]
@@ -67,7 +67,7 @@ def _run_config(**sections) -> RunConfig:
     return RunConfig.model_validate(required | sections)
 
 
-def test_scores_that_need_both_branches_forbid_an_interval():
+def test_guidance_interval_is_refused_with_scores_of_both_branches():
     interval = {"guidance_interval": INTERVAL}
     _run_config(sampler=interval)
     banded = {"names": ["trajectory_banded"], "log_snr_min": -3.0, "log_snr_max": -1.0}
@@ -83,7 +83,7 @@ def test_scores_that_need_both_branches_forbid_an_interval():
 
 
 # ---------------------------------------------------------------------------------------------- the denoiser
-def test_each_candidate_may_have_its_own_guidance(denoiser):
+def test_guidance_scale_per_candidate(denoiser):
     denoiser, plan, conditioning, null, latents, _, noise = _arguments(denoiser, "dpm++2m")
     scales = torch.tensor([1.5, 3.0, 7.5])
     ours = sample(denoiser, plan, conditioning, null, latents, scales, noise)
@@ -93,7 +93,7 @@ def test_each_candidate_may_have_its_own_guidance(denoiser):
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "dpm++2m", "dpm++2m-sde"])
-def test_sampling_goes_on_where_it_was_left(denoiser, solver):
+def test_sampling_can_continue_from_a_state(denoiser, solver):
     whole = sample(*_arguments(denoiser, solver))
     denoiser, plan, conditioning, null, latents, scale, noise = _arguments(denoiser, solver)
     *_, state = sampling_steps(denoiser, plan, conditioning, null, latents, scale, noise, steps=range(3))
@@ -105,7 +105,7 @@ def test_sampling_goes_on_where_it_was_left(denoiser, solver):
     torch.testing.assert_close(last.delta_sq[:, 3:], whole.delta_sq[:, 3:], rtol=1e-4, atol=1e-6)
 
 
-def test_channels_last_changes_nothing(denoiser, tiny_pipeline):
+def test_channels_last_does_not_change_outputs(denoiser, tiny_pipeline):
     plain = sample(*_arguments(denoiser, "ddpm"))
     other = load_denoiser(str(tiny_pipeline), device="cpu")
     other.specialise(channels_last=True, compiled=None, rows=())
@@ -114,8 +114,8 @@ def test_channels_last_changes_nothing(denoiser, tiny_pipeline):
     torch.testing.assert_close(ours.delta_sq, plain.delta_sq, rtol=1e-3, atol=1e-6)
 
 
-def test_compiled_batches_are_filled_up(denoiser, monkeypatch):
-    """The compiler itself is left out: this is about the shapes that it meets."""
+def test_compiled_batches_are_padded(denoiser, monkeypatch):
+    """Only the shapes are tested, without the compiler."""
     plain = sample(*_arguments(denoiser), guidance_interval=INTERVAL)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     denoiser.specialise(channels_last=False, compiled="default", rows=(4, 8))
@@ -126,21 +126,21 @@ def test_compiled_batches_are_filled_up(denoiser, monkeypatch):
     torch.testing.assert_close(ours.delta_sq, plain.delta_sq, rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
-def test_what_needs_a_gpu_is_refused_without_one():
+def test_options_for_gpus_are_refused_without_a_gpu():
     for option, chosen in (("kernel", "triton"), ("compile", "cuda-graphs")):
         with pytest.raises(ValidationError, match=f"model.{option} is {chosen}"):
             _run_config(model={option: chosen})
         _run_config(model={option: chosen}, resources={"gpus_per_actor": 1})
 
 
-def test_options_of_speed_are_not_part_of_the_result():
+def test_speed_options_are_not_in_the_hash():
     fast = {"kernel": "eager", "channels_last": True, "compile": "default"}
     assert _run_config(model=fast, finetune={"activation_checkpointing": True}).hash() == _run_config().hash()
     assert _run_config(prune={"by": "pmi"}).hash() != _run_config().hash()
 
 
 # ---------------------------------------------------------------------------------------------- fine-tuning
-def test_activation_checkpointing_computes_again_and_gives_the_same_gradients(tiny_pipeline):
+def test_activation_checkpointing_gives_the_same_gradients(tiny_pipeline):
     def gradients(checkpointing: bool) -> tuple[list[torch.Tensor], int]:
         denoiser = load_denoiser(str(tiny_pipeline), device="cpu")
         torch.manual_seed(0)

@@ -26,12 +26,12 @@ def _scheduler(solver: str, **settings):
 
 
 def _prediction(x_t: torch.Tensor, t: int) -> torch.Tensor:
-    """A smooth stand-in for a network, the same for both sides."""
+    """A smooth function in place of the network, for both implementations."""
     return torch.sin(1.3 * x_t + t / 300) + 0.2 * x_t.roll(1, 0)
 
 
 def _theirs(scheduler, steps: int, latents: torch.Tensor, seed: int) -> list[torch.Tensor]:
-    """The latents after each of diffusers' steps."""
+    """The latents after each step of diffusers."""
     scheduler.set_timesteps(steps)
     generator = {} if isinstance(scheduler, DDIMScheduler) else {"generator": torch.Generator().manual_seed(seed)}
     states, x_t = [], latents
@@ -54,7 +54,7 @@ def _ours(schedule, plan, latents: torch.Tensor, seed: int) -> list[torch.Tensor
 
 
 def _assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]):
-    """Equal up to fp32 rounding, of which diffusers' own tables have their share."""
+    """Equal up to fp32 rounding; diffusers' own tables are rounded too."""
     ours, theirs = torch.stack(ours), torch.stack(theirs)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
@@ -103,7 +103,7 @@ def test_timesteps_equal_diffusers_for_every_count(solver, spacing):
         assert solver_plan(schedule, solver, steps, spacing).timesteps.tolist() == theirs
 
 
-def test_the_stochastic_solvers_need_noise_and_not_at_their_last_step():
+def test_stochastic_solvers_add_noise_except_at_the_last_step():
     schedule = NoiseSchedule.from_config(SCALED_LINEAR)
     plans = {solver: solver_plan(schedule, solver, 10) for solver in SCHEDULERS}
     assert [solver for solver, plan in plans.items() if plan.stochastic] == ["ddpm", "dpm++2m-sde"]
@@ -122,7 +122,7 @@ def test_the_stochastic_solvers_need_noise_and_not_at_their_last_step():
         ("ddpm", 1000, "leading", "steps_offset"),
     ],
 )
-def test_a_plan_that_cannot_be_is_refused(solver, steps, spacing, named):
+def test_solver_plan_refuses_invalid_arguments(solver, steps, spacing, named):
     schedule = NoiseSchedule.from_config({**SCALED_LINEAR, "steps_offset": 1})
     with pytest.raises(ValueError, match=named):
         solver_plan(schedule, solver, steps, spacing)
@@ -185,7 +185,7 @@ def test_sampling_at_another_size_equals_the_diffusers_pipeline(folder):
 
 
 @pytest.mark.parametrize("solver", SCHEDULERS)
-def test_a_candidate_does_not_depend_on_its_batch(denoiser, solver):
+def test_candidate_does_not_depend_on_its_batch(denoiser, solver):
     together = _sample(denoiser, solver, PROMPTS, SEEDS)
     for i in range(len(SEEDS)):
         alone = _sample(denoiser, solver, PROMPTS[i : i + 1], SEEDS[i : i + 1])
@@ -193,7 +193,7 @@ def test_a_candidate_does_not_depend_on_its_batch(denoiser, solver):
         torch.testing.assert_close(alone.delta_sq[0], together.delta_sq[i], rtol=1e-4, atol=1e-6)
 
 
-def test_noise_of_a_candidate_is_its_own():
+def test_noise_of_a_candidate_depends_only_on_its_seed():
     latents, step_noise = candidate_noise([5, 6, 7], (4, 8, 8))
     alone, alone_step = candidate_noise([6], (4, 8, 8))
     assert torch.equal(latents[1], alone[0])
@@ -203,7 +203,7 @@ def test_noise_of_a_candidate_is_its_own():
         assert not torch.equal(noise[0], noise[1])
 
 
-def test_recorded_statistics_are_those_of_the_branches(denoiser):
+def test_statistics_equal_those_of_the_branches(denoiser):
     conditioning, null = denoiser.encode_prompts(PROMPTS), denoiser.encode_prompts([""])
     plan = solver_plan(denoiser.schedule, "ddim", 6)
     latents, _ = candidate_noise(SEEDS, denoiser.latent_shape)
@@ -217,7 +217,7 @@ def test_recorded_statistics_are_those_of_the_branches(denoiser):
         torch.testing.assert_close(of_step[1], (conditional * delta).flatten(1).sum(1), rtol=1e-3, atol=1e-4)
         x_t = state.latents
     assert (state.delta_sq[:2] > 0).all()
-    assert np.allclose(state.delta_sq[2], 0, atol=1e-6)  # the empty prompt says nothing
+    assert np.allclose(state.delta_sq[2], 0, atol=1e-6)  # the prompt is empty
 
 
 def test_ddpm_without_noise_is_refused(denoiser):
@@ -229,7 +229,7 @@ def test_ddpm_without_noise_is_refused(denoiser):
 
 @pytest.mark.parametrize("solver", SCHEDULERS)
 def test_sampling_never_waits_for_the_device(folder, solver):
-    elsewhere = load_denoiser(folder, device="meta")  # tensors without values: reading one on the host raises
+    elsewhere = load_denoiser(folder, device="meta")  # tensors without values: reading one raises an error
     trajectory = _sample(elsewhere, solver, PROMPTS, SEEDS)
     assert trajectory.latents.shape == (3, *elsewhere.latent_shape)
     assert trajectory.latents.is_meta

@@ -21,7 +21,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_betas_and_abar_are_those_of_diffusers(config):
+def test_betas_and_abar_equal_diffusers(config):
     scheduler = DDPMScheduler(**config, clip_sample=False)
     schedule = NoiseSchedule.from_config(scheduler.config)
     # diffusers computes in fp32, whose relative error in 1 - abar is largest at the clean end
@@ -42,7 +42,7 @@ def test_log_snr_and_timestep_are_inverse(config):
     torch.testing.assert_close(schedule.timestep_at(2 * (alpha / sigma).log()), fractional)
 
 
-def test_alpha_and_sigma_at_whole_timesteps_are_the_tables():
+def test_alpha_and_sigma_at_integer_timesteps_equal_the_table():
     schedule = NoiseSchedule.from_config(CONFIGS["scaled_linear"])
     t = torch.tensor([0, 1, 500, 998, 999])
     alpha, sigma = alpha_sigma_at(schedule.log_snr.float(), t)
@@ -50,7 +50,7 @@ def test_alpha_and_sigma_at_whole_timesteps_are_the_tables():
     torch.testing.assert_close(sigma, (1 - schedule.alphas_cumprod[t]).sqrt().float())
 
 
-def test_timestep_beyond_the_schedule_is_its_end():
+def test_timestep_outside_the_schedule_is_clamped():
     schedule = NoiseSchedule.from_config(CONFIGS["scaled_linear"])
     assert schedule.timestep_at(torch.tensor([50.0, -50.0])).tolist() == [0.0, 999.0]
 
@@ -68,7 +68,7 @@ def test_conversions_round_trip(prediction_type):
     torch.testing.assert_close(epsilon_from_x0(x0, x_t, alpha, sigma), epsilon)
 
 
-def test_velocity_is_that_of_diffusers():
+def test_velocity_equals_diffusers():
     torch.manual_seed(0)
     scheduler = DDPMScheduler(clip_sample=False)
     x0, epsilon = torch.randn(2, 3, 4, 8, 8)
@@ -100,12 +100,12 @@ def test_config_of_stable_diffusion():
         ("_class_name", "FlowMatchEulerDiscreteScheduler"),
     ],
 )
-def test_what_is_not_supported_is_named(key, value):
+def test_unsupported_schedules_are_named(key, value):
     with pytest.raises(ValueError, match=key):
         NoiseSchedule.from_config({key: value})
 
 
-def test_every_fault_is_listed():
+def test_all_faults_of_a_schedule_are_listed():
     with pytest.raises(ValueError, match="thresholding") as error:
         NoiseSchedule.from_config({"thresholding": True, "prediction_type": "x", "_class_name": "DDIMScheduler"})
     assert len(str(error.value).split("\n")) == 3  # clip_sample is true by default in DDIMScheduler

@@ -1,4 +1,4 @@
-"""Which image sizes a model can make, and how a refused one is told."""
+"""The image sizes that a model can generate, and the messages for other sizes."""
 
 import json
 import shutil
@@ -10,8 +10,8 @@ from mi_ray.diffusion.folders import check_model, load_sizes
 from mi_ray.diffusion.sizes import Sizes
 
 
-def test_sizes_are_read_from_the_configurations(tiny_pipeline):
-    """An autoencoder of 4 blocks and a UNet of 2."""
+def test_sizes_are_read_from_the_configs(tiny_pipeline):
+    """The autoencoder has 4 blocks and the UNet 2."""
     assert load_sizes(str(tiny_pipeline)) == Sizes(own=(64, 64), scale=8, multiple=16)
     assert load_sizes("shapes").own == (64, 64)
 
@@ -26,7 +26,7 @@ def test_stable_diffusion_needs_multiples_of_64():
     assert sizes.latent((512, 768)) == (64, 96)
 
 
-def test_a_size_that_does_not_fit_is_told_with_the_nearest_that_do():
+def test_invalid_size_is_reported_with_the_nearest_valid_sizes():
     sizes = Sizes((512, 512), 8, 64)
     assert sizes.faults(640, None) == []
     assert sizes.faults(500, 30) == [
@@ -37,12 +37,12 @@ def test_a_size_that_does_not_fit_is_told_with_the_nearest_that_do():
         sizes.image(500, 30)
 
 
-def test_a_denoiser_of_a_size_that_does_not_fit_is_not_loaded(tiny_pipeline):
+def test_denoiser_with_an_invalid_size_is_not_loaded(tiny_pipeline):
     with pytest.raises(ValueError, match="width: 40 pixels are not a multiple of 16, which this model needs; take 32"):
         load_denoiser(str(tiny_pipeline), size=(None, 40))
 
 
-def test_a_model_that_does_not_say_its_size_is_refused(tiny_pipeline, tmp_path):
+def test_model_without_sample_size_is_refused(tiny_pipeline, tmp_path):
     copy = shutil.copytree(tiny_pipeline, tmp_path / "model")
     path = copy / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}))

@@ -1,4 +1,4 @@
-"""A world whose denoiser, likelihoods and maps are closed-form: independent Gaussian pixels about a label's mean."""
+"""Independent Gaussian pixels around the mean of a label, with closed-form denoiser, likelihoods and maps."""
 
 import torch
 
@@ -12,7 +12,7 @@ SCHEDULE = NoiseSchedule(alphas_cumprod=torch.linspace(12, -12, 1000, dtype=torc
 
 
 class PixelGaussians:
-    """x | label k ~ N(means[k], SPREAD^2 I) on (channels, h, w); a prompt's row holds the label."""
+    """x | label k ~ N(means[k], SPREAD^2 I) on (channels, h, w). The row of a prompt contains the label."""
 
     def __init__(self, means: torch.Tensor):
         self.means = means
@@ -36,5 +36,5 @@ class PixelGaussians:
 
 
 def embedded(*labels: int) -> Conditioning:
-    """One row a label."""
+    """One row per label."""
     return Conditioning({"embeds": torch.tensor(labels, dtype=torch.float32)})

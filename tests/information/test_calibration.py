@@ -1,4 +1,4 @@
-"""Bands judged on errors whose truth is known: a latent quality that only some noise levels show."""
+"""Bands from errors with a known quality that affects only some noise levels."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ INFORMED = slice(2, 4)  # the levels from -4 to -2
 
 
 def world(noise: float = 1.0):
-    """errors, prompt_index and labels: a right image has lower errors under its own prompt at the informed levels."""
+    """errors, prompt_index, labels. A correct image has lower errors under its own prompt at the informative levels."""
     generator = torch.Generator().manual_seed(0)
     index = torch.arange(PROMPTS).repeat_interleave(EACH)
     quality = torch.randn(len(index), generator=generator)
@@ -25,7 +25,7 @@ def best(bands, by):
     return band.log_snr_min, band.log_snr_max
 
 
-def test_both_ways_find_the_levels_that_tell():
+def test_both_criteria_find_the_informative_levels():
     errors, index, labels = world()
     bands = judge_bands(errors, EDGES, index, labels)
     assert len(bands) == LEVELS * (LEVELS + 1) // 2
@@ -33,7 +33,7 @@ def test_both_ways_find_the_levels_that_tell():
     assert best(bands, lambda band: band.label_free) == (-4, -2)
 
 
-def test_no_band_is_believed_where_nothing_tells():
+def test_label_free_measure_is_near_zero_without_information():
     errors, index, labels = world()
     errors[:, 0, INFORMED] = errors[:, 1, INFORMED].flip(0)  # of another candidate
     for band in judge_bands(errors, EDGES, index, labels):
@@ -43,22 +43,22 @@ def test_no_band_is_believed_where_nothing_tells():
         assert abs(band.label_free) < 0.12
 
 
-def test_without_noise_halves_agree_and_every_pair_is_ordered():
+def test_without_noise_agreement_and_auc_are_one():
     errors, index, labels = world(noise=0.0)
-    told = [b for b in judge_bands(errors, EDGES, index, labels) if b.log_snr_min < -2 and b.log_snr_max > -4]
-    for band in told:
+    reported = [b for b in judge_bands(errors, EDGES, index, labels) if b.log_snr_min < -2 and b.log_snr_max > -4]
+    for band in reported:
         assert band.agreement == pytest.approx(1)
         assert band.auc == 1
 
 
-def test_a_metric_orders_as_labels_do_and_what_is_not_known_is_left_out():
+def test_metric_values_work_as_labels_and_nan_is_left_out():
     errors, index, labels = world(noise=0.0)
     quality = -(errors[:, 0, 2, 0] - 9)  # twice the latent quality: every candidate of a prompt has another one
-    told = [b for b in judge_bands(errors, EDGES, index, quality) if (b.log_snr_min, b.log_snr_max) == (-4, -2)]
-    assert [band.auc for band in told] == pytest.approx([1])
+    reported = [b for b in judge_bands(errors, EDGES, index, quality) if (b.log_snr_min, b.log_snr_max) == (-4, -2)]
+    assert [band.auc for band in reported] == pytest.approx([1])
     unknown = torch.where(torch.arange(len(index)) % 3 == 0, torch.nan, -quality)
-    told = [b for b in judge_bands(errors, EDGES, index, unknown) if (b.log_snr_min, b.log_snr_max) == (-4, -2)]
-    assert [band.auc for band in told] == pytest.approx([0])
+    reported = [b for b in judge_bands(errors, EDGES, index, unknown) if (b.log_snr_min, b.log_snr_max) == (-4, -2)]
+    assert [band.auc for band in reported] == pytest.approx([0])
     one, other = (judge_bands(errors, EDGES, index, given) for given in (labels, labels.double()))
     assert [band.auc for band in one] == [band.auc for band in other]
 

@@ -14,7 +14,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_the_table_holds_every_option_beside_uniform(tmp_path):
+def test_estimators_table_has_every_option(tmp_path):
     done = run("--smoke", "--out", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
@@ -25,6 +25,6 @@ def test_the_table_holds_every_option_beside_uniform(tmp_path):
     assert {row["times uniform's"] for row in report["results"] if row["probes"] == "uniform"} == {1.0}
 
 
-def test_samples_that_make_no_pairs_are_refused():
+def test_odd_num_samples_is_refused():
     done = run("--num-samples", "9")
-    assert (done.returncode, done.stderr.splitlines()[-1].partition(";")[0]) == (2, "error: num_samples: 9 will not do")
+    assert (done.returncode, done.stderr.splitlines()[-1].partition(";")[0]) == (2, "error: num_samples: 9 is invalid")

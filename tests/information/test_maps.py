@@ -1,4 +1,4 @@
-"""Maps and word scores: sums, closed forms per pixel, and the shipped model."""
+"""Maps and word scores: sums, closed forms per pixel, and the embedded model."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PLACE = (slice(None), slice(1, 3), slice(4, 7))  # rows and columns that the pro
 
 @pytest.fixture(scope="module")
 def world():
-    """Label 1 differs from label 0 in one place only."""
+    """Label 1 differs from label 0 only in one region."""
     means = torch.zeros(2, 3, 8, 8)
     means[1][PLACE] = 0.6
     return PixelGaussians(means)
@@ -28,14 +28,14 @@ def maps_of(world, x, num_samples, seed=0, batch_size=4096):
     ), probes
 
 
-def test_the_direct_map_is_each_pixels_log_likelihood_ratio(world):
+def test_direct_map_equals_the_log_likelihood_ratio_of_each_pixel(world):
     x = torch.cat([world.draw(1, 2), world.draw(0, 2, seed=1)])
     draws = torch.stack([maps_of(world, x, 300, seed)[0].direct for seed in range(20)])
     error = draws.std(0) / 20**0.5
     assert ((draws.mean(0) - world.log_ratio(x, 1, 0)).abs() < 4.5 * error + 0.01).all()
 
 
-def test_maps_lie_where_the_prompt_speaks(world):
+def test_maps_are_zero_outside_the_prompted_pixels(world):
     maps, _ = maps_of(world, world.draw(1, 3), 40)
     elsewhere = torch.ones(8, 8, dtype=torch.bool)
     elsewhere[PLACE[1:]] = False
@@ -45,20 +45,20 @@ def test_maps_lie_where_the_prompt_speaks(world):
     assert maps.direct[:, ~elsewhere].sum() > 0
 
 
-def test_a_prompt_that_is_wrong_has_negative_pixels(world):
+def test_wrong_prompt_has_negative_pixels(world):
     maps, _ = maps_of(world, world.means[[0]], 100)
     assert (maps.direct[0][PLACE[1:]] < 0).all()
     assert (maps.orthogonal >= 0).all()
 
 
-def test_batches_change_nothing(world):
+def test_maps_do_not_depend_on_batches(world):
     x = world.draw(1, 3)
     whole, pieces = (maps_of(world, x, 7, batch_size=size)[0] for size in (4096, 5))
     torch.testing.assert_close(whole.direct, pieces.direct)
     torch.testing.assert_close(whole.orthogonal, pieces.orthogonal)
 
 
-def test_upsampling_keeps_sums_and_places():
+def test_upsampled_keeps_sums_and_positions():
     maps = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
     large = upsampled(maps, (64, 64))
     assert large.shape == (2, 64, 64)
@@ -69,7 +69,7 @@ def test_upsampling_keeps_sums_and_places():
     assert peak[16:24, 40:48].max() == peak.max()
 
 
-def test_words_are_left_out_one_by_one():
+def test_without_each_word_leaves_out_content_words():
     assert without_each_word("A red circle, left of a blue square.") == [
         ("red", "A circle, left of a blue square."),
         ("circle", "A red , left of a blue square."),
@@ -81,7 +81,7 @@ def test_words_are_left_out_one_by_one():
     assert without_each_word("") == without_each_word("a , the") == []
 
 
-class TestOnTheShippedModel:
+class TestOnTheEmbeddedModel:
     @pytest.fixture(scope="class")
     def denoiser(self):
         return load_denoiser("shapes")
@@ -94,7 +94,7 @@ class TestOnTheShippedModel:
         probes = draw_probes([1, 2], 5, -5.0, -1.0, denoiser.latent_shape)
         return latents, index, denoiser.encode_prompts(prompts), denoiser.encode_prompts([""]), probes
 
-    def test_maps_have_the_latents_shape_and_sum_to_the_values(self, denoiser, case):
+    def test_maps_have_the_shape_of_the_latents_and_sum_to_pmi(self, denoiser, case):
         latents, index, conditioning, null, probes = case
         maps = information_maps(
             denoiser.predict_epsilon, denoiser.schedule, latents, index, conditioning, null, probes, 16

@@ -27,14 +27,14 @@ def truth(world, x, label, others):
     return -against.logsumexp(1)
 
 
-def test_the_score_is_the_analytic_log_odds(world):
+def test_log_odds_equal_the_analytic_value(world):
     x = torch.cat([world.draw(0, 3), world.draw(2, 3, seed=1)])
     draws = torch.stack([log_odds(*errors_of(world, x, (0, 1, 2, 3), 400, seed))[0] for seed in range(24)])
     deviation = (draws.mean(0) - truth(world, x, 0, (1, 2, 3))).abs()
     assert (deviation < 3.5 * draws.std(0) / 24**0.5 + 0.05).all()
 
 
-def test_the_standard_error_covers_the_spread_over_draws(world):
+def test_standard_error_equals_the_spread_over_draws(world):
     x = world.draw(0, 3)
     draws = [log_odds(*errors_of(world, x, (0, 1, 2), 100, seed)) for seed in range(40)]
     spread = torch.stack([value for value, _ in draws]).std(0)
@@ -43,7 +43,7 @@ def test_the_standard_error_covers_the_spread_over_draws(world):
     assert (spread > 0.5 * claimed).all()
 
 
-def test_the_highest_posterior_is_what_the_image_shows(world):
+def test_highest_posterior_belongs_to_the_shown_prompt(world):
     for shown in range(4):
         x = world.means[[shown]]
         posterior = posteriors(*errors_of(world, x, (0, 1, 2, 3), 400))
@@ -51,20 +51,20 @@ def test_the_highest_posterior_is_what_the_image_shows(world):
         assert posterior.argmax() == shown
 
 
-def test_posterior_and_log_odds_say_the_same(world):
+def test_posterior_agrees_with_log_odds(world):
     errors = errors_of(world, world.draw(0, 5), (0, 1, 2, 3), 50)
     value, _ = log_odds(*errors)
     torch.testing.assert_close(value.sigmoid(), posteriors(*errors)[:, 0])
 
 
-def test_the_margin_is_the_lead_over_the_likeliest_negative(world):
+def test_margin_is_the_difference_to_the_likeliest_negative(world):
     x = torch.cat([world.draw(0, 3), world.draw(2, 3, seed=1)])
     draws = torch.stack([margin(*errors_of(world, x, (0, 1, 2, 3), 400, seed)).value for seed in range(24)])
     leads = torch.stack([world.log_ratio(x, 0, other).sum((1, 2)) for other in (1, 2, 3)]).amin(0)
     assert ((draws.mean(0) - leads).abs() < 3.5 * draws.std(0) / 24**0.5 + 0.05).all()
 
 
-def test_one_probe_has_no_standard_error(world):
+def test_single_probe_has_no_standard_error(world):
     value, error = log_odds(*errors_of(world, world.draw(0, 2), (0, 1), 1))
     assert value.isfinite().all()
     assert error.isnan().all()

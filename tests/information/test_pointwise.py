@@ -1,4 +1,4 @@
-"""The image-conditioned estimators against worlds whose densities and optimal denoisers are closed-form."""
+"""The pointwise estimators, compared with distributions with a known density and optimal denoiser."""
 
 import math
 from dataclasses import replace
@@ -40,7 +40,7 @@ DESIGNS = UNBIASED | {
 
 
 def statistics(world, x, prompts, probes, batch_size=2**14):
-    """Errors and distances (n, 2, K) of each x under its own prompt and the null prompt; noise one set each, or one."""
+    """Errors and distances (n, 2, K) of each x under its own prompt and the null prompt."""
     probes = replace(probes, noise_seeds=probes.noise_seeds.expand(len(x), -1))
     branches = pointwise.beside(prompts, world.null)
     return pointwise.denoising_statistics(
@@ -49,7 +49,7 @@ def statistics(world, x, prompts, probes, batch_size=2**14):
 
 
 def estimates(world, x, prompts, design, num_samples, replicates, band=BAND):
-    """i_s and its standard error of each of n candidates in so many independent draws: (replicates, n) each."""
+    """i_s and its standard error of n candidates in `replicates` independent draws: (replicates, n) each."""
     count, found = len(x), []
     each = 10  # sets of noise for one set of levels
     x, prompts = x.repeat(each, 1), Conditioning.cat([prompts] * each)
@@ -64,8 +64,8 @@ def estimates(world, x, prompts, design, num_samples, replicates, band=BAND):
 # ------------------------------------------------------------------------------------------ values
 @pytest.mark.parametrize("design", UNBIASED)
 @pytest.mark.parametrize(("dim", "correlation"), [(1, 0.95), (8, 0.6), (32, 0.3)])
-def test_pmi_is_unbiased_however_few_probes(dim, correlation, design):
-    """With four probes, far too few for a value, the mean over draws is the analytic one of the band."""
+def test_pmi_is_unbiased_for_any_number_of_probes(dim, correlation, design):
+    """With only four probes, the mean over draws equals the analytic value of the band."""
     world = JointGaussian(dim, correlation)
     x, prompts = world.draw(4)
     band = (-6.0, 5.0)
@@ -93,7 +93,7 @@ def test_pmi_of_a_mixture_equals_the_analytic_value(labels, dim, distance, desig
 
 @pytest.mark.parametrize(("dim", "correlation"), [(4, 0.5), (8, 0.9), (16, 0.8)])
 def test_averages_agree_with_the_analytic_information(dim, correlation):
-    """Both estimators, over draws of (x, y); i_s as the control variate says, which takes out the draw of (x, y)."""
+    """Both estimators over draws of (x, y). The analytic i_s is a control variate that removes their variance."""
     world = JointGaussian(dim, correlation)
     x, prompts = world.draw(4000)
     probes = draw_probes(list(range(4000)), 16, *BAND, (dim,), Design(loc=1.0, scale=2.0, antithetic=True))
@@ -110,7 +110,7 @@ def test_averages_agree_with_the_analytic_information(dim, correlation):
 
 @pytest.mark.parametrize(("labels", "dim", "distance"), [(3, 4, 0.7), (4, 16, 0.4)])
 def test_averages_over_a_mixture_agree_with_the_analytic_information(labels, dim, distance):
-    """All labels equally likely, and all other things as above: the analytic point-wise values are the control."""
+    """The same for a mixture with equally likely labels. The analytic pointwise values are the control variate."""
     world, each = LabelledMixture(labels, dim, distance), 1200
     x = torch.cat([world.draw(label, each) for label in range(labels)])
     prompts = Conditioning.cat(world.embed(label).expand(each) for label in range(labels))
@@ -127,7 +127,7 @@ def test_averages_over_a_mixture_agree_with_the_analytic_information(labels, dim
 
 @pytest.mark.parametrize("world", [JointGaussian(8, 0.0), LabelledMixture(1, 8, 1.0)], ids=["gaussian", "mixture"])
 @pytest.mark.parametrize("design", DESIGNS)
-def test_both_are_zero_where_the_prompt_says_nothing(world, design):
+def test_pmi_is_zero_for_an_uninformative_prompt(world, design):
     x, prompts = world.draw(3) if isinstance(world, JointGaussian) else (world.draw(0, 3), world.embed(0, 0, 0))
     probes = draw_probes([0], 50, *BAND, x.shape[1:], DESIGNS[design])
     errors, distances = statistics(world, x, prompts, probes)
@@ -156,7 +156,7 @@ def test_contrastive_equals_the_analytic_value():
 
 # ------------------------------------------------------------------------------------------ parameterisations
 class Predicting(torch.nn.Module):
-    """Stands for a UNet: the closed-form world's answer as a model of that prediction type would give it."""
+    """A model in place of a UNet: the closed-form prediction, converted to this prediction_type."""
 
     def __init__(self, world, prediction_type: str):
         super().__init__()
@@ -185,7 +185,7 @@ def of_unet(world, prediction_type):
 
 
 def of_rectified_flow(world):
-    """u = epsilon - x0 at x_t = (1 - t) x0 + t epsilon, brought to epsilon on the log-SNR axis."""
+    """u = epsilon - x0 at x_t = (1 - t) x0 + t epsilon, converted to epsilon at a log SNR."""
 
     def velocity(x_t, t, conditioning):
         log_snr = 2 * torch.logit(1 - t)
@@ -225,7 +225,7 @@ def test_every_parameterisation_gives_the_same_values(kind):
 
 # ------------------------------------------------------------------------------------------ standard errors
 def covered(estimate, truth, claimed, freedom):
-    """Share of the nominal 95 % intervals that hold the truth."""
+    """Share of the nominal 95 % intervals that contain the true value."""
     return ((estimate - truth).abs() < stdtrit(freedom, 0.975) * claimed).float().mean()
 
 
@@ -234,7 +234,7 @@ def covered(estimate, truth, claimed, freedom):
     ["random", "jittered", "jittered, antithetic", "midpoints", "logistic", "logistic, jittered, antithetic"],
 )
 def test_standard_errors_are_calibrated(design):
-    """Squared, they average to the variance over draws; the nominal 95 % interval holds the band's true value."""
+    """Their mean square equals the variance over draws; the nominal 95 % interval contains the true value."""
     world = JointGaussian(8, 0.6)
     x, prompts = world.draw(2, seed=3)
     band = (-6.0, 5.0)
@@ -246,7 +246,7 @@ def test_standard_errors_are_calibrated(design):
 
 @pytest.mark.parametrize("design", ["random", "jittered", "logistic, jittered, antithetic"])
 def test_paired_differences_are_tighter_than_the_values_and_calibrated(design):
-    """Candidates of one prompt share their noise, so that their difference is known better than either."""
+    """Candidates of a prompt share their noise, so their difference has a smaller error than each value."""
     world = JointGaussian(16, 0.6)
     x, prompts = world.draw(1, seed=2)
     pair = torch.cat([x, x + 0.3 * torch.randn(1, 16, generator=torch.Generator().manual_seed(5))])
@@ -266,7 +266,7 @@ def test_paired_differences_are_tighter_than_the_values_and_calibrated(design):
     assert claimed.mean() < 0.5 * of_value.mean()
 
 
-def test_a_single_draw_has_no_standard_error():
+def test_single_draw_has_no_standard_error():
     for design in (Design(), Design(levels="random")):
         probes = draw_probes([0], 1, *BAND, (3,), design)
         assert pointwise.integrate(torch.ones(2, 1), probes).standard_error.isnan().all()
@@ -275,7 +275,7 @@ def test_a_single_draw_has_no_standard_error():
 
 
 @pytest.mark.parametrize("draws", [2, 3, 4, 7, 9])
-def test_every_stratum_counts_and_a_straight_integrand_has_no_variance(draws):
+def test_stratified_estimate_of_a_linear_integrand_has_no_variance(draws):
     probes = draw_probes([0], draws, 0.0, float(draws), (1,))  # weights of 1
     noise = torch.randn(20_000, draws, generator=torch.Generator().manual_seed(0))
     claimed = pointwise.integrate(noise, probes).standard_error.square().mean()
@@ -290,7 +290,7 @@ def test_every_stratum_counts_and_a_straight_integrand_has_no_variance(draws):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_degrees_of_freedom_are_those_of_the_squared_standard_error(design):
-    """For normal draws the squared error scatters as a chi-squared of so many: mean^2 / variance = freedom / 2."""
+    """For normal draws the squared error has a chi-squared distribution: mean^2 / variance = freedom / 2."""
     probes = draw_probes([0], 36, 0.0, 36.0, (1,), DESIGNS[design])
     probes = replace(probes, weight=torch.ones(36))
     draws = 18 if DESIGNS[design].antithetic else 36
@@ -303,7 +303,7 @@ def test_degrees_of_freedom_are_those_of_the_squared_standard_error(design):
 # ------------------------------------------------------------------------------------------ designs
 @pytest.mark.parametrize("design", DESIGNS)
 def test_weights_integrate_the_band(design):
-    """A constant and a smooth function: exactly, or within the noise of the places."""
+    """A constant is integrated exactly, a smooth function up to the noise of the levels."""
     probes = draw_probes([0], 4000, -4.0, 5.0, (1,), DESIGNS[design])
     assert (probes.log_snr >= -4).all()
     assert (probes.log_snr <= 5).all()
@@ -312,7 +312,7 @@ def test_weights_integrate_the_band(design):
     assert value.item() == pytest.approx((5**3 + 4**3) / 3, rel=0.05)
 
 
-def test_logistic_weights_are_the_published_ones():
+def test_logistic_weights_equal_the_published_ones():
     """Kong et al.: weight = scale tanh(c / 2) / (sigmoid(z) sigmoid(-z)) on loc -+ c scale."""
     loc, scale, clip = 1.0, 2.0, 3.0
     band = logistic_band(loc, scale, clip)
@@ -325,7 +325,7 @@ def test_logistic_weights_are_the_published_ones():
     assert share.mean().item() == pytest.approx(0.5, abs=0.03)
 
 
-def test_antithetic_pairs_share_their_level_and_mirror_their_noise():
+def test_antithetic_pairs_have_one_level_and_opposite_noise():
     probes = draw_probes([3, 4], 6, *BAND, (5,), Design(antithetic=True))
     torch.testing.assert_close(probes.noise[:, ::2], -probes.noise[:, 1::2])
     torch.testing.assert_close(probes.log_snr[::2], probes.log_snr[1::2])
@@ -335,7 +335,7 @@ def test_antithetic_pairs_share_their_level_and_mirror_their_noise():
         draw_probes([3], 5, *BAND, (5,), Design(antithetic=True))
 
 
-def test_importance_sampling_and_strata_and_pairs_each_reduce_the_variance():
+def test_each_probe_design_reduces_the_variance():
     """At equal evaluations, over the whole range of log SNR."""
     world = JointGaussian(8, 0.6)
     x, prompts = world.draw(4, seed=1)
@@ -351,7 +351,7 @@ def test_importance_sampling_and_strata_and_pairs_each_reduce_the_variance():
 
 
 @pytest.mark.parametrize(("correlation", "loc"), [(0.0, 0.0), (0.9, -math.log(1 - 0.81))])
-def test_the_adaptive_location_is_where_the_conditional_error_crosses_half(correlation, loc):
+def test_adaptive_location_is_at_half_the_error(correlation, loc):
     """x|y ~ N(., v I): the MMSE of epsilon is d sigmoid(alpha + log v), so loc = -log v and scale = 1."""
     world = JointGaussian(64, correlation)
     x, prompts = world.draw(32)
@@ -361,7 +361,7 @@ def test_the_adaptive_location_is_where_the_conditional_error_crosses_half(corre
     assert found == (pytest.approx(loc, abs=0.2), pytest.approx(1.0, abs=0.2))
 
 
-def test_an_error_that_never_crosses_puts_the_location_at_the_end():
+def test_adaptive_location_is_at_the_end_if_the_error_does_not_cross():
     low = adaptive_logistic(torch.full((3, 5), 0.1), torch.arange(5.0), 1)
     assert low == (4.0, 1.0)
     assert adaptive_logistic(torch.full((3, 5), 0.9), torch.arange(5.0), 1) == (0.0, 1.0)
@@ -375,7 +375,7 @@ def test_effective_sample_size():
 
 
 # ------------------------------------------------------------------------------------------ probing
-def test_batches_change_nothing_and_stay_within_their_size():
+def test_errors_do_not_depend_on_batches():
     world = LabelledMixture(3, 8, 0.5)
     x = world.draw(0, 5)
     index = torch.tensor([0, 1, 0, 1, 1])
@@ -398,7 +398,7 @@ def test_batches_change_nothing_and_stay_within_their_size():
         assert sum(sizes) == 5 * 3 * 7
 
 
-def test_every_candidate_of_a_prompt_meets_the_same_noise():
+def test_candidates_of_a_prompt_have_the_same_probes():
     world = LabelledMixture(3, 8, 0.5)
     x = world.draw(0, 1).expand(4, -1)
     probes = draw_probes([0, 1], 6, *BAND, (8,))
@@ -409,8 +409,8 @@ def test_every_candidate_of_a_prompt_meets_the_same_noise():
     assert not torch.allclose(errors[3], errors[0])
 
 
-def test_more_samples_take_no_more_memory():
-    """Noise is made a chunk at a time: what the denoiser is handed and what lives beside it do not grow with K."""
+def test_memory_does_not_depend_on_the_number_of_samples():
+    """Noise is drawn in chunks, so the batches and the memory do not grow with K."""
     world = LabelledMixture(2, 2, 0.5)
     probes = draw_probes([0], 30_000, *BAND, (2,))
     held = sum(t.numel() for t in vars(probes).values() if isinstance(t, torch.Tensor))

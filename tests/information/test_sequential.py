@@ -1,4 +1,4 @@
-"""Choosing from a pool in rounds: the right ones, as surely as promised, for fewer evaluations where it is easy."""
+"""Sequential choice from a pool: correct with the given confidence, with fewer evaluations in easy cases."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ PER_ROUND, MOST = 16, 8
 
 
 def pool_of(count: int, seed: int, spread: float = 1.0):
-    """Candidates about one image, more or less like it, their branches, and their true scores in the band."""
+    """Candidates near one image, their branches, and their true scores in the band."""
     x, prompts = WORLD.draw(1, seed)
     x = x + spread * torch.randn(count, WORLD.dim, generator=torch.Generator().manual_seed(seed))
     branches = Conditioning.cat([prompts, WORLD.null])
@@ -32,8 +32,8 @@ def chosen_from(x, branches, top_k, confidence=0.95, seed=0, max_rounds=MOST):
     )
 
 
-def test_the_promise_of_confidence_is_kept_and_evaluations_are_saved():
-    """Over 60 pools: where separation is claimed it is true, and it costs less than all rounds for all candidates."""
+def test_choice_reaches_its_confidence_with_fewer_evaluations():
+    """Over 60 pools: separated choices are correct, with fewer evaluations than all rounds for all candidates."""
     claimed, wrong, spent, all_of_it = 0, 0, 0, 0
     for seed in range(60):
         x, branches, truth = pool_of(10, seed)
@@ -48,7 +48,7 @@ def test_the_promise_of_confidence_is_kept_and_evaluations_are_saved():
     assert spent < 0.7 * all_of_it
 
 
-def test_a_clear_pool_takes_one_round_and_names_the_best_first():
+def test_clear_pool_needs_one_round():
     x, branches, truth = pool_of(6, 1, spread=12.0)
     choice = chosen_from(x, branches, 3)
     assert choice.separated
@@ -58,7 +58,7 @@ def test_a_clear_pool_takes_one_round_and_names_the_best_first():
     assert ((choice.value - truth).abs() < 5 * choice.standard_error + 1).all()
 
 
-def test_candidates_that_cannot_be_told_apart_take_every_round():
+def test_equal_candidates_need_all_rounds():
     x, branches, _ = pool_of(1, 2)
     choice = chosen_from(x.expand(4, -1), branches, 1)
     assert not choice.separated
@@ -67,7 +67,7 @@ def test_candidates_that_cannot_be_told_apart_take_every_round():
     assert choice.evaluations == 4 * 2 * PER_ROUND * MOST
 
 
-def test_the_hopeless_leave_early_and_the_rest_goes_on():
+def test_bad_candidates_are_not_evaluated_again():
     x, branches, _ = pool_of(1, 3)
     pool = torch.cat([x, x, x + 3, x - 3])
     choice = chosen_from(pool, branches, 1)
@@ -88,7 +88,7 @@ def test_more_rounds_tighten_the_standard_errors():
 
 
 @pytest.mark.parametrize("top_k", [0, 4, 5])
-def test_nothing_to_choose_is_refused(top_k):
+def test_top_k_of_the_whole_pool_is_refused(top_k):
     x, branches, _ = pool_of(4, 0)
     with pytest.raises(ValueError, match=f"top_k is {top_k}"):
         chosen_from(x, branches, top_k)

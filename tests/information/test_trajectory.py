@@ -1,4 +1,4 @@
-"""On-trajectory scores against the papers' formulas written out step by step."""
+"""On-trajectory scores, compared with the formulas of the papers, step by step."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def by_hand(extra):
     return torch.stack(values).float()
 
 
-def test_mitune_is_the_released_codes_mean_over_retained_steps():
+def test_mitune_equals_the_released_code():
     torch.testing.assert_close(trajectory.mitune(DELTA_SQ, TIMESTEPS, SCHEDULE), by_hand(lambda beta: 1))
 
 
@@ -35,7 +35,7 @@ def test_mitune_eq2_has_the_factor_alpha():
     torch.testing.assert_close(trajectory.mitune_eq2(DELTA_SQ, TIMESTEPS, SCHEDULE), by_hand(lambda beta: 1 - beta))
 
 
-def test_kappa_is_half_the_log_snr_that_a_step_spans():
+def test_kappa_is_half_the_log_snr_of_a_step():
     timesteps = torch.arange(100, 900)
     spanned = -(SCHEDULE.log_snr[101:901] - SCHEDULE.log_snr[99:899]) / 2
     kappa = trajectory.kappa(SCHEDULE, timesteps) / SCHEDULE.num_train_timesteps
@@ -48,14 +48,14 @@ GUIDANCE = 4.0
 
 
 def velocities():
-    """(conditional, unconditional) velocities (n, S, dim) and the curves that a step records of them."""
+    """(conditional, unconditional) velocities (n, S, dim), and their recorded curves."""
     generator = torch.Generator().manual_seed(1)
     conditional, unconditional = (torch.randn(3, len(TIMES), 20, generator=generator) for _ in range(2))
     delta = conditional - unconditional
     return conditional, unconditional, delta.square().sum(-1), (conditional * delta).sum(-1)
 
 
-def test_rfmi_is_the_papers_mean_with_the_conditional_velocity():
+def test_rfmi_equals_the_paper():
     conditional, unconditional, _, cross = velocities()
     terms = [
         (1 - t) / t * (conditional[:, i] * (conditional[:, i] - unconditional[:, i])).sum(-1)
@@ -66,7 +66,7 @@ def test_rfmi_is_the_papers_mean_with_the_conditional_velocity():
     torch.testing.assert_close(trajectory.rfmi(cross, TIMES), torch.stack(terms).mean(0))
 
 
-def test_rfmi_guided_is_the_released_codes_with_the_guided_velocity():
+def test_rfmi_guided_equals_the_released_code():
     conditional, unconditional, delta_sq, cross = velocities()
     guided = unconditional + GUIDANCE * (conditional - unconditional)
     terms = [
@@ -80,7 +80,7 @@ def test_rfmi_guided_is_the_released_codes_with_the_guided_velocity():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_difference_is_the_orthogonal_integral_however_the_steps_are_spread(shift):
+def test_flow_difference_does_not_depend_on_the_spacing(shift):
     """||epsilon difference||^2 = (1 - t)^2 ||velocity difference||^2, integrated on both axes."""
     uniform = torch.linspace(1, 0, 2001, dtype=torch.float64)[:-1]
     times = shift * uniform / (1 + (shift - 1) * uniform)  # SD3's (arXiv 2403.03206, eq. 23)
@@ -91,7 +91,7 @@ def test_flow_difference_is_the_orthogonal_integral_however_the_steps_are_spread
     torch.testing.assert_close(trajectory.flow_difference(delta_sq, times)[0], truth, rtol=2e-3, atol=0)
 
 
-def test_flow_log_snr_is_that_of_the_interpolation():
+def test_flow_log_snr_equals_that_of_the_interpolation():
     torch.testing.assert_close(trajectory.flow_log_snr(torch.tensor([0.25])), torch.tensor([9.0]).log())
 
 
@@ -101,7 +101,7 @@ def test_asd_has_no_weights():
 
 
 @pytest.mark.parametrize("name", ["mitune", "mitune_eq2", "asd", "rfmi", "rfmi_guided", "flow_difference"])
-def test_bands_add_up_to_the_whole(name):
+def test_bands_sum_to_the_whole_score(name):
     _, _, delta_sq, cross = velocities()
     flow = name in ("rfmi", "rfmi_guided", "flow_difference")
     log_snr = trajectory.flow_log_snr(TIMES.clamp(max=1 - 1e-6)) if flow else SCHEDULE.log_snr[TIMESTEPS]

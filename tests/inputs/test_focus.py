@@ -1,4 +1,4 @@
-"""Prompts that fail, from files of every kind and from a run's evaluation."""
+"""Weights of failing prompts, from files of every kind and from the evaluation of a run."""
 
 import json
 
@@ -18,7 +18,7 @@ def lines(path, rows: list[dict]) -> str:
 
 
 def evaluation(folder, **metrics: list[float | None]) -> str:
-    """Two parts of an evaluation, of the prompts a and b in turn."""
+    """Two parts of an evaluation, with the prompts a and b in turn."""
     for number in (0, 1):
         table = {name: values[number::2] for name, values in metrics.items()}
         prompts = ["a", "b"] * 4
@@ -27,7 +27,7 @@ def evaluation(folder, **metrics: list[float | None]) -> str:
     return str(folder)
 
 
-def test_a_run_evaluation_is_averaged_by_prompt(tmp_path):
+def test_evaluation_of_a_run_is_averaged_by_prompt(tmp_path):
     folder = evaluation(tmp_path, exact=[0, 1, 0, 1, 1, 1, 0, 1], relation=[None, 0.0, None, 0, None, 1, None, 1])
     assert read_focus(folder, "exact", 1.0) == {"a": (0.75, "color")}
     assert read_focus(folder, "relation", 0.6) == {"b": (0.5, "color")}
@@ -35,7 +35,7 @@ def test_a_run_evaluation_is_averaged_by_prompt(tmp_path):
         read_focus(folder, "exact", 0.2)
 
 
-def test_weights_are_taken_as_they_are(tmp_path):
+def test_weights_of_a_file_are_used(tmp_path):
     rows = [{"prompt": "a", "weight": 2}, {"prompt": "b", "weight": 0}, {"prompt": "c", "weight": 0.5, "category": "x"}]
     assert read_focus(lines(tmp_path / "f.jsonl", rows), "exact", 0.5) == {"a": (2.0, None), "c": (0.5, "x")}
     storage.write_table(str(tmp_path / "f.parquet"), pa.Table.from_pylist(rows))
@@ -43,26 +43,26 @@ def test_weights_are_taken_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["f.txt", "f.jsonl"])
-def test_a_plain_list_weighs_one_each(tmp_path, name):
+def test_prompts_of_a_list_have_weight_one(tmp_path, name):
     text = "a\nb\nb\n" if name == "f.txt" else '{"prompt": "a"}\n{"prompt": "b"}\n'
     (tmp_path / name).write_text(text)
     assert read_focus(str(tmp_path / name), "exact", 0.5) == {"a": (1.0, None), "b": (1.0, None)}
 
 
 @pytest.mark.parametrize(
-    ("row", "metric", "said"),
+    ("row", "metric", "message"),
     [
         ({"prompt": "a", "weight": -1}, "exact", "weight -1 for the prompt 'a'; give a number from 0"),
         ({"prompt": "a", "weight": "much"}, "exact", "weight 'much'"),
         ({"prompt": "a", "score_pmi": 7.5}, "score_pmi", "give a metric between 0 and 1"),
     ],
 )
-def test_values_that_are_no_weights(tmp_path, row, metric, said):
-    with pytest.raises(ConfigError, match=f"^focus: .*{said}"):
+def test_invalid_weights_are_refused(tmp_path, row, metric, message):
+    with pytest.raises(ConfigError, match=f"^focus: .*{message}"):
         read_focus(lines(tmp_path / "f.jsonl", [row]), metric, 1.0)
 
 
-def test_without_a_name_the_first_metric_that_a_run_declares_counts(tmp_path):
+def test_first_metric_is_the_default(tmp_path):
     rows = [{"prompt_id": p, "prompt": p, "likes": v, "exact": 1.0} for p, v in (("a", 0.25), ("b", 1.0))]
     schema = evaluation_schema({"judge": (Column("likes", "a share"),), "oracle": (Column("exact", "1 or 0"),)})
     storage.write_table(str(tmp_path / "base" / "part-0.parquet"), pa.Table.from_pylist(rows, schema))
@@ -70,7 +70,7 @@ def test_without_a_name_the_first_metric_that_a_run_declares_counts(tmp_path):
     assert read_focus(lines(tmp_path / "f.jsonl", [{"prompt": "a", "weight": 2}]), None, 1.0) == {"a": (2.0, None)}
 
 
-def test_files_that_will_not_do(tmp_path):
+def test_invalid_files_are_refused(tmp_path):
     folder = evaluation(tmp_path / "run", exact=[0.0] * 8)
     with pytest.raises(ConfigError, match=r"no column 'exactly' among .*--focus-metric"):
         read_focus(folder, "exactly", 1.0)

@@ -1,4 +1,4 @@
-"""Which prompts an online run draws when."""
+"""The order of prompts in an online run."""
 
 from collections import Counter
 

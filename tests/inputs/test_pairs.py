@@ -36,7 +36,7 @@ def server(s3_server):
 
 @pytest.fixture(params=["s3://pairs", "gs://runs"])
 def bucket(request, tmp_path) -> str:
-    """An empty folder of an object store."""
+    """An empty folder on an object store."""
     address = request.getfixturevalue("server" if request.param.startswith("s3") else "gcs_server")
     return f"{request.param}/{tmp_path.name}?endpoint_override={address}&scheme=http"
 
@@ -70,7 +70,7 @@ def test_every_kind_of_input_gives_the_same_pairs(tmp_path, write, shards):
     assert len({pair.key for pair in pairs}) == len(pairs)
 
 
-def test_a_changed_input_or_config_has_other_parts(tmp_path):
+def test_changed_input_or_config_changes_the_parts(tmp_path):
     source = write_lines(tmp_path)
     names = [shard.name for shard in plan_pairs(str(source), 2, "key", Columns())]
     assert names == [shard.name for shard in plan_pairs(str(source), 2, "key", Columns())]
@@ -81,8 +81,8 @@ def test_a_changed_input_or_config_has_other_parts(tmp_path):
     ("write", "changed", "others"),
     [(write_parquet, "pairs.parquet", 0), (write_lines, "pairs.jsonl", 2), (write_folder, "images/1.txt", 2)],
 )
-def test_what_is_changed_at_the_same_length_has_other_parts(tmp_path, write, changed, others):
-    """Others are those shards of three that the change is not in: a Parquet file says only that it changed."""
+def test_change_of_the_same_length_changes_the_parts(tmp_path, write, changed, others):
+    """Only the shards with the change get other names; in a Parquet file all do."""
     source, file = write(tmp_path), tmp_path / changed
     before = {shard.name for shard in plan_pairs(str(source), 2, "key", Columns())}
     file.write_bytes(file.read_bytes().replace(b"two hearts", b"ten hearts"))
@@ -90,7 +90,7 @@ def test_what_is_changed_at_the_same_length_has_other_parts(tmp_path, write, cha
     assert (len(before), len(before & after), len(after)) == (3, others, 3)
 
 
-def test_lines_that_are_appended_leave_the_shards_before_as_they_are(tmp_path):
+def test_appended_lines_keep_earlier_shards(tmp_path):
     source = write_lines(tmp_path)
     source.write_text(source.read_text() + "\n")
     before = [shard.name for shard in plan_pairs(str(source), 2, "key", Columns())]
@@ -102,7 +102,7 @@ def test_lines_that_are_appended_leave_the_shards_before_as_they_are(tmp_path):
     assert [pair.prompt for pair in pairs] == [*CAPTIONS, "more"]
 
 
-def test_what_cannot_be_read_is_a_pair_with_its_reason(tmp_path):
+def test_unreadable_pair_has_a_reason(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "images" / "0.txt").unlink()
     lines = [
@@ -131,8 +131,8 @@ def test_what_cannot_be_read_is_a_pair_with_its_reason(tmp_path):
     assert "there is no caption file: 0.txt" in read_all(tmp_path / "images")[0][0].error
 
 
-def test_names_and_captions_that_are_no_text(tmp_path):
-    """JSON can say half a surrogate pair, and a tar's names are bytes: UTF-8, and so Parquet, holds neither."""
+def test_names_and_captions_that_are_not_utf8(tmp_path):
+    """JSON can contain half a surrogate pair, and names in a tar are bytes. Neither is valid UTF-8."""
     (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": "a \\ud800 circle"}\n')
     (tmp_path / "a.png").write_bytes(IMAGES[0])
     with tarfile.open(tmp_path / "b.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
@@ -146,7 +146,7 @@ def test_names_and_captions_that_are_no_text(tmp_path):
 
 
 class Hostile:
-    """Its pickle makes a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -155,7 +155,7 @@ class Hostile:
         return Path.touch, (self.file,)
 
 
-def test_a_table_with_pickles_in_it_is_refused_and_runs_nothing(tmp_path):
+def test_table_with_pickles_is_refused(tmp_path):
     pickles = ArrowPythonObjectArray.from_objects([Hostile(tmp_path / "ran")])  # ray.data would unpickle them
     pq.write_table(pa.table({"image": pickles, "caption": ["a circle"]}), tmp_path / "pairs.parquet")
     with pytest.raises(ConfigError, match="whose values may be code"):
@@ -168,7 +168,7 @@ def test_a_table_with_pickles_in_it_is_refused_and_runs_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_row_or_a_row_group_that_cannot_be_read_costs_only_itself(tmp_path):
+def test_unreadable_row_does_not_affect_other_rows(tmp_path):
     rows = 30
     captions = [b"a circle"] * rows
     captions[5] = "a caf\xe9".encode("latin-1")
@@ -189,14 +189,14 @@ def test_a_row_or_a_row_group_that_cannot_be_read_costs_only_itself(tmp_path):
     assert len({pair.key for pair in pairs}) == rows
 
 
-def test_columns_of_the_same_name_are_told(tmp_path):
+def test_duplicate_columns_are_reported(tmp_path):
     table = pa.table([IMAGES[:1], IMAGES[:1], CAPTIONS[:1]], ["image", "image", "caption"])
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match="2 columns image"):
         read_all(tmp_path / "a.parquet")
 
 
-def test_json_that_is_nested_too_deeply_costs_only_its_sample(tmp_path):
+def test_deeply_nested_json_does_not_affect_other_samples(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "0.png", IMAGES[0])
         add(tar, "0.json", b"[" * 100_000)
@@ -207,7 +207,7 @@ def test_json_that_is_nested_too_deeply_costs_only_its_sample(tmp_path):
     assert (good.error, good.prompt) == (None, CAPTIONS[1])
 
 
-def test_a_file_that_is_added_leaves_the_others_shards_as_they_are(tmp_path):
+def test_added_file_keeps_other_shards(tmp_path):
     tar = write_tar(tmp_path)
     before = [shard.name for shard in read_all(tmp_path)[1]]
     (tmp_path / "a.tar").write_bytes(tar.read_bytes())
@@ -216,7 +216,7 @@ def test_a_file_that_is_added_leaves_the_others_shards_as_they_are(tmp_path):
     assert set(before) < set(after)
 
 
-def test_a_store_that_fails_for_now_is_no_fault_of_the_pair(tmp_path, monkeypatch):
+def test_transient_store_error_is_raised(tmp_path, monkeypatch):
     source = write_metadata(tmp_path)
 
     def fails(uri):
@@ -247,7 +247,7 @@ def test_files_cut_short_keep_what_comes_before(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "reported"),
     [
         (lambda folder: folder / "none", "does not exist"),
         (lambda folder: folder, "has no pairs"),
@@ -255,18 +255,18 @@ def test_files_cut_short_keep_what_comes_before(tmp_path):
         (lambda folder: folder / "other.parquet", "no column image, jpg"),
     ],
 )
-def test_an_input_without_pairs_is_a_mistake(tmp_path, make, told):
+def test_input_without_pairs_is_refused(tmp_path, make, reported):
     source = make(tmp_path)
     if source.suffix == ".csv":
         source.write_text("a,b")
     if source.suffix == ".parquet":
         pq.write_table(pa.table({"picture": IMAGES}), source)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reported):
         plan_pairs(str(source), 2, "key", Columns())
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_lines, write_folder, write_tar])
-def test_object_stores_are_read_alike(tmp_path, bucket, write):
+def test_pairs_from_object_stores(tmp_path, bucket, write):
     source = write(tmp_path)
     for file in [path for path in tmp_path.rglob("*") if path.is_file()]:
         storage.write_bytes(storage.join(bucket, *file.relative_to(tmp_path).parts), file.read_bytes())

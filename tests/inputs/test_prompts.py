@@ -52,7 +52,7 @@ def table_of(*prompts: str) -> pa.Table:
     ],
     ids=["plain", "crlf", "no_final_newline", "bom_and_blank_lines", "tabs"],
 )
-def test_text(write, content):
+def test_text_files(write, content):
     table, skipped = read_prompts(write("prompts.txt", content))
     assert table.schema == PROMPTS
     assert table["prompt"].to_pylist() == ["a cat", "an owl\u2028 at night"]
@@ -85,13 +85,13 @@ def test_parquet_strings_of_any_encoding(tmp_path, column):
     assert read_prompts(str(tmp_path / "p.parquet"))[0]["prompt"].to_pylist() == ["a", "b"]
 
 
-def test_many_lines_keep_their_order(write):
+def test_order_of_many_lines_is_kept(write):
     prompts = [f"prompt {i}" for i in range(150_000)]
     table, _ = read_prompts(write("p.txt", "\n".join(prompts)))
     assert table["prompt"].to_pylist() == prompts
 
 
-def test_limit_takes_the_first_and_looks_at_no_others(write):
+def test_limit_reads_only_the_first_prompts(write):
     file = write("p.txt", "a\nb\nc\na\na far too long prompt\n")
     table, _ = read_prompts(file, limit=3, token_count=words, max_tokens=4)
     assert table["prompt"].to_pylist() == ["a", "b", "c"]
@@ -137,12 +137,12 @@ def test_broken_lines_are_skipped_with_a_row_each(write):
     assert next(row["prompt"] for row in skipped if "line 3" in row["message"]) == '{"prompt": "\ufffd"}'
 
 
-def test_dropped_duplicates_are_told(write):
+def test_dropped_duplicates_are_reported(write):
     _, skipped = read_prompts(write("p.txt", "a\nb\na\n"), duplicates="drop")
     assert skipped == [{"prompt": "a", "stage": "prompts", "message": "line 3 repeats line 1"}]
 
 
-def test_repeats_are_found_however_far_apart(write):
+def test_duplicates_are_found_at_any_distance(write):
     prompts = [f"prompt {i}" for i in range(40_000)]
     file = write("p.txt", "\n".join([*prompts, "prompt 39999", "new", "prompt 7"]))
     table, skipped = read_prompts(file, duplicates="drop")
@@ -152,7 +152,7 @@ def test_repeats_are_found_however_far_apart(write):
 
 @pytest.mark.slow
 def test_every_one_of_a_million_lines_on_s3_is_kept_or_counted(s3_server):
-    """Bad lines of all kinds among 10^6: told in a few rows and in a short message, and none is lost."""
+    """Broken lines of all kinds among 10^6: told in a few rows and a short message, and all counted."""
     bad = {
         "not UTF-8": b'{"prompt": "caf\xe9"}',
         "not JSON": b'{"prompt": "a dog',
@@ -223,7 +223,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
     assert "cannot be read" in faults("gopher://host/p.txt")[0]
 
 
-def test_all_faults_of_a_jsonl_are_told_at_once(write):
+def test_all_faults_of_a_jsonl_are_reported_together(write):
     lines = [
         '{"prompt": "a"}',
         "no json",
@@ -248,7 +248,7 @@ def test_many_broken_lines_are_counted(write):
     assert "lines 1, 2, 3, 4, 5 and 35 more are not JSON" in fault
 
 
-def test_duplicates_and_overlong_prompts_are_told_at_once(write):
+def test_duplicates_and_overlong_prompts_are_reported_together(write):
     file = write("p.txt", "a\nb\na\nb\na\nc d e f\n")
     told = faults(file, token_count=words, max_tokens=5)
     assert told == [
@@ -282,7 +282,7 @@ def test_broken_parquet(tmp_path, columns, expected):
 
 # ------------------------------------------------------------------------------------------ plan
 def shards_of(table: pa.Table, prompts_per_shard: int, key: str, folder) -> list[Shard]:
-    """All shards, each as an actor reads it."""
+    """All shards, read like in an actor."""
     source = str(folder / "prompts.parquet")
     write_prompts(source, table.to_batches())
     plan = ShardPlan(source, prompts_per_shard, key)
@@ -290,7 +290,7 @@ def shards_of(table: pa.Table, prompts_per_shard: int, key: str, folder) -> list
     return [read_shard(plan.row(index), stored) for index in range(len(plan))]
 
 
-def test_shards_hold_every_prompt_once_in_order(tmp_path):
+def test_shards_contain_every_prompt_once_in_order(tmp_path):
     table = table_of(*(f"prompt {i}" for i in range(11)))
     shards = shards_of(table, 4, "key", tmp_path)
     assert [len(shard.prompts) for shard in shards] == [4, 4, 3]
@@ -317,7 +317,7 @@ def split(table: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]
     return table.filter(pa.array(~held_out)), table.filter(pa.array(held_out))
 
 
-def test_a_stored_table_is_kept_and_another_one_refused(tmp_path):
+def test_stored_table_is_kept_and_another_one_refused(tmp_path):
     table = table_of(*(f"prompt {i}" for i in range(40_000)))
     source, stored = str(tmp_path / "source.parquet"), tmp_path / "stored.parquet"
     write_prompts(source, table.to_batches())
@@ -337,7 +337,7 @@ def test_a_stored_table_is_kept_and_another_one_refused(tmp_path):
     assert stored.read_bytes() == was
 
 
-def test_holdout_takes_its_share_and_is_stable():
+def test_holdout_has_its_share_and_is_stable():
     table = table_of(*(f"prompt {i}" for i in range(2000)))
     train, held_out = split(table, 0.1, seed=0)
     assert len(held_out) == pytest.approx(200, abs=60)

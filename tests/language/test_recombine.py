@@ -1,4 +1,4 @@
-"""More prompts from a list: each type of slot by hand, and what holds of all that comes out."""
+"""More prompts from a list: each type of slot, and properties of all results."""
 
 import random
 import re
@@ -32,7 +32,7 @@ def slots(prompt: str) -> list[Slot]:
 
 
 # ---------------------------------------------------------------------------------------------- templates
-def test_every_slot_is_typed():
+def test_template_of_finds_every_slot():
     a, relation, b = (
         p for p in template_of("a small dark grey cat on top of two wooden tables") if not isinstance(p, str)
     )
@@ -57,11 +57,11 @@ def test_every_slot_is_typed():
         ("", []),
     ],
 )
-def test_noun_phrases_end_where_the_sentence_goes_on(prompt, nouns):
+def test_noun_phrase_ends_before_a_verb(prompt, nouns):
     assert [slot.form.noun for slot in slots(prompt)] == nouns
 
 
-def test_who_may_stand_where_another_does():
+def test_contexts_of_noun_phrases():
     assert {s.context for s in slots("a photo of a red car, a cat and two dogs")[1:]} == {("", "")}
     assert [s.context for s in slots("a bathroom with a sink")] == [None, None]
     assert [s.context for s in slots("a man and his dog")] == [None, None]
@@ -83,7 +83,7 @@ def test_plurals(one, many):
     assert is_singular(one)
 
 
-def test_what_has_no_singular():
+def test_words_without_a_singular():
     assert singular("scissors") is None
     assert plural("scissors") == "scissors"
     assert not is_singular("scissors")
@@ -116,13 +116,13 @@ def test_each_type_is_recombined(prompts, expected):
     assert {words for words in expected if words in said} == expected
 
 
-def test_all_combinations_and_no_more():
+def test_recombined_yields_all_combinations():
     assert sorted(made(["a red car and a blue dog"])) == ["a blue car and a red dog"]
     assert set(made(["a red car", "a blue dog"])) == {"a blue car", "a red dog"}
     assert set(made(["two cats", "one mouse"])) == {"one cat", "two mice"}
 
 
-def test_attributes_go_where_they_were_seen():
+def test_attributes_are_used_only_with_suitable_nouns():
     spoons = ["a wooden spoon and a red cat", "a metal spoon", "a plastic spoon", "a fluffy pillow and a blue dog"]
     found = " / ".join(made([*spoons, "a wooden fork", "a metal fork", "a glass bowl"]))
     assert "plastic fork" in found  # as spoons and forks have two materials in common
@@ -131,7 +131,7 @@ def test_attributes_go_where_they_were_seen():
     assert made(["an old man", "a new car"]) == []
 
 
-def test_a_verb_agrees_and_a_phrase_stays_by_its_verb():
+def test_verbs_agree_and_keep_their_phrases():
     found = made(["one dog is asleep on a bed", "two cats are asleep on a sofa", "three cats are asleep on a rug"])
     assert found
     assert all(p.startswith("one dog is") or re.match("(two|three) cats are", p) for p in found)
@@ -142,13 +142,13 @@ def test_capitals():
     assert {"An orange SUV", "A red iPhone"} <= set(made(["A red SUV", "An orange iPhone"]))
 
 
-def test_the_sentence_keeps_its_form():
+def test_sentence_form_is_kept():
     found = made(["The red mug was on top of the table.", "The blue lamp was next to the bed."])
     assert found
     assert all(re.fullmatch(r"The \w+ \w+ was (on top of|next to) the \w+\.", prompt) for prompt in found)
 
 
-def test_fillers_and_templates_go_by_weight():
+def test_fillers_and_templates_are_drawn_by_weight():
     prompts = ["a red car and a blue dog", "a green cat", "a pink cow and a gold pig"]
     templates = TextTemplates(prompts, [3, 0, 1])
     found = [prompt for _, prompt in islice(recombined(templates, [3, 0, 1], 0, prompts), 200)]
@@ -159,14 +159,14 @@ def test_fillers_and_templates_go_by_weight():
     assert cars > 2 * cows > 0
 
 
-def test_prompts_that_are_not_understood_give_nothing():
+def test_prompts_that_cannot_be_parsed_have_no_template():
     assert made(["happiness", "vibes, 4k, trending"]) == []
     assert made(["a cat"]) == []
     assert made([]) == []
 
 
-def test_noun_phrases_of_another_reader():
-    """As spaCy finds them: phrases without an opener too."""
+def test_noun_phrases_of_another_parser():
+    """Noun phrases like those of spaCy, also without an opener."""
 
     def find(prompt: str) -> list[Phrase]:
         return [Phrase(m.start(), m.end(), m.start(2)) for m in re.finditer(r"(\w+) (cats|dogs)", prompt)]
@@ -176,7 +176,7 @@ def test_noun_phrases_of_another_reader():
     assert {"white cats", "brown cats near black dogs"} <= set(found)
 
 
-def test_what_is_the_same():
+def test_same_ignores_case_articles_and_order():
     assert same("A  red car and an apple.") == same("an apple and a red car")
     assert same("two dogs and one cat") == same("one cat and two dogs")
     assert same("a cat on a dog") != same("a dog on a cat")
@@ -192,7 +192,7 @@ SHAPES = [
 ]
 
 
-def test_the_grammars_prompts_stay_in_their_split():
+def test_prompts_of_the_grammar_stay_in_their_split():
     found = made(SHAPES, 60, source="auto")
     by_grammar = [prompt for prompt in found if reads(prompt)]
     assert len(by_grammar) > 20
@@ -201,7 +201,7 @@ def test_the_grammars_prompts_stay_in_their_split():
         assert not any(map(is_unseen_combination, spec.objects))
 
 
-def test_a_source_reads_only_its_own():
+def test_templates_by_source():
     assert all(reads(prompt) for prompt in made(SHAPES, 60, source="shapes"))
     with pytest.raises(ValueError, match="is not a parser of prompts"):
         made(SHAPES, source="magic")
@@ -230,7 +230,7 @@ OWN = [
 
 
 @pytest.mark.parametrize("prompts", [OWN, pytest.param(benchmark_prompts(), id="benchmark")])
-def test_what_comes_out(prompts):
+def test_recombined_prompts(prompts):
     if not prompts:
         pytest.skip("T2I-CompBench's prompts are not beside the repository")
     found = made(prompts, 200)
@@ -250,7 +250,7 @@ def test_what_comes_out(prompts):
             assert is_singular(noun) if number == "one" else is_plural(noun)
 
 
-def test_benchmark_prompts_are_nearly_all_read():
+def test_most_benchmark_prompts_can_be_parsed():
     prompts = benchmark_prompts()
     if not prompts:
         pytest.skip("T2I-CompBench's prompts are not beside the repository")

@@ -1,4 +1,4 @@
-"""Negatives of the grammar against its parser, its renderer and the oracle."""
+"""Negatives of the grammar, compared with its parser, renderer and oracle."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def image_of(prompt: str, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("prompt", drawn_prompts(3))
-def test_the_prompts_own_image_contradicts_every_negative(prompt):
+def test_image_of_the_prompt_contradicts_every_negative(prompt):
     made = negatives(prompt)
     assert len({n.prompt for n in made} | {prompt}) == len(made) + 1
     image = image_of(prompt)
@@ -29,16 +29,16 @@ def test_the_prompts_own_image_contradicts_every_negative(prompt):
     for negative in chosen(made, 16):
         assert score(image, negative.prompt).exact == 0, negative
         assert negative.kind in KINDS
-        assert negative.said != negative.instead
+        assert negative.original != negative.instead
 
 
 @pytest.mark.parametrize("prompt", drawn_prompts(1))
-def test_an_image_of_a_negative_contradicts_the_prompt(prompt):
+def test_image_of_a_negative_contradicts_the_prompt(prompt):
     for seed, negative in enumerate(chosen(negatives(prompt), 6)):
         assert score(image_of(negative.prompt, seed), prompt).exact == 0, negative
 
 
-def test_what_changed_is_told():
+def test_negatives_report_their_change():
     made = negatives("a red circle left of a blue square")
     assert Negative(
         *("a blue circle left of a red square", "attribute swap", "color"),
@@ -65,7 +65,7 @@ def test_negatives_are_worded_like_the_prompt(prompt, start):
     assert start in {n.prompt for n in negatives(prompt)}
 
 
-def test_an_attribute_that_the_prompt_leaves_open_contradicts_nothing():
+def test_open_attributes_have_no_negatives():
     open_prompt, closed = parse("a striped circle and a circle"), parse("a solid circle and a circle")
     assert can_both_hold(open_prompt, closed)
     assert not can_both_hold(open_prompt, parse("a solid circle and a dotted circle"))
@@ -77,13 +77,13 @@ def test_an_attribute_that_the_prompt_leaves_open_contradicts_nothing():
 def test_counts_are_swapped_between_objects():
     by_count = [n for n in negatives("two orange crosses with one purple square") if n.attribute == "count"]
     assert by_count[0].prompt == "one orange cross with two purple squares"
-    assert (by_count[0].said, by_count[0].instead) == (
+    assert (by_count[0].original, by_count[0].instead) == (
         "two orange crosses and one purple square",
         "one orange cross and two purple squares",
     )
 
 
-def test_few_negatives_take_every_kind_in_turn():
+def test_chosen_takes_the_kinds_in_turn():
     made = negatives("a red circle left of a blue square")
     first = [n.kind for n in chosen(made, len(KINDS) + 2)]
     assert set(first) == set(KINDS)
@@ -93,7 +93,7 @@ def test_few_negatives_take_every_kind_in_turn():
     assert sorted(chosen(made, 1000), key=str) == sorted(made, key=str)
 
 
-def test_the_source_chooses_the_function():
+def test_negatives_by_source():
     assert negatives_by("shapes")("two hearts") == negatives_by("auto")("two hearts") == negatives("two hearts")
     assert negatives_by("auto")("a red car and a blue bicycle") == negatives_by("text")("a red car and a blue bicycle")
     with pytest.raises(ValueError, match="one of auto, shapes, text"):

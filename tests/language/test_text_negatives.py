@@ -1,4 +1,4 @@
-"""Negatives of free English: sentences whose contraries are plain, and input that has none."""
+"""Negatives of general English: sentences with known opposites, and sentences without negatives."""
 
 import pytest
 import spacy
@@ -42,7 +42,7 @@ def test_single_changes(prompt, kind, expected):
     assert expected in by_kind(prompt)[kind]
 
 
-def test_what_would_say_the_same_is_left_out():
+def test_negatives_with_the_same_meaning_are_left_out():
     prompt = "a red cube and a blue ball"
     assert "a blue ball and a red cube" not in {n.prompt for n in negatives(prompt)}
     swaps = by_kind(prompt)
@@ -55,19 +55,19 @@ def test_what_would_say_the_same_is_left_out():
     "prompt",
     ["a red, white and blue flag", "a black and white cat", "red apples and green apples", "a red car, a blue car"],
 )
-def test_attributes_that_change_places_and_change_nothing_are_no_negative(prompt):
+def test_swaps_of_equal_attributes_are_left_out(prompt):
     assert "attribute swap" not in by_kind(prompt)
 
 
 @pytest.mark.parametrize("prompt", ["a man facing a woman", "a cat and a dog are here", "a bowl of soup and bread"])
-def test_who_does_it_to_whom_must_matter_and_the_rest_must_stay_english(prompt):
+def test_swaps_need_an_action_and_correct_english(prompt):
     assert not {"object swap", "object omission"} & by_kind(prompt).keys()
 
 
-def test_every_negative_tells_its_change():
+def test_negatives_report_their_change():
     for negative in negatives("two small brown dogs in front of an old house"):
-        assert negative.said.split(" … ")[0].lower() in "two small brown dogs in front of an old house"
-        assert negative.instead != negative.said
+        assert negative.original.split(" … ")[0].lower() in "two small brown dogs in front of an old house"
+        assert negative.instead != negative.original
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "happiness", "🙂 ½ ²", "a", "one of the", "1984", "2 pm", "the orange"])
@@ -75,12 +75,12 @@ def test_prompts_without_a_known_word_have_no_negatives(prompt):
     assert negatives(prompt) == []
 
 
-def test_a_long_prompt_is_no_trouble():
+def test_long_prompt_is_parsed_quickly():
     prompt = ", ".join(["a red circle", "two <b>blue</b> 'squares'"] * 20)
     assert prompt not in {n.prompt for n in negatives(prompt)}
 
 
-def test_the_lexicon_keeps_its_own_rules():
+def test_lexicon_is_consistent():
     assert all(RELATIONS[opposite] for opposite in RELATIONS.values())
     assert all(phrase != opposite for phrase, opposite in RELATIONS.items())
     listed = {word for words in ATTRIBUTES.values() for word in words}
@@ -97,7 +97,7 @@ def test_plain_phrases():
 
 
 def test_noun_chunks_of_a_parsed_document():
-    """Parsed by hand, as one of spaCy's models does it: no model has to be installed."""
+    """Annotated by hand like by a spaCy model, so that no model must be installed."""
     words = ["two", "red", "cars", "and", "the", "old", "stone", "wall"]
     document = spacy.tokens.Doc(
         spacy.blank("en").vocab,
@@ -110,6 +110,6 @@ def test_noun_chunks_of_a_parsed_document():
     assert [document.text[p.head : p.end] for p in chunks(document)] == ["cars", "wall"]
 
 
-def test_a_model_that_is_not_installed_is_named_with_the_remedy():
+def test_missing_spacy_model_is_named():
     with pytest.raises(ValueError, match="python -m spacy download en_core_web_none"):
         spacy_phrases("en_core_web_none")

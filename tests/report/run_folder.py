@@ -1,4 +1,4 @@
-"""A small run folder as the stages would leave it, with known truth; images are renders of the embedded world."""
+"""A small run folder like that of a real run, with known values; images are rendered scenes of the embedded world."""
 
 import hashlib
 import io

@@ -51,7 +51,7 @@ def test_json_is_strict(report):
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
-def test_the_headline_stands_where_the_base_model_is_best(report, run_dir):
+def test_headline_is_at_the_best_scale_of_the_base_model(report, run_dir):
     assert report["guidance"]["headline"] == report["guidance"]["best"]["base"] == 4.0
     for model in GUIDED_SHARE:
         result = report["alignment"][model]["exact"]
@@ -62,12 +62,12 @@ def test_the_headline_stands_where_the_base_model_is_best(report, run_dir):
     low, high = stats.ttest_rel(*means).confidence_interval(0.95)
     assert [difference["low"], difference["high"]] == pytest.approx([low, high])
     title, verdict = headline(report)
-    assert verdict.startswith("Compared at guidance 4, where the base model is best. The tuned model does better")
+    assert verdict.startswith("Compared at guidance 4, where the base model is best. The tuned model is better")
     assert f"exact: {100 * means[1].mean():.1f} %" in title
     assert "Compared at guidance 4, where the base model is best." in alignment_table(report)
 
 
-def test_curves_hold_every_scale(report, run_dir):
+def test_curves_have_a_point_for_every_scale(report, run_dir):
     for model, by_scale in GUIDED_SHARE.items():
         curve = report["guidance"]["curves"][model]
         assert [point[SCALE] for point in curve] == list(by_scale)
@@ -80,7 +80,7 @@ def test_curves_hold_every_scale(report, run_dir):
     assert differences[2.0] == pytest.approx(at_two)
 
 
-def test_rows_show_each_best_the_base_at_gamma_and_the_student(report, run_dir):
+def test_rows_have_best_scales_base_near_gamma_and_model_without_guidance(report, run_dir):
     rows = {(row["model"], row[SCALE]): row for row in report["guidance"]["rows"]}
     best = report["guidance"]["best"]["tuned"]
     assert "its best" in rows["tuned", best]["notes"]
@@ -94,20 +94,20 @@ def test_rows_show_each_best_the_base_at_gamma_and_the_student(report, run_dir):
     assert rows["tuned", 4.0]["effective_guidance"] == GAMMA
 
 
-def test_the_lower_of_two_best_scales_counts():
+def test_best_scale_is_the_lower_one_of_equal_scales():
     curve = [{SCALE: scale, "value": value} for scale, value in ((1.0, 0.2), (2.0, 0.8), (4.0, 0.8))]
     assert best_scale(curve, EXACT) == 2.0
     assert best_scale([], EXACT) is None
 
 
-def test_without_the_base_model_the_samplers_scale_is_the_headlines(config):
+def test_headline_without_the_base_model_is_at_the_scale_of_the_sampler(config):
     rows = [{"prompt_id": p, "seed": 0, SCALE: scale, "exact": float(scale == 4)} for p in "ab" for scale in (2.0, 4.0)]
     found = guidance_section({"tuned": pd.DataFrame(rows)}, METRICS, config, {"tuned": GAMMA})
     assert (found["headline"], found["base_best"], found["best"]) == (2.0, False, {"tuned": 4.0})
     assert all(row["difference"] is None for row in found["rows"])
 
 
-def test_quality_and_images_are_the_headlines(report, run_dir):
+def test_quality_and_images_are_at_the_scale_of_the_headline(report, run_dir):
     assert {quality["n_images"] for quality in report["quality"].values()} == {96}
     assert report["quality"]["base"]["relative_diversity"] == 1
     assert 0.5 < report["quality"]["tuned"]["relative_diversity"] < 1.5
@@ -120,7 +120,7 @@ def test_quality_and_images_are_the_headlines(report, run_dir):
 
 
 # ------------------------------------------------------------------------------------------ online
-def test_an_online_run_is_in_the_report(report):
+def test_report_has_the_updates_and_validations_of_an_online_run(report):
     tuned, random = report["online"]["tuned"], report["online"]["random"]
     assert [line["update"] for line in tuned["updates"]] == list(range(UPDATES))
     assert tuned["updates"][2] == {
@@ -128,7 +128,7 @@ def test_an_online_run_is_in_the_report(report):
         "reward": pytest.approx(1.4),
         "latent_std": 0.9,
         "diversity": 0.48,
-        "distance_to_base": 0.06,  # of the last of the update's steps
+        "distance_to_base": 0.06,  # from the last step of the update
         "effective_guidance": GAMMA,
     }
     assert [found["version"] for found in tuned["validations"]] == [0, 2, 4, 6]
@@ -139,14 +139,14 @@ def test_an_online_run_is_in_the_report(report):
     assert (random["finished"], random["kept"], random["self_score"]) == (False, None, [])
 
 
-def test_training_and_work_of_an_online_run_count(report):
+def test_report_counts_training_and_work_of_an_online_run(report):
     assert set(report["training"]) == {"tuned", "random"}
     assert report["training"]["tuned"]["steps"] == len(report["training"]["tuned"]["loss"]) == 2 * UPDATES
     assert report["denoiser_evaluations"]["generate"] == 360
     assert report["throughput"]["candidates_per_s"] == pytest.approx(1.8)
 
 
-def test_scores_are_told_of_the_candidates_of_updates(report, run_dir, config):
+def test_selection_of_an_online_run_uses_the_candidates_of_updates(report, run_dir, config):
     selection = report["selection"]
     assert selection["pool_exact"]["n_images"] == UPDATES * 3 * 6  # without the validations
     assert selection["auc"]["exact"]["pmi_contrastive"]["value"] > 0.8
@@ -154,7 +154,7 @@ def test_scores_are_told_of_the_candidates_of_updates(report, run_dir, config):
     assert previews(str(run_dir), config) == []
 
 
-def test_the_page_of_an_online_run(page):
+def test_page_of_an_online_run(page):
     for heading in ("Guidance", "Online training", "Fine-tuning", "Image quality"):
         assert f"<h2>{heading}</h2>" in page
     assert f"stopped: {STOPPED}" in page
@@ -165,7 +165,7 @@ def test_the_page_of_an_online_run(page):
     assert "Candidates by score" not in page
 
 
-def test_an_online_run_that_has_just_begun(tmp_path):
+def test_report_of_an_online_run_that_has_just_started(tmp_path):
     config = online_config_of(tmp_path)
     (tmp_path / "online").mkdir()
     (tmp_path / "online" / "training.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5, "update": 0}))

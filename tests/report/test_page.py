@@ -67,7 +67,7 @@ def test_text_is_escaped(page, written):
     assert "no <scene> drawn" in page.text
 
 
-def test_every_section_is_there(page):
+def test_page_has_every_section(page):
     headings = "".join(page.text.split("\n"))
     for heading in ("Alignment", "Base and tuned on the same seeds", "Candidates by score", "Quality of the scores"):
         assert heading in headings
@@ -86,10 +86,10 @@ def test_side_by_side_shows_the_same_seeds(page):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "says"),
+    ("low", "high", "text"),
     [(0.02, 0.08, "better by exact"), (-0.02, 0.08, "no clear difference"), (-0.08, -0.02, "worse by exact")],
 )
-def test_headline_is_honest(low, high, says):
+def test_headline_depends_on_the_interval(low, high, text):
     mean = (low + high) / 2
     report = {
         "metrics": {name: [asdict(column) for column in columns] for name, columns in METRICS.items()},
@@ -100,7 +100,7 @@ def test_headline_is_honest(low, high, says):
         "comparison": {"tuned-base": {"exact": {"difference": mean, "low": low, "high": high}}},
     }
     title, verdict = headline(report | {"quality": {}})
-    assert says in verdict
+    assert text in verdict
     assert "collapsed" in headline(report | {"quality": {"tuned": {"collapsed": True}}})[1]
     assert title.startswith(f"exact: 48.2 % → {48.2 + 100 * mean:.1f} % (")
     assert f"± {50 * (high - low):.1f} points" in title
@@ -118,15 +118,15 @@ def test_alignment_table(run_dir, config):
     assert "tuned − random" in table
 
 
-def test_a_run_without_results(tmp_path):
+def test_report_of_a_run_without_results(tmp_path):
     config = config_of(tmp_path)
     page = Page(Path(write_report(str(tmp_path), config)).read_text())
     assert "Not evaluated yet" in page.text
     assert alignment_table(summarise(str(tmp_path), config)) == "no evaluation yet"
 
 
-def test_a_benchmark_in_the_folder_is_shown_and_escaped(tmp_path):
-    told = {
+def test_page_shows_benchmarks_with_escaped_text(tmp_path):
+    result = {
         "question": HOSTILE,
         "results": [{"fault": "driver", "runs": 20, "lost": 0}, {"fault": "<i>", "runs": 10, "lost": None}],
         "gates": {
@@ -134,11 +134,11 @@ def test_a_benchmark_in_the_folder_is_shown_and_escaped(tmp_path):
             "happened": {"value": 0.95, "min": 0.8, "holds": True},
         },
     }
-    write_json(str(tmp_path / "benchmarks" / "faults.json"), told)
+    write_json(str(tmp_path / "benchmarks" / "faults.json"), result)
     write_json(str(tmp_path / "benchmarks" / "other.json"), {"something": "else"})
     uri = write_report(str(tmp_path), config_of(tmp_path))
     page = Page(Path(uri).read_text())
-    assert json.loads((tmp_path / "report" / "report.json").read_text())["benchmarks"] == {"faults": told}
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["benchmarks"] == {"faults": result}
     assert HOSTILE in page.text
     assert "script" not in {tag for tag, _ in page.tags}
     assert "i" not in {tag for tag, _ in page.tags}
@@ -147,19 +147,19 @@ def test_a_benchmark_in_the_folder_is_shown_and_escaped(tmp_path):
     assert "lost 3 (at most 0), which fails; happened 0.950 (at least 0.800)" in cells
 
 
-def test_a_metric_of_which_lower_is_better_is_told_in_its_unit():
+def test_headline_of_a_metric_where_lower_is_better():
     dark = Column("dark_pixels", "number of dark pixels", "pixels", 0, 4096, higher_is_better=False)
     base, tuned = ({"dark_pixels": {"value": v, "low": v - 9, "high": v + 9}} for v in (1200.0, 1100.0))
     difference = {"dark_pixels": {"difference": -100.0, "low": -120.0, "high": -80.0}}
     report = {"metrics": {"m:Dark": [asdict(dark)]}, "alignment": {"base": base, "tuned": tuned}, "quality": {}}
     title, verdict = headline(report | {"comparison": {"tuned-base": difference}})
     assert title == "dark pixels: 1200.0 → 1100.0 (−100.0 ± 20.0 pixels)"
-    assert "does better by dark pixels" in verdict
+    assert "is better by dark pixels" in verdict
     assert mark(1200.0, dark) == {"kind": "number", "text": "1200.0", "title": "dark pixels, pixels: 1200.0"}
     assert mark(None, dark) is None
 
 
-def test_a_run_without_metrics_and_previews(run_dir, tmp_path):
+def test_report_of_a_run_without_metrics_and_previews(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     for folder in ("round-0/candidates", "evaluation/base", "evaluation/tuned"):
         table = read_tables(str(run_dir / folder))
@@ -178,7 +178,7 @@ def test_a_run_without_metrics_and_previews(run_dir, tmp_path):
     assert "exact" not in alignment_table(summarise(str(tmp_path / "run"), config))
 
 
-def test_previews_are_what_was_sampled_to_the_end_and_only_the_first_parts_are_read(run_dir, tmp_path):
+def test_previews_leave_out_pruned_candidates_and_read_only_the_first_parts(run_dir, tmp_path):
     folder = tmp_path / "run" / "round-0" / "candidates"
     table = read_tables(str(run_dir / "round-0/candidates")).to_pandas()
     pruned = (table["prompt_id"] == table["prompt_id"][0]) & (table["rank"] >= 4)
@@ -188,13 +188,13 @@ def test_previews_are_what_was_sampled_to_the_end_and_only_the_first_parts_are_r
     for index, rows in enumerate((table, table[:0])):
         part = pa.Table.from_pandas(rows, schema, preserve_index=False)
         write_table(str(folder / f"part-0000{index}-0.parquet"), part)
-    (folder / "part-00002-0.parquet").write_bytes(b"holds none of the first prompts and is not read")
+    (folder / "part-00002-0.parquet").write_bytes(b"not a table: this part must not be read")
     config = config_of(tmp_path / "run")
     assert config.generate.preview_prompts <= 2 * config.generate.prompts_per_shard
     assert [card["n_candidates"] for card in previews(str(tmp_path / "run"), config)] == [4, *[CANDIDATES] * 3]
 
 
-def test_strips_show_a_score_of_zero_and_no_unmeasured_candidate():
+def test_strips_show_a_score_of_zero_but_no_candidate_without_a_score():
     scores = [0.0, None, -1.0, float("nan"), 2.0, 1.0]
     image = png(np.zeros((8, 8, 3), np.uint8))
     pool = [{"prompt": "a", "s": score, "kept": score == 2, "image": image} for score in scores]

@@ -1,4 +1,4 @@
-"""What is told of the candidates does not depend on how they are cut into parts."""
+"""The report on the candidates does not depend on the division into parts."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ EXACT = METRICS["oracle"][0]
 
 @pytest.fixture
 def in_parts(run_dir, tmp_path) -> str:
-    """The candidates of `run_dir`, as two rounds and five prompts a part."""
+    """The candidates of `run_dir`, in two equal rounds with five prompts per part."""
     table = read_tables(str(run_dir / "round-0" / "candidates"))
     prompts = table["prompt_id"].to_pylist()
     order = list(dict.fromkeys(prompts))
@@ -48,7 +48,7 @@ def test_parts_and_rounds_add_up(run_dir, in_parts):
         assert sum(again["exact"]) == 2 * sum(found["exact"])
 
 
-def test_a_distribution_is_of_the_score_above_its_prompts_mean(run_dir):
+def test_distribution_of_the_score_minus_its_prompts_mean(run_dir):
     candidates = read_tables(str(run_dir / "round-0" / "candidates")).to_pandas()
     candidates = candidates[candidates["error"].isna()]
     score = candidates["score_mitune"]
@@ -59,13 +59,13 @@ def test_a_distribution_is_of_the_score_above_its_prompts_mean(run_dir):
     assert found["exact"] == expected.tolist()
 
 
-def test_a_score_that_nobody_has_is_not_drawn():
+def test_no_distribution_of_a_score_without_values():
     assert distribution(pd.DataFrame({"score_a": [np.nan], "good": [1.0]}), "a") is None
     same = distribution(pd.DataFrame({"score_a": [2.0, 2.0], "good": [np.nan, np.nan]}), "a", EXACT)
     assert sum(same["all"]) == 2
 
 
-def test_a_metric_that_is_not_yes_or_no_splits_at_the_prompts_mean(tmp_path):
+def test_distribution_by_a_metric_with_a_unit_splits_at_the_prompts_mean(tmp_path):
     dark = Column("dark", "number of dark pixels", "pixels", 0, higher_is_better=False)
     schema = candidates_schema(("mitune",), {"mine": (dark,)})
     rows = [
@@ -77,15 +77,15 @@ def test_a_metric_that_is_not_yes_or_no_splits_at_the_prompts_mean(tmp_path):
     found = read_pools(str(tmp_path), ("mitune",))
     assert found.metrics == {"mine": (dark,)}
     drawn = found.distributions["mitune"]
-    assert (sum(drawn["better by dark"]), sum(drawn["worse by dark"])) == (1, 6)  # the unmeasured one is in neither
-    assert found.selection["auc"]["dark"]["mitune"]["value"] == 1  # the higher the score the fewer; b has no pair
+    assert (sum(drawn["better by dark"]), sum(drawn["worse by dark"])) == (1, 6)  # one has no value
+    assert found.selection["auc"]["dark"]["mitune"]["value"] == 1  # only prompt a counts
     assert found.selection["pool_dark"]["value"] == pytest.approx((4 + 7) / 2)
     assert found.selection["kept_dark"]["value"] == pytest.approx((1 + 7) / 2)
 
 
-def test_few_rows_stand_for_many_evenly(monkeypatch):
-    """Of every stretch alike, and of the rounds, which come in turns of 64 rows, too."""
-    monkeypatch.setattr(pools, "DRAWN", 1000)
+def test_thinned_rows_are_a_uniform_sample(monkeypatch):
+    """All quarters of the rows and both rounds have the same share."""
+    monkeypatch.setattr(pools, "SAMPLED", 1000)
     thinned = Thinned()
     for start in range(0, 64_000, 128):
         thinned.add(pd.DataFrame({"number": np.arange(start, start + 128), "round": [0] * 64 + [1] * 64}))
@@ -97,10 +97,10 @@ def test_few_rows_stand_for_many_evenly(monkeypatch):
     assert thinned.rows["round"].mean() == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(drawn))
 
 
-def test_errors_without_end_are_told_by_their_stage(monkeypatch):
-    monkeypatch.setattr(pools, "MAX_TOLD", 2)
+def test_further_errors_are_counted_by_stage(monkeypatch):
+    monkeypatch.setattr(pools, "MAX_ERRORS", 2)
     errors = Counter()
     for prompt in "abcda":
         count_error(errors, prompt, "generate", "broken")
     assert list(errors.values()) == [2, 1, 2]
-    assert errors["", "generate", pools.UNTOLD] == 2
+    assert errors["", "generate", pools.FURTHER_ERRORS] == 2

@@ -29,7 +29,7 @@ def evaluation(rng, share, prompts=40, seeds=4):
     return pd.DataFrame({"prompt_id": ids, "seed": np.tile(np.arange(seeds), prompts), "exact": exact})
 
 
-def test_prompt_mean_is_scipys_interval_of_the_prompts_means():
+def test_prompt_mean_equals_the_interval_of_scipy():
     rows = evaluation(np.random.default_rng(0), 0.4)
     means = rows["exact"].to_numpy().reshape(40, 4).mean(1)
     low, high = stats.ttest_1samp(means, 0).confidence_interval(0.95)
@@ -38,7 +38,7 @@ def test_prompt_mean_is_scipys_interval_of_the_prompts_means():
     assert (result["n_prompts"], result["n_images"]) == (40, 160)
 
 
-def test_prompt_mean_covers_the_truth_as_often_as_it_says():
+def test_prompt_mean_interval_has_95_percent_coverage():
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(400):
@@ -59,7 +59,7 @@ def test_missing_values_and_single_prompts():
     assert (same["low"], same["high"]) == (1, 1)
 
 
-def test_paired_difference_is_scipys_paired_interval():
+def test_paired_difference_equals_the_paired_interval_of_scipy():
     rng = np.random.default_rng(2)
     base, tuned = evaluation(rng, 0.4), evaluation(rng, 0.55)
     means = [frame["exact"].to_numpy().reshape(40, 4).mean(1) for frame in (tuned, base)]
@@ -70,7 +70,7 @@ def test_paired_difference_is_scipys_paired_interval():
     assert [result[k] for k in ("difference", "low", "high")] == pytest.approx(expected)
 
 
-def test_an_average_does_not_depend_on_how_its_rows_come():
+def test_prompt_average_does_not_depend_on_the_parts():
     rng = np.random.default_rng(6)
     rows = pd.DataFrame({"prompt_id": np.repeat(np.arange(200), 3), "exact": rng.normal(1e4, 1, 600)})
     average = PromptAverage()
@@ -82,7 +82,7 @@ def test_an_average_does_not_depend_on_how_its_rows_come():
     assert (average.result()["low"], average.result()["high"]) == pytest.approx((low, high), rel=1e-12)
 
 
-def test_paired_difference_leaves_out_what_one_side_lacks():
+def test_paired_difference_leaves_out_images_without_a_partner():
     base = pd.DataFrame({"prompt_id": ["a", "a", "b"], "seed": [0, 1, 0], "exact": [0.0, 1.0, 0.0]})
     tuned = pd.DataFrame({"prompt_id": ["a", "a", "c"], "seed": [0, 1, 0], "exact": [1.0, np.nan, 1.0]})
     result = paired_difference(tuned, base, "exact")
@@ -102,15 +102,15 @@ def test_within_prompt_auc_ignores_differences_between_prompts():
     pool = pd.DataFrame({"round": 0, "prompt_id": np.repeat(np.arange(50), 20)})
     rates = np.repeat(rng.uniform(0.2, 0.8, 50), 20)
     pool["exact"] = (rng.random(1000) < rates).astype(float)
-    pool["level"] = rates + 1e-3 * rng.normal(size=1000)  # tells easy prompts from hard ones, and nothing else
+    pool["level"] = rates + 1e-3 * rng.normal(size=1000)  # separates easy from hard prompts only
     pool["truth"] = pool["exact"] - 100 * pool["prompt_id"]
     result = prompt_mean(prompt_aucs(pool, "level", EXACT), "auc")
     assert result["low"] < 0.5 < result["high"]
     assert prompt_mean(prompt_aucs(pool, "truth", EXACT), "auc")["value"] == 1
-    assert auc(pool["level"].to_numpy(), pool["exact"].to_numpy() == 1) > 0.6  # what a pooled AUC would have said
+    assert auc(pool["level"].to_numpy(), pool["exact"].to_numpy() == 1) > 0.6  # pooled: misleading
 
 
-def test_within_prompt_auc_needs_both_kinds():
+def test_within_prompt_auc_needs_different_values():
     pool = pd.DataFrame({"round": 0, "prompt_id": [0, 0, 1, 1], "exact": [1.0, 1.0, 1.0, 0.0], "s": [1.0, 2, 3, 4]})
     assert prompt_aucs(pool, "s", EXACT).to_dict("records") == [{"prompt_id": 1, "auc": 0}]
     assert prompt_aucs(pool[pool.prompt_id == 0], "s", EXACT).empty
@@ -118,7 +118,7 @@ def test_within_prompt_auc_needs_both_kinds():
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
-def test_within_prompt_auc_of_any_metric_counts_the_pairs_that_it_tells_apart(higher_is_better):
+def test_within_prompt_auc_counts_pairs_with_different_values(higher_is_better):
     rng = np.random.default_rng(9)
     sizes = rng.integers(1, 9, 30)  # pools of different size, with missing values on both sides
     pool = pd.DataFrame({"round": rng.integers(0, 2, sizes.sum()), "prompt_id": np.repeat(np.arange(30), sizes)})
@@ -151,7 +151,7 @@ def test_kernel_distance_is_the_unbiased_estimator():
     assert kernel_distance(x, y) == pytest.approx(unbiased_mmd(*standard))
 
 
-def test_kernel_distance_is_not_decided_by_a_feature_that_the_reference_hardly_shows():
+def test_kernel_distance_is_not_dominated_by_a_feature_that_is_constant_in_the_reference():
     rng = np.random.default_rng(8)
     x, y = rng.normal(size=(2, 200, 16))
     x[:, 0], y[:, 0] = rng.random(200) < 0.02, 0

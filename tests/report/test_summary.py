@@ -37,8 +37,8 @@ def test_run_and_times(report):
 def test_work_counts_all_sessions_but_rates_only_timed_ones(report):
     assert report["denoiser_evaluations"] == {"generate": 12000, "score": 1200, "evaluate": 10560}
     throughput = report["throughput"]
-    assert throughput["candidates_per_s"] == 6  # 60 rows in 10 s; the killed session's have no time
-    assert throughput["images_per_s"] == 12  # 96 images in 8 s; real renders do not count
+    assert throughput["candidates_per_s"] == 6  # 60 rows in 10 s; those of the killed session have no duration
+    assert throughput["images_per_s"] == 12  # 96 images in 8 s; real images do not count
     assert throughput["denoiser_evaluations_per_s"] == pytest.approx((6600 + 10560) / 18)
 
 
@@ -104,14 +104,14 @@ def test_quality_against_real_renders(report):
     assert all(q["reference"] == "real" and not q["collapsed"] for q in quality.values())
 
 
-def test_errors_are_counted_once_a_cause(report):
+def test_errors_are_counted_by_cause(report):
     assert report["errors"] == [
         {"prompt": "a b c", "stage": "prompts", "message": "longer than 77 tokens", "count": 1},
         {"prompt": HOSTILE, "stage": "generate", "message": "no <scene> drawn", "count": 1},
     ]
 
 
-def test_an_empty_folder(tmp_path):
+def test_report_of_an_empty_folder(tmp_path):
     report = summarise(str(tmp_path), config_of(tmp_path))
     assert report["timing"] == {"total_s": 0}
     assert report["alignment"] == report["comparison"] == report["quality"] == report["training"] == {}
@@ -120,7 +120,7 @@ def test_an_empty_folder(tmp_path):
     json.dumps(report, allow_nan=False)
 
 
-def test_no_metric_no_categories_and_two_rounds(tmp_path):
+def test_report_without_metrics_and_categories_with_two_rounds(tmp_path):
     rng = np.random.default_rng(0)
     for number in (0, 1):
         rows = [{"prompt_id": p, "prompt": p, "kept": i == 0, "score_mitune": float(i)} for p in "ab" for i in range(3)]
@@ -145,11 +145,11 @@ def test_no_metric_no_categories_and_two_rounds(tmp_path):
     assert report["errors"] == [{"prompt": "d", "stage": "evaluate", "message": "broken", "count": 2}]
 
 
-def test_a_prompts_rounds_are_one_prompt(run_dir, tmp_path):
+def test_rounds_of_a_prompt_count_as_one_prompt(run_dir, tmp_path):
     pool = read_tables(str(run_dir / "round-0" / "candidates"))
     for number in (0, 1):
         write_table(str(tmp_path / f"round-{number}" / "candidates" / "part-0.parquet"), pool)
     once = summarise(str(run_dir), config_of(run_dir))["selection"]
     twice = summarise(str(tmp_path), config_of(tmp_path))["selection"]
-    assert twice["auc"] == once["auc"]  # the same evidence twice makes no interval narrower
+    assert twice["auc"] == once["auc"]  # the same candidates twice must not make an interval narrower
     assert twice["by_round"][1]["auc"] == once["auc"]

@@ -21,21 +21,21 @@ def run_dir(tmp_path) -> str:
 
 
 def write_holder(run_dir: str, **changes) -> dict:
-    """A lease as another driver would have left it."""
+    """The lease of another driver."""
     content = json.loads(lease.Lease(run_dir, 2.0, 5).content()) | changes
     storage.write_json(lease._uri(run_dir, 5), content)
     return content
 
 
-def test_a_second_driver_is_told_who_holds_the_run(run_dir):
+def test_second_driver_is_refused_with_the_name_of_the_holder(run_dir):
     with lease.held(run_dir, 40), pytest.raises(ConfigError) as refused, lease.held(run_dir, 40):
         pass
     message = str(refused.value)
-    for told in (run_dir, f"process {os.getpid()}", lease.platform.node(), "--run-dir"):
-        assert told in message
+    for reported in (run_dir, f"process {os.getpid()}", lease.platform.node(), "--run-dir"):
+        assert reported in message
 
 
-def test_what_went_wrong_is_told_even_where_the_lease_cannot_be_released(run_dir, monkeypatch):
+def test_error_is_raised_even_if_the_release_fails(run_dir, monkeypatch):
     def fail(uri, content):
         raise OSError("No space left on device")
 
@@ -45,7 +45,7 @@ def test_what_went_wrong_is_told_even_where_the_lease_cannot_be_released(run_dir
 
 
 @pytest.mark.parametrize("error", [OSError, pa.ArrowException])
-def test_a_beat_that_fails_is_made_up_for_by_the_next(run_dir, error, monkeypatch, capsys):
+def test_failed_heartbeat_is_repeated(run_dir, error, monkeypatch, capsys):
     write, failed = storage.write_bytes, []
 
     def fail_once(uri, content):
@@ -63,7 +63,7 @@ def test_a_beat_that_fails_is_made_up_for_by_the_next(run_dir, error, monkeypatc
     assert "cannot be renewed now: Unknown error" in capsys.readouterr().err
 
 
-def test_a_released_run_is_free_and_its_token_grows(run_dir):
+def test_released_run_is_free_and_its_token_grows(run_dir):
     with lease.held(run_dir, 40) as first:
         assert lease.current_token(run_dir) == first.token == 1
     assert lease.current_token(run_dir) is None
@@ -72,7 +72,7 @@ def test_a_released_run_is_free_and_its_token_grows(run_dir):
         assert storage.list_names(storage.join(run_dir, "lease")) == ["00000002.json"]
 
 
-def test_a_dead_driver_of_this_machine_is_succeeded_at_once(run_dir):
+def test_dead_driver_of_this_machine_is_replaced_at_once(run_dir):
     code = f"from mi_ray.runs import lease; import os; lease.acquire({run_dir!r}, 1000); os._exit(9)"
     subprocess.run([sys.executable, "-c", code], check=False)
     began = time.monotonic()
@@ -81,13 +81,13 @@ def test_a_dead_driver_of_this_machine_is_succeeded_at_once(run_dir):
     assert time.monotonic() - began < 100
 
 
-def test_another_process_that_got_the_same_id_is_not_the_holder(run_dir):
+def test_process_with_a_reused_id_is_not_the_holder(run_dir):
     write_holder(run_dir, process_start="1")
     with lease.held(run_dir, 1000) as mine:
         assert mine.token == 6
 
 
-def test_a_silent_driver_of_another_machine_is_succeeded_after_its_lease(run_dir, capsys):
+def test_silent_driver_of_another_machine_is_replaced_after_its_lease(run_dir, capsys):
     write_holder(run_dir, machine="elsewhere", host="elsewhere", seconds=1.0)
     began = time.monotonic()
     with lease.held(run_dir, 1.0) as mine:
@@ -96,7 +96,7 @@ def test_a_silent_driver_of_another_machine_is_succeeded_after_its_lease(run_dir
     assert "elsewhere" in capsys.readouterr().err
 
 
-def test_a_driver_of_another_machine_that_beats_keeps_the_run(run_dir):
+def test_live_driver_of_another_machine_keeps_the_run(run_dir):
     before = write_holder(run_dir, machine="elsewhere", host="elsewhere", seconds=60.0)
     beat = threading.Timer(0.3, lambda: write_holder(run_dir, **(before | {"beat": 1})))
     beat.start()
@@ -105,7 +105,7 @@ def test_a_driver_of_another_machine_that_beats_keeps_the_run(run_dir):
     beat.join()
 
 
-def test_of_many_drivers_one_gets_the_run(run_dir):
+def test_one_of_many_drivers_gets_the_run(run_dir):
     got, refused = [], []
 
     def drive():
@@ -122,7 +122,7 @@ def test_of_many_drivers_one_gets_the_run(run_dir):
     assert (len(got), len(refused)) == (1, 5)
 
 
-def test_who_lost_the_run_is_fenced_out(run_dir):
+def test_driver_that_lost_the_run_cannot_commit(run_dir):
     def drive():
         with lease.held(run_dir, 0.2) as mine:
             assert not lease.superseded(run_dir, mine.token)
@@ -139,15 +139,15 @@ def test_who_lost_the_run_is_fenced_out(run_dir):
     assert json.loads(storage.read_bytes(lease._uri(run_dir, 5)))["released"] is False
 
 
-def test_what_goes_wrong_is_in_the_events(run_dir):
+def test_errors_are_in_the_events(run_dir):
     with pytest.raises(ValueError, match="no hearts"), lease.held(run_dir, 40):
         raise ValueError("no hearts")
     [event] = storage.read_lines(storage.join(run_dir, "events.jsonl"))
     assert (event["event"], event["error"]) == ("run_failed", "ValueError: no hearts")
 
 
-def test_a_slow_beat_does_not_take_the_run_again(run_dir, monkeypatch):
-    """It is being written while the holder gives the run back."""
+def test_slow_heartbeat_does_not_take_the_run_again(run_dir, monkeypatch):
+    """The heartbeat is written while the holder releases the run."""
     write, beating = storage.write_bytes, threading.Event()
 
     def slow_write(uri: str, content: bytes):

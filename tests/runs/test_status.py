@@ -1,4 +1,4 @@
-"""What jobs/status.py tells of folders that stand at different points of a run."""
+"""The output of jobs/status.py for folders at different points of a run."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ FACTS = {"rows": 4, "denoiser_evaluations": 100, "score_evaluations": 20, "secon
 
 @pytest.fixture
 def run_dir(tmp_path) -> str:
-    """A run of 5 shards of 2 prompts that two drivers got to the third shard of; a prompt failed, one was skipped."""
+    """A run with 5 shards of 2 prompts. Two drivers wrote three shards; one prompt failed, one was skipped."""
     uri = str(tmp_path)
     config = RunConfig.model_validate(
         {
@@ -56,7 +56,7 @@ def by_name(status: dict) -> dict:
     return {(stage["stage"], stage["model"]): stage for stage in status["stages"]}
 
 
-def test_done_left_and_failed_are_counted(run_dir):
+def test_status_counts_done_left_and_failed(run_dir):
     status = run_status(run_dir)
     stages = by_name(status)
     first = stages["generate", "tuned, round 0"]
@@ -71,7 +71,7 @@ def test_done_left_and_failed_are_counted(run_dir):
     assert (status["actor_restarts"], status["batch_halvings"]) == (1, 3)
 
 
-def test_the_pace_leaves_out_the_pause_between_two_drivers(run_dir):
+def test_pace_excludes_the_pause_between_two_drivers(run_dir):
     written = [(moment, True) for moment in (10.0, 20.0, 30.0)]
     assert _pace([(0.0, False), *written, (1990.0, False), (2000.0, True)]) == 10.0
     assert _pace([(0.0, False), *[(600.0, True)] * 8]) == 75.0  # eight actors in step
@@ -81,14 +81,14 @@ def test_the_pace_leaves_out_the_pause_between_two_drivers(run_dir):
     assert stages["generate", "tuned, round 0"]["seconds_left"] == pytest.approx(2 * PACE)
 
 
-def test_stages_that_have_not_begun_are_estimated_by_their_evaluations(run_dir):
+def test_stages_without_a_pace_are_estimated_by_evaluations(run_dir):
     stages = by_name(run_status(run_dir))
     each = PACE / 120  # seconds a denoiser evaluation, all actors together
     images = 3 * 10 * (2 * 50 + 2 * 12)  # prompts, seeds, DDIM's and PMI's evaluations
     assert stages["evaluate", "base"]["seconds_left"] == pytest.approx(each * images)
 
 
-def test_what_is_whole_is_done(run_dir):
+def test_complete_stages_are_done(run_dir):
     folder = storage.join(run_dir, "round-0")
     for index in range(3, 5):
         storage.create_bytes(
@@ -103,7 +103,7 @@ def test_what_is_whole_is_done(run_dir):
         assert stages[stage, "tuned, round 0"]["seconds_left"] == 0
 
 
-def test_the_driver_is_named_while_it_holds_the_run(run_dir):
+def test_status_names_the_driver(run_dir):
     assert run_status(run_dir)["driver"] is None
     with lease.held(run_dir, 40):
         status = run_status(run_dir)
@@ -112,14 +112,14 @@ def test_the_driver_is_named_while_it_holds_the_run(run_dir):
     assert "driver: none" in status_text(run_status(run_dir))
 
 
-def test_why_the_last_driver_failed_is_told(run_dir):
+def test_status_shows_the_error_of_the_last_driver(run_dir):
     assert "failed" not in status_text(run_status(run_dir))
     run_folder.log_event(run_dir, "run_failed", error="ConfigError: the disk is full")
     assert "the last driver failed: ConfigError: the disk is full" in status_text(run_status(run_dir))
 
 
-def test_a_continued_run_of_pairs_is_not_done_before_its_end(tmp_path):
-    """Of three shards one was scored by an earlier driver, whose manifest and stale receipt are still there."""
+def test_continued_run_of_pairs_is_not_done_before_its_end(tmp_path):
+    """An earlier driver scored one of three shards; its manifest and an old receipt still exist."""
     uri = str(tmp_path)
     storage.write_json(storage.join(uri, "run.json"), {"config": {"input": "a", "model": "b"}, "config_hash": "0"})
     storage.write_json(storage.join(uri, "scores", run_folder.MANIFEST), {})
@@ -142,12 +142,12 @@ def test_a_continued_run_of_pairs_is_not_done_before_its_end(tmp_path):
     assert states() == [(3, 0, "done"), (1, 0, "done")]
 
 
-def test_a_folder_without_a_run_is_told(tmp_path):
+def test_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
         run_status(str(tmp_path))
 
 
-def test_a_folder_of_another_job_is_told(tmp_path):
+def test_folder_of_another_job_is_refused(tmp_path):
     storage.write_json(str(tmp_path / "run.json"), {"config": {"out": "model"}, "config_hash": "0"})
     with pytest.raises(ConfigError, match=r"no run of jobs/pipeline\.py"):
         run_status(str(tmp_path))
@@ -168,7 +168,7 @@ def test_a_folder_of_another_job_is_told(tmp_path):
         ),
     ],
 )
-def test_the_baselines_training_is_in_the_plan_and_in_the_status(tmp_path, fields, trained):
+def test_training_of_the_baseline_is_in_plan_and_status(tmp_path, fields, trained):
     config = RunConfig.model_validate({"run_dir": str(tmp_path), "prompts": {"file": "prompts.txt"}, **fields})
     storage.write_json(str(tmp_path / "run.json"), {"config": config.results_config(), "config_hash": config.hash()})
     stages = run_status(str(tmp_path))["stages"]
@@ -178,7 +178,7 @@ def test_the_baselines_training_is_in_the_plan_and_in_the_status(tmp_path, field
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_table_or_json(run_dir):
+def test_status_command_prints_a_table_or_json(run_dir):
     def status(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "jobs/status.py", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Branches by candidate: each prompt's own number of them, and only the likeliest at all probes."""
+"""Branches: their number depends on the prompt, and only the likeliest are evaluated at all probes."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def probes(denoiser, count=8, **design):
     return draw_probes([1, 2, 3], count, -5.0, 1.0, denoiser.latent_shape, Design(**design))
 
 
-def test_each_candidate_meets_the_branches_of_its_own_prompt(world):
+def test_candidates_are_evaluated_under_the_branches_of_their_prompt(world):
     denoiser, latents, conditioning, branches = world
     found = branch_errors(denoiser, latents, INDEX, conditioning, branches, probes(denoiser), 5)
     assert [len(errors) for errors in found] == [4, 4, 0, 2, 2]
@@ -46,7 +46,7 @@ def test_each_candidate_meets_the_branches_of_its_own_prompt(world):
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
-def test_the_likeliest_are_those_of_the_first_probes_and_meet_all(world, antithetic):
+def test_likeliest_branches_are_chosen_by_the_first_probes(world, antithetic):
     denoiser, latents, conditioning, branches = world
     drawn = probes(denoiser, antithetic=antithetic)
     whole = branch_errors(denoiser, latents, INDEX, conditioning, branches, drawn, 5)
@@ -60,7 +60,7 @@ def test_the_likeliest_are_those_of_the_first_probes_and_meet_all(world, antithe
     assert sorted([*early.tolist(), *late.tolist()]) == list(range(8))
 
 
-def test_with_no_probe_left_over_nothing_is_dropped(world):
+def test_all_branches_are_kept_if_all_probes_are_first(world):
     denoiser, latents, conditioning, branches = world
     drawn = probes(denoiser, 3)
     whole = branch_errors(denoiser, latents, INDEX, conditioning, branches, drawn, 5)
@@ -70,14 +70,14 @@ def test_with_no_probe_left_over_nothing_is_dropped(world):
     assert [len(which) for which in kept] == [len(errors) for errors in whole]
 
 
-def test_the_first_probes_are_spread_over_the_band_in_whole_pairs(world):
+def test_first_probes_are_spread_in_antithetic_pairs(world):
     denoiser, *_ = world
     assert probes(denoiser).spread(3)[0].tolist() == [2, 4, 6]
     assert probes(denoiser).spread(1)[0].tolist() == [4]
     assert probes(denoiser, antithetic=True).spread(2)[0].tolist() == [4, 5]
 
 
-def test_the_marginal_is_over_all_prompts_though_few_are_left(world):
+def test_marginal_of_a_shortlist_counts_all_prompts(world):
     drawn = probes(world[0])
     own, others = torch.rand(2, 8), torch.rand(2, 3, 8)
     far = torch.full((2, 5, 8), 1e4)  # impossible
@@ -85,7 +85,7 @@ def test_the_marginal_is_over_all_prompts_though_few_are_left(world):
     torch.testing.assert_close(pmi_contrastive(own, others, drawn, total=8), whole)
 
 
-def test_a_band_is_cut_to_the_models_noise_levels():
+def test_band_is_limited_to_the_noise_levels_of_the_model():
     schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", "clip_sample": False})
     noisiest, clearest = schedule.log_snr[[-1, 0]].tolist()
     assert probed_band(ScoreConfig(log_snr_min=-99, log_snr_max=0), schedule) == (noisiest, 0)

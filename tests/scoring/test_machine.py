@@ -1,4 +1,4 @@
-"""A denoiser that cannot take large batches: halved, remembered, and no candidate changed by it."""
+"""A denoiser that cannot process large batches: they are halved for good, without changing candidates."""
 
 import platform
 import subprocess
@@ -24,7 +24,7 @@ DDPM = SamplerConfig(solver="ddpm", num_inference_steps=6, guidance_scale=3.0)
 
 @pytest.fixture
 def small_memory(tiny_pipeline):
-    """A denoiser that runs out of memory at more than 8 rows, in the middle of sampling too; and the sizes it saw."""
+    """A denoiser that runs out of memory with more than 8 rows, also during sampling; and its batch sizes."""
     denoiser = load_denoiser(str(tiny_pipeline))
     sizes = []
 
@@ -37,7 +37,7 @@ def small_memory(tiny_pipeline):
     return denoiser, sizes
 
 
-def test_a_batch_that_does_not_fit_is_halved_for_good_and_changes_no_candidate(tiny_pipeline, small_memory):
+def test_halved_batch_size_stays_and_changes_no_candidate(tiny_pipeline, small_memory):
     denoiser, sizes = small_memory
     sampler = Sampler(denoiser, DDPM, 10)
     conditioning = denoiser.encode_prompts(PROMPTS)
@@ -52,7 +52,7 @@ def test_a_batch_that_does_not_fit_is_halved_for_good_and_changes_no_candidate(t
     assert max(sizes[before:]) <= 8
 
 
-def test_scores_are_computed_in_smaller_batches(tiny_pipeline, small_memory):
+def test_scores_use_smaller_batches_if_memory_runs_out(tiny_pipeline, small_memory):
     denoiser, _ = small_memory
     config = ScoreConfig(names=("pmi",), num_samples=3)
     conditioning = denoiser.encode_prompts(PROMPTS)
@@ -65,7 +65,7 @@ def test_scores_are_computed_in_smaller_batches(tiny_pipeline, small_memory):
     assert scorer.batch_size <= 4
 
 
-def test_a_single_row_that_does_not_fit_is_an_error():
+def test_single_row_that_does_not_fit_is_an_error():
     def never():
         raise torch.OutOfMemoryError("out of memory")
 
@@ -76,7 +76,7 @@ def test_a_single_row_that_does_not_fit_is_an_error():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_memory_of_a_freed_tensor_is_kept_for_the_next():
+def test_memory_of_a_freed_tensor_is_reused():
     """Told by page faults: a tensor in new memory has one for each page. It is larger than 32 MiB, above which glibc
     never learns by itself to keep a block; and a heap that keeps it may first move it a few times.
     """
@@ -99,7 +99,7 @@ def test_memory_of_a_freed_tensor_is_kept_for_the_next():
     assert kept < given_back / 4
 
 
-def test_a_gpu_that_torch_does_not_see_is_told(monkeypatch):
+def test_missing_gpu_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     take_share(1, 0)

@@ -1,4 +1,4 @@
-"""Successive halving: what is pruned, what it costs, and that nothing else has a say in it."""
+"""Successive halving: pruned candidates, their cost, and independence of batches."""
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,7 @@ def denoiser(tiny_pipeline):
 
 
 def sampled(denoiser, config, prompts, batch_size, carried=None, cuts=True):
-    """(trajectory, halving, work) of seeds that belong to the prompts, as generation's do."""
+    """(trajectory, halving, work) for seeds that depend on the prompts, as in the generation."""
     work, conditioning = Work(), denoiser.encode_prompts(prompts)
     seeds = [[1000 * PROMPTS.index(prompt) + c for c in range(EACH)] for prompt in prompts]
     scorer = Scorer(denoiser, config.score, batch_size, 0, PROMPTS)
@@ -76,12 +76,12 @@ def test_cuts_are_counted_in_whole_steps_and_candidates():
         ({"after": [], "keep": []}, "after has 0 values"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(fields, named):
+def test_invalid_schedules_are_refused(fields, named):
     with pytest.raises(ValidationError, match=named):
         PruneConfig(by="mitune", **fields)
 
 
-def test_what_pruning_cannot_serve_is_refused(tiny_pipeline):
+def test_settings_that_pruning_does_not_support_are_refused(tiny_pipeline):
     with pytest.raises(ValidationError, match=r"prune\.keep leaves 2"):
         config_for(tiny_pipeline, select={"by": "pmi_contrastive", "top_k": 3})
     with pytest.raises(ValidationError, match="by oracle needs every candidate measured"):
@@ -94,7 +94,7 @@ def test_what_pruning_cannot_serve_is_refused(tiny_pipeline):
 
 # ------------------------------------------------------------------------------------------ the sampling
 @pytest.mark.parametrize("solver", ["ddpm", "dpm++2m", "dpm++2m-sde"])
-def test_survivors_are_what_they_would_be_without_pruning(denoiser, tiny_pipeline, solver):
+def test_survivors_equal_candidates_without_pruning(denoiser, tiny_pipeline, solver):
     config = config_for(tiny_pipeline, solver=solver)
     whole, _, _ = sampled(denoiser, config, PROMPTS, 64, cuts=False)
     pruned, halving, work = sampled(denoiser, config, PROMPTS, 5)
@@ -112,7 +112,7 @@ def test_survivors_are_what_they_would_be_without_pruning(denoiser, tiny_pipelin
 
 
 @pytest.mark.parametrize("by", ["mitune", "pmi_contrastive"])
-def test_a_fate_depends_on_neither_batches_nor_other_prompts(denoiser, tiny_pipeline, by):
+def test_pruning_does_not_depend_on_batches_or_other_prompts(denoiser, tiny_pipeline, by):
     config = config_for(tiny_pipeline, by=by)
     _, together, _ = sampled(denoiser, config, PROMPTS, 64)
     _, packed, _ = sampled(denoiser, config, PROMPTS, 4)
@@ -122,8 +122,8 @@ def test_a_fate_depends_on_neither_batches_nor_other_prompts(denoiser, tiny_pipe
     np.testing.assert_allclose(together.scores, packed.scores, rtol=1e-3, atol=1e-3)
 
 
-def test_the_cut_goes_by_the_score_so_far(denoiser, tiny_pipeline):
-    """Against the truth from an unpruned pool: the curves' first steps rank the first cut."""
+def test_cut_uses_the_score_of_the_steps_so_far(denoiser, tiny_pipeline):
+    """Compared with a pool without pruning: the first steps of the curves determine the first cut."""
     config = config_for(tiny_pipeline, by="asd")
     whole, _, _ = sampled(denoiser, config, PROMPTS, 64, cuts=False)
     _, halving, _ = sampled(denoiser, config, PROMPTS, 64)
@@ -133,7 +133,7 @@ def test_the_cut_goes_by_the_score_so_far(denoiser, tiny_pipeline):
     assert pruned == lowest.tolist()
 
 
-def test_a_control_is_carried_to_the_end_out_of_the_running(denoiser, tiny_pipeline):
+def test_candidates_of_a_control_are_never_pruned(denoiser, tiny_pipeline):
     config = config_for(tiny_pipeline)
     _, free, _ = sampled(denoiser, config, PROMPTS, 64)
     carried = free.pruned_after == 3
@@ -142,7 +142,7 @@ def test_a_control_is_carried_to_the_end_out_of_the_running(denoiser, tiny_pipel
     assert halving.finished.tolist() == ((free.pruned_after == 0) | carried).tolist()
 
 
-def test_batches_are_even():
+def test_even_batches_have_almost_equal_size():
     sizes = [len(batch) for batch in even_batches(torch.arange(401), 64)]
     assert sum(sizes) == 401
     assert len(sizes) == 7
@@ -151,7 +151,7 @@ def test_batches_are_even():
 
 
 # ------------------------------------------------------------------------------------------ the rows
-def test_ranks_put_the_pruned_behind_those_that_outlasted_them():
+def test_pruned_candidates_rank_last():
     columns = {
         "candidate_index": list(range(5)),
         "prompt_id": ["p"] * 5,
@@ -162,7 +162,7 @@ def test_ranks_put_the_pruned_behind_those_that_outlasted_them():
     assert ranks(columns, "pmi", 0) == [1, 3, 0, 2, 4]
 
 
-def test_pruned_candidates_stay_as_rows(tiny_pipeline, tmp_path):
+def test_pruned_candidates_have_rows(tiny_pipeline, tmp_path):
     config = config_for(tiny_pipeline, generate={"candidates_per_prompt": EACH, "alignment": "oracle"})
     previews = [prompt_id(PROMPTS[0])]
     actor = CandidateGenerator(

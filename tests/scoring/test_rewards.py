@@ -1,4 +1,4 @@
-"""Advantages: centred within a prompt, silent where the score says nothing."""
+"""Advantages: centred within a prompt, zero or NaN if the score has no signal."""
 
 import math
 
@@ -18,28 +18,28 @@ def of(columns: dict, *rewards: str, **settings) -> np.ndarray:
     return advantages(rewards_of(online, "pmi"), columns, SEEDS, online)
 
 
-def test_a_score_is_centred_divided_by_its_spread_and_cut():
+def test_advantages_are_centred_scaled_and_clipped():
     values = np.array([0.0, 1.0, 2.0, 5.0])
     found = of({"score_pmi": values, "score_pmi_se": [0.1] * 4}, reward_floor=0.5, reward_clip=1.0)
     expected = np.clip((values - 2) / (values.std(ddof=1) + 0.5), -1, 1)
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_a_prompt_whose_spread_is_within_the_error_is_dropped():
+def test_prompt_with_a_spread_below_the_error_is_dropped():
     columns = {"score_pmi": [0.0, 0.1, 0.2, 0.1], "score_pmi_se": [0.5] * 4}
     assert np.isnan(of(columns)).all()
     assert np.isnan(of({"exact": [1.0] * 4}, "exact")).all()
     assert np.isfinite(of({"exact": [1.0, 0.0, 1.0, 1.0]}, "exact")).all()
 
 
-def test_of_two_rewards_the_silent_one_counts_nothing():
+def test_reward_without_signal_counts_as_zero():
     loud, silent = [0.0, 1.0, 2.0, 5.0], [1.0] * 4
     one = of({"score_pmi": loud, "score_pmi_se": [0.1] * 4}, "pmi")
     both = of({"score_pmi": loud, "score_pmi_se": [0.1] * 4, "exact": silent}, "pmi", "exact:3")
     np.testing.assert_allclose(one, both)
 
 
-def test_a_failed_candidate_is_left_out_and_the_others_are_centred_without_it():
+def test_failed_candidate_is_left_out():
     columns = {"exact": [1.0, 0.0, math.nan, 0.0], "error": [None] * 4}
     found = of(columns, "exact", reward_clip=10.0)
     assert np.isnan(found[2])
@@ -48,7 +48,7 @@ def test_a_failed_candidate_is_left_out_and_the_others_are_centred_without_it():
     assert np.isnan(of(columns, "exact")[2])
 
 
-def test_random_rewards_depend_on_the_seeds_alone():
+def test_random_rewards_depend_only_on_the_seeds():
     online = OnlineConfig(updates=1, rewards=("random",))
     first, again = (advantages(rewards_of(online, "pmi"), {}, SEEDS, online) for _ in range(2))
     assert np.array_equal(first, again)
@@ -56,7 +56,7 @@ def test_random_rewards_depend_on_the_seeds_alone():
     assert first.sum() == pytest.approx(0, abs=1)
 
 
-def test_the_table_holds_none_for_what_is_not_trained():
+def test_candidate_advantages_are_none_if_not_trained():
     config = RunConfig.model_validate(
         {
             "run_dir": "x",
@@ -71,12 +71,12 @@ def test_the_table_holds_none_for_what_is_not_trained():
     assert found[0] == -found[1] > 0
 
 
-def test_a_weight_that_is_no_number_is_refused():
+def test_weight_that_is_not_a_number_is_refused():
     with pytest.raises(ConfigError, match=r"online.rewards: 'pmi:much' has a weight that is not a number"):
         rewards_of(OnlineConfig(updates=1, rewards=("pmi:much",)), "pmi")
 
 
-def test_a_metric_is_rewarded_by_its_first_column_in_the_direction_that_it_declares():
+def test_reward_of_a_metric_is_its_first_column_with_sign():
     metrics = {
         "oracle": (Column("exact", "1 or 0"), Column("objects", "share")),
         "dark:Pixels": (Column("dark", "number", higher_is_better=False),),
@@ -98,7 +98,7 @@ def test_raw_rewards_are_the_weighted_sum():
     assert raw_rewards(rewards_of(online, "pmi"), columns).tolist() == [0.5, 2.0]
 
 
-def test_only_the_extremes_are_trained_and_keep_their_advantages():
+def test_only_the_extremes_are_trained():
     config = RunConfig.model_validate(
         {
             "run_dir": "x",

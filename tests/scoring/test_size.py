@@ -25,7 +25,7 @@ from mi_ray.scoring.work import Work
         ((512, 512), 1),
     ],
 )
-def test_a_batch_holds_as_many_latent_tokens_as_at_the_models_own_size(tiny_pipeline, size, batch):
+def test_batch_has_the_same_number_of_latent_tokens_at_every_size(tiny_pipeline, size, batch):
     assert batch_at_size(load_denoiser(str(tiny_pipeline), size=size), 12) == batch
 
 

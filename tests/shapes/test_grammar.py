@@ -31,7 +31,7 @@ def is_seen_form(prompt: str) -> bool:
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_every_sentence_reads_back_as_what_it_says(category):
+def test_every_sentence_is_parsed_to_its_specification(category):
     for spec in specs(category, 200):
         for form in (*FORMS[spec.structure], *UNSEEN_FORMS.get(spec.structure, ())):
             assert parse(sentence(spec, form)) == spec
@@ -50,7 +50,7 @@ def test_every_sentence_reads_back_as_what_it_says(category):
         ),
     ],
 )
-def test_what_sentences_mean(prompt, spec):
+def test_meaning_of_sentences(prompt, spec):
     assert parse(prompt) == spec
 
 
@@ -60,13 +60,13 @@ def test_other_sentences_are_refused(prompt):
         parse(prompt)
 
 
-def test_more_objects_than_a_scene_holds_are_refused():
+def test_too_many_objects_are_refused():
     with pytest.raises(ValueError, match=f"at most {MAX_OBJECTS} objects"):
         parse("four circles and one square")
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_splits_keep_apart(category):
+def test_splits_are_disjoint(category):
     train, test, ood = (sample_prompts(category, s, 30, np.random.default_rng(3)) for s in ("train", "test", "ood"))
     assert len({*train, *test, *ood}) == 90
     for prompt in train + test:
@@ -78,12 +78,12 @@ def test_splits_keep_apart(category):
         assert not is_seen_form(prompt) or any(is_unseen_combination(o) for o in parse(prompt).objects)
 
 
-def test_more_prompts_than_the_grammar_has():
+def test_too_many_prompts_are_refused():
     with pytest.raises(ValueError, match="fewer than 100 prompts of category 'shape' in split 'test'"):
         sample_prompts("shape", "test", 100, np.random.default_rng(0))
 
 
-def test_about_a_tenth_is_held_out_in_any_order_of_its_objects():
+def test_a_tenth_is_held_out_in_any_order_of_the_objects():
     distinct = {s for category in ("color", "numeracy", "complex") for s in specs(category, 1500)}
     held_out = np.mean([is_held_out(s) for s in distinct])
     assert held_out == pytest.approx(HELD_OUT_SHARE, abs=4 * np.sqrt(0.09 / len(distinct)))
@@ -91,7 +91,7 @@ def test_about_a_tenth_is_held_out_in_any_order_of_its_objects():
         assert is_held_out(spec) == is_held_out(SceneSpec(spec.objects[::-1]))
 
 
-def test_a_relation_said_from_the_other_side_is_held_out_alike():
+def test_mirrored_relation_is_held_out_too():
     mirrored = {"left": "right", "right": "left", "above": "below", "below": "above"}
     for category in ("spatial", "complex"):
         for spec in specs(category, 300):
@@ -101,7 +101,7 @@ def test_a_relation_said_from_the_other_side_is_held_out_alike():
                 assert is_held_out(spec) == is_held_out(turned)
 
 
-def test_training_pairs_say_and_show_nothing_held_out():
+def test_training_pairs_contain_nothing_held_out():
     rng = np.random.default_rng(0)
     for _ in range(300):
         caption, _ = draw_pair(rng)
@@ -110,7 +110,7 @@ def test_training_pairs_say_and_show_nothing_held_out():
 
 
 @pytest.mark.parametrize("shape", ["heart", "star", "cross"])
-def test_open_attributes_complete_no_unseen_combination(shape):
+def test_open_attributes_avoid_unseen_combinations(shape):
     spec = SceneSpec((ObjectSpec(shape),))
     rng = np.random.default_rng(0)
     assert not any(is_unseen_combination(obj) for _ in range(200) for obj in draw_scene(spec, rng))

@@ -43,7 +43,7 @@ def test_objects_keep_their_distance():
             assert max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.size + b.size) / 2 + GAP
 
 
-def test_the_first_two_objects_stand_in_the_relation():
+def test_first_two_objects_are_in_the_relation():
     rng = np.random.default_rng(1)
     for category in ("spatial", "complex"):
         for _ in range(50):

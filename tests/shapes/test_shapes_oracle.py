@@ -29,7 +29,7 @@ def share_exact(count: int, seed: int, spoil=lambda pixels: pixels) -> float:
     return float(np.mean(exact))
 
 
-def test_what_is_drawn_is_read_back():
+def test_oracle_reads_drawn_scenes():
     assert share_exact(300, seed=0) >= 0.99
 
 
@@ -55,11 +55,11 @@ def test_detections_are_the_drawn_objects():
     ],
     ids=["noise", "blur", "darker", "brighter"],
 )
-def test_mild_damage_changes_nothing(spoil):
+def test_mild_noise_does_not_change_the_scores(spoil):
     assert share_exact(120, seed=2, spoil=spoil) >= 0.97
 
 
-def test_nothing_is_missed_in_a_right_image():
+def test_correct_image_has_full_scores():
     image = render((CIRCLE, SQUARE))
     result = score(image, "a red solid circle left of a blue striped square")
     assert (result.exact, result.objects, result.attributes, result.count, result.relation) == (1, 1, 1, 1, 1)
@@ -94,7 +94,7 @@ def test_nothing_is_missed_in_a_right_image():
     ],
     ids=["color", "swapped", "texture", "shape", "missing", "extra", "opposite", "other_axis", "too_few", "too_many"],
 )
-def test_each_kind_of_wrongness_is_found(prompt, scene, expected):
+def test_each_kind_of_error_is_found(prompt, scene, expected):
     result = score(render(scene), prompt)
     assert result.exact == 0
     for key, value in expected.items():
@@ -102,7 +102,7 @@ def test_each_kind_of_wrongness_is_found(prompt, scene, expected):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_left_open_may_be_anything_but_more_objects(shape):
+def test_open_attributes_match_anything_except_extra_objects(shape):
     rng = np.random.default_rng(4)
     spec = parse(f"a {shape}")
     for _ in range(20):
@@ -111,14 +111,14 @@ def test_what_is_left_open_may_be_anything_but_more_objects(shape):
     assert score(two, spec).exact == 0
 
 
-def test_a_tie_is_broken_in_favour_of_the_relation():
+def test_tie_is_broken_by_the_relation():
     image = render((replace(CIRCLE, x=12, size=17), replace(SQUARE, x=32, size=17), replace(CIRCLE, x=52, size=17)))
     for side in ("left", "right"):
         result = score(image, f"a circle {side} of a square")
         assert (result.exact, result.objects, result.relation) == (0, 1, 1)
 
 
-def test_every_one_of_many_stands_in_the_relation():
+def test_all_counted_objects_must_be_in_the_relation():
     scene = (replace(CIRCLE, x=12, y=14, size=18), replace(CIRCLE, x=12, y=50, size=18), replace(SQUARE, x=50))
     assert score(render(scene), "two circles left of one square").exact == 1
     between = (replace(CIRCLE, x=10, size=16), replace(SQUARE, x=32, size=16), replace(CIRCLE, x=54, size=16))
@@ -135,14 +135,14 @@ def test_every_one_of_many_stands_in_the_relation():
     ],
     ids=["blank", "black", "noise", "dust"],
 )
-def test_an_image_of_nothing_scores_nothing(image):
+def test_empty_image_has_score_zero(image):
     began = time.perf_counter()
     result = score(image, "one red circle and three blue hearts")
     assert (result.exact, result.objects, result.attributes, result.count) == (0, 0, 0, 0)
     assert time.perf_counter() - began < 1
 
 
-def test_a_crowd_is_scored_quickly_and_the_fitting_ones_are_found():
+def test_many_objects_are_scored_quickly():
     dots = [SceneObject("green", "circle", "solid", 6 + 9 * (i % 7), 6 + 9 * (i // 7), 7) for i in range(28)]
     squares = [SceneObject("blue", "square", "solid", 10 + 18 * i, 54, 12) for i in range(3)]
     image = render((*dots, *squares))
@@ -153,6 +153,6 @@ def test_a_crowd_is_scored_quickly_and_the_fitting_ones_are_found():
     assert (result.exact, result.objects) == (0, 1)
 
 
-def test_a_foreign_prompt_is_refused():
+def test_prompt_outside_the_grammar_is_refused():
     with pytest.raises(ValueError, match="not a sentence"):
         score(render((CIRCLE,)), "a cat")

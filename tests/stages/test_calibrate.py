@@ -1,4 +1,4 @@
-"""The job that finds a band: run on the embedded model, and judged by what the pipeline makes of its file."""
+"""The calibration job, run on the embedded model, and the use of its file by the pipeline."""
 
 import re
 from pathlib import Path
@@ -29,19 +29,19 @@ def config(tmp_path, monkeypatch) -> CalibrationConfig:
     return load_config([*SMOKE, "--out", str(tmp_path / "band.yaml")], model=CalibrationConfig)[0]
 
 
-def test_the_pipeline_takes_the_band_that_is_found(config, tmp_path, capsys):
+def test_pipeline_uses_the_calibrated_band(config, tmp_path, capsys):
     calibrate(config)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     found = yaml.safe_load((tmp_path / "band.yaml").read_text())
     arguments = ["--config", "jobs/configs/shapes-smoke.yaml", "--config", config.out, "--run-dir", "runs/x"]
     taken = load_config(arguments, model=RunConfig)[0].score
     assert (taken.log_snr_min, taken.log_snr_max) == (found["score"]["log_snr_min"], found["score"]["log_snr_max"])
     assert config.log_snr_min <= taken.log_snr_min < taken.log_snr_max <= config.log_snr_max
-    assert re.search(r"the label-free band reaches \d+ % of the AUC of the band chosen by labels", said)
+    assert re.search(r"the label-free band reaches \d+ % of the AUC of the band chosen by labels", output)
     assert (tmp_path / "band.yaml.bands.json").exists()
 
 
-def test_a_range_that_the_model_does_not_know_is_told_and_a_wide_one_cut(config, monkeypatch):
+def test_range_outside_the_model_is_refused_and_a_wide_one_limited(config, monkeypatch):
     with pytest.raises(ConfigError, match=r"log_snr_max: .*outside the model's noise levels"):
         calibrate(config.model_copy(update={"log_snr_min": 20.0, "log_snr_max": 30.0}), dry_run=True)
     pool = torch.rand(4, 3, config.levels, 2), torch.tensor([0, 0, 1, 1]), None
@@ -50,14 +50,14 @@ def test_a_range_that_the_model_does_not_know_is_told_and_a_wide_one_cut(config,
     assert yaml.safe_load(Path(config.out).read_text())["score"]["log_snr_min"] > -6
 
 
-def test_a_prompt_that_is_too_long_is_told(config, tmp_path):
+def test_overlong_prompt_is_reported(config, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n" + "a red circle and " * 20 + "a star\n")
     prompts = config.prompts.model_copy(update={"file": str(tmp_path / "prompts.txt"), "limit": None})
     with pytest.raises(ConfigError, match="overlong"):
         calibrate(config.model_copy(update={"prompts": prompts, "alignment": None}), dry_run=True)
 
 
-def test_labels_that_say_nothing_are_left_out_or_told(config, monkeypatch, capsys):
+def test_equal_labels_are_ignored_or_refused(config, monkeypatch, capsys):
     pool = torch.rand(4, 3, config.levels, 2), torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, False, False])
     monkeypatch.setattr(stage, "probed_pool", lambda *arguments: pool)
     calibrate(config)
@@ -66,8 +66,8 @@ def test_labels_that_say_nothing_are_left_out_or_told(config, monkeypatch, capsy
         calibrate(config.model_copy(update={"use_labels": True}))
 
 
-def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
-    """The pool is written, labelled outside by the same oracle, and given back."""
+def test_labels_of_a_file_equal_labels_of_the_oracle(config, tmp_path, capsys):
+    """The pool is written, labelled with the same oracle, and the labels are used."""
     pool, file, table = tmp_path / "pool", tmp_path / "labels.jsonl", tmp_path / "labels.parquet"
     calibrate(config.model_copy(update={"pool": str(pool)}))
     by_oracle = capsys.readouterr().out
@@ -82,15 +82,15 @@ def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
     assert read_labels(str(file), digest) == read_labels(str(table), digest)
     calibrate(config.model_copy(update={"alignment": None, "labels": str(file)}))
     own = capsys.readouterr().out
-    told = [line for line in by_oracle.splitlines() if line.startswith(("label", "the label"))]
-    assert len(told) == 3
-    assert told == [line for line in own.splitlines() if line.startswith(("label", "the label"))]
+    reported = [line for line in by_oracle.splitlines() if line.startswith(("label", "the label"))]
+    assert len(reported) == 3
+    assert reported == [line for line in own.splitlines() if line.startswith(("label", "the label"))]
     with pytest.raises(ConfigError, match="labels another pool"):
         calibrate(config.model_copy(update={"alignment": None, "labels": str(file), "seed": 1}))
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         (None, "does not exist"),
         ("", "has no label for a candidate of these prompts"),
@@ -100,14 +100,14 @@ def test_labels_of_ones_own_do_as_the_oracles_do(config, tmp_path, capsys):
         ('{"prompt_id": "a", "candidate_index": 0, "label": "good"}', "could not convert"),
     ],
 )
-def test_labels_that_will_not_do_are_told(config, tmp_path, content, told):
+def test_invalid_labels_are_refused(config, tmp_path, content, reported):
     if content is not None:
         (tmp_path / "labels.jsonl").write_text(content)
-    with pytest.raises(ConfigError, match=f"labels: .*{told}"):
+    with pytest.raises(ConfigError, match=f"labels: .*{reported}"):
         calibrate(config.model_copy(update={"alignment": None, "labels": str(tmp_path / "labels.jsonl")}))
 
 
-def test_a_pool_is_not_written_over_its_labels(config):
+def test_pool_with_labels_is_not_overwritten(config):
     with pytest.raises(ConfigError, match="pool and labels are both set"):
         load_config(
             [*SMOKE, "--alignment=none", "--pool", "pool", "--labels", "pool/pool.jsonl"], model=CalibrationConfig

@@ -1,4 +1,4 @@
-"""Ray's start and the room that a run asks for: what is told when something is wrong, and how soon."""
+"""Start of Ray and check of the cluster's resources: messages for each fault, within a time limit."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from mi_ray.stages import cluster
 
 @pytest.fixture
 def free_port():
-    """A port of this machine on which nothing listens."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -30,7 +30,7 @@ def free_port():
 
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
-    """Ray's folder for temporary files is the test's."""
+    """Ray uses the test's folder for temporary files."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -47,43 +47,43 @@ def fault() -> str:
     return message
 
 
-def test_an_address_where_nothing_listens(environment, monkeypatch, free_port):
+def test_start_reports_an_address_without_a_server(environment, monkeypatch, free_port):
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port}")
     message = fault()
-    assert f"cannot be joined at '127.0.0.1:{free_port}', the address in RAY_ADDRESS" in message
+    assert f"cannot be reached at '127.0.0.1:{free_port}', the address in RAY_ADDRESS" in message
     assert "refused" in message
-    assert "unset RAY_ADDRESS to start one here" in message
+    assert "unset RAY_ADDRESS to start Ray here" in message
 
 
-def test_an_address_file_that_a_dead_ray_left(environment, free_port):
+def test_start_reports_an_address_file_of_a_dead_ray(environment, free_port):
     (environment / "ray").mkdir()
     file = environment / "ray" / "ray_current_cluster"
     file.write_text(f"127.0.0.1:{free_port}\n")
     assert f"the address in {file}" in (message := fault())
-    assert f"remove {file} to start one here" in message
+    assert f"remove {file} to start Ray here" in message
 
 
 @pytest.mark.parametrize("address", ["nowhere", "http://127.0.0.1:1", "127.0.0.1:port"])
-def test_what_is_no_address(environment, monkeypatch, address):
+def test_start_reports_an_invalid_address(environment, monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    assert f"cannot be joined at {address!r}" in fault()
+    assert f"cannot be reached at {address!r}" in fault()
 
 
-def test_something_else_that_listens_there(environment, monkeypatch):
+def test_start_reports_a_server_that_is_not_ray(environment, monkeypatch):
     monkeypatch.setattr(cluster, "ANSWER_S", 1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         assert "(no answer in 1 s)" in fault()
 
 
-def test_a_temporary_path_that_is_too_long(environment, monkeypatch):
+def test_start_reports_a_temporary_path_that_is_too_long(environment, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(environment / ("d" * 80)))
     message = fault()
     assert "AF_UNIX path length" in message
     assert message.endswith("set RAY_TMPDIR to a folder of your own with a short path")
 
 
-def test_a_temporary_folder_of_another_user(environment, monkeypatch):
+def test_start_reports_a_temporary_folder_of_another_user(environment, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied", f"{environment}/ray/session_1")
 
@@ -94,10 +94,10 @@ def test_a_temporary_folder_of_another_user(environment, monkeypatch):
     assert ", TMPDIR (" in fault()
 
 
-# ------------------------------------------------------------------------------------------ room
+# ------------------------------------------------------------------------------------------ resources
 @pytest.fixture
 def nodes(monkeypatch):
-    """A cluster of these nodes; `autoscaled` tells what its autoscaler calls them."""
+    """A cluster with these nodes. `autoscaled`: the nodes have the names that an autoscaler gives them."""
 
     def make(*resources: dict[str, float], autoscaled: bool = False):
         names = ["head" if autoscaled else f"node_{number}" for number, _ in enumerate(resources)]
@@ -118,7 +118,7 @@ def nodes(monkeypatch):
     ("each", "expected"),
     [({"CPU": 1}, 6), ({"CPU": 4}, 1), ({"GPU": 0.5}, 4), ({"CPU": 1, "GPU": 1}, 2), ({"CPU": 0}, float("inf"))],
 )
-def test_room_is_counted_node_by_node(nodes, each, expected):
+def test_room_is_the_sum_over_the_nodes(nodes, each, expected):
     nodes({"CPU": 4, "GPU": 2}, {"CPU": 2})
     assert cluster.room(each) == expected
 
@@ -127,17 +127,17 @@ def test_room_is_counted_node_by_node(nodes, each, expected):
     ("resources", "train", "faults"),
     [
         ({}, True, []),
-        ({"num_actors": 8}, True, []),  # as many as there is room for
-        ({"gpus_per_actor": 1}, True, ["num_actors: asks for at least 1 times 1 CPU and 1 GPU"]),
-        ({"gpus_per_actor": "auto"}, False, ["num_actors: asks for at least 1 times 1 CPU and 1 GPU"]),
-        ({"cpus_per_actor": 3}, False, ["num_actors: asks for at least 1 times 3 CPU"]),
-        ({"train_workers": 5}, True, ["train_workers: asks for at least 5 times 1 CPU"]),
+        ({"num_actors": 8}, True, []),  # at least 1 and at most 8
+        ({"gpus_per_actor": 1}, True, ["num_actors: needs at least 1 times 1 CPU and 1 GPU"]),
+        ({"gpus_per_actor": "auto"}, False, ["num_actors: needs at least 1 times 1 CPU and 1 GPU"]),
+        ({"cpus_per_actor": 3}, False, ["num_actors: needs at least 1 times 3 CPU"]),
+        ({"train_workers": 5}, True, ["train_workers: needs at least 5 times 1 CPU"]),
         ({"train_workers": 5}, False, []),
         ({"train_workers": (1, 8)}, True, []),
-        ({"train_gpus": 1}, True, ["train_workers: asks for at least 1 times 1 CPU and 1 GPU"]),
+        ({"train_gpus": 1}, True, ["train_workers: needs at least 1 times 1 CPU and 1 GPU"]),
     ],
 )
-def test_what_a_cluster_lacks_is_told(nodes, resources, train, faults, capsys):
+def test_check_room_reports_missing_resources(nodes, resources, train, faults, capsys):
     nodes({"CPU": 2}, {"CPU": 2})
     config = ResourcesConfig.model_validate(resources)
     if faults:
@@ -160,11 +160,11 @@ def test_what_a_cluster_lacks_is_told(nodes, resources, train, faults, capsys):
     [
         ({"num_actors": 3}, None),
         ({"num_actors": (1, 8)}, None),
-        ({"num_actors": 4}, "4 actors beside 1 training workers, as online.updates needs, take 5 CPU, and .* has 4"),
+        ({"num_actors": 4}, "needs 4 actors and 1 training workers together: 5 CPU, but the cluster has 4"),
         ({"num_actors": 4, "train_cpus": 0}, None),
     ],
 )
-def test_an_online_run_needs_room_for_actors_and_workers_at_once(nodes, resources, fault):
+def test_check_room_of_an_online_run_adds_actors_and_workers(nodes, resources, fault):
     nodes({"CPU": 2}, {"CPU": 2})
     config = ResourcesConfig.model_validate(resources)
     cluster.check_room(config, True)
@@ -174,8 +174,8 @@ def test_an_online_run_needs_room_for_actors_and_workers_at_once(nodes, resource
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_joins_a_ray_that_was_started_elsewhere(tmp_path, free_port):
-    """Whose working directory is another one: the run lies where the driver's working directory says."""
+def test_run_on_a_ray_with_another_working_directory(tmp_path, free_port):
+    """A relative run folder is resolved in the driver's working directory."""
     root = Path(__file__).parents[2]
     base = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(root), "RAY_ADDRESS": ""}
     start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]

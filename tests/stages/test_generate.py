@@ -1,4 +1,4 @@
-"""The generating actor called directly, without Ray: what it writes, and what does not change it."""
+"""The generating actor, called directly without Ray: its rows, and that they do not depend on batches."""
 
 import io
 from pathlib import Path
@@ -48,7 +48,7 @@ def config_for(model, **resources) -> RunConfig:
 
 
 def shard_batch(prompts: list[str], folder: Path, index: int = 0) -> dict[str, np.ndarray]:
-    """As Ray Data hands a shard over: where its prompts lie."""
+    """The input row of a shard, as from Ray Data."""
     source, nothing = str(folder / f"prompts-{index}" / "prompts.parquet"), [None] * len(prompts)
     columns = [[prompt_id(p) for p in prompts], prompts, nothing, nothing]
     write_prompts(source, [pa.record_batch(columns, PROMPTS_SCHEMA)])
@@ -92,7 +92,7 @@ def test_every_candidate_has_a_row_with_its_seed_curves_and_scores(pool):
     assert done[0]["score_evaluations"] == [len(rows) * 3 * (1 + 1 + 2)]
 
 
-def test_the_best_by_the_selecting_score_is_kept_with_latents_and_image(pool):
+def test_best_candidate_is_kept_with_latents_and_image(pool):
     rows, _, actor = pool
     for _, of_prompt in rows.groupby("prompt_id"):
         best = of_prompt.loc[of_prompt["score_pmi_contrastive"].idxmax()]
@@ -111,7 +111,7 @@ def test_only_kept_and_previewed_candidates_have_images(pool):
     assert (rows["image"].notna() == (previewed | rows["kept"])).all()
 
 
-def test_stored_curves_can_be_scored_anew(pool):
+def test_trajectory_scores_from_stored_curves(pool):
     rows, _, actor = pool
     curves = torch.tensor(np.stack(rows["delta_sq"]))
     timesteps, schedule = actor.sampler.plan.timesteps, actor.denoiser.schedule
@@ -121,7 +121,7 @@ def test_stored_curves_can_be_scored_anew(pool):
         np.testing.assert_allclose(rows[f"score_{name}"], values, rtol=1e-5)
 
 
-def test_a_run_is_scored_anew_from_its_folder(tiny_pipeline, tmp_path, capsys):
+def test_rescore_of_a_run_folder(tiny_pipeline, tmp_path, capsys):
     config = config_for(tiny_pipeline)
     storage.write_json(str(tmp_path / "run.json"), {"config": config.results_config()})
     rows, *_ = generate(tiny_pipeline, tmp_path / "round-0" / "candidates", [PROMPTS[:2], PROMPTS[2:]])
@@ -137,12 +137,12 @@ def test_a_run_is_scored_anew_from_its_folder(tiny_pipeline, tmp_path, capsys):
     assert "same first choice" in capsys.readouterr().out
 
 
-def test_scores_that_curves_do_not_give_are_refused():
+def test_rescore_refuses_pointwise_scores():
     with pytest.raises(ValidationError, match="pmi cannot be computed from stored curves"):
         RescoreConfig.model_validate({"run_dir": "x", "score": {"names": ["asd", "pmi"]}})
 
 
-def test_batches_and_shards_change_no_candidate(pool, tiny_pipeline, tmp_path):
+def test_candidates_do_not_depend_on_batches_and_shards(pool, tiny_pipeline, tmp_path):
     rows, _, _ = pool
     other, _, _ = generate(tiny_pipeline, tmp_path, [PROMPTS[2:], PROMPTS[:2]], batch_size=3)
     key = ["prompt_id", "candidate_index"]
@@ -153,7 +153,7 @@ def test_batches_and_shards_change_no_candidate(pool, tiny_pipeline, tmp_path):
         np.testing.assert_allclose(rows[column], other[column], rtol=1e-3, atol=1e-3)
 
 
-def test_a_candidate_can_be_made_again_from_its_seed(pool, tiny_pipeline):
+def test_candidate_can_be_sampled_again_from_its_seed(pool, tiny_pipeline):
     rows, _, _ = pool
     row = rows[rows["kept"]].iloc[1]
     denoiser = load_denoiser(str(tiny_pipeline))
@@ -162,7 +162,7 @@ def test_a_candidate_can_be_made_again_from_its_seed(pool, tiny_pipeline):
     np.testing.assert_allclose(again.latents.flatten().numpy(), row["latents"].astype(np.float32), rtol=1e-3, atol=1e-3)
 
 
-def test_a_prompt_that_fails_is_one_error_row(tiny_pipeline, tmp_path, monkeypatch):
+def test_failing_prompt_is_one_error_row(tiny_pipeline, tmp_path, monkeypatch):
     encode = CandidateGenerator._rows
 
     def fail(self, shard: Shard, positions, work):
@@ -179,7 +179,7 @@ def test_a_prompt_that_fails_is_one_error_row(tiny_pipeline, tmp_path, monkeypat
     assert done[0]["errors"] == [1]
 
 
-def test_what_is_not_finite_is_marked_and_never_kept(tiny_pipeline, tmp_path, monkeypatch):
+def test_candidate_that_is_not_finite_is_an_error_and_not_kept(tiny_pipeline, tmp_path, monkeypatch):
     sample = Sampler.__call__
 
     def broken(*arguments):
@@ -194,7 +194,7 @@ def test_what_is_not_finite_is_marked_and_never_kept(tiny_pipeline, tmp_path, mo
     assert rows.groupby("prompt_id")["kept"].sum().tolist() == [1, 1, 1]
 
 
-def test_a_score_that_is_not_finite_is_an_error_and_nothing_is_kept_of_it(tiny_pipeline, tmp_path, monkeypatch):
+def test_score_that_is_not_finite_is_an_error(tiny_pipeline, tmp_path, monkeypatch):
     statistics = pointwise.denoising_statistics
 
     def spoiled(*arguments, **keywords):

@@ -1,4 +1,4 @@
-"""An evaluation at several guidance scales is the evaluations at each of them, with the same prompts and seeds."""
+"""An evaluation at several guidance scales equals separate evaluations with the same prompts and seeds."""
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +44,7 @@ def together(tiny_pipeline, tmp_path_factory):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_each_scale_has_the_rows_of_a_run_of_its_own(together, tiny_pipeline, tmp_path, scale):
+def test_each_scale_equals_a_separate_evaluation(together, tiny_pipeline, tmp_path, scale):
     mine = [row for row in together[0] if row["guidance_scale"] == scale]
     alone, _ = evaluated(config_of(tiny_pipeline, tmp_path, scale))
     assert len(mine) == len(alone) == len(PROMPTS) * EACH
@@ -54,7 +54,7 @@ def test_each_scale_has_the_rows_of_a_run_of_its_own(together, tiny_pipeline, tm
     assert all(row["score_pmi"] is not None for row in mine)
 
 
-def test_a_scale_of_one_costs_one_branch(together, tmp_path):
+def test_scale_one_evaluates_one_branch(together, tmp_path):
     config = config_of("shapes", tmp_path, 3.0, SCALES)
     rows, work = together
     assert work.denoiser_evaluations == len(PROMPTS) * EACH * STEPS * (1 + 2 + 2)
@@ -69,7 +69,7 @@ def test_real_images_have_no_guidance_scale(tmp_path):
     assert {row["guidance_scale"] for row in rows} == {None}
 
 
-def test_the_table_is_ordered_by_prompt_then_scale_then_image(tiny_pipeline, tmp_path):
+def test_rows_are_ordered_by_prompt_scale_and_image(tiny_pipeline, tmp_path):
     config = config_of(tiny_pipeline, tmp_path, 3.0, SCALES)
     rows = [{"prompt_id": prompt_id(p), "prompt": p} for p in PROMPTS]
     source, folder = str(tmp_path / "prompts.parquet"), str(tmp_path / "evaluation" / "base")

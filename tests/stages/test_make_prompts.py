@@ -1,4 +1,4 @@
-"""The job that makes more prompts, from its command line."""
+"""The job that makes more prompts, through its command line."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def own(tmp_path) -> str:
 
 
 def made(tmp_path, suffix: str = ".jsonl", **fields) -> list[dict]:
-    """Rows that the job writes."""
+    """The rows that the job writes."""
     out = str(tmp_path / f"new{suffix}")
     make_prompts(MorePromptsConfig(out=out, **fields))
     return read_prompts(out)[0].to_pylist()
@@ -54,7 +54,7 @@ def test_the_command_line(tmp_path, own):
     assert "4 of 4 prompts are templates" in done.stdout
 
 
-def test_every_fault_is_told(tmp_path, own):
+def test_all_faults_are_reported(tmp_path, own):
     done = job("--file", "none.txt", "--exclude", "no.txt", "--out", tmp_path / "new.jsonl", "--count", 3)
     assert done.returncode == 2
     assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == ["file", "exclude"]
@@ -67,19 +67,19 @@ def test_every_fault_is_told(tmp_path, own):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"out": "new.csv"}, r"out is '.*/new\.csv'; use the extension \.jsonl, \.parquet or \.txt"),
         ({"out": "own.jsonl", "file": "own.jsonl"}, "would be overwritten"),
         ({"out": "new.txt", "phrases": "text"}, "phrases 'text' needs it; set --file LIST"),
     ],
 )
-def test_what_cannot_be_meant(fields, said):
-    with pytest.raises(ValueError, match=said):
+def test_contradictory_settings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
         MorePromptsConfig(count=3, **fields)
 
 
-def test_a_list_that_is_not_understood(tmp_path):
+def test_list_that_cannot_be_parsed_is_refused(tmp_path):
     (tmp_path / "own.txt").write_text("happiness\nvibes, 4k\n")
     with pytest.raises(ConfigError, match=r"^phrases: 'auto' finds no words in 2 prompts"):
         made(tmp_path, file=str(tmp_path / "own.txt"), count=1)
@@ -88,7 +88,7 @@ def test_a_list_that_is_not_understood(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".parquet"])
-def test_other_formats_say_the_same(tmp_path, own, suffix):
+def test_all_formats_give_the_same_prompts(tmp_path, own, suffix):
     prompts = [row["prompt"] for row in made(tmp_path, file=own, count=5)]
     assert [row["prompt"] for row in made(tmp_path, suffix, file=own, count=5)] == prompts
 
@@ -101,7 +101,7 @@ def test_the_shapes_grammar(tmp_path, capsys):
     assert len({row["category"] for row in rows}) == 6
 
 
-def test_only_from_what_fails(tmp_path, own, capsys):
+def test_focus_uses_failing_prompts(tmp_path, own, capsys):
     table = {"prompt": ["two cats", "one ox"] * 2, "category": ["numeracy"] * 4, "exact": [1.0, 0.0, 0.0, 0.5]}
     storage.write_table(str(tmp_path / "base" / "part-0.parquet"), pa.table(table))
     rows = made(tmp_path, file=own, focus=str(tmp_path / "base"), focus_metric="exact", count=2)
@@ -109,7 +109,7 @@ def test_only_from_what_fails(tmp_path, own, capsys):
     assert "2 prompts fail, 1 of them are in the list" in capsys.readouterr().out
 
 
-def test_nothing_longer_than_the_text_encoder_reads(tmp_path):
+def test_new_prompts_fit_the_text_encoder(tmp_path):
     long = " and ".join(f"a {color} {noun}" for color, noun in [("red", "dog"), ("blue", "cat")] * 12)
     (tmp_path / "own.txt").write_text(f"{long}\na red dog\na green cat\n")
     rows = made(tmp_path, file=str(tmp_path / "own.txt"), count=3, model="shapes")

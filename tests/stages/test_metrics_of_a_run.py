@@ -1,4 +1,4 @@
-"""A run with the oracle and a user's own metric: both in tables, report and figure; and one that no oracle reads."""
+"""A run with the oracle and a metric of the user, and a run with prompts that the oracle cannot read."""
 
 import base64
 import json
@@ -57,7 +57,7 @@ def config_of(run_dir: Path, prompts: list[str], metrics: list[str], **sections)
 
 
 def measured_run(config: RunConfig, prompts: list[str]):
-    """Candidates, and images of a base and a "tuned" model that is the base, as the actors make them, without Ray."""
+    """Candidates, and images of the base model as base and tuned, made by the actors without Ray."""
     dumped, nothing = config.model_dump(mode="json"), [None] * len(prompts)
     shard = Shard(0, "part-00000.parquet", [prompt_id(p) for p in prompts], prompts, nothing, nothing)
     run_dir = config.run_dir
@@ -90,7 +90,7 @@ def both(tmp_path_factory):
         return config, *report_of(config)
 
 
-def test_both_metrics_are_in_the_tables_with_what_they_declare(both):
+def test_tables_have_the_columns_of_both_metrics(both):
     config, _, _ = both
     for folder in ("round-0/candidates", "evaluation/base"):
         table = storage.read_tables(storage.join(config.run_dir, folder))
@@ -101,7 +101,7 @@ def test_both_metrics_are_in_the_tables_with_what_they_declare(both):
         assert 0 <= min(table["dark_pixels"].to_pylist()) < max(table["dark_pixels"].to_pylist())
 
 
-def test_both_metrics_are_in_the_report_and_the_first_is_its_headline(both):
+def test_report_has_both_metrics_and_the_first_as_headline(both):
     _, report, page = both
     assert list(report["metrics"]) == ["oracle", MINE]
     assert {"exact", "relation", "dark_pixels", "darkest"} <= set(report["alignment"]["base"])
@@ -116,7 +116,7 @@ def test_both_metrics_are_in_the_report_and_the_first_is_its_headline(both):
     assert re.search(r"^dark pixels, pixels +[\d.]+", table, re.MULTILINE)
 
 
-def test_both_metrics_are_in_the_auc_figure(both):
+def test_auc_figure_has_both_metrics(both):
     _, report, page = both
     assert set(report["selection"]["auc"]) == {"exact", "dark_pixels"}
     drawn = figure(page, "AUC of each score")
@@ -124,7 +124,7 @@ def test_both_metrics_are_in_the_auc_figure(both):
     assert "AUC within prompts by dark pixels (" in drawn
 
 
-def test_a_metrics_name_selects_by_its_columns(both, tmp_path):
+def test_metric_name_selects_by_its_columns(both, tmp_path):
     config, _, _ = both
     pool = storage.read_tables(storage.join(config.run_dir, "round-0/candidates")).to_pandas()
     destination = str(tmp_path / "selected.parquet")
@@ -135,7 +135,7 @@ def test_a_metrics_name_selects_by_its_columns(both, tmp_path):
     assert all(len(latents) for latents in kept["latents_x"])
 
 
-def test_on_prompts_that_no_oracle_reads_the_users_metric_is_the_headline(tmp_path):
+def test_metric_of_the_user_is_the_headline_without_the_oracle(tmp_path):
     config = config_of(tmp_path / "run", FOREIGN, [MINE])
     measured_run(config, FOREIGN)
     report, page = report_of(config)
@@ -146,7 +146,7 @@ def test_on_prompts_that_no_oracle_reads_the_users_metric_is_the_headline(tmp_pa
     assert 'class="corner number"' in page
 
 
-def test_a_run_without_metrics_has_no_columns_of_any(tmp_path):
+def test_run_without_metrics_has_no_metric_columns(tmp_path):
     config = config_of(tmp_path / "run", FOREIGN, [])
     measured_run(config, FOREIGN)
     for folder in ("round-0/candidates", "evaluation/base"):
@@ -156,7 +156,7 @@ def test_a_run_without_metrics_has_no_columns_of_any(tmp_path):
     assert report["metrics"] == report["selection"]["auc"] == {}
 
 
-def test_metrics_that_will_not_do_are_told_before_anything_starts(tmp_path):
+def test_invalid_metrics_are_reported_before_the_start(tmp_path):
     both_fields = ["oracle", "dark_pixels:Exact"]
     with pytest.raises(ConfigError) as refused:
         Plan(config_of(tmp_path / "a", SHAPES, both_fields))
@@ -170,7 +170,7 @@ def test_metrics_that_will_not_do_are_told_before_anything_starts(tmp_path):
 
 
 @pytest.mark.parametrize(("metrics", "evaluated"), [(["oracle", MINE], True), ([MINE], False)])
-def test_the_status_knows_whether_real_images_are_evaluated(tmp_path, metrics, evaluated):
+def test_status_includes_the_evaluation_of_real_images(tmp_path, metrics, evaluated):
     config = config_of(tmp_path / "run", SHAPES, metrics)
     open_run(Plan(config))
     assert ("reference" in {stage["model"] for stage in run_status(config.run_dir)["stages"]}) == evaluated
@@ -178,8 +178,8 @@ def test_the_status_knows_whether_real_images_are_evaluated(tmp_path, metrics, e
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_whole_run_with_a_users_metric_that_also_selects(tmp_path):
-    """The actors import the metric too; the arm that it selects has its name, as folder and in the report."""
+def test_complete_run_with_a_metric_of_the_user_that_selects(tmp_path):
+    """The actors import the metric. The arm that it selects has its name in the folder and in the report."""
     command = [sys.executable, "jobs/pipeline.py", "--config", "jobs/configs/shapes-smoke.yaml"]
     command += ["--run-dir", str(tmp_path), "--evaluation.controls", MINE]
     command += [f"--{section}.alignment=oracle,{MINE}" for section in ("generate", "evaluation")]

@@ -1,4 +1,4 @@
-"""A whole run on an object store: killed, refused to a second driver, continued, and read by others."""
+"""A complete run on an object store: killed, locked for a second driver, continued, and read."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ on_request = pytest.mark.skipif(not os.environ.get("ALL_STORES"), reason="80 sec
 
 @pytest.fixture(params=["s3", pytest.param("gs", marks=on_request)])
 def run_dir(request, monkeypatch):
-    """The URI of a run on a server of this machine, which the job's processes reach by the environment."""
+    """The URI of a run on a local server; the processes of the job get its address from the environment."""
     if request.param == "s3":
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{request.getfixturevalue('s3_server')}")
         boto3.client("s3").create_bucket(Bucket="runs")
@@ -47,7 +47,7 @@ def receipts(run_dir: str) -> dict[str, bytes]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_there_survives_a_kill_and_has_one_driver(run_dir, tmp_path):
+def test_run_on_an_object_store_continues_after_a_kill(run_dir, tmp_path):
     with (tmp_path / "killed.log").open("wb") as log:
         first = start(run_dir, log)
         deadline = time.monotonic() + WAIT_S

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: a process, a folder, an exit code."""
+"""The main job, run as a process like a user runs it: its folder and its exit code."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def job(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A whole smoke run."""
+    """The folder of a complete smoke run."""
     folder = tmp_path_factory.mktemp("run")
     done = job("pipeline", "--run-dir", str(folder), *CONTROLLED)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -49,7 +49,7 @@ def run_dir(tmp_path_factory):
 @pytest.mark.ray
 @pytest.mark.slow
 class TestWholeRun:
-    def test_the_report_holds_what_is_promised(self, run_dir):
+    def test_report_contains_the_documented_values(self, run_dir):
         report = json.loads((run_dir / "report/report.json").read_text())
         for model in ("base", "tuned", "random"):
             exact = report["alignment"][model]["exact"]
@@ -63,7 +63,7 @@ class TestWholeRun:
         assert report["training"]["tuned"]["outputs_changed"]
         assert report["errors"] == []
 
-    def test_stock_diffusers_makes_the_same_tuned_images(self, run_dir):
+    def test_diffusers_pipeline_makes_the_same_tuned_images(self, run_dir):
         row = pd.read_parquet(run_dir / "evaluation/tuned").iloc[0]
         pipe = StableDiffusionPipeline.from_pretrained(resolve_model("shapes"), safety_checker=None)
         pipe.load_lora_weights(
@@ -78,13 +78,13 @@ class TestWholeRun:
         ours = np.array(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int)
         assert np.abs(ours - (image * 255).round().astype(int)).max() <= 2
 
-    def test_the_same_command_again_repeats_nothing(self, run_dir):
+    def test_second_run_of_the_same_command_writes_nothing(self, run_dir):
         parts = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.parquet")}
         again = job("pipeline", "--run-dir", str(run_dir), *CONTROLLED)
         assert again.returncode == 0
         assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.parquet")} == parts
 
-    def test_another_config_in_the_same_folder_is_refused(self, run_dir):
+    def test_folder_of_a_run_with_another_config_is_refused(self, run_dir):
         refused = job("pipeline", "--run-dir", str(run_dir), "--seed", "1")
         assert refused.returncode == 2
         assert "seed was 0 and is 1" in refused.stderr
@@ -93,8 +93,8 @@ class TestWholeRun:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_driver_loses_and_repeats_nothing(run_dir, tmp_path):
-    """Compared with the whole run, which had the same prompts in shards, and so in batches, of another size."""
+def test_run_continues_after_its_driver_was_killed(run_dir, tmp_path):
+    """Committed parts are kept. The result equals that of the complete run, although its shards have another size."""
     small, killed = ["--generate.prompts-per-shard", "1"], tmp_path / "killed"
     command = [sys.executable, "jobs/generate.py", *SMOKE, "--run-dir", str(killed), *small]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -128,7 +128,7 @@ def broken_model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "prompts.file"),
         (b"", "empty"),
@@ -137,7 +137,7 @@ def broken_model(tmp_path: Path) -> Path:
         (b"a red circle and " * 40 + b"a star\n", "prompts.overlong"),
     ],
 )
-def test_a_bad_prompt_file_is_one_message_and_starts_nothing(tmp_path, content, told):
+def test_bad_prompt_file_gives_one_message_and_starts_nothing(tmp_path, content, message):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
@@ -146,12 +146,13 @@ def test_a_bad_prompt_file_is_one_message_and_starts_nothing(tmp_path, content, 
     with pytest.raises(ConfigError) as refused:
         run_pipeline(load_config([*SMOKE, *arguments])[0])
     assert len(refused.value.faults) == 1
-    assert told in refused.value.faults[0]
+    assert message in refused.value.faults[0]
     assert not list(run_dir.rglob("*")), "something was written"
 
 
-def test_what_is_skipped_is_counted_and_told_wherever_one_looks(tmp_path):
-    """Of 40 lines 30 are broken and one repeats: the first are told, the rest counted, also when the run goes on."""
+def test_skipped_prompts_are_in_events_status_and_report(tmp_path):
+    """Of 40 lines 30 are broken and one is a duplicate. The first ones are listed and the others counted, also after a
+    resume."""
     prompts = [f"a {color} circle" for color in ("red", "blue", "green")] + [
         f"{n} stars" for n in ("two", "three", "four")
     ]
@@ -173,15 +174,15 @@ def test_what_is_skipped_is_counted_and_told_wherever_one_looks(tmp_path):
     assert counts["train"]["skipped"] == 31
     assert len(events) < 60
     assert run_status(config.run_dir)["prompts_skipped"] == 31
-    told = summarise(config.run_dir, config)["errors"]
-    assert sum(error["count"] for error in told) == 31
-    assert {"line 11 is not UTF-8", "10 more: not UTF-8", "line 10 repeats line 7"} <= {e["message"] for e in told}
+    errors = summarise(config.run_dir, config)["errors"]
+    assert sum(error["count"] for error in errors) == 31
+    assert {"line 11 is not UTF-8", "10 more: not UTF-8", "line 10 repeats line 7"} <= {e["message"] for e in errors}
     file.write_text("\n".join(prompts).replace("two", "five"))
     with pytest.raises(ConfigError, match=r"prompts\.file: the run folder holds a run with other prompts"):
         Plan(config)
 
 
-def test_neighbours_are_sought_evenly_in_a_long_list_and_are_others(tmp_path, monkeypatch):
+def test_pool_of_neighbours_is_evenly_spaced_and_needs_two_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr("mi_ray.stages.pipeline.NEIGHBOUR_POOL", 4)
     prompts = [f"a {color} {shape}" for color in ("red", "blue", "green", "pink") for shape in ("star", "heart")]
     file = tmp_path / "prompts.txt"
@@ -193,32 +194,32 @@ def test_neighbours_are_sought_evenly_in_a_long_list_and_are_others(tmp_path, mo
     alone = load_config([*SMOKE, *arguments, "--score.names", '["pmi_contrastive"]', "--select.by", "pmi_contrastive"])[
         0
     ]
-    with pytest.raises(ConfigError, match="pmi_contrastive holds a prompt against others"):
+    with pytest.raises(ConfigError, match="pmi_contrastive compares prompts"):
         Plan(alone)
 
 
-def test_faults_of_different_kinds_are_told_together(tmp_path):
+def test_all_faults_are_reported_together(tmp_path):
     done = job(
         "pipeline",
         *("--run-dir", "/proc/nowhere", "--model.path", str(broken_model(tmp_path)), "--prompts.file", "missing.txt"),
     )
     assert done.returncode == 2
-    for told in ("run_dir", "model.path", "vae", "prompts.file"):
-        assert told in done.stderr
+    for field in ("run_dir", "model.path", "vae", "prompts.file"):
+        assert field in done.stderr
 
 
-def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path):
+def test_unknown_option_is_refused_with_a_suggestion(tmp_path):
     done = job("pipeline", "--run-dir", str(tmp_path), "--finetune.lerning-rate", "1")
     assert done.returncode == 2
     assert "finetune.learning_rate" in done.stderr
 
 
-def test_crlf_prompts_are_read_and_the_dry_run_prints_the_plan(tiny_pipeline, tmp_path):
+def test_dry_run_reads_crlf_prompts_and_prints_the_plan(tiny_pipeline, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"a red circle\r\na blue star")
     run_dir = tmp_path / "run"
     gpus = ["--resources.gpus-per-actor", "1", "--resources.train-gpus", "1", "--resources.price-per-gpu-hour", "4"]
-    gpus += ["--model.path", str(tiny_pipeline)]  # of which speed and memory are soon measured
+    gpus += ["--model.path", str(tiny_pipeline)]  # a model whose speed is measured quickly
     done = job("pipeline", "--dry-run", "--run-dir", str(run_dir), "--prompts.file", str(file), *gpus)
     assert done.returncode == 0, done.stderr
     assert "2 to train on" in done.stdout

@@ -1,4 +1,4 @@
-"""The plan of a dry run: its time and cost from a measured speed, by hand."""
+"""The plan of a dry run: its time and cost, compared with a calculation by hand."""
 
 import re
 
@@ -13,12 +13,12 @@ from mi_ray.stages import preflight
 from mi_ray.stages.pipeline import Plan
 
 NO_ORACLE = ["--generate.alignment", "none", "--evaluation.alignment", "none", "--evaluation.controls", "none"]
-SECONDS = 0.6  # an evaluation, so that a hundred take a minute
+SECONDS = 0.6  # per evaluation: 100 evaluations take a minute
 
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    """The plan of a smoke run: 12 prompts in 4 shards of 3, 6 of the evaluation in 2."""
+    """The plan of a smoke run: 12 prompts in 4 shards of 3, and 6 evaluation prompts in 2 shards."""
     measured = Trial(64, SECONDS, 1.0, 7.0)
     monkeypatch.setattr(preflight, "sweep_dtypes", lambda *_: {"float32": [measured]})
     monkeypatch.setattr(preflight, "try_fitting", lambda *_: measured)
@@ -40,7 +40,7 @@ def minutes(text: str) -> dict[str, float]:
     [
         (8, 0, (4, 2), (0, 0)),  # no more actors than shards
         (8, 1, (4, 2), (4, 2)),
-        (8, 0.5, (2, 1), (2, 1)),  # two that share a GPU do no more than one of them alone
+        (8, 0.5, (2, 1), (2, 1)),  # two actors on one GPU are as fast as one actor
         (3, 0.25, (1, 1), (1, 1)),
         (2, 2, (2, 2), (4, 4)),
     ],
@@ -49,30 +49,30 @@ def test_actors_that_share_a_gpu_share_its_speed_and_its_price(plan, actors, sha
     resources = ["--resources.num-actors", str(actors), "--resources.gpus-per-actor", str(share)]
     made = plan(*resources, "--resources.price-per-gpu-hour", "3")
     counts, text = evaluations(made.config, 12, 6), preflight.describe(made)
-    told = minutes(text)
+    planned = minutes(text)
     for stage, parallel in zip(("generate", "score", "evaluate"), (at_once[0], *at_once), strict=True):
-        assert told[stage] == pytest.approx(counts[stage] * SECONDS / 60 / parallel, abs=0.06), stage
-    assert told["finetune"] == pytest.approx(counts["finetune"] * SECONDS / 60, abs=0.06)
-    hours = (gpus[0] * (told["generate"] + told["score"]) + gpus[1] * told["evaluate"]) / 60
+        assert planned[stage] == pytest.approx(counts[stage] * SECONDS / 60 / parallel, abs=0.06), stage
+    assert planned["finetune"] == pytest.approx(counts["finetune"] * SECONDS / 60, abs=0.06)
+    hours = (gpus[0] * (planned["generate"] + planned["score"]) + gpus[1] * planned["evaluate"]) / 60
     cost = re.search(r"cost +([\d,.]+) GPU-hours at 3 each: ([\d,.]+)", text)
     assert float(cost[1]) == pytest.approx(hours, abs=0.02)
     assert float(cost[2]) == pytest.approx(3 * hours, abs=0.06)
-    assert ("this machine's CPU" in text) == (share > 0 and not torch.cuda.is_available())
+    assert ("for the CPU of this machine" in text) == (share > 0 and not torch.cuda.is_available())
 
 
-def test_a_job_of_some_stages_plans_no_more(plan):
+def test_plan_contains_only_the_stages_of_the_job(plan):
     made = plan()
     assert [*minutes(preflight.describe(made, "generate"))] == ["generate", "score", "total"]
     assert [*minutes(preflight.describe(made, "finetune"))] == ["generate", "score", "finetune", "total"]
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_told(plan, monkeypatch):
+def test_plan_shows_a_batch_that_does_not_fit_and_was_halved(plan, monkeypatch):
     monkeypatch.setattr(preflight, "try_fitting", lambda *_: Trial(16, SECONDS, 1.0, 7.0))
-    assert "batches of 16 candidates (not 64, which do not fit)" in preflight.describe(plan())
+    assert "batches of 16 candidates (the configured 64 do not fit)" in preflight.describe(plan())
 
 
 @pytest.mark.parametrize(("fits", "tried"), [(16, [64, 32, 16]), (0, [64, 32, 16, 8, 4, 2, 1])])
-def test_halving_ends_where_memory_suffices(monkeypatch, fits, tried):
+def test_batch_is_halved_until_it_fits(monkeypatch, fits, tried):
     sizes = []
 
     def try_batch(denoiser, batch_size):
@@ -90,7 +90,7 @@ def test_halving_ends_where_memory_suffices(monkeypatch, fits, tried):
     assert sizes == tried
 
 
-def test_another_size_is_told_and_its_batches_hold_as_many_latent_tokens(plan):
+def test_batches_at_another_size_have_the_same_number_of_latent_tokens(plan):
     own, sized = plan(), plan("--model.height", "128", *NO_ORACLE)
     assert re.search(
         r"^images +64 x 64 pixels, latents of \d+ x 8 x 8, the model's own size$", preflight.describe(own), re.M
@@ -102,15 +102,17 @@ def test_another_size_is_told_and_its_batches_hold_as_many_latent_tokens(plan):
     assert "batches of 32 candidates" in text  # 64 of the model's own size fit
 
 
-def test_a_size_that_will_not_do_is_told_with_all_other_faults(plan):
-    with pytest.raises(ConfigError) as told:
+def test_wrong_size_is_reported_together_with_all_other_faults(plan):
+    with pytest.raises(ConfigError) as raised:
         plan("--model.height", "100", "--model.width", "60", "--prompts.file", "nowhere.txt")
-    assert [fault.partition(":")[0] for fault in told.value.faults] == ["model.height", "model.width", "prompts.file"]
-    assert "take 96 or 112" in told.value.faults[0]
+    faults = raised.value.faults
+    assert [fault.partition(":")[0] for fault in faults] == ["model.height", "model.width", "prompts.file"]
+    assert "take 96 or 112" in faults[0]
 
 
-def test_the_oracle_reads_scenes_of_its_own_size_alone(plan):
-    with pytest.raises(ConfigError) as told:
+def test_oracle_refuses_images_of_another_size(plan):
+    with pytest.raises(ConfigError) as raised:
         plan("--model.height", "128")
-    assert [fault.partition(":")[0] for fault in told.value.faults] == ["generate.alignment", "evaluation.alignment"]
-    assert "the oracle reads only images of 64 x 64 pixels, but the model makes 128 x 64" in told.value.faults[0]
+    faults = raised.value.faults
+    assert [fault.partition(":")[0] for fault in faults] == ["generate.alignment", "evaluation.alignment"]
+    assert "the oracle reads only images of 64 x 64 pixels, but the model makes 128 x 64" in faults[0]

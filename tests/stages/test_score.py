@@ -1,4 +1,4 @@
-"""Scoring of existing pairs: the scores, what becomes an error row, resume, the page, the single pair."""
+"""Scoring of existing pairs: scores, error rows, resume, audit page, single pair."""
 
 import io
 import os
@@ -48,13 +48,13 @@ HOSTILE = '<script>alert("x")</script> & a dog'
 
 
 # ---------------------------------------------------------------------------------------------- images
-def test_images_of_another_size_or_mode_are_refused_or_cropped():
+def test_images_of_another_size_are_refused_or_cropped():
     image = image_of("a circle")
     wide = Image.fromarray(image).resize((128, 64))
     grey, clear = Image.fromarray(image).convert("L"), Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     assert (read_image(encoded(image), (64, 64), "exact") == image).all()
-    for other, told in ((wide, "128x64 pixels, not 64x64"), (grey, "mode is L")):
-        with pytest.raises(ValueError, match=told):
+    for other, reported in ((wide, "128x64 pixels, not 64x64"), (grey, "mode is L")):
+        with pytest.raises(ValueError, match=reported):
             read_image(encoded(other), (64, 64), "exact")
         assert read_image(encoded(other), (64, 64), "crop").shape == (64, 64, 3)
     assert (read_image(encoded(clear), (64, 64), "crop") == 255).all()
@@ -87,7 +87,7 @@ def config_of(tiny_pipeline, source, run_dir, **fields) -> ScorePairsConfig:
     )
 
 
-def test_scores_are_those_of_the_estimators(tiny):
+def test_scores_equal_those_of_the_estimators(tiny):
     config = ScorePairsConfig(image="-", prompt="-").score.model_copy(update={"num_samples": 4, "max_negatives": 3})
     images = np.stack([image_of(caption) for caption in CAPTIONS])
     rows = PairScorer(tiny, config, 8, seed=5, words=True)(images, CAPTIONS, Work())
@@ -109,11 +109,11 @@ def test_scores_are_those_of_the_estimators(tiny):
         lead, error = pointwise.pmi(errors[texts.index(best.prompt)], errors[0], probes)
         likeliest = max(density[best.prompt], density[""])
         assert row["score_margin"] == pytest.approx(density[prompt] - likeliest, abs=2e-3)
-        told = (best.said, best.instead, best.attribute) if lead > 2 * error else (None, None, None)
-        assert tuple(row[name] for name in ("contradicted", "instead", "contradicted_attribute")) == told
+        reported = (best.original, best.instead, best.attribute) if lead > 2 * error else (None, None, None)
+        assert tuple(row[name] for name in ("contradicted", "instead", "contradicted_attribute")) == reported
 
 
-def test_a_caption_without_negatives_must_lead_no_caption(tiny):
+def test_margin_without_negatives_compares_with_the_empty_prompt(tiny):
     config = ScorePairsConfig(image="-", prompt="-").score.model_copy(update={"num_samples": 3})
     scorer = PairScorer(tiny, config, 4, seed=0, words=False)
     scorer.negatives = lambda prompt: []
@@ -122,7 +122,7 @@ def test_a_caption_without_negatives_must_lead_no_caption(tiny):
     assert row["score_margin"] == pytest.approx(row["score_pmi"], abs=1e-4)
 
 
-def test_a_shortlist_keeps_the_likeliest_negatives_and_their_names(tiny):
+def test_shortlist_keeps_the_likeliest_negatives(tiny):
     score = ScorePairsConfig(image="-", prompt="-").score
     some = score.model_copy(update={"num_samples": 5, "max_negatives": 6, "shortlist": 2, "shortlist_samples": 2})
     work, images = Work(), np.stack([image_of(caption) for caption in CAPTIONS])
@@ -137,7 +137,7 @@ def test_a_shortlist_keeps_the_likeliest_negatives_and_their_names(tiny):
             assert few["contradicted"] == all_["contradicted"]
 
 
-def test_a_pair_does_not_depend_on_its_neighbours(tiny):
+def test_pair_does_not_depend_on_other_pairs(tiny):
     config = ScorePairsConfig(image="-", prompt="-").score.model_copy(update={"num_samples": 3})
     images, scorer = np.stack([image_of(c) for c in CAPTIONS]), PairScorer(tiny, config, 4, seed=0, words=False)
     together, alone = scorer(images, CAPTIONS, Work()), scorer(images[3:4], CAPTIONS[3:4], Work())[0]
@@ -145,7 +145,7 @@ def test_a_pair_does_not_depend_on_its_neighbours(tiny):
         assert together[3][name] == pytest.approx(alone[name], abs=1e-3)
 
 
-def test_candidates_are_scored_alike_without_the_unconditional_branch(tiny):
+def test_candidates_are_scored_without_the_unconditional_branch(tiny):
     config = ScoreConfig(names=("pmi_negatives",), num_samples=3, max_negatives=4)
     images, work = np.stack([image_of(caption) for caption in CAPTIONS]), Work()
     latents, nothing = tiny.encode_images(images), torch.empty(len(CAPTIONS), 0)
@@ -178,7 +178,7 @@ def bad_pairs(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def scored(tiny_pipeline, tmp_path_factory):
-    """The actor called directly, without Ray, and the page over what it wrote."""
+    """The audit of pairs that an actor scored, called directly without Ray."""
     folder = tmp_path_factory.mktemp("scored")
     config = config_of(tiny_pipeline, bad_pairs(folder), folder / "run")
     actor = PairActor(config.model_dump(mode="json"))
@@ -194,19 +194,19 @@ def scored(tiny_pipeline, tmp_path_factory):
     return table.to_pandas(), summary, Path(uri).read_text(), actor
 
 
-def test_bad_pairs_are_error_rows_and_the_rest_goes_on(scored):
+def test_bad_pairs_are_error_rows(scored):
     rows, summary, _, _ = scored
     assert len(rows) == len(CAPTIONS) + 8
     assert rows["error"].isna().tolist() == [True] * len(CAPTIONS) + [False] * 7 + [True]
     expected = ["empty", "no caption", "corrupt", "32x64", "mode is L", "no image", "42 tokens"]
-    for error, told in zip(rows["error"][len(CAPTIONS) :], expected, strict=False):
-        assert told in error
+    for error, reported in zip(rows["error"][len(CAPTIONS) :], expected, strict=False):
+        assert reported in error
     assert rows[rows["error"].isna()]["score_pmi"].notna().all()
     assert rows[rows["error"].notna()]["score_pmi"].isna().all()
     assert (summary["scored"], summary["errors"], summary["unjudged"]) == (6, 7, 1)
 
 
-def test_only_the_ends_of_a_shard_keep_their_image(scored):
+def test_only_best_and_worst_pairs_keep_their_image(scored):
     rows, _, _, actor = scored
     assert rows["image"].notna().sum() <= 2 * actor.config.shown * 4
     kept = rows[rows["image"].notna()].iloc[0]
@@ -215,7 +215,7 @@ def test_only_the_ends_of_a_shard_keep_their_image(scored):
     assert rows["words"][0][0]["word"] == "red"
 
 
-def test_the_page_escapes_captions_and_holds_everything_itself(scored):
+def test_audit_page_is_self_contained(scored):
     _, summary, page, _ = scored
     assert "<script>" not in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]+", page)
@@ -224,7 +224,7 @@ def test_the_page_escapes_captions_and_holds_everything_itself(scored):
     assert "the caption is empty" in page
 
 
-def test_a_hostile_caption_is_shown_as_text(tiny_pipeline, tmp_path):
+def test_hostile_caption_is_escaped(tiny_pipeline, tmp_path):
     row = dict.fromkeys(tables.SCORED.names) | {"key": "<b>key</b>", "prompt": HOSTILE, "score_pmi": 1.0, "words": []}
     row |= {"contradicted": "<i>red</i>", "instead": "<u>blue</u>", "instead_posterior": 0.9, "posterior": 0.1}
     row |= {"score_pmi_negatives": -2.0, "score_margin": -1.5, "contradicted_attribute": "<em>"}
@@ -238,7 +238,7 @@ def test_a_hostile_caption_is_shown_as_text(tiny_pipeline, tmp_path):
         assert tag not in page
 
 
-def test_one_that_fails_in_the_model_costs_only_itself(tiny_pipeline, tmp_path, monkeypatch):
+def test_failing_pair_does_not_affect_other_pairs(tiny_pipeline, tmp_path, monkeypatch):
     actor = PairActor(config_of(tiny_pipeline, write_parquet(tmp_path), tmp_path).model_dump(mode="json"))
     whole = actor.scorer.__call__
 
@@ -253,7 +253,7 @@ def test_one_that_fails_in_the_model_costs_only_itself(tiny_pipeline, tmp_path, 
     assert errors == [None, "RuntimeError: no hearts", None, None, None]
 
 
-def test_pairs_are_scored_in_smaller_batches_where_memory_does_not_suffice(tiny_pipeline, tmp_path):
+def test_pairs_use_smaller_batches_if_memory_runs_out(tiny_pipeline, tmp_path):
     actor = PairActor(config_of(tiny_pipeline, write_parquet(tmp_path), tmp_path).model_dump(mode="json"))
     (shard, *_) = plan_pairs(str(tmp_path / "pairs.parquet"), 5, "key", Columns())
     whole = [row["score_pmi"] for row in actor.rows(shard, Work())]
@@ -270,7 +270,7 @@ def test_pairs_are_scored_in_smaller_batches_where_memory_does_not_suffice(tiny_
     assert work.batch_halvings >= 1
 
 
-def test_two_threads_may_ask_for_tokens(tiny):
+def test_tokens_from_two_threads(tiny):
     counts, shapes = [], []
 
     def count():
@@ -285,7 +285,7 @@ def test_two_threads_may_ask_for_tokens(tiny):
     assert set(shapes) <= {tiny.max_tokens}
 
 
-def test_a_caption_that_is_cut_has_no_negatives_beyond_the_cut(tiny):
+def test_truncated_caption_has_no_negatives_in_the_truncated_part(tiny):
     caption = "a big cat and " * 10 + "a red circle left of a blue square"
     assert len(tiny.token_ids(caption)) > tiny.max_tokens
     cut = tiny.token_ids(caption)[: tiny.max_tokens - 1]
@@ -297,7 +297,7 @@ def test_a_caption_that_is_cut_has_no_negatives_beyond_the_cut(tiny):
     assert len(hard_negatives(tiny, text.negatives, short, 1000)) == len(text.negatives(short))
 
 
-def test_reading_ahead_keeps_order_and_errors():
+def test_ahead_keeps_order_and_errors():
     assert list(ahead(iter(range(5)))) == list(range(5))
 
     def broken():
@@ -311,27 +311,27 @@ def test_reading_ahead_keeps_order_and_errors():
 
 
 # ---------------------------------------------------------------------------------------------- the commands
-def test_the_single_pair_prints_its_value_and_writes_its_map(tiny_pipeline, tmp_path, capsys):
+def test_single_pair_prints_its_scores_and_writes_its_map(tiny_pipeline, tmp_path, capsys):
     (tmp_path / "x.png").write_bytes(IMAGES[0])
     config = ScorePairsConfig(image=str(tmp_path / "x.png"), prompt=CAPTIONS[0], model=str(tiny_pipeline))
     row = score_one(config)
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     value, error = (f"{row[name]:.2f}".replace("-", "−") for name in ("score_pmi", "score_pmi_se"))
-    assert f"{value} ± {error} nats" in told
+    assert f"{value} ± {error} nats" in reported
     assert Image.open(tmp_path / "x-map.png").size[0] > 500
     (tmp_path / "x.png").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="the image is corrupt"):
         score_one(config)
 
 
-def test_a_flag_leaves_the_other_defaults_of_its_section():
+def test_flag_keeps_the_other_defaults_of_its_section():
     config, _ = load_config(["--input", "a", "--run-dir", "b", "--score.num-samples", "6"], model=ScorePairsConfig)
     default = ScorePairsConfig(input="a", run_dir="b").score
     assert config.score == default.model_copy(update={"num_samples": 6})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (("--input", "a.parquet"), "run_dir is missing, and input needs it"),
         (("--image", "a.png"), "image or prompt is missing, and a single pair needs both"),
@@ -341,13 +341,13 @@ def test_a_flag_leaves_the_other_defaults_of_its_section():
         (("--input", "a", "--run-dir", "b", "--score.negatives", "verbs"), "score.negatives: 'verbs' is not valid"),
     ],
 )
-def test_mistakes_are_told(arguments, told):
+def test_wrong_settings_are_reported(arguments, reported):
     with pytest.raises(ConfigError) as caught:
         load_config(list(arguments), model=ScorePairsConfig)
-    assert told in "\n".join(caught.value.faults)
+    assert reported in "\n".join(caught.value.faults)
 
 
-def test_what_is_no_longer_in_the_input_is_no_longer_in_the_scores(tiny_pipeline, tmp_path, monkeypatch, capsys):
+def test_scores_of_removed_inputs_are_removed(tiny_pipeline, tmp_path, monkeypatch, capsys):
     def inline(actor, constructor, rows, resources, in_flight):
         scorer = actor(**constructor)
         for row in rows:
@@ -389,7 +389,7 @@ def job(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_is_continued_and_a_changed_config_refused(tiny_pipeline, tmp_path):
+def test_run_continues_and_another_config_is_refused(tiny_pipeline, tmp_path):
     source, run_dir = write_parquet(tmp_path), tmp_path / "run"
     command = ["--input", str(source), "--run-dir", str(run_dir), "--model", str(tiny_pipeline)]
     command += ["--pairs-per-shard", "2", "--score.num-samples", "2", "--score.max-negatives", "2"]
@@ -399,8 +399,8 @@ def test_a_run_is_continued_and_a_changed_config_refused(tiny_pipeline, tmp_path
     parts = sorted((run_dir / "scores").glob("*.parquet"))
     before = pd.concat([pd.read_parquet(part) for part in parts])
     assert before["prompt"].tolist() == CAPTIONS
-    told = run_status(str(run_dir))
-    assert [(stage["stage"], stage["done"], stage["left"]) for stage in told["stages"]] == [
+    reported = run_status(str(run_dir))
+    assert [(stage["stage"], stage["done"], stage["left"]) for stage in reported["stages"]] == [
         ("score", 3, 0),
         ("audit", 1, 0),
     ]

@@ -1,4 +1,4 @@
-"""A stage over a plan of shards, with its actor called in this process instead of by Ray Data."""
+"""A stage with several shards. Its actor is called in this process instead of by Ray Data."""
 
 import itertools
 import os
@@ -27,7 +27,7 @@ TEXTS = [f"prompt {number}" for number in range(11)]
 
 
 class Writer:
-    """An actor that writes a row a prompt."""
+    """An actor that writes one row per prompt."""
 
     made: ClassVar[list[int]] = []
 
@@ -50,7 +50,7 @@ class Writer:
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    """Runs the stage over 3 shards of 4, 4 and 3 prompts; returns its manifest."""
+    """Run the stage with 3 shards of 4, 4 and 3 prompts. Returns its manifest."""
 
     def inline(actor, constructor, rows, resources, in_flight):
         writer = actor(**constructor)
@@ -86,7 +86,7 @@ def test_every_prompt_of_the_plan_is_written_once(stage, tmp_path):
 
 
 @pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: unspecified"), torch.OutOfMemoryError("CUDA")])
-def test_a_machine_that_fails_makes_no_error_rows(stage, tmp_path, monkeypatch, error):
+def test_machine_failure_makes_no_error_rows(stage, tmp_path, monkeypatch, error):
     def fails(self, shard, positions, work):
         raise error
 
@@ -99,23 +99,23 @@ def test_a_machine_that_fails_makes_no_error_rows(stage, tmp_path, monkeypatch, 
     assert storage.read_tables(str(tmp_path / "candidates"))["error"].null_count == 0
 
 
-def test_a_folder_that_the_nodes_do_not_share_is_told(stage, tmp_path, monkeypatch):
+def test_folder_that_nodes_do_not_share_is_reported(stage, tmp_path, monkeypatch):
     row = ShardPlan.row
     monkeypatch.setattr(ShardPlan, "row", lambda *a: row(*a) | {"source": str(tmp_path / "elsewhere.parquet")})
     with pytest.raises(FileNotFoundError, match=r"is missing on node .*; set a run_dir that all nodes can read"):
         stage()
 
 
-def test_events_tell_of_lost_processes_and_halved_batches(stage, tmp_path, monkeypatch):
+def test_events_contain_lost_processes_and_halved_batches(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "is_restarted", lambda: True)
     stage()
     written = [event for event in storage.read_lines(str(tmp_path / "events.jsonl")) if "shard" in event]
-    told = [(event["actor_restarts"], event["batch_halvings"], event["host"]) for event in written]
-    assert told == [(int(index == 0), index, platform.node()) for index in range(3)]
+    reported = [(event["actor_restarts"], event["batch_halvings"], event["host"]) for event in written]
+    assert reported == [(int(index == 0), index, platform.node()) for index in range(3)]
 
 
 @pytest.mark.ray
-def test_an_actor_knows_that_its_process_before_was_lost():
+def test_restarted_actor_knows_that_it_was_restarted():
     @ray.remote(num_cpus=0, max_restarts=1, max_task_retries=1)
     class Lost:
         def __init__(self):
@@ -136,7 +136,7 @@ def test_an_actor_knows_that_its_process_before_was_lost():
         ray.shutdown()
 
 
-def test_what_is_missing_is_made_again_and_a_lost_event_comes_back(stage, tmp_path):
+def test_missing_shards_and_events_are_written_again(stage, tmp_path):
     stage()
     folder = tmp_path / "candidates"
     (folder / run_folder.MANIFEST).unlink()
@@ -160,7 +160,7 @@ def test_what_is_missing_is_made_again_and_a_lost_event_comes_back(stage, tmp_pa
         (None, itertools.count().__next__, None),
     ],
 )
-def test_who_hangs_or_is_over_its_time_is_told(seconds, calls, ends, monkeypatch, capsys):
+def test_hanging_process_prints_a_message(seconds, calls, ends, monkeypatch, capsys):
     ended = threading.Event()
 
     def end(code: int):
@@ -174,13 +174,13 @@ def test_who_hangs_or_is_over_its_time_is_told(seconds, calls, ends, monkeypatch
     assert (ends or "") in capsys.readouterr().err
 
 
-def test_a_hung_process_ends():
+def test_hanging_process_ends():
     code = "import time; from mi_ray.stages.shards import Patience\nwith Patience(0.2, lambda: 0)(): time.sleep(60)"
     assert subprocess.run([sys.executable, "-c", code], timeout=50, check=False).returncode == 1
 
 
 @pytest.mark.ray
-def test_a_process_that_dies_while_it_starts_ends_no_run(tmp_path):
+def test_failed_actor_start_does_not_stop_the_run(tmp_path):
     class Unlucky:
         def __init__(self, folder: str):
             if storage.create_bytes(f"{folder}/begun", b""):
@@ -198,8 +198,8 @@ def test_a_process_that_dies_while_it_starts_ends_no_run(tmp_path):
         ray.shutdown()
 
 
-def test_a_machine_that_fails_after_it_worked_is_given_up_anew(monkeypatch):
-    """Ray starts another process each time; one that has finished no shard stops the run."""
+def test_machine_that_fails_after_a_shard_is_replaced(monkeypatch):
+    """Ray starts another process each time. A process that has committed no shard stops the run."""
     ended = []
     monkeypatch.setattr(shards, "_in_actor", lambda: True)
     monkeypatch.setattr(shards, "is_restarted", lambda: True)

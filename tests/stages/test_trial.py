@@ -1,4 +1,4 @@
-"""The trial before a run: what it chooses from what it measured, and that it measures where the actors will run."""
+"""The trial before a run: its choice from measurements, and that it measures on the hardware of the actors."""
 
 import time
 
@@ -19,16 +19,16 @@ def made(*milliseconds: float) -> list[Trial]:
 
 
 @pytest.mark.parametrize(("milliseconds", "chosen"), [((4, 2, 1, 0.98), 32), ((1, 2, 3), 8), ((4, 3, 2, 1), 64)])
-def test_the_smallest_batch_that_is_about_as_fast_as_the_fastest(milliseconds, chosen):
+def test_best_is_the_smallest_batch_of_nearly_the_best_speed(milliseconds, chosen):
     assert best(made(*milliseconds)).batch_size == chosen
 
 
-def test_nothing_fits():
+def test_best_refuses_if_no_batch_fits():
     with pytest.raises(ConfigError, match=r"resources\.batch_size"):
         best([])
 
 
-def test_a_sweep_ends_where_memory_does(tiny_pipeline):
+def test_sweep_ends_when_memory_runs_out(tiny_pipeline):
     denoiser = load_denoiser(str(tiny_pipeline))
 
     def limited(unet, arguments):
@@ -41,7 +41,7 @@ def test_a_sweep_ends_where_memory_does(tiny_pipeline):
     assert len(sizes) >= 3  # a batch of 32 candidates is 64 rows
 
 
-def test_each_useful_precision_is_tried_once_the_configured_one_first(tiny_pipeline):
+def test_sweep_dtypes_tries_the_configured_dtype_first(tiny_pipeline):
     useful = ["float32", "float16", "bfloat16"] if torch.cuda.is_available() else ["float32", "bfloat16"]
     for configured in ("auto", "bfloat16"):
         trials = sweep_dtypes(ModelConfig(path=str(tiny_pipeline), dtype=configured))
@@ -50,7 +50,7 @@ def test_each_useful_precision_is_tried_once_the_configured_one_first(tiny_pipel
         assert all(trial.seconds_per_evaluation > 0 for of_dtype in trials.values() for trial in of_dtype)
 
 
-def test_a_trial_runs_as_long_as_it_is_told(tiny_pipeline):
+def test_try_batch_runs_for_the_given_time(tiny_pipeline):
     denoiser, calls = load_denoiser(str(tiny_pipeline)), []
     denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
     try_batch(denoiser, 2)
@@ -59,7 +59,7 @@ def test_a_trial_runs_as_long_as_it_is_told(tiny_pipeline):
     assert len(calls) - 3 == pytest.approx(0.2 / (4 * measured.seconds_per_evaluation), abs=1)
 
 
-def test_without_auto_nothing_is_tried(monkeypatch):
+def test_settle_without_auto_runs_no_trial(monkeypatch):
     monkeypatch.setattr(trial, "_probes", None)
     resources = ResourcesConfig(batch_size=5, gpus_per_actor=0.5)
     assert settle(ModelConfig(), resources) is resources
@@ -67,7 +67,7 @@ def test_without_auto_nothing_is_tried(monkeypatch):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_auto_is_settled_by_actors_that_share_a_gpu(tiny_pipeline, capsys):
+def test_settle_shares_a_gpu_if_it_is_faster(tiny_pipeline, capsys):
     ray.init(address="local", num_cpus=4, num_gpus=1, logging_level="error")  # a GPU in name, the model on the CPU
     try:
         resources = ResourcesConfig(batch_size="auto", gpus_per_actor="auto")

@@ -26,7 +26,7 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS.keys())
-def test_every_column_says_what_it_is(schema):
+def test_every_column_has_a_description(schema):
     for field in schema:
         assert len(field.metadata[b"description"]) > 5, field.name
         if field.name.startswith("score_"):
@@ -34,14 +34,14 @@ def test_every_column_says_what_it_is(schema):
             assert b"nats" in meaning or b"no weight" in meaning
 
 
-def test_descriptions_survive_the_file(tmp_path):
+def test_descriptions_are_stored_in_the_file(tmp_path):
     schema = SCHEMAS["candidates"]
     uri = str(tmp_path / "part.parquet")
     storage.write_table(uri, schema.empty_table())
     assert [(f.name, f.metadata) for f in storage.read_table(uri).schema] == [(f.name, f.metadata) for f in schema]
 
 
-def test_a_file_tells_what_its_metrics_declare(tmp_path):
+def test_metric_columns_are_read_from_a_file(tmp_path):
     uri = str(tmp_path / "part.parquet")
     storage.write_table(uri, SCHEMAS["evaluation"].empty_table())
     schema = storage.ParquetRows(uri).schema
@@ -54,14 +54,14 @@ def test_a_file_tells_what_its_metrics_declare(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rank", "score_pmi", "pmi", "round"])
-def test_a_column_whose_name_is_taken_is_refused(name):
+def test_column_with_a_used_name_is_refused(name):
     with pytest.raises(ValueError, match=f"'m:Mine' declares the column '{name}', but the tables already use"):
         tables.candidates_schema(("pmi",), {"m:Mine": (Column(name, "mine"),)})
 
 
 @pytest.mark.parametrize("name", ["candidates", "evaluation", "scored"])
-def test_tables_with_images_say_so_to_hugging_face_datasets(name, tmp_path):
-    """`datasets` takes a column's feature from this metadata if its storage type is the column's."""
+def test_tables_with_images_have_hugging_face_metadata(name, tmp_path):
+    """`datasets` uses the feature of this metadata if its storage type equals the type of the column."""
     uri = str(tmp_path / "part.parquet")
     storage.write_table(uri, SCHEMAS[name].empty_table())
     schema = storage.read_table(uri).schema

@@ -43,7 +43,7 @@ def endpoint(s3_server):
 
 @pytest.fixture(params=["local", "s3_by_environment", "s3_by_query", "gs_by_environment", "gs_by_query"])
 def root(request, tmp_path, monkeypatch) -> str:
-    """An empty folder's URI."""
+    """The URI of an empty folder."""
     if request.param == "local":
         return str(tmp_path)
     scheme, _, by = request.param.partition("_by_")
@@ -83,7 +83,7 @@ def part(value: float, errors: int = 0) -> pa.Table:
     return pa.table({"score": [value] * 3, "error": pa.array(["bad"] * errors + [None] * (3 - errors), pa.string())})
 
 
-def test_of_many_who_create_a_file_one_wins(root):
+def test_create_bytes_succeeds_once(root):
     uri = storage.join(root, "token")
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda i: storage.create_bytes(uri, b"%d" % i), range(8)))
@@ -91,7 +91,7 @@ def test_of_many_who_create_a_file_one_wins(root):
     assert storage.read_bytes(uri) == b"%d" % won.index(True)
 
 
-def test_two_drivers_at_a_shard_leave_one_part_and_one_receipt(root):
+def test_two_commits_of_a_shard_leave_one_part_and_one_receipt(root):
     folder = storage.join(root, "candidates")
     with ThreadPoolExecutor(4) as pool:
         receipts = list(pool.map(lambda i: run_folder.commit(folder, "part-0.parquet", part(i), {"by": i}), range(4)))
@@ -103,7 +103,7 @@ def test_two_drivers_at_a_shard_leave_one_part_and_one_receipt(root):
     assert storage.read_bytes(storage.join(folder, "part-0.parquet")) == before
 
 
-def test_what_is_missing_is_what_has_no_receipt(root):
+def test_parts_without_a_receipt_are_missing(root):
     folder = storage.join(root, "candidates")
     names = ["part-0.parquet", "part-1.parquet", "part-2.parquet"]
     assert run_folder.missing_parts(folder, names) == names
@@ -112,7 +112,7 @@ def test_what_is_missing_is_what_has_no_receipt(root):
     assert run_folder.missing_parts(folder, names) == [names[0], names[2]]
 
 
-def test_a_part_whose_receipt_a_kill_prevented_is_adopted(root):
+def test_part_without_a_receipt_is_adopted(root):
     folder = storage.join(root, "candidates")
     names = ["part-0.parquet", "part-1.parquet"]
     storage.write_table(storage.join(folder, names[0]), part(1.0, errors=2))
@@ -122,14 +122,14 @@ def test_a_part_whose_receipt_a_kill_prevented_is_adopted(root):
     assert run_folder.missing_parts(folder, names) == [names[1]]
 
 
-def test_a_receipt_speaks_of_the_part_that_is_there(root):
+def test_receipt_describes_the_stored_part(root):
     folder = storage.join(root, "candidates")
     storage.write_table(storage.join(folder, "part-0.parquet"), part(1.0, errors=1))
     assert run_folder.commit(folder, "part-0.parquet", part(2.0), {"rows": 3, "errors": 0})["errors"] == 1
 
 
-def test_a_put_that_the_store_carried_out_without_telling_is_ours(monkeypatch, root):
-    """The answer to the first attempt is lost; the second is refused, since the object is there."""
+def test_create_with_a_lost_response_succeeds(monkeypatch, root):
+    """The response to the first attempt is lost. The second attempt is refused, because the object exists."""
     if not root.startswith("s3://"):
         pytest.skip("of S3")
     put = storage.s3.create
@@ -138,7 +138,7 @@ def test_a_put_that_the_store_carried_out_without_telling_is_ours(monkeypatch, r
     assert not storage.create_bytes(storage.join(root, "token"), b"another's")
 
 
-def test_a_store_that_fails_for_a_while_is_asked_again(monkeypatch, root):
+def test_s3_requests_are_retried(monkeypatch, root):
     if not root.startswith("s3://"):
         pytest.skip("of S3")
     uri = storage.join(root, "small.json")
@@ -157,8 +157,8 @@ def test_a_store_that_fails_for_a_while_is_asked_again(monkeypatch, root):
 
 
 @pytest.mark.parametrize("name", ["flaky", "lost"])
-def test_google_cloud_storage_is_asked_again_too(name, gcs_server, tmp_path):
-    """What is asked of such an object fails twice: by 503, or it is done but the connection closed."""
+def test_google_cloud_storage_requests_are_retried(name, gcs_server, tmp_path):
+    """Requests fail twice: with status 503, or the request is done and the connection is closed."""
     uri = f"gs://runs/{tmp_path.name}/{name}?endpoint_override={gcs_server}&scheme=http"
     with pytest.raises((HTTPException, HTTPError)):
         urlopen(f"http://{gcs_server}/storage/v1/b/runs/o/{tmp_path.name}%2F{name}")
@@ -170,8 +170,8 @@ def test_google_cloud_storage_is_asked_again_too(name, gcs_server, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1 << 10, 20 << 20])
-def test_an_interrupted_write_leaves_what_was_there(root, size, tmp_path):
-    """Also of a file so large that it is put in pieces. Interrupted is the main thread, whoever reads the file."""
+def test_interrupted_write_keeps_the_old_file(root, size, tmp_path):
+    """Also for a large file that is put in pieces. The main thread is interrupted."""
     if "://" not in root:
         pytest.skip("a local file is renamed when it is whole")
     uri = storage.join(root, "table.parquet")
@@ -196,8 +196,8 @@ def test_an_interrupted_write_leaves_what_was_there(root, size, tmp_path):
         signal.signal(signal.SIGINT, handler)
 
 
-def test_large_files_are_created_once_too(root):
-    """Google's client sends those in pieces, and the condition counts where they are put together."""
+def test_create_bytes_of_large_files_succeeds_once(root):
+    """Google's client sends large files in pieces. The condition is checked when they are joined."""
     if not root.startswith("gs://"):
         pytest.skip("of Google Cloud Storage")
     uri = storage.join(root, "large")
@@ -207,7 +207,7 @@ def test_large_files_are_created_once_too(root):
     assert storage.read_bytes(uri)[:1] == b"%d" % won.index(True)
 
 
-def test_google_cloud_storage_without_credentials_or_package_is_told_at_once(monkeypatch, tmp_path):
+def test_google_cloud_storage_without_credentials_is_reported_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
@@ -219,8 +219,8 @@ def test_google_cloud_storage_without_credentials_or_package_is_told_at_once(mon
         storage.exists("gs://bucket/run")
 
 
-def test_only_to_plain_http_no_credentials_are_sent(monkeypatch):
-    """A private endpoint of Google's asks for them as its public one does."""
+def test_credentials_are_sent_except_over_plain_http(monkeypatch):
+    """A private endpoint of Google needs credentials like the public one."""
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     places = [gcs._parts(f"gs://b/a{query}")[2] for query in ("", "?endpoint_override=x.p.googleapis.com")]
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "localhost:1")
@@ -229,7 +229,7 @@ def test_only_to_plain_http_no_credentials_are_sent(monkeypatch):
     assert [gcs._is_emulator(place) for place in places] == [False, False, True, True]
 
 
-def test_what_does_not_pass_is_told_at_once(monkeypatch):
+def test_permanent_error_is_raised_at_once(monkeypatch):
     def denied():
         raise OSError("AWS Error ACCESS_DENIED during GetObject operation")
 
@@ -238,7 +238,7 @@ def test_what_does_not_pass_is_told_at_once(monkeypatch):
         uris._with_retries(denied)
 
 
-def test_a_store_that_lets_two_win_is_refused(monkeypatch, root):
+def test_store_without_conditional_writes_is_refused(monkeypatch, root):
     def heedless(uri, content):
         storage.write_bytes(uri, content)
         return True
@@ -259,7 +259,7 @@ def test_events_are_appended(root):
     assert storage.list_names(root) == ["events.jsonl", "run.json"]
 
 
-def test_shards_wait_for_the_next_event_on_an_object_store_and_none_is_lost(root):
+def test_shard_events_are_delayed_on_object_stores(root):
     run_folder.log_event(root, "started") if "://" in root else storage.write_json(storage.join(root, "run.json"), {})
     for index in range(3):
         run_folder.log_event(root, "shard_written", index=index)
@@ -269,13 +269,13 @@ def test_shards_wait_for_the_next_event_on_an_object_store_and_none_is_lost(root
     assert events[-1]["event"] == "finished"
 
 
-def test_prompts_are_read_from_there(root):
+def test_prompts_are_read_from_object_stores(root):
     uri = storage.join(root, "prompts.txt")
     storage.write_bytes(uri, b"a cat\nan owl\n")
     assert read_prompts(uri)[0]["prompt"].to_pylist() == ["a cat", "an owl"]
 
 
-def test_a_folder_is_there_as_a_local_one(root):
+def test_local_folder_copies_a_remote_folder(root):
     storage.write_bytes(storage.join(root, "adapter", "weights"), b"12")
     copy = storage.local_folder(storage.join(root, "adapter"))
     assert storage.list_names(copy) == ["weights"]
@@ -297,7 +297,7 @@ def test_join(uri, joined):
     assert storage.join(uri, "b", "c.json") == joined
 
 
-def test_a_line_that_a_kill_cut_short_costs_only_itself(tmp_path):
+def test_incomplete_line_is_skipped(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"event": "started"}\n{"event": "sha')
     run_folder.log_event(str(tmp_path), "resumed")
     events = storage.read_lines(str(tmp_path / "events.jsonl"))
@@ -305,7 +305,7 @@ def test_a_line_that_a_kill_cut_short_costs_only_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("uri", "told"),
+    ("uri", "reported"),
     [
         ("s3://AKIAEXAMPLE:secret@bucket/run", "instance role"),
         ("s3://AKIAEXAMPLE:a/secret/with/slashes@bucket/run", "instance role"),
@@ -315,17 +315,17 @@ def test_a_line_that_a_kill_cut_short_costs_only_itself(tmp_path):
         ("gs://bucket/run?colour=red", "colour"),
     ],
 )
-def test_uris_that_will_not_do(uri, told):
-    with pytest.raises(ValueError, match=told) as fault:
+def test_invalid_uris_are_refused(uri, reported):
+    with pytest.raises(ValueError, match=reported) as fault:
         storage.filesystem(uri)
     assert "secret" not in str(fault.value)
 
 
-def test_names_like_credentials_are_none():
+def test_names_similar_to_credentials_are_accepted():
     assert storage.filesystem("s3://bucket/user@home/run?region=x")[1] == "bucket/user@home/run"
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     target = tmp_path / "part.parquet"
     storage.write_bytes(str(target), b"before")
 
@@ -339,24 +339,24 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_json_that_is_none_is_not_written(tmp_path):
+def test_json_with_nan_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         storage.write_json(str(tmp_path / "report.json"), {"auc": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unwritable_folders_are_told(tmp_path):
+def test_unwritable_folders_are_reported(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="file"):
         run_folder.check_writable(str(tmp_path / "file" / "run"))
 
 
-def test_a_folder_that_is_only_looked_at_is_not_made(tmp_path):
+def test_check_writable_does_not_create_the_folder(tmp_path):
     run_folder.check_writable(str(tmp_path / "runs" / "new"))
     assert not list(tmp_path.iterdir())
 
 
-def test_an_equals_sign_in_a_folder_is_no_column(tmp_path):
+def test_equals_sign_in_a_folder_makes_no_column(tmp_path):
     uri = storage.join(str(tmp_path), "lr=1", "part.parquet")
     storage.write_table(uri, TABLE)
     assert storage.read_table(uri) == TABLE
@@ -373,18 +373,18 @@ def write_on_a_full_disk(folder: str, wrapped: bool):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_full_disk_is_told_in_one_message(wrapped, tmp_path, monkeypatch):
+def test_full_disk_gives_one_message(wrapped, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError) as told, run_folder.full_disk_told("runs/x"):
+    with pytest.raises(ConfigError) as reported, run_folder.full_disk_told("runs/x"):
         write_on_a_full_disk(str(tmp_path), wrapped)
-    (fault,) = told.value.faults
+    (fault,) = reported.value.faults
     assert fault.startswith("run_dir: the disk of 'runs/x' is full; free some space")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_other_errors_are_not_taken_for_a_full_disk():
+def test_other_errors_are_not_reported_as_a_full_disk():
     with pytest.raises(FileNotFoundError), run_folder.full_disk_told("runs/x"):
         storage.read_bytes("/nowhere/at/all")

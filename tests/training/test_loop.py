@@ -1,4 +1,4 @@
-"""The adapter, its loss and its training: against closed forms, stock diffusers and an undisturbed run."""
+"""The adapter, its loss and its training, compared with closed forms, diffusers and a run without faults."""
 
 import json
 import threading
@@ -49,7 +49,7 @@ def output(unet: torch.nn.Module) -> torch.Tensor:
 
 
 def trained(unet: UNet2DConditionModel, adapter: str, rank: int = 4, alpha: int = 8, seed: int = 2) -> PeftModel:
-    """An adapter whose every weight is away from its start."""
+    """An adapter in which all weights differ from their initial values."""
     model = attach_adapter(unet, rank=rank, alpha=alpha, target_modules=TARGETS, use_dora=adapter == "dora")
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -59,12 +59,12 @@ def trained(unet: UNet2DConditionModel, adapter: str, rank: int = 4, alpha: int 
 
 
 # ---------------------------------------------------------------------------------------------- adapters
-def test_adapter_that_binds_to_nothing_is_refused(unet):
+def test_adapter_without_matching_layers_is_refused(unet):
     with pytest.raises(ValueError, match=r"'to_query'.*to_q"):
         attach_adapter(unet, rank=4, alpha=4, target_modules=("to_k", "to_query"))
 
 
-def test_adapter_starts_at_the_unet_and_is_float32_on_a_half_precision_one(unet):
+def test_new_adapter_does_not_change_outputs_and_is_float32(unet):
     before = output(unet)
     model = attach_adapter(unet, rank=4, alpha=4, target_modules=TARGETS)
     assert torch.equal(output(model), before)
@@ -75,7 +75,7 @@ def test_adapter_starts_at_the_unet_and_is_float32_on_a_half_precision_one(unet)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_saved_adapter_makes_the_same_outputs_in_diffusers_and_peft(tmp_path, tiny_pipeline, unet, adapter):
+def test_saved_adapter_gives_the_same_outputs_in_diffusers_and_peft(tmp_path, tiny_pipeline, unet, adapter):
     base = output(unet)
     model = trained(unet, adapter)
     expected = output(model)
@@ -90,7 +90,7 @@ def test_saved_adapter_makes_the_same_outputs_in_diffusers_and_peft(tmp_path, ti
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
 
 
-def test_a_weighted_sum_of_adapters_adds_their_updates(tmp_path, tiny_pipeline):
+def test_weighted_sum_of_adapters_adds_their_updates(tmp_path, tiny_pipeline):
     """2 a - b as one adapter changes every layer by 2 delta(a) - delta(b), in PEFT and in diffusers."""
     weights = {}
     for name, seed in (("a", 2), ("b", 3)):
@@ -120,7 +120,7 @@ def test_weights_of_another_adapter_are_refused(tiny_pipeline, unet):
 
 # ---------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_min_snr_weights_turn_every_loss_into_the_capped_x0_loss(prediction_type):
+def test_min_snr_weights_give_the_capped_x0_loss(prediction_type):
     gamma, snr = 5.0, torch.logspace(-3, 3, 13, dtype=torch.float64)
     alpha, sigma = (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt()
     x0, epsilon, prediction = torch.randn(3, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -132,9 +132,9 @@ def test_min_snr_weights_turn_every_loss_into_the_capped_x0_loss(prediction_type
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_loss_of_a_perfect_model_is_zero_and_a_sample_counts_by_its_weight(prediction_type):
+def test_loss_is_zero_for_a_perfect_model_and_weighted(prediction_type):
     class Oracle(torch.nn.Module):
-        """Knows the noise and errs by 2 in the second sample."""
+        """Predicts the exact noise, plus 2 in the second sample."""
 
         def forward(self, x_t, timesteps, encoder_hidden_states):
             self.x_t = x_t
@@ -154,7 +154,7 @@ def test_loss_of_a_perfect_model_is_zero_and_a_sample_counts_by_its_weight(predi
     torch.testing.assert_close(oracle.x_t, scheduler.add_noise(x0, noise, timesteps))
 
 
-def test_clipping_clips_what_the_optimiser_sees_and_accumulation_is_a_mean():
+def test_optimizer_step_clips_and_averages_gradients():
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 1)
     parameters = list(layer.parameters())
@@ -252,8 +252,8 @@ def test_targets_and_trackers_are_checked_before_anything_starts(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_driver_that_has_lost_the_run_writes_no_more_of_its_training(tiny_pipeline, selected, tmp_path, monkeypatch):
-    """It loses it in the third step: nothing but the log so far is there, and workers that start anew end at once."""
+def test_driver_that_lost_the_run_stops_writing_the_training(tiny_pipeline, selected, tmp_path, monkeypatch):
+    """It loses the run in step 3. Only the log so far exists, and restarted workers end at once."""
     config = run_config(tiny_pipeline, workers=1).model_copy(update={"run_dir": str(tmp_path)})
     destination, steps, optimizer_step = tmp_path / "adapter", [], stage.optimizer_step
 
@@ -280,7 +280,7 @@ def test_a_driver_that_has_lost_the_run_writes_no_more_of_its_training(tiny_pipe
     assert not (destination / stage.SUMMARY).exists()
 
 
-def test_a_later_round_starts_from_the_adapter_before_it(tiny_pipeline, selected, tmp_path):
+def test_later_round_starts_from_the_previous_adapter(tiny_pipeline, selected, tmp_path):
     config = run_config(tiny_pipeline, workers=1, steps=3, gradient_accumulation=1)
     summary = in_process(config, selected, tmp_path / "first")
     assert summary["outputs_changed"]
@@ -294,10 +294,10 @@ def test_a_later_round_starts_from_the_adapter_before_it(tiny_pipeline, selected
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_fine_tuning_on_google_cloud_storage_goes_on_from_its_checkpoint_there(
+def test_finetuning_on_google_cloud_storage_continues_from_its_checkpoint(
     tiny_pipeline, selected, tmp_path, gcs_server, monkeypatch
 ):
-    """It dies in step 4, past the checkpoint of step 2, and is called again."""
+    """It dies in step 4, after the checkpoint of step 2, and is started again."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{gcs_server}")
     destination, begun = "gs://runs/adapter", tmp_path / "begun"
 
@@ -336,7 +336,7 @@ def test_a_fine_tuning_on_google_cloud_storage_goes_on_from_its_checkpoint_there
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """A cluster of two nodes with a CPU each, beside the head; (cluster, a node that the driver can spare)."""
+    """A cluster with a head and two nodes of one CPU: (cluster, a node on which the driver does not run)."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")  # Ray counts on the lost node for a while
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -349,7 +349,7 @@ def nodes(monkeypatch):
 
 
 def preempt(cluster: Cluster, node, waiting: Path, saved: Path):
-    """Give notice to a node once the training waits for it, and take it away once the training has gone on."""
+    """Send a preemption notice to a node when the training waits for it. Kill the node after further steps."""
     store = ray._raylet.GcsClient(address=cluster.address)
     for moment, seconds in ((waiting, 120), (saved, 0)):
         await_file(moment)
@@ -367,9 +367,7 @@ def await_file(file: Path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_workers_of_whom_one_fails_and_one_is_preempted_end_where_one_undisturbed_does(
-    tiny_pipeline, selected, tmp_path, nodes, monkeypatch
-):
+def test_two_workers_with_faults_give_the_result_of_one_worker(tiny_pipeline, selected, tmp_path, nodes, monkeypatch):
     """Rank 0 dies in step 4, past the checkpoint of step 2. In step 5 comes the notice; the node goes in step 6.
 
     Three microbatches are two and one of two workers, and three of the one that is left.

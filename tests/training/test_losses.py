@@ -1,4 +1,4 @@
-"""The losses against closed forms, and the module against stock PEFT."""
+"""The losses compared with closed forms, and the module compared with PEFT."""
 
 import copy
 
@@ -20,7 +20,7 @@ def config(method: str, **settings) -> FinetuneConfig:
 
 @pytest.fixture
 def batch() -> Batch:
-    """Two prompts of three candidates."""
+    """Two prompts with three candidates each."""
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 6, 4, 3, 3, generator=generator, dtype=torch.float64)
     advantages = torch.tensor([0.5, -0.75, 0.25, -0.1, 1.0, -0.9], dtype=torch.float64)
@@ -57,7 +57,7 @@ def test_awm_starts_with_the_gradient_of_the_weighted_error(batch, predictions):
 
 
 def test_dgpo_of_two_candidates_is_diffusion_dpo(batch, predictions):
-    """Wallace et al. 2023, eq. 14, of a winner and a loser with advantages 1 and -1."""
+    """Wallace et al. 2023, eq. 14, for two candidates with advantages 1 and -1."""
     pair = Batch(
         batch.x0[:2], batch.noise[:2], batch.timesteps[:2], batch.conditioning.rows(slice(2)), batch.weights[:2],
         torch.tensor([1.0, -1.0], dtype=torch.float64), None, torch.tensor([0, 0]),
@@ -70,7 +70,7 @@ def test_dgpo_of_two_candidates_is_diffusion_dpo(batch, predictions):
     torch.testing.assert_close(METHODS["dgpo"].loss(p, pair, config("dgpo", beta=7)), expected.expand(2))
 
 
-def test_crd_is_zero_where_the_policy_says_what_the_rewards_say(batch, predictions):
+def test_crd_is_zero_if_implied_rewards_equal_the_advantages(batch, predictions):
     p = predictions
     implied = 36 * (mean_square(p.old - p.target) - mean_square(p.new - p.target))
     centred = implied - implied.view(2, 3).mean(1).repeat_interleave(3)
@@ -79,13 +79,13 @@ def test_crd_is_zero_where_the_policy_says_what_the_rewards_say(batch, predictio
     assert METHODS["crd"].loss(p, batch, config("crd", beta=2)).min() > 0
 
 
-def test_gors_learns_the_better_ones_by_their_rewards(batch, predictions):
+def test_gors_weights_better_candidates_by_their_rewards(batch, predictions):
     error = mean_square(predictions.new - predictions.target)
     expected = torch.where(batch.advantages > 0, batch.rewards * error, 0.0)
     torch.testing.assert_close(METHODS["gors"].loss(predictions, batch, config("gors")), expected)
 
 
-def test_hn_itm_pushes_the_worst_away_until_it_is_as_bad_as_the_best(batch, predictions):
+def test_hn_itm_gradient_of_the_worst_candidate_is_limited(batch, predictions):
     p = predictions
     error = mean_square(p.new - p.target)
     best, worst = error[[0, 4]], error[[1, 5]]
@@ -140,7 +140,7 @@ def objective_of(denoiser, adapter: str = "lora", **settings) -> Objective:
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_the_reference_is_the_base_model_guided_as_asked(denoiser, adapter):
+def test_reference_is_the_base_model_with_guidance(denoiser, adapter):
     objective, batch = objective_of(denoiser, adapter, method="nft", anchor_guidance=3.0), rows(denoiser)
     a = denoiser.schedule.alphas_cumprod[batch.timesteps].float().view(-1, 1, 1, 1)
     x_t = a.sqrt() * batch.x0 + (1 - a).sqrt() * batch.noise
@@ -153,7 +153,7 @@ def test_the_reference_is_the_base_model_guided_as_asked(denoiser, adapter):
     torch.testing.assert_close(found, empty + 3 * (prompt - empty), atol=1e-5, rtol=1e-5)
 
 
-def test_the_weights_of_another_policy_are_there_only_within(denoiser):
+def test_weights_of_restores_the_own_weights(denoiser):
     objective = objective_of(denoiser, method="nft")
     other, own = moved(objective), [p.detach().clone() for p in objective.parameters_trained]
     with weights_of(other, objective.parameters_trained):
@@ -163,7 +163,7 @@ def test_the_weights_of_another_policy_are_there_only_within(denoiser):
         assert torch.equal(p, value)
 
 
-def test_a_dropped_prompt_is_held_to_the_base_model_whatever_its_advantage(denoiser):
+def test_dropped_prompt_trains_towards_the_base_model(denoiser):
     objective, batch = objective_of(denoiser, method="nft", anchor=0.5), rows(denoiser)
     batch = Batch(**(vars(batch) | {"null": torch.ones(4, dtype=torch.bool)}))
     assert objective(batch).item() == 0  # the adapter is fresh
@@ -173,8 +173,8 @@ def test_a_dropped_prompt_is_held_to_the_base_model_whatever_its_advantage(denoi
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"supervised"}))
-def test_a_few_steps_of_every_method_prefer_the_winners(denoiser, method):
-    """The error of the winners falls against that of the losers, on one batch."""
+def test_every_method_prefers_the_better_candidates(denoiser, method):
+    """The error of the better candidates decreases relative to that of the worse ones, on one batch."""
     objective, batch = objective_of(denoiser, method=method, anchor=0.0), rows(denoiser)
     batch = Batch(**(vars(batch) | {"timesteps": torch.full((4,), 600)}))
     optimizer = torch.optim.Adam(objective.parameters_trained, lr=5e-3)

@@ -1,4 +1,4 @@
-"""The pre-training of the embedded model, on a few steps: it continues where it was killed."""
+"""Pre-training of the embedded model with a few steps: it continues after a kill."""
 
 import json
 import os
@@ -27,14 +27,14 @@ def command(folder: Path) -> list[str]:
 
 
 def registered(folder: Path) -> bool:
-    """Whether Ray knows of a checkpoint: it notes one after its files are written."""
+    """Whether Ray has recorded a checkpoint, which it does after the files are written."""
     snapshot = folder / "ray/denoiser/checkpoint_manager_snapshot.json"
     return snapshot.exists() and "checkpoint_2" in snapshot.read_text()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_killed_and_given_again_it_ends_with_the_same_model(tmp_path):
+def test_pretraining_continues_after_a_kill_with_the_same_model(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True)
 
@@ -50,7 +50,7 @@ def test_killed_and_given_again_it_ends_with_the_same_model(tmp_path):
     subprocess.run(command(killed), cwd=ROOT, check=True, capture_output=True)
 
     lines = [json.loads(line) for line in (killed / "denoiser.jsonl").read_text().splitlines()]
-    assert lines[0]["loss"] < 0.2  # it began with the weights of the shipped model: without, the loss is 1
+    assert lines[0]["loss"] < 0.2  # it began with the weights of the embedded model: without, the loss is 1
     logged = [line["step"] for line in lines]
     assert logged.count(20) == 1  # it went on from step 30 and did not begin again
     assert logged[-1] == STEPS
@@ -61,7 +61,7 @@ def test_killed_and_given_again_it_ends_with_the_same_model(tmp_path):
     StableDiffusionPipeline.from_pretrained(killed / "model", safety_checker=None)
 
 
-def test_timesteps_are_drawn_by_the_min_snr_weight_and_around_the_layout():
+def test_timesteps_follow_the_min_snr_weights_and_the_layout_share():
     alphas_cumprod = build_scheduler().alphas_cumprod
     snr = alphas_cumprod / (1 - alphas_cumprod)
     weight = snr.clamp(max=5) / snr

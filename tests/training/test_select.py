@@ -1,4 +1,4 @@
-"""Ranking and selection against orders known beforehand."""
+"""Ranking and selection, compared with known orders."""
 
 import numpy as np
 import pyarrow as pa
@@ -23,16 +23,16 @@ COLUMNS = {
 }
 
 
-def test_the_highest_score_ranks_first_and_what_is_not_finite_last():
+def test_highest_score_ranks_first_and_non_finite_last():
     assert ranks(COLUMNS, "pmi", 0) == [1, 3, 0, 2]
 
 
-def test_the_oracle_puts_exact_images_first():
+def test_oracle_ranks_exact_images_first():
     columns = COLUMNS | {"count": [1.0, 0.0, 1.0, 1.0]}  # which the oracle declares and does not select by
     assert ranks(columns, "oracle", 0, Oracle.columns) == [2, 0, 1, 3]
 
 
-def test_a_metric_ranks_by_its_columns_in_the_order_and_direction_that_it_declares():
+def test_metric_ranks_by_its_columns_in_order_and_direction():
     declared = (Column("dark", "pixels", higher_is_better=False), Column("sharp", "any", nullable=True))
     columns = COLUMNS | {"dark": [3.0, 1.0, 1.0, 1.0], "sharp": [9.0, None, 0.1, float("nan")]}
     found = ranks(columns, "m:Dark", 0, declared)
@@ -40,7 +40,7 @@ def test_a_metric_ranks_by_its_columns_in_the_order_and_direction_that_it_declar
     assert found.index(3) == 0
 
 
-def test_random_is_fair_and_repeatable():
+def test_random_ranks_are_uniform_and_repeatable():
     firsts = [ranks({**COLUMNS, "prompt_id": [f"p{i}"] * 4}, "random", 0).index(0) for i in range(400)]
     assert ranks(COLUMNS, "random", 3) == ranks(COLUMNS, "random", 3)
     assert np.bincount(firsts, minlength=4).min() > 70
@@ -56,7 +56,7 @@ def test_random_is_fair_and_repeatable():
         ("oracle", 9.0, [1, 2, 0]),
     ],
 )
-def test_a_lowest_score_holds_for_scores_and_not_for_controls(by, min_score, kept):
+def test_min_score_applies_to_scores_and_not_to_controls(by, min_score, kept):
     columns = COLUMNS | {"error": [None] * 4}
     found = keeps(
         columns,
@@ -69,7 +69,7 @@ def test_a_lowest_score_holds_for_scores_and_not_for_controls(by, min_score, kep
 
 
 @pytest.mark.parametrize("by", ["pmi", "random"])
-def test_select_writes_the_kept_of_every_prompt_and_no_error_rows(tmp_path, by):
+def test_select_writes_kept_candidates_without_error_rows(tmp_path, by):
     schema = tables.candidates_schema(("pmi",))
     blank = dict.fromkeys(schema.names)
     rows = [
@@ -103,7 +103,7 @@ def test_select_writes_the_kept_of_every_prompt_and_no_error_rows(tmp_path, by):
         assert sorted(kept["candidate_index"]) == [3, 3, 3, 4, 4, 4]
 
 
-def test_nothing_good_enough_is_said(tmp_path):
+def test_select_reports_if_no_candidate_is_good_enough(tmp_path):
     schema = tables.candidates_schema(("pmi",))
     row = dict.fromkeys(schema.names) | {"prompt_id": "p", "prompt": "a", "candidate_index": 0, "score_pmi": 0.5}
     storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist([row], schema=schema))
@@ -119,7 +119,7 @@ def test_nothing_good_enough_is_said(tmp_path):
         select(config, str(tmp_path / "candidates"), str(tmp_path / "selected.parquet"), "pmi")
 
 
-def test_a_prompt_with_few_kept_weighs_as_much_as_one_with_many(tmp_path):
+def test_prompts_with_few_and_many_kept_have_equal_weight(tmp_path):
     schema = tables.candidates_schema(("pmi",))
     blank = dict.fromkeys(schema.names) | {"prompt": "a", "latents": [0.0], "latents_shape": [1]}
     rows = [

@@ -20,14 +20,14 @@ from mi_ray.training.training_set import (
 
 
 @pytest.mark.parametrize(("count", "batch_size", "accumulation"), [(7, 2, 6), (12, 3, 2), (2, 5, 2)])
-def test_every_epoch_holds_each_sample_once(count, batch_size, accumulation):
+def test_every_epoch_has_each_sample_once(count, batch_size, accumulation):
     microbatches = range(count * accumulation)  # a whole number of epochs
     drawn = torch.cat([sample_indices(5, m, batch_size, count) for m in microbatches]).view(-1, count)
     assert all(Counter(epoch) == Counter(range(count)) for epoch in drawn.tolist())
     assert count < 5 or not torch.equal(drawn[0], drawn[1])
 
 
-def test_prompt_dropout_takes_the_null_prompt_and_weights_follow_their_samples():
+def test_prompt_dropout_uses_the_null_prompt_and_keeps_weights():
     count = 20
     data = TrainingSet(
         rows=torch.arange(count),
@@ -52,7 +52,7 @@ def test_prompt_dropout_takes_the_null_prompt_and_weights_follow_their_samples()
     assert timesteps.max() > 980
 
 
-def test_only_what_is_drawn_is_read(tiny_pipeline, tmp_path):
+def test_only_needed_samples_are_read(tiny_pipeline, tmp_path):
     denoiser, count = load_denoiser(str(tiny_pipeline)), 60
     shape = list(denoiser.latent_shape)
     rows = {
@@ -80,7 +80,7 @@ def test_only_what_is_drawn_is_read(tiny_pipeline, tmp_path):
             torch.testing.assert_close(found, expected)
 
 
-def test_only_timesteps_up_to_a_log_snr_are_trained():
+def test_timesteps_are_limited_by_log_snr():
     log_snr = torch.tensor([3.0, 1.0, 0.0, -4.0])
     assert trained_timesteps(log_snr, None) == range(4)
     assert trained_timesteps(log_snr, 0.0) == range(2, 4)

@@ -1,0 +1,173 @@
+"""The training of an online run: its data, and when it stops."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from online_run import INNER, FakeBoard, batch_of, generator_of, run_config, some_policy, stored_prompts
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+from mi_ray.diffusion.adapters import attach_adapter
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.inputs.online_plan import OnlinePlan, plan_of
+from mi_ray.runs import folder as run_folder
+from mi_ray.training.losses import Objective
+from mi_ray.training.online import OnlineSource, RunAway, best_version
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_pipeline, tmp_path_factory) -> tuple[RunConfig, str, Path]:
+    """The parts of two updates and one validation: (config, prompts, folder)."""
+    folder = tmp_path_factory.mktemp("drawn")
+    config, source, board = run_config(tiny_pipeline, folder), stored_prompts(folder), FakeBoard()
+    plan, generator = plan_of(config, source), generator_of(config, source, folder, board)
+    board.publish(0, some_policy(config, 0))
+    for index in (*plan.of_validation(0), *plan.of_update(0), *plan.of_update(1)):
+        generator(batch_of(plan.row(index)))
+    return config, source, folder
+
+
+def source_of(config: RunConfig, source: str, folder: Path, board: FakeBoard) -> tuple[OnlineSource, Objective]:
+    tuning, denoiser = config.finetune, load_denoiser(config.model.path)
+    torch.manual_seed(config.seed)
+    model = attach_adapter(denoiser.unet, rank=tuning.rank, alpha=tuning.alpha, target_modules=tuning.target_modules)
+    objective = Objective(model, denoiser.schedule, tuning)
+    objective.start, objective.old = ([p.detach().clone() for p in objective.parameters_trained] for _ in range(2))
+    plan = plan_of(config, source)
+    return OnlineSource(config, plan, str(folder), board, denoiser, objective, range(10, 900)), objective
+
+
+def board_of(plan: OnlinePlan, folder: Path) -> FakeBoard:
+    """A board that knows the committed parts of a folder."""
+    board, names = FakeBoard(), [plan.name(index) for index in range(len(plan))]
+    missing = set(run_folder.missing_parts(str(folder / "candidates"), names))
+    board.finished([index for index, name in enumerate(names) if name not in missing])
+    return board
+
+
+def gradient(source: OnlineSource, objective: Objective, step: int, rank: int, workers: int) -> torch.Tensor:
+    objective.zero_grad()
+    for draw, share in source.parts(step, rank, workers):
+        (objective(draw()) * share).backward()
+    return torch.cat([p.grad.flatten() for p in objective.parameters_trained])
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_several_workers_have_the_gradient_of_one_worker(drawn, workers):
+    config, prompts, folder = drawn
+    source, objective = source_of(config, prompts, folder, board_of(plan_of(config, prompts), folder))
+    source.load({}, [])
+    assert source.open(0)
+    alone = gradient(source, objective, 0, 0, 1)
+    together = sum(gradient(source, objective, 0, rank, workers) for rank in range(workers)) / workers
+    assert alone.norm() > 0
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-4)
+    assert len({len(source.parts(0, rank, workers)) for rank in range(workers)}) == 1
+
+
+def test_restarted_source_has_the_same_batches_and_versions(drawn):
+    config, prompts, folder = drawn
+    plan = plan_of(config, prompts)
+    first, objective = source_of(config, prompts, folder, board_of(plan, folder))
+    first.save = lambda uri, values: None
+    first.load({}, [])
+    lines, optimizer = [], torch.optim.SGD(objective.parameters_trained, lr=10.0)
+    for step in range(INNER):
+        assert first.open(step)
+        gradient(first, objective, step, 0, 1)
+        optimizer.step()
+        lines.append({"step": step + 1, **first.close(step)})
+    state = first.state()
+    own = [values.clone() for values in objective.old]
+    drawn_by = {version: {n: v.clone() for n, v in policy.items()} for version, policy in state["recent"].items()}
+    assert list(drawn_by) == [0, 1]
+    assert any(not torch.equal(drawn_by[0][name], values) for name, values in drawn_by[1].items())
+    assert first.open(INNER)
+    expected = first.parts(INNER, 0, 1)[0][0]()
+    for values in objective.old:
+        values.add_(1.0)
+    assert all(torch.equal(drawn_by[1][name], values) for name, values in state["recent"][1].items()), "not a view"
+    for values, before in zip(objective.old, own, strict=True):
+        values.copy_(before)
+
+    board = board_of(plan, folder)
+    again, _ = source_of(config, prompts, folder, board)
+    again.save = lambda uri, values: None
+    again.load(state, lines)
+    assert sorted(board.meeting.policies) == [0, 1]
+    for version, policy in board.meeting.policies.items():
+        assert all(torch.equal(policy[name], values) for name, values in drawn_by[version].items())
+    assert again.history[0] == first.history[0]
+    assert again.open(INNER)
+    batch = again.parts(INNER, 0, 1)[0][0]()
+    for name in ("x0", "noise", "timesteps", "advantages", "null"):
+        assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+
+
+def rewritten(folder: Path, to: Path, plan: OnlinePlan, index: int, **columns) -> None:
+    """Commit a copy of a part with another index, with changed columns."""
+    drawn = next((folder / "candidates").glob("update-00001-000-*.parquet"))
+    table = storage.read_table(str(drawn))
+    for name, of in columns.items():
+        values = pa.array([of(value) for value in table[name].to_pylist()], table.schema.field(name).type)
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)
+    run_folder.commit(str(to / "candidates"), plan.name(index), table, {})
+
+
+@pytest.mark.parametrize(
+    ("scale", "flatten", "message"),
+    [
+        (1.5, False, "standard deviation of the latents of 1 updates has changed by 5.%"),
+        (1.0, True, "diversity of a prompt's .* is .% of"),
+    ],
+)
+def test_training_stops_if_the_latents_change_too_much(drawn, tmp_path, scale, flatten, message):
+    config, prompts, folder = drawn
+    drift = {"validate_every": 1} | ({"max_latent_drift": 9.0} if flatten else {})  # one update against the first
+    config = config.model_copy(update={"online": config.online.model_copy(update=drift)})
+    plan, board = plan_of(config, prompts), FakeBoard()
+    drawn_part = next((folder / "candidates").glob("update-00001-000-*.parquet"))
+    one = storage.read_table(str(drawn_part))["latents"].to_pylist()[0]
+
+    def changed(latents):
+        return None if latents is None else (scale * np.array(one if flatten else latents)).tolist()
+
+    for index in plan.of_update(0):
+        rewritten(folder, tmp_path, plan, index)
+    for index in plan.of_update(1):
+        rewritten(folder, tmp_path, plan, index, latents=changed)
+    board.finished(range(len(plan)))
+    source, _ = source_of(config, prompts, tmp_path, board)
+    source.load({}, [])
+    assert source.open(0)
+    with pytest.raises(RunAway, match=message):
+        source.open(INNER)
+
+
+def test_training_stops_if_the_self_score_falls(drawn, tmp_path):
+    config, prompts, folder = drawn
+    online = config.online.model_copy(update={"updates": 6, "validation_prompts": 4})
+    config = config.model_copy(update={"online": online})
+    plan, board = plan_of(config, prompts), FakeBoard()
+    names = iter(range(1000))
+    for version, fallen in ((0, 0.0), (2, 5.0)):
+        for index in plan.of_validation(version):
+            rewritten(folder, tmp_path, plan, index, score_mitune=lambda v, f=fallen: -f + 1e-3 * next(names))
+    for update in range(5):
+        for index in plan.of_update(update):
+            rewritten(folder, tmp_path, plan, index)
+    board.finished(range(len(plan)))
+    source, _ = source_of(config, prompts, tmp_path, board)
+    source.load({}, [])
+    for update in range(4):
+        assert source.open(update * INNER)
+    with pytest.raises(RunAway, match=r"self-score of held-out prompts fell by (5|4.99) since update 0"):
+        source.open(4 * INNER)
+    for rewards in ((), ("random",)):  # random has no column
+        judged = config.model_copy(update={"online": online.model_copy(update={"rewards": rewards})})
+        kept = best_version(judged, plan, str(tmp_path / "candidates"), [0, 2])
+        assert kept["version"] == 0
+        assert set(kept["validation"]) == {"0", "2"}
