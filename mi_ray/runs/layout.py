@@ -54,7 +54,7 @@ def began_hash(run_dir: str, new: str) -> str:
         return new
 
 
-def as_it_began(run_dir: str, model: str) -> str:
+def pinned_at_start(run_dir: str, model: str) -> str:
     """A hub id, pinned to the commit with which the run in the folder started, unless the user pins it."""
     try:
         commit = read_content(run_dir).get("model_commit")

@@ -25,11 +25,11 @@ from mi_ray.runs import folder as run_folder
 from mi_ray.runs.layout import (
     LESS_BASELINE,
     REFERENCE,
-    as_it_began,
     baseline_folder,
     began_hash,
     home_of,
     online_folder,
+    pinned_at_start,
     selects_by,
     takes_baseline,
 )
@@ -42,7 +42,7 @@ from mi_ray.stages.generate import generate
 from mi_ray.stages.online import online
 from mi_ray.stages.trial import settle
 from mi_ray.storage import tables
-from mi_ray.training.baseline import take_off_baseline
+from mi_ray.training.baseline import subtract_baseline
 from mi_ray.training.log import check_loggers
 from mi_ray.training.loop import check_targets, finetune
 from mi_ray.training.select import select
@@ -65,7 +65,7 @@ class Plan:
         tokenizer = self.model_commit = None
         with collecting(faults, "model.path"):
             check_model(config.model.path)
-            path = as_it_began(config.run_dir, config.model.path)
+            path = pinned_at_start(config.run_dir, config.model.path)
             self.model_commit = model_commit(path)
             # All actors load this commit, even if the hub has a newer one when they start.
             model = config.model.model_copy(update={"path": pinned(path, self.model_commit)})
@@ -295,7 +295,7 @@ def _less_baseline(config: RunConfig, arm: str, candidates: str, tuned: str, sta
     select(config, candidates, selected, "random")
     finetune(config, selected, baseline, start, f"{'baseline' if r else 'random'}-{r}")
     destination = storage.join(home_of(config.run_dir, arm), f"round-{r}", LESS_BASELINE)
-    take_off_baseline(config, tuned, baseline, start, destination)
+    subtract_baseline(config, tuned, baseline, start, destination)
     return destination
 
 

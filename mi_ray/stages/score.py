@@ -28,7 +28,7 @@ from mi_ray.report.audit import decimal, write_audit
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs import lease
 from mi_ray.runs.cost import score_evaluations
-from mi_ray.runs.layout import SCORES, as_it_began, began_hash
+from mi_ray.runs.layout import SCORES, began_hash, pinned_at_start
 from mi_ray.scoring.machine import take_cpus, take_share
 from mi_ray.scoring.pair_scorer import PairScorer, finite
 from mi_ray.scoring.sampler import batch_at_size
@@ -175,7 +175,7 @@ def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
     commit = None
     with collecting(faults, "model"):
         check_model(config.model)
-        path = as_it_began(config.run_dir, config.model) if config.run_dir else config.model
+        path = pinned_at_start(config.run_dir, config.model) if config.run_dir else config.model
         commit = model_commit(path)
         config = config.model_copy(update={"model": pinned(path, commit)})
         load_tokenizer(config.model)

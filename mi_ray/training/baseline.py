@@ -9,7 +9,7 @@ from mi_ray.runs.layout import SUMMARY
 from mi_ray.storage import exists, join, local_folder, read_json, write_bytes, write_json
 
 
-def take_off_baseline(config: RunConfig, adapter: str, baseline: str, start: str | None, destination: str):
+def subtract_baseline(config: RunConfig, adapter: str, baseline: str, start: str | None, destination: str):
     """Write adapter - share (baseline - start), where share is `finetune.baseline`.
 
     Training on a model's own images changes the model, whichever images are selected. The baseline adapter was trained

@@ -67,7 +67,7 @@ def _finite(value: float | None, sign: int = 1) -> float:
 
 
 # The columns that selection reads. Curves are never read; latents and prompts are read only for kept rows.
-_LOOKED_AT = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score"]
+_COLUMNS_READ = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score"]
 
 
 def _kept_of_part(uri: str, config: RunConfig, by: str, declared: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +75,7 @@ def _kept_of_part(uri: str, config: RunConfig, by: str, declared: Sequence[Colum
 
     All candidates of a prompt are in one part, in consecutive rows: a shard is written as a whole.
     """
-    columns = [*_LOOKED_AT, *(c.name for c in declared), *(f"score_{name}" for name in config.score.names)]
+    columns = [*_COLUMNS_READ, *(c.name for c in declared), *(f"score_{name}" for name in config.score.names)]
     table = storage.read_table(uri, columns)
     rows = np.flatnonzero(pc.is_null(table["error"]).to_numpy())
     table = table.take(rows)
