@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its programs run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # set before Triton is imported, so that its programs run on the CPU
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -22,7 +22,7 @@ WIDTH = 16
 @pytest.fixture(scope="module")
 def s3_server():
     """The address of an S3 server in this process, without buckets. Its credentials are in the environment."""
-    from moto.server import ThreadedMotoServer  # seconds, for the few who need it
+    from moto.server import ThreadedMotoServer  # takes seconds and only a few tests need it
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

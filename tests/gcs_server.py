@@ -18,7 +18,7 @@ from gcp_storage_emulator.handlers.buckets import create_bucket
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
-FAILURES = 2  # of the requests of a kind to an object
+FAILURES = 2  # number of requests of a kind to an object
 one_at_a_time = threading.Lock()
 met = Counter()
 
@@ -30,7 +30,7 @@ class Refused(Exception):
 class OnceStorage(Storage):
     """Check the condition that no object has this name when the object is created, in one step."""
 
-    conditional = False  # the request that is being answered
+    conditional = False  # the current request
 
     def create_file(self, bucket_name, file_name, *arguments, **keywords):
         if self.conditional:
@@ -51,7 +51,7 @@ class Handler(RequestHandler):
         failing = False
         self.rfile, socket, self.wfile = io.BytesIO(body), self.wfile, io.BytesIO()
         with one_at_a_time:
-            if fault and self.command != "PUT":  # the emulator does not know how to go on with an upload in pieces
+            if fault and self.command != "PUT":  # the emulator cannot continue an upload in pieces
                 met[self.command, fault[0]] += 1
                 failing = met[self.command, fault[0]] <= FAILURES
             if failing and fault[1] == b"flaky":

@@ -139,15 +139,15 @@ def test_only_alignment_names_the_oracle_and_its_columns():
         "benchmarks/oracle.py",
         "benchmarks/wrong_captions.py",
     )
-    documented = {"mi_ray/config/section.py", "jobs/calibrate.py"}  # name the oracle where they tell of options
-    # The same words of other things: how an image is fitted, what a caption is wrong in.
+    documented = {"mi_ray/config/section.py", "jobs/calibrate.py"}  # name the oracle in descriptions of options
+    # The same words with another meaning: the fit of an image, the wrong attribute of a caption.
     others = {
         "exact": {"mi_ray/inputs/pair_config.py", "mi_ray/inputs/images.py"},
         "attributes": {"mi_ray/report/audit.py", "mi_ray/report/audit.html.j2"},
         "relation": set(),
         "objects": set(),
     }
-    assert {column.name for column in Oracle.columns} == {*others, "count"}  # a word of any table of errors
+    assert {column.name for column in Oracle.columns} == {*others, "count"}  # a common word in tables of errors
     found = []
     for path in sorted(p for room in ("mi_ray", "benchmarks", "jobs") for p in (ROOT / room).rglob("*")):
         name = path.relative_to(ROOT).as_posix()

@@ -95,7 +95,7 @@ def test_pruning_evaluations_equal_a_count_by_hand(pruning, monkeypatch):
         assert row["top1_good"] == best.mean()
     lost, half = pruning.lost_of(np.array([1.0, 1, 0, 0]), np.array([1.0, 0, 0, 0]))
     assert lost == pytest.approx(25)
-    assert half == pytest.approx(196 * 0.5 / 2)  # standard deviation 0.5 over four
+    assert half == pytest.approx(196 * 0.5 / 2)  # standard deviation 0.5, four prompts
     whole, pruned, random = (row for row, _ in rows)
     assert whole["evaluations"] == 4 * (2 * 4 + 5)
     assert random["evaluations"] == 2 * (4 * 1 + 3 * 1 + 1 * 2) + 1 * 5

@@ -49,7 +49,7 @@ def test_measure_returns_the_columns_of_all_metrics_in_order(images):
     assert found["relation"] == [None, 1]
     expected = [int((image.mean(-1) < 128).sum()) for image in images]
     assert found["dark_pixels"] == expected
-    assert all(type(value) is float for value in found["dark_pixels"])  # not NumPy's
+    assert all(type(value) is float for value in found["dark_pixels"])  # not NumPy types
     assert measure(metrics, [], []) == {name: [] for name in found}
     assert measure({}, images, PROMPTS) == {}
 

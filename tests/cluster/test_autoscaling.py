@@ -33,14 +33,14 @@ CLUSTER = {
         "disable_node_updaters": True,
         "disable_launch_config_check": True,
         "launch_multiple": True,
-        # A launcher in the background is not counted while it launches the second of two nodes: a third would follow.
+        # With a launcher in the background Ray does not count the second node while it starts, and starts a third.
         "foreground_node_launch": True,
     },
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "gpu": {"resources": {"CPU": 2, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     },
-    "head_node_type": "ray.head.default",  # as the fake provider calls it
+    "head_node_type": "ray.head.default",  # its name in the fake provider
     "auth": {},
     "file_mounts": {},
     "cluster_synced_files": [],
@@ -54,15 +54,15 @@ def cluster(tmp_path, monkeypatch):
     """A head without CPUs, with an autoscaler that starts nodes as processes on this machine."""
     with socket.socket() as probe:
         probe.bind(("", 0))
-        address = f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"  # the fake nodes must know it before
+        address = f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"  # needed before the fake nodes start
     file = tmp_path / "cluster.yaml"
     file.write_text(yaml.safe_dump(CLUSTER | {"provider": CLUSTER["provider"] | {"gcs_address": address}}))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a token would have to be known before Ray's first use here
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a token would have to be set before Ray is first used
     fast = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     environment = os.environ | fast | {"PYTHONPATH": str(ROOT)}
     environment.pop("RAY_ADDRESS", None)
     ray_command = str(Path(sys.executable).with_name("ray"))
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # short: sockets are in it
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # short: it contains sockets
         command = [ray_command, "start", "--head", "--num-cpus=0", "--include-dashboard=false", "--block"]
         command += [f"--port={address.partition(':')[2]}", f"--temp-dir={folder}", f"--autoscaling-config={file}"]
         with (tmp_path / "ray.log").open("wb") as log:
@@ -77,7 +77,7 @@ def cluster(tmp_path, monkeypatch):
             yield
         finally:
             ray.shutdown()
-            os.killpg(process.pid, signal.SIGKILL)  # the nodes are in its process group too
+            os.killpg(process.pid, signal.SIGKILL)  # the nodes are in the same process group
             process.wait()
 
 
@@ -95,7 +95,7 @@ def test_autoscaler_starts_and_stops_nodes_with_the_pool(cluster, tiny_pipeline,
             "model": {"path": str(tiny_pipeline)},
             "sampler": {"solver": "ddim", "num_inference_steps": 4},
             "generate": {"candidates_per_prompt": 2},
-            "resources": {"num_actors": (2, 2), "gpus_per_actor": 1},  # in name: the model is on the CPU
+            "resources": {"num_actors": (2, 2), "gpus_per_actor": 1},  # a declared GPU; the model is on the CPU
         }
     )
     prompts = [f"{number} stars" for number in range(6)]

@@ -60,7 +60,7 @@ def test_workers_are_spot_machines_that_scale_from_zero(name):
 
 def ec2_faults(node: dict) -> str:
     """The fields of RunInstances in EC2's API description."""
-    request = {key: value for key, value in node.items() if key != "SubnetIds"}  # Ray makes one of them SubnetId
+    request = {key: value for key, value in node.items() if key != "SubnetIds"}  # Ray converts one of them to SubnetId
     return ParamValidator().validate(request | {"MinCount": 1, "MaxCount": 1}, EC2).generate_report()
 
 
@@ -74,7 +74,7 @@ def test_ec2_fields_are_valid_and_the_image_is_kept():
         assert node["node_config"]["ImageId"].startswith("resolve:ssm:/aws/service/deeplearning/ami/x86_64/")
         assert "ImageID" in ec2_faults(node["node_config"] | {"ImageID": "ami-0"})
         del node["node_config"]["ImageId"]
-    _check_ami(cluster)  # what the line is for: without it Ray takes an old one
+    _check_ami(cluster)  # without this line Ray uses an old image
     assert all(node["node_config"]["ImageId"].startswith("ami-") for node in cluster["available_node_types"].values())
 
 

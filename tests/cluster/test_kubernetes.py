@@ -208,7 +208,7 @@ def test_pods_run_unprivileged_and_without_keys(name):
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert "env" not in container
     assert [t["spec"].get("automountServiceAccountToken", True) for t in templates(name)][:3] == [
-        True,  # the autoscaler's
+        True,  # of the autoscaler
         *[False] * (len(templates(name)) - 1),
     ]
 

@@ -140,9 +140,9 @@ def test_notice_runs_the_drain_command(spot_notice, metadata, monkeypatch, cloud
     assert command[1:4] == ["drain-node", f"--node-id={node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
     name, _, value = command[-1].partition("=")
     assert name == "--deadline-remaining-seconds"
-    assert 100 <= int(value) <= 110  # ten less than are left
+    assert 100 <= int(value) <= 110  # ten seconds less than the remaining time
     if cloud == "gcp":
-        assert metadata.asked == 2  # the second waited
+        assert metadata.asked == 2  # the second request waited
 
 
 def test_ray_has_the_drain_command_with_these_options(spot_notice):
@@ -151,7 +151,7 @@ def test_ray_has_the_drain_command_with_these_options(spot_notice):
 
     command = spot_notice.drain_command("00", "aws", 5)
     done = CliRunner().invoke(cli, [*command[1:], "--address=127.0.0.1:1"])
-    assert "Invalid hex ID" in done.output  # all options were taken, and the id looked at
+    assert "Invalid hex ID" in done.output  # all options were accepted, and the id was checked
     done = CliRunner().invoke(cli, [*command[1:], "--deadline=5"])
     assert "No such option" in done.output
 
@@ -249,7 +249,7 @@ def test_node_is_drained_with_token_authentication(metadata, tmp_path):
     def look() -> dict:
         command = [sys.executable, "-c", LOOK, address, str(SCRIPT)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        print(done.stderr)  # which says that there is no head yet, or why there will be none
+        print(done.stderr)  # the output contains the reason if there is no head
         return json.loads(done.stdout) if done.returncode == 0 else {"nodes": {}}
 
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, socket.socket() as probe:
@@ -280,7 +280,7 @@ def test_node_is_drained_with_token_authentication(metadata, tmp_path):
             metadata.give(aws_notice(120))
             signalled.send_signal(signal.SIGTERM)
             assert daemon.wait(WAIT_S) == 0, (tmp_path / "3.log").read_text()
-            # An idle node that is drained goes by itself.
+            # A drained idle node stops without further commands.
             taken = {alone["here"]: "alive"} | dict.fromkeys((first, second), "AUTOSCALER_DRAIN_PREEMPTED")
             wait_until(lambda: look()["nodes"] == taken)
         finally:

@@ -232,7 +232,7 @@ def test_run_of_a_version_with_relative_paths_continues(place):
 def test_audit_with_another_input_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load("--input", "pairs", "--run-dir", "run", model=ScorePairsConfig)
-    before = config.results_config() | {"input": "pairs"}  # as an earlier version kept it
+    before = config.results_config() | {"input": "pairs"}  # stored by an earlier version
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps({"config": before}))
     check_run_dir(config.run_dir, config.results_config(), None)

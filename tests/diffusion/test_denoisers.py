@@ -47,7 +47,7 @@ def test_shapes_and_tokens(denoiser):
     assert denoiser.latent_shape == (4, 8, 8)
     assert denoiser.max_tokens == 24
     assert denoiser.encode_prompts(["a red circle"] * 70)["embeds"].shape == (70, 24, 16)
-    assert len(denoiser.token_ids("a red circle")) == 5  # with start and end
+    assert len(denoiser.token_ids("a red circle")) == 5  # with the start and end tokens
     assert len(denoiser.token_ids("a red circle " * 20)) == 62
     assert not any(p.requires_grad for p in denoiser.unet.parameters())
 
@@ -97,7 +97,7 @@ def test_decode_equals_diffusers(denoiser, tiny_pipeline):
     theirs = np.stack([np.array(image) for image in processor.postprocess(decoded)])
     ours = denoiser.decode(latents)
     assert ours.dtype == np.uint8
-    assert np.abs(ours.astype(int) - theirs).max() <= 1  # half a grey level may round either way
+    assert np.abs(ours.astype(int) - theirs).max() <= 1  # values at half a grey level may be rounded up or down
 
 
 # ---------------------------------------------------------------------------------------------- adapters
@@ -154,7 +154,7 @@ def test_names_of_models(tmp_path):
     assert resolve_model("shapes").endswith("mi_ray/shapes/weights")
     assert resolve_model(str(tmp_path)) == str(tmp_path)
     assert resolve_model("stabilityai/stable-diffusion-2-1-base") == "stabilityai/stable-diffusion-2-1-base"
-    check_model("stabilityai/stable-diffusion-2-1-base")  # of a hub id, only the form
+    check_model("stabilityai/stable-diffusion-2-1-base")  # only the form of a hub id is checked
     for bad in ("shape", "a/b/c", "./nowhere", "", "../x", "s3://bucket/model"):
         with pytest.raises(ValueError, match="hub id"):
             resolve_model(bad)

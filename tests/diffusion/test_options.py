@@ -43,7 +43,7 @@ def test_guidance_interval_evaluates_one_branch_outside(denoiser):
     assert plan.guided(None) == [True] * 8
 
     x_t = latents
-    for i, t in enumerate(plan.timesteps):  # by the formulas, with guidance 1 where there is none
+    for i, t in enumerate(plan.timesteps):  # from the formulas, with guidance 1 outside the interval
         epsilon = denoiser.predict_epsilon(x_t, t.expand(3), conditioning)
         if guided[i]:
             without = denoiser.predict_epsilon(x_t, t.expand(3), null.expand(3))

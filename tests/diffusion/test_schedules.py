@@ -24,7 +24,7 @@ CONFIGS = {
 def test_betas_and_abar_equal_diffusers(config):
     scheduler = DDPMScheduler(**config, clip_sample=False)
     schedule = NoiseSchedule.from_config(scheduler.config)
-    # diffusers computes in fp32, whose relative error in 1 - abar is largest at the clean end
+    # diffusers computes in fp32; the relative error of 1 - abar is largest at the clean end
     torch.testing.assert_close(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=2e-4, atol=0)
     torch.testing.assert_close(schedule.betas.float(), scheduler.betas, rtol=2e-4, atol=0)
     assert schedule.num_train_timesteps == len(scheduler.betas)

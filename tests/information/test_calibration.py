@@ -35,7 +35,7 @@ def test_both_criteria_find_the_informative_levels():
 
 def test_label_free_measure_is_near_zero_without_information():
     errors, index, labels = world()
-    errors[:, 0, INFORMED] = errors[:, 1, INFORMED].flip(0)  # of another candidate
+    errors[:, 0, INFORMED] = errors[:, 1, INFORMED].flip(0)  # errors of another candidate
     for band in judge_bands(errors, EDGES, index, labels):
         assert abs(band.agreement) < 0.2
         assert band.contrast == pytest.approx(0.5, abs=0.06)
@@ -53,7 +53,7 @@ def test_without_noise_agreement_and_auc_are_one():
 
 def test_metric_values_work_as_labels_and_nan_is_left_out():
     errors, index, labels = world(noise=0.0)
-    quality = -(errors[:, 0, 2, 0] - 9)  # twice the latent quality: every candidate of a prompt has another one
+    quality = -(errors[:, 0, 2, 0] - 9)  # twice the latent quality, different for every candidate of a prompt
     reported = [b for b in judge_bands(errors, EDGES, index, quality) if (b.log_snr_min, b.log_snr_max) == (-4, -2)]
     assert [band.auc for band in reported] == pytest.approx([1])
     unknown = torch.where(torch.arange(len(index)) % 3 == 0, torch.nan, -quality)

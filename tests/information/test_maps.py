@@ -9,7 +9,7 @@ from mi_ray.information.maps import information_maps, upsampled, without_each_wo
 from mi_ray.information.pointwise import beside, denoising_errors, pmi
 from mi_ray.information.probes import draw_probes
 
-PLACE = (slice(None), slice(1, 3), slice(4, 7))  # rows and columns that the prompt speaks of
+PLACE = (slice(None), slice(1, 3), slice(4, 7))  # rows and columns that depend on the prompt
 
 
 @pytest.fixture(scope="module")

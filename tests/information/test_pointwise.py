@@ -51,7 +51,7 @@ def statistics(world, x, prompts, probes, batch_size=2**14):
 def estimates(world, x, prompts, design, num_samples, replicates, band=BAND):
     """i_s and its standard error of n candidates in `replicates` independent draws: (replicates, n) each."""
     count, found = len(x), []
-    each = 10  # sets of noise for one set of levels
+    each = 10  # number of noise sets per set of levels
     x, prompts = x.repeat(each, 1), Conditioning.cat([prompts] * each)
     for seed in range(replicates // each):
         seeds = [1000 * seed + i // count for i in range(each * count)]
@@ -70,7 +70,7 @@ def test_pmi_is_unbiased_for_any_number_of_probes(dim, correlation, design):
     x, prompts = world.draw(4)
     band = (-6.0, 5.0)
     draws, _ = estimates(world, x, prompts, UNBIASED[design], 4, 400, band)
-    # sets of noise that share their levels are not independent: the spread is that of means over such sets
+    # noise sets with the same levels are not independent, so the spread is that of their means
     means = draws.view(40, 10, -1).mean(1).double()
     deviation = means.mean(0) - world.pmi(x, prompts, *band)
     assert (deviation.abs() < 3 * means.std(0) / 40**0.5 + 1e-3).all()
@@ -104,7 +104,7 @@ def test_averages_agree_with_the_analytic_information(dim, correlation):
     assert (direct.mean() - drawn).item() == pytest.approx(world.information, rel=0.02)
     assert orthogonal.mean().item() == pytest.approx(world.information, rel=0.02)
     assert (orthogonal >= 0).all()
-    assert (direct < 0).any()  # i_s is signed: some y misinform about their x
+    assert (direct < 0).any()  # i_s is signed: some y make their x less likely
     assert (distances[:, 1] == 0).all()
 
 
@@ -280,7 +280,7 @@ def test_stratified_estimate_of_a_linear_integrand_has_no_variance(draws):
     noise = torch.randn(20_000, draws, generator=torch.Generator().manual_seed(0))
     claimed = pointwise.integrate(noise, probes).standard_error.square().mean()
     assert claimed.item() == pytest.approx(draws, rel=0.05)
-    for noisy in range(draws):  # alone, each is counted about once
+    for noisy in range(draws):  # each alone counts about once
         alone = torch.zeros_like(noise)
         alone[:, noisy] = noise[:, noisy]
         assert 0.4 < pointwise.integrate(alone, probes).standard_error.square().mean() < 1.6
@@ -390,7 +390,7 @@ def test_errors_do_not_depend_on_batches():
     whole = pointwise.denoising_errors(counting, SCHEDULE, x, index, *branches, probes, 4096)
     assert whole.shape == (5, 3, 7)
     assert sizes == [5 * 3 * 7]
-    for batch_size in (16, 4, 2):  # the last holds fewer than the branches of one candidate
+    for batch_size in (16, 4, 2):  # the last one has fewer rows than one candidate has branches
         sizes.clear()
         pieces = pointwise.denoising_errors(counting, SCHEDULE, x, index, *branches, probes, batch_size)
         torch.testing.assert_close(whole, pieces)
@@ -414,7 +414,7 @@ def test_memory_does_not_depend_on_the_number_of_samples():
     world = LabelledMixture(2, 2, 0.5)
     probes = draw_probes([0], 30_000, *BAND, (2,))
     held = sum(t.numel() for t in vars(probes).values() if isinstance(t, torch.Tensor))
-    assert held == 3 * 30_000  # a level, a weight and a seed each, however big a latent is
+    assert held == 3 * 30_000  # only a level, a weight and a seed per probe
     branches = world.embed(0, 1), torch.tensor([[0, 1]])
     chunks = pointwise.predictions(
         world.predict_epsilon, SCHEDULE, world.draw(0, 1), torch.zeros(1).long(), *branches, probes, 64

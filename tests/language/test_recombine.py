@@ -50,7 +50,7 @@ def test_template_of_finds_every_slot():
         ("a man rides a horse", ["man", "horse"]),
         ("three strawberries attracted four fish", ["strawberry", "fish"]),
         ("a pink rose and a red orange", ["rose", "orange"]),
-        ("a black and white cat", []),  # its colours belong together
+        ("a black and white cat", []),  # colours of one phrase stay together
         ("The soft, fluffy snow blanketed the ground", ["ground"]),
         ("the year 1984", []),
         ("one of the cats", ["cat"]),
@@ -125,7 +125,7 @@ def test_recombined_yields_all_combinations():
 def test_attributes_are_used_only_with_suitable_nouns():
     spoons = ["a wooden spoon and a red cat", "a metal spoon", "a plastic spoon", "a fluffy pillow and a blue dog"]
     found = " / ".join(made([*spoons, "a wooden fork", "a metal fork", "a glass bowl"]))
-    assert "plastic fork" in found  # as spoons and forks have two materials in common
+    assert "plastic fork" in found  # because spoons and forks have two materials in common
     assert not re.search("(wooden|metal|plastic) (cat|dog|pillow|bowl)|(red|blue) (spoon|fork|pillow|bowl)", found)
     assert not re.search("(fluffy|glass) (spoon|fork)", found)
     assert made(["an old man", "a new car"]) == []
@@ -236,7 +236,7 @@ def test_recombined_prompts(prompts):
     found = made(prompts, 200)
     assert len(found) == 200
     assert found == made(prompts, 200)
-    assert found[:50] == made(prompts, 50)  # fewer are the first of more
+    assert found[:50] == made(prompts, 50)  # fewer prompts are the first of more prompts
     assert found != made(prompts, 200, seed=1)
     assert len({same(prompt) for prompt in found}) == 200
     assert not {same(prompt) for prompt in found} & {same(prompt) for prompt in prompts}

@@ -87,7 +87,7 @@ def test_chosen_takes_the_kinds_in_turn():
     made = negatives("a red circle left of a blue square")
     first = [n.kind for n in chosen(made, len(KINDS) + 2)]
     assert set(first) == set(KINDS)
-    assert first.count("attribute replacement") == 3  # the errors that models make most
+    assert first.count("attribute replacement") == 3  # the most common errors of models
     assert chosen(made, 3) == chosen(made, 7)[:3]
     assert chosen(made, 1000) != []
     assert sorted(chosen(made, 1000), key=str) == sorted(made, key=str)

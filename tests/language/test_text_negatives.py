@@ -47,7 +47,7 @@ def test_negatives_with_the_same_meaning_are_left_out():
     assert "a blue ball and a red cube" not in {n.prompt for n in negatives(prompt)}
     swaps = by_kind(prompt)
     assert swaps["attribute swap"] == ["a blue cube and a red ball"]
-    assert "object swap" not in swaps  # a red ball and a blue cube: the same again
+    assert "object swap" not in swaps  # a red ball and a blue cube: the same as above
     assert not any("navy" in n.prompt or "cyan ball and" in n.prompt for n in negatives("a blue ball"))
 
 

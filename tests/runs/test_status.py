@@ -16,7 +16,7 @@ from mi_ray.runs.cost import evaluations
 from mi_ray.runs.status import _pace, run_status, status_text
 
 ROOT = Path(__file__).parents[2]
-PACE = ((110 - 101) + (120 - 110) + (1130 - 1101)) / 3  # seconds a shard of the fixture's two drivers
+PACE = ((110 - 101) + (120 - 110) + (1130 - 1101)) / 3  # seconds per shard of the two drivers in the fixture
 FACTS = {"rows": 4, "denoiser_evaluations": 100, "score_evaluations": 20, "seconds": 2.0}
 
 
@@ -66,7 +66,7 @@ def test_status_counts_done_left_and_failed(run_dir):
         "to do",
     )
     assert stages["evaluate", "tuned"]["left"] == 2
-    assert ("generate", "random, round 0") not in stages  # the first round's pool serves all arms
+    assert ("generate", "random, round 0") not in stages  # all arms share the candidates of the first round
     assert (status["error_rows"], status["prompts_skipped"], status["sessions"]) == (1, 8, 2)
     assert (status["actor_restarts"], status["batch_halvings"]) == (1, 3)
 
@@ -74,7 +74,7 @@ def test_status_counts_done_left_and_failed(run_dir):
 def test_pace_excludes_the_pause_between_two_drivers(run_dir):
     written = [(moment, True) for moment in (10.0, 20.0, 30.0)]
     assert _pace([(0.0, False), *written, (1990.0, False), (2000.0, True)]) == 10.0
-    assert _pace([(0.0, False), *[(600.0, True)] * 8]) == 75.0  # eight actors in step
+    assert _pace([(0.0, False), *[(600.0, True)] * 8]) == 75.0  # eight actors that finish at the same time
     assert _pace([(0.0, False)]) is None
     assert _pace([(10.0, True)]) is None
     stages = by_name(run_status(run_dir))
@@ -83,8 +83,8 @@ def test_pace_excludes_the_pause_between_two_drivers(run_dir):
 
 def test_stages_without_a_pace_are_estimated_by_evaluations(run_dir):
     stages = by_name(run_status(run_dir))
-    each = PACE / 120  # seconds a denoiser evaluation, all actors together
-    images = 3 * 10 * (2 * 50 + 2 * 12)  # prompts, seeds, DDIM's and PMI's evaluations
+    each = PACE / 120  # seconds per denoiser evaluation, of all actors together
+    images = 3 * 10 * (2 * 50 + 2 * 12)  # prompts, seeds, evaluations of DDIM and of PMI
     assert stages["evaluate", "base"]["seconds_left"] == pytest.approx(each * images)
 
 

@@ -105,5 +105,5 @@ def test_missing_gpu_is_reported(monkeypatch):
     take_share(1, 0)
     with pytest.raises(RuntimeError, match=r"built for CUDA 13\.0 .*; check the driver with nvidia-smi"):
         take_share(1, 0.5)
-    monkeypatch.setattr(torch.version, "cuda", None)  # who installs torch for the CPU wants it
+    monkeypatch.setattr(torch.version, "cuda", None)  # torch without CUDA is used on purpose
     take_share(1, 0.5)

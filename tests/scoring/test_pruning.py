@@ -62,7 +62,7 @@ def test_cuts_are_counted_in_whole_steps_and_candidates():
     assert PruneConfig().cuts(100, 50) == {}
     assert PruneConfig(by="mitune").cuts(100, 50) == {20: 13}
     assert PruneConfig(by="mitune", after=[0.1, 0.5], keep=[0.5, 0.1]).cuts(30, 16) == {3: 8, 15: 2}
-    assert PruneConfig(by="mitune", after=[0.1, 0.12], keep=[0.5, 0.25]).cuts(10, 16) == {1: 4}  # one step: one cut
+    assert PruneConfig(by="mitune", after=[0.1, 0.12], keep=[0.5, 0.25]).cuts(10, 16) == {1: 4}  # the same step
     assert PruneConfig(by="mitune").candidate_steps(100, 50) == 50 * 20 + 13 * 80
 
 

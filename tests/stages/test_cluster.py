@@ -179,7 +179,7 @@ def test_run_on_a_ray_with_another_working_directory(tmp_path, free_port):
     root = Path(__file__).parents[2]
     base = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(root), "RAY_ADDRESS": ""}
     start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
-    short = tempfile.mkdtemp(prefix="ray-")  # sockets are in it
+    short = tempfile.mkdtemp(prefix="ray-")  # short: it contains sockets
     start += [f"--port={free_port}", "--include-dashboard=false", f"--temp-dir={short}"]
     with subprocess.Popen(
         start, cwd="/", env=base, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

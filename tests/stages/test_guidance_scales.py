@@ -58,7 +58,7 @@ def test_scale_one_evaluates_one_branch(together, tmp_path):
     config = config_of("shapes", tmp_path, 3.0, SCALES)
     rows, work = together
     assert work.denoiser_evaluations == len(PROMPTS) * EACH * STEPS * (1 + 2 + 2)
-    counted = evaluations(config, 10, len(PROMPTS))["evaluate"] / 2  # of base and tuned
+    counted = evaluations(config, 10, len(PROMPTS))["evaluate"] / 2  # half of the total of base and tuned
     assert counted == work.denoiser_evaluations + work.score_evaluations
     assert {row["seed"] for row in rows if row["guidance_scale"] == 1} == {row["seed"] for row in rows}
 

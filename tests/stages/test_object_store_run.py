@@ -53,7 +53,7 @@ def test_run_on_an_object_store_continues_after_a_kill(run_dir, tmp_path):
         deadline = time.monotonic() + WAIT_S
         while not receipts(run_dir) and first.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(first.pid, signal.SIGSTOP)  # it lives, and its lease with it
+        os.kill(first.pid, signal.SIGSTOP)  # it is alive, and so is its lease
         with (tmp_path / "second.log").open("wb") as second_log:
             refused = start(run_dir, second_log).wait(WAIT_S)
         first.send_signal(signal.SIGKILL)

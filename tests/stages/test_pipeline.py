@@ -26,7 +26,7 @@ from mi_ray.stages.pipeline import Plan, open_run, run_pipeline
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", "jobs/configs/shapes-smoke.yaml"]
-TOTAL, HOURS, COST = r"total .* ([\d.]+) min", r"cost +([\d.]+) GPU-hours", r"at 4 each: ([\d.]+)"  # of the plan
+TOTAL, HOURS, COST = r"total .* ([\d.]+) min", r"cost +([\d.]+) GPU-hours", r"at 4 each: ([\d.]+)"  # in the plan
 CONTROLLED = ["--evaluation.controls", "random", "--finetune.baseline", "0.5"]
 
 

@@ -132,7 +132,7 @@ def test_shortlist_keeps_the_likeliest_negatives(tiny):
     assert work.score_evaluations == sum(2 * (2 + n) + 3 * (2 + min(2, n)) for n in count)
     for few, all_ in zip(rows, whole, strict=True):
         assert few["score_pmi"] == pytest.approx(all_["score_pmi"], abs=1e-3)
-        assert few["score_pmi_negatives"] >= all_["score_pmi_negatives"] - 1e-3  # fewer to lose to
+        assert few["score_pmi_negatives"] >= all_["score_pmi_negatives"] - 1e-3  # fewer negatives
         if few["score_margin"] == pytest.approx(all_["score_margin"], abs=1e-3):
             assert few["contradicted"] == all_["contradicted"]
 
@@ -150,7 +150,7 @@ def test_candidates_are_scored_without_the_unconditional_branch(tiny):
     images, work = np.stack([image_of(caption) for caption in CAPTIONS]), Work()
     latents, nothing = tiny.encode_images(images), torch.empty(len(CAPTIONS), 0)
     sampled = Trajectory(latents, torch.empty(0), nothing, nothing)
-    prompts = [*CAPTIONS[:4], "a dog"]  # of the last nothing can be changed, and no prompt at all stands for that
+    prompts = [*CAPTIONS[:4], "a dog"]  # the last one has no negatives and is compared with the empty prompt
     index = torch.tensor([0, 1, 2, 3, 4])
     values = Scorer(tiny, config, 8, 7, [])(prompts, tiny.encode_prompts(prompts), index, sampled, work)
     pairs = PairScorer(tiny, config, 8, 7, words=False)(images[:5], prompts, Work())
@@ -383,7 +383,7 @@ def test_scores_of_removed_inputs_are_removed(tiny_pipeline, tmp_path, monkeypat
 
 def job(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "jobs/score.py", *arguments]
-    environment = {**os.environ, "RAY_ADDRESS": "local"}  # an instance of its own
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # a separate Ray instance
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 

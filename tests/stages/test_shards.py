@@ -131,7 +131,7 @@ def test_restarted_actor_knows_that_it_was_restarted():
     try:
         assert not is_restarted()
         actor = Lost.remote()
-        assert [ray.get(actor.ask.remote(die)) for die in (False, True)] == [False, True]  # one after the other
+        assert [ray.get(actor.ask.remote(die)) for die in (False, True)] == [False, True]  # one process after another
     finally:
         ray.shutdown()
 
@@ -165,7 +165,7 @@ def test_hanging_process_prints_a_message(seconds, calls, ends, monkeypatch, cap
 
     def end(code: int):
         ended.set()
-        raise SystemExit(code)  # of the watching thread
+        raise SystemExit(code)  # raised in the watching thread
 
     monkeypatch.setattr(shards, "STALLED_S", 1.0)
     monkeypatch.setattr(shards.os, "_exit", end)

@@ -54,7 +54,7 @@ def test_try_batch_runs_for_the_given_time(tiny_pipeline):
     denoiser, calls = load_denoiser(str(tiny_pipeline)), []
     denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
     try_batch(denoiser, 2)
-    assert len(calls) == 2  # one to warm up
+    assert len(calls) == 2  # one batch to warm up
     measured = try_batch(denoiser, 2, seconds=0.2)
     assert len(calls) - 3 == pytest.approx(0.2 / (4 * measured.seconds_per_evaluation), abs=1)
 
@@ -68,14 +68,14 @@ def test_settle_without_auto_runs_no_trial(monkeypatch):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_settle_shares_a_gpu_if_it_is_faster(tiny_pipeline, capsys):
-    ray.init(address="local", num_cpus=4, num_gpus=1, logging_level="error")  # a GPU in name, the model on the CPU
+    ray.init(address="local", num_cpus=4, num_gpus=1, logging_level="error")  # a declared GPU; the model is on the CPU
     try:
         resources = ResourcesConfig(batch_size="auto", gpus_per_actor="auto")
         settled = settle(ModelConfig(path=str(tiny_pipeline)), resources)
         deadline = time.monotonic() + 30
         while ray.available_resources().get("GPU") != 1 and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert ray.available_resources().get("GPU") == 1  # the probes are gone
+        assert ray.available_resources().get("GPU") == 1  # the probes were removed
     finally:
         ray.shutdown()
     assert settled.batch_size in BATCH_SIZES

@@ -184,7 +184,7 @@ def test_interrupted_write_keeps_the_old_file(root, size, tmp_path):
             return super().read(wanted)
 
     (source := tmp_path / "source").write_bytes(bytes(size))
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray leaves one of its own
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray leaves its own handler
     try:
         for before in (None, b"whole"):
             with Cut(source) as content, pytest.raises(KeyboardInterrupt):

@@ -178,7 +178,7 @@ def test_optimizer_step_clips_and_averages_gradients():
     assert norm.item() == pytest.approx(expected.item(), rel=1e-4)
     assert mean.item() == pytest.approx(whole.item(), rel=1e-4)
     assert norm > 10
-    assert moved.item() == pytest.approx(0.5, rel=1e-3)  # SGD with rate 1 moves by the gradient
+    assert moved.item() == pytest.approx(0.5, rel=1e-3)  # a step of SGD with learning rate 1 is the gradient
 
 
 # ---------------------------------------------------------------------------------------------- with Ray
@@ -338,11 +338,11 @@ def test_finetuning_on_google_cloud_storage_continues_from_its_checkpoint(
 def nodes(monkeypatch):
     """A cluster with a head and two nodes of one CPU: (cluster, a node on which the driver does not run)."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")  # Ray counts on the lost node for a while
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")  # Ray notices a lost node only after some time
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="error")
-    mine = ray.get_runtime_context().get_node_id()  # all have one address: the driver may be at any
+    mine = ray.get_runtime_context().get_node_id()  # the driver can be on any node
     yield cluster, next(node for node in nodes if node.node_id != mine)
     ray.shutdown()
     cluster.shutdown()
@@ -397,9 +397,9 @@ def test_two_workers_with_faults_give_the_result_of_one_worker(tiny_pipeline, se
                 while ray.train.get_preemption_info() is None:
                     time.sleep(0.05)
             if not first and workers == 2 and len(calls) == 4:
-                ray.train.get_all_reported_checkpoints()  # waits until Ray knows of the one at the notice
+                ray.train.get_all_reported_checkpoints()  # waits until Ray has recorded the checkpoint of the notice
                 saved.touch()
-                time.sleep(600)  # until the node is gone
+                time.sleep(600)  # until the node is killed
             return optimizer_step(*arguments)
 
         module.optimizer_step = step
@@ -412,7 +412,7 @@ def test_two_workers_with_faults_give_the_result_of_one_worker(tiny_pipeline, se
         patch.setattr(stage, "train_loop", disturbed_loop)
         summary = stage.finetune(config, selected, str(disturbed), None, "test")
     provider.join()
-    # Steps 1 to 4, again 3 to 6 from the checkpoint of step 2, and the last alone from that of the notice.
+    # Steps 1 to 4; then 3 to 6 from the checkpoint of step 2; then the last step from that of the notice.
     assert begun.read_text() == "2222" + "2222" + "1"
     assert summary["output_change"] == pytest.approx(expected["output_change"], rel=1e-3)
 
@@ -425,7 +425,7 @@ def test_two_workers_with_faults_give_the_result_of_one_worker(tiny_pipeline, se
     for key in ("loss", "grad_norm", "learning_rate"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-3)
 
-    # done: neither Ray nor the model is needed any more
+    # finished: neither Ray nor the model is needed
     monkeypatch.setattr(stage, "TorchTrainer", None)
     assert stage.finetune(config, selected, str(disturbed), None, "test") == summary
     assert not (disturbed / "checkpoints").exists()

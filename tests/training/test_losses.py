@@ -96,7 +96,7 @@ def test_hn_itm_gradient_of_the_worst_candidate_is_limited(batch, predictions):
     far.requires_grad_()
     value = METHODS["hn-itm"].loss(Predictions(p.target, far, None, None), batch, config("hn-itm"))[0]
     (gradient,) = torch.autograd.grad(value, far)
-    assert gradient[1].abs().max() == 0  # far enough: the minimum is the best one's, without a gradient
+    assert gradient[1].abs().max() == 0  # the minimum is the error of the best one, without a gradient
     assert gradient[0].abs().max() > 0
 
 
@@ -166,7 +166,7 @@ def test_weights_of_restores_the_own_weights(denoiser):
 def test_dropped_prompt_trains_towards_the_base_model(denoiser):
     objective, batch = objective_of(denoiser, method="nft", anchor=0.5), rows(denoiser)
     batch = Batch(**(vars(batch) | {"null": torch.ones(4, dtype=torch.bool)}))
-    assert objective(batch).item() == 0  # the adapter is fresh
+    assert objective(batch).item() == 0  # the adapter is new
     with weights_of(moved(objective), objective.parameters_trained), torch.no_grad():
         distance = mean_square(objective.predict(batch) - objective.reference(batch)).mean()
         assert objective(batch).item() == pytest.approx(distance.item(), rel=1e-5)
@@ -184,7 +184,7 @@ def test_every_method_prefers_the_better_candidates(denoiser, method):
         a = denoiser.schedule.alphas_cumprod[600].float()
         assert denoiser.schedule.prediction_type == "epsilon", a
         error = mean_square(objective.predict(batch) - batch.noise)
-        return float(error[0] - error[-1])  # of the loser less that of the winner
+        return float(error[0] - error[-1])  # error of the worse minus error of the better candidate
 
     before = lead()
     for _ in range(20):

@@ -50,9 +50,9 @@ def test_pretraining_continues_after_a_kill_with_the_same_model(tmp_path):
     subprocess.run(command(killed), cwd=ROOT, check=True, capture_output=True)
 
     lines = [json.loads(line) for line in (killed / "denoiser.jsonl").read_text().splitlines()]
-    assert lines[0]["loss"] < 0.2  # it began with the weights of the embedded model: without, the loss is 1
+    assert lines[0]["loss"] < 0.2  # it started from the embedded model; from scratch the loss is 1
     logged = [line["step"] for line in lines]
-    assert logged.count(20) == 1  # it went on from step 30 and did not begin again
+    assert logged.count(20) == 1  # it continued from step 30
     assert logged[-1] == STEPS
     for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
         one, two = (load_file(folder / "model" / f"{part}.safetensors") for folder in (whole, killed))

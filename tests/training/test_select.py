@@ -28,7 +28,7 @@ def test_highest_score_ranks_first_and_non_finite_last():
 
 
 def test_oracle_ranks_exact_images_first():
-    columns = COLUMNS | {"count": [1.0, 0.0, 1.0, 1.0]}  # which the oracle declares and does not select by
+    columns = COLUMNS | {"count": [1.0, 0.0, 1.0, 1.0]}  # a column of the oracle that is not used for selection
     assert ranks(columns, "oracle", 0, Oracle.columns) == [2, 0, 1, 3]
 
 
@@ -36,7 +36,7 @@ def test_metric_ranks_by_its_columns_in_order_and_direction():
     declared = (Column("dark", "pixels", higher_is_better=False), Column("sharp", "any", nullable=True))
     columns = COLUMNS | {"dark": [3.0, 1.0, 1.0, 1.0], "sharp": [9.0, None, 0.1, float("nan")]}
     found = ranks(columns, "m:Dark", 0, declared)
-    assert found.index(0) == 2  # of the fewest dark pixels, the one with a value
+    assert found.index(0) == 2  # fewest dark pixels; then the one with a value
     assert found.index(3) == 0
 
 
