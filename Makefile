@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target to need it makes; another interpreter: make demo PYTHON=python3.12
+# All targets use .venv, which is created if it is missing. To use another interpreter: make demo PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
 RUN_DIR ?= runs/demo
@@ -8,7 +8,7 @@ RUN_DIR ?= runs/demo
 demo: .venv/installed  ## online fine-tuning of the embedded model, from prompts to a report, on two CPU cores
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes.yaml --run-dir $(RUN_DIR)
 
-demo-paper: .venv/installed  ## the same with the paper's procedure: one pool, the best kept, supervised fine-tuning
+demo-paper: .venv/installed  ## the same with the paper's procedure: keep the best candidates, supervised fine-tuning
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes-paper.yaml --run-dir $(RUN_DIR)-paper
 
 test: .venv/installed-test
@@ -18,13 +18,13 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-clean:  ## the environment, not the runs
+clean:  ## removes the environment, but no runs
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-# A stamp for each set of extras, so that pip is asked once.
+# One stamp file per set of extras, so that pip runs only once.
 .venv/installed: EXTRAS :=
 .venv/installed-test: EXTRAS := [test]
 .venv/installed-dev: EXTRAS := [dev]
