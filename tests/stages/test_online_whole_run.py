@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -97,6 +98,39 @@ def test_update_without_trained_prompts_is_skipped(tiny_pipeline, tmp_path):
     assert lines[1]["trained_prompts"] == 0
     assert lines[3]["trained_prompts"] == 1
     assert best_version(config, plan, str(tmp_path / "candidates"), [0, 2]) == {"version": 2, "validation": {}}
+
+
+def test_average_of_the_policies_is_saved_and_validated(tiny_pipeline, tmp_path):
+    """With finetune.ema_decay the actors still draw the updates with the policies themselves."""
+
+    class Recorder(FakeBoard):
+        published: ClassVar[dict[int, dict]] = {}
+
+        def publish(self, version: int, policy: dict[str, torch.Tensor]):
+            self.published[version] = {name: values.clone() for name, values in policy.items()}
+            super().publish(version, policy)
+
+    decay = 0.15
+    config, source = run_config(tiny_pipeline, tmp_path, finetune={"ema_decay": decay}), stored_prompts(tmp_path)
+    board = Recorder(config.online.lag + 1)
+    in_process(config, source, tmp_path, board)
+    plan, generator = plan_of(config, source), generator_of(config, source, tmp_path, board)
+    average = board.published[1]  # the first step of diffusers' EMAModel copies
+    for version in range(2, UPDATES + 1):
+        keep = min(decay, version / (9 + version))
+        average = {n: keep * average[n] + (1 - keep) * values for n, values in board.published[version].items()}
+        if version % 2:
+            continue
+        saved = load_file(tmp_path / "policies" / f"version-{version:05d}" / "adapter_model.safetensors")
+        assert all(torch.allclose(saved[name], values, atol=1e-7) for name, values in average.items())
+        assert not all(torch.allclose(saved[name], v, atol=1e-7) for name, v in board.published[version].items())
+        generator.policy.load(saved)
+        (index,) = plan.of_validation(version)
+        shard = read_shard(plan.row(index), storage.ParquetRows(source))
+        rows = generator.policy.rows(shard, [0, 1], version, True, Work())
+        written = storage.read_table(str(tmp_path / "candidates" / plan.name(index))).to_pydict()
+        assert written["seed"] == [row["seed"] for row in rows]
+        np.testing.assert_allclose(written["delta_sq"], [row["delta_sq"] for row in rows], rtol=1e-4)
 
 
 @pytest.mark.parametrize("fails", [False, True])
