@@ -11,13 +11,15 @@ from urllib.parse import parse_qs
 
 import pyarrow.fs as pafs
 
+from mi_ray.config.section import split_query
+
 # Requests are retried for this time if the store is slow or answers 429 or 5xx. Default of Google's client.
 PATIENCE_S = 120
 
 
 def _parts(uri: str) -> tuple[str, str, str | None]:
     """Bucket, key and endpoint of a gs:// URI. The endpoint is in its query or the environment; None: Google's."""
-    path, _, query = uri.removeprefix("gs://").partition("?")
+    path, query = split_query(uri.removeprefix("gs://"))
     bucket, _, key = path.partition("/")
     given = {name: values[-1] for name, values in parse_qs(query).items()}
     endpoint, scheme = given.pop("endpoint_override", None), given.pop("scheme", "https")

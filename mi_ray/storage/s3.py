@@ -12,12 +12,14 @@ from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from mi_ray.config.section import split_query
+
 ATTEMPTS = 8  # of one request, if the store is slow or answers 500 or 503; with growing pauses
 
 
 def _parts(uri: str) -> tuple[str, str, tuple[str | None, str | None]]:
     """Bucket, key and (endpoint, region) of an s3:// URI. The latter two are in its query or in the environment."""
-    path, _, query = uri.removeprefix("s3://").partition("?")
+    path, query = split_query(uri.removeprefix("s3://"))
     bucket, _, key = path.partition("/")
     given = {name: values[-1] for name, values in parse_qs(query).items()}
     endpoint, region = given.pop("endpoint_override", None), given.pop("region", None)

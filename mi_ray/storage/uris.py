@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mi_ray.config.section import holds_credentials
+from mi_ray.config.section import holds_credentials, split_query
 from mi_ray.storage import gcs, s3
 
 Result = TypeVar("Result")
@@ -27,9 +27,11 @@ Result = TypeVar("Result")
 
 # ------------------------------------------------------------------------------------------ files
 def join(uri: str, *parts: str) -> str:
-    """Append parts to the path of a URI. A query (s3://bucket/run?endpoint_override=...) stays at the end."""
-    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
-    return "/".join([path.rstrip("/"), *parts]) + mark + query
+    """Append parts to the path of a URI. A query (s3://bucket/run?endpoint_override=...) stays at the
+    end; where a part holds a `?`, an empty query keeps the two apart."""
+    path, query = split_query(uri) if "://" in uri else (uri, "")
+    joined = "/".join([path.rstrip("/"), *parts])
+    return f"{joined}?{query}" if query or ("://" in uri and "?" in joined) else joined
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -112,12 +114,20 @@ def read_bytes(uri: str) -> bytes:
     return _with_retries(read)
 
 
-def read_chunks(uri: str, size: int = 1 << 22) -> Iterator[bytes]:
-    """The content of a file, `size` bytes at a time."""
+def read_chunks(uri: str, size: int = 1 << 22, start: int = 0) -> Iterator[bytes]:
+    """The content of a file from an offset on, `size` bytes at a time."""
     system, path = filesystem(uri)
     with _with_retries(lambda: system.open_input_file(path)) as file:
-        for start in range(0, file.size(), size):
-            yield _with_retries(lambda start=start: file.read_at(size, start))
+        for at in range(start, file.size(), size):
+            yield _with_retries(lambda at=at: file.read_at(size, at))
+
+
+def unpacked_chunks(uri: str, size: int = 1 << 22) -> Iterator[bytes]:
+    """The content of a file, decompressed if its name ends in .gz, about `size` bytes at a time."""
+    system, path = filesystem(uri)
+    with _with_retries(lambda: system.open_input_stream(path)) as stream:  # Arrow goes by the name
+        while chunk := stream.read(size):
+            yield chunk
 
 
 def write_bytes(uri: str, content: bytes):
