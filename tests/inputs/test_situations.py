@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (one row a situation)
 """What is read of an input and what is told of it: one row a situation, each with the small files that it needs.
 
 A row is (name, files, input, pairs, told). `files` is {path: content}; a dict as content is a tar of members, a list of
