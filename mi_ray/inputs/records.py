@@ -43,9 +43,8 @@ class Form:
 
     @property
     def name(self) -> str:
-        return {"jsonl": "JSON lines", "array": "JSON array", "csv": "TSV" if self.delimiter == "\t" else "CSV"}[
-            self.kind
-        ]
+        table = "TSV" if self.delimiter == "\t" else "CSV"
+        return {"jsonl": "JSON lines", "array": "JSON array"}.get(self.kind, table)
 
 
 # ------------------------------------------------------------------------------------------ columns
