@@ -110,6 +110,7 @@ class _Planner:
         self.named: set[str] | None = None  # files that tables name, by their paths in the folder; None: not asked
 
     def places(self) -> Iterator[Place]:
+        storage.check_reachable(self.source)
         system, path = storage.filesystem(self.source)
         info = system.get_file_info(path)
         if info.type == pafs.FileType.NotFound:

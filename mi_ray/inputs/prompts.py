@@ -206,6 +206,7 @@ class PromptReader:
     def _look(self) -> tuple[str, int]:
         """The file's path and size."""
         try:
+            storage.check_reachable(self.file)
             system, path = storage.filesystem(self.file)
         except ValueError as error:
             raise OSError(error) from error

@@ -6,6 +6,7 @@ This room must not know what a file means to a run. It must not know how work is
 from mi_ray.storage.uris import (
     ParquetRows,
     check_plain,
+    check_reachable,
     create_bytes,
     delete,
     exists,
@@ -35,6 +36,7 @@ from mi_ray.storage.uris import (
 __all__ = [
     "ParquetRows",
     "check_plain",
+    "check_reachable",
     "create_bytes",
     "delete",
     "exists",
