@@ -291,6 +291,9 @@ def score_one(config: ScorePairsConfig) -> dict:
     scorer = PairScorer(denoiser, config.score, batch_size, config.seed, words=True)
     row = scorer(image[None], [config.prompt], Work())[0]
     density = upsampled(scorer.maps(image[None], [config.prompt]).direct, image.shape[:2])[0].cpu().numpy()
+    if not np.isfinite([density.sum(), row["score_pmi"], row["score_margin"]]).all():
+        fault = "gives numbers that are not finite; try --dtype float32, or fetch its weights again"
+        raise ConfigError([f"model: {config.model!r} {fault}"])
     destination = config.map_file
     picture = attribution_png(image, density, config.prompt, row["score_pmi"], row["score_pmi_se"], row["words"])
     try:
