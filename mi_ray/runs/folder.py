@@ -100,7 +100,7 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
         known = storage.exists(uri)
         check_writable(run_dir)
     except (OSError, ValueError) as error:
-        message = f"run_dir: {run_dir!r} cannot be written to ({error}); use another --run-dir"
+        message = f"run_dir: {run_dir!r} cannot be used ({error}); correct it or use another --run-dir"
         raise ConfigError([message]) from error
     if not known:
         return

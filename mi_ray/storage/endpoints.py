@@ -3,18 +3,31 @@
 import os
 import socket
 import ssl
+import time
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 PATIENCE_S = 10
+_failed: dict[str, tuple[float, str]] = {}  # {endpoint: (time, message)}: several parts of a job ask at its start
 
 
 def check_reachable(endpoint: str):
     """Connect to an endpoint, and for https check its certificate as the store's clients do.
 
     Raises:
-        OSError: it cannot be reached, or its certificate is not trusted.
+        OSError: it cannot be reached, or its certificate is not trusted. Within a few seconds the answer is the same.
     """
+    when, message = _failed.get(endpoint, (-PATIENCE_S, ""))
+    if time.monotonic() - when < PATIENCE_S:
+        raise OSError(message)
+    try:
+        _connect(endpoint)
+    except OSError as error:
+        _failed[endpoint] = time.monotonic(), str(error)
+        raise
+
+
+def _connect(endpoint: str):
     parts = urlsplit(endpoint)
     if parts.hostname is None:
         raise OSError(f"the endpoint {endpoint!r} names no host; give endpoint_override=HOST:PORT")
