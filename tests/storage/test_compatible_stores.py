@@ -17,7 +17,7 @@ import pytest
 from mi_ray import storage
 from mi_ray.inputs.pairs import Columns, plan_pairs, read_pairs
 from mi_ray.runs import folder as run_folder
-from mi_ray.storage import s3, uris
+from mi_ray.storage import endpoints, s3, uris
 
 OPTIONAL = ("x-amz-checksum-", "x-amz-sdk-checksum", "x-amz-trailer")
 
@@ -57,6 +57,11 @@ def plain_store(s3_server):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield "{}:{}".format(*server.server_address)
     server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_yet(monkeypatch):
+    monkeypatch.setattr(endpoints, "_failed", {})
 
 
 @pytest.fixture
