@@ -21,8 +21,11 @@ class PromptsConfig(Section):
     """The prompts to align the model with."""
 
     file: LocalOrUri = Field(
-        description="prompt file: .txt (one prompt a line), .jsonl or .parquet (columns prompt, category); local, s3://"
-        " or gs://"
+        description="prompt file: .txt (one prompt a line), or .jsonl, .json, .csv, .tsv or .parquet (columns prompt,"
+        " category); local, s3:// or gs://"
+    )
+    column: str | None = Field(
+        None, description="column or key of the prompt; none: the first of prompt, caption, text that has a value"
     )
     limit: Positive | None = Field(None, description="number of prompts to use, from the start of the file; none: all")
     duplicates: Literal["error", "drop"] = Field(

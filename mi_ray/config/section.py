@@ -53,9 +53,17 @@ def collecting(faults: list[str], field: str = "") -> Iterator[None]:
         faults += [f"{field}: {fault}" for fault in str(error).split("\n")]
 
 
+def split_query(uri: str) -> tuple[str, str]:
+    """A URI's path and query. The query begins at the last `?`, since the names of objects may hold others, and is
+    empty or has the form name=value&...; a `?` before anything else belongs to the path."""
+    path, mark, query = uri.rpartition("?")
+    is_query = mark and all(re.fullmatch(r"[^=&/]+=[^&]*", part) for part in query.split("&") if part)
+    return (path, query) if is_query else (uri, "")
+
+
 def holds_credentials(uri: str) -> bool:
     """Whether a URI contains user:secret@ (the secret may contain slashes), or a key, secret or token in its query."""
-    place, _, query = uri.partition("://")[2].partition("?")
+    place, query = split_query(uri.partition("://")[2])
     names = [name.lower() for name in re.findall(r"(?:^|&)([^=&]*)", query)]
     return bool(re.match(r"[^/@]*@|[^@]*:[^@]*@", place)) or any(
         word in name for name in names for word in ("key", "secret", "token", "password", "signature")

@@ -22,6 +22,7 @@ from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.folders import check_adapter, fetch_model, read_config
 from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at, epsilon_from
 from mi_ray.diffusion.sizes import Sizes
+from mi_ray.diffusion.weights import refuse_report
 
 CHUNK = 32  # images or prompts that the autoencoder or the text encoder takes at a time
 
@@ -212,16 +213,16 @@ def load_denoiser(
         dtype = "float16" if chosen.type == "cuda" else "float32"
     sizes = Sizes.of_unet(read_config(folder, "unet"), read_config(folder, "vae"))
     image_size = sizes.image(*size)
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+    unet = _loaded(UNet2DConditionModel, folder, "unet")
     if adapter is not None:
         check_adapter(adapter)
         unet = PeftModel.from_pretrained(unet.float(), str(adapter), torch_device="cpu").merge_and_unload()
     if beside is not None:
         text_encoder, tokenizer, vae = beside.text_encoder, beside.tokenizer, beside.vae
     else:
-        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True)
+        text_encoder = _loaded(CLIPTextModel, folder, "text_encoder")
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
+        vae = _loaded(AutoencoderKL, folder, "vae")
     return UNetDenoiser(
         unet=unet,
         text_encoder=text_encoder,
@@ -233,3 +234,17 @@ def load_denoiser(
         dtype=getattr(torch, dtype),
         device=chosen,
     )
+
+
+def _loaded(kind: type, folder: Path, part: str):
+    """A part of a model folder, with all its weights and no others.
+
+    Raises:
+        ValueError: its loader reports weights that are missing, unexpected or of another shape.
+    """
+    model, report = kind.from_pretrained(folder, subfolder=part, use_safetensors=True, output_loading_info=True)
+    try:
+        refuse_report(part, report)
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r} {error}") from error
+    return model

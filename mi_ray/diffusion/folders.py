@@ -12,11 +12,11 @@ from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers import CLIPTokenizer
 
 from mi_ray.diffusion.schedules import NoiseSchedule
 from mi_ray.diffusion.sizes import Sizes
+from mi_ray.diffusion.weights import WEIGHTS, weight_faults, weight_names, width_faults
 
 SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
 
@@ -34,12 +34,9 @@ _CONFIGS = {
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
-_WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
+_POSITIONS = 77  # of a text encoder whose configuration names no number: the default of CLIPTextConfig
 _PIECES, _PIECE = 64, 4096  # of a file, evenly from its beginning to its end, and bytes of each
+_SINGLE = (".safetensors", ".ckpt")  # suffixes of checkpoints in a single file
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -67,14 +64,18 @@ def load_sizes(path: str) -> Sizes:
 
 
 def load_tokenizer(path: str) -> CLIPTokenizer:
-    """The tokenizer alone, cheap to load: for counting a prompt's tokens before the model is there.
+    """The tokenizer alone, cheap to load: for counting a prompt's tokens before the model is there. Its
+    `model_max_length` is what the text encoder reads at most, also where the tokenizer's configuration names none.
 
     Raises:
         ValueError: if the model has none, or the hub cannot be asked.
     """
     folder = _folder_with(path, "tokenizer/*")
     _refuse(path, _vocabulary_faults(folder))
-    return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    longest = part_config(path, "text_encoder").get("max_position_embeddings", _POSITIONS)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    return tokenizer
 
 
 def resolve_model(path: str) -> str:
@@ -85,8 +86,16 @@ def resolve_model(path: str) -> str:
     """
     if path in SHIPPED:
         return str(files("mi_ray") / SHIPPED[path])
-    if (path and Path(path).is_dir()) or _HUB_ID.fullmatch(path):
+    single = path.endswith(_SINGLE) or (path and Path(path).is_file())
+    if (path and Path(path).is_dir()) or (_HUB_ID.fullmatch(path) and not single):
         return path
+    if single and path.endswith(_SINGLE):
+        raise ValueError(
+            f"{path!r} is a checkpoint in a single file, and a diffusers folder is needed; convert it once:"
+            f" StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(FOLDER)"
+        )
+    if single:
+        raise ValueError(f"{path!r} is a file; give the folder of a diffusers pipeline")
     shipped = ", ".join(SHIPPED)
     raise ValueError(
         f"{path!r} is no model: give a shipped name ({shipped}), an existing folder or a hub id owner/name, or"
@@ -154,7 +163,7 @@ def _folder_digest(folder: Path) -> str:
     Any training changes nearly every weight, so that a few thousand bytes of each file tell two models apart.
     """
     names = [f"{part}/{_CONFIGS[part]}" for part in _CONFIGS]
-    names += [f"{part}/{name}" for part in _WEIGHTS for name in _weight_names(folder, part)]
+    names += [f"{part}/{name}" for part in WEIGHTS for name in weight_names(folder, part)]
     digest = hashlib.sha256()
     for name in names:
         with (folder / name).open("rb") as file:
@@ -247,10 +256,10 @@ def _folder_faults(folder: Path) -> list[str]:
         config, fault = _part_config(folder, part)
         if config is None:
             faults.append(fault)
-            continue
-        configs[part] = config
-        if part in _WEIGHTS:
-            faults += _weight_faults(folder, part)
+        else:
+            configs[part] = config
+        if part in WEIGHTS and (folder / part).is_dir():
+            faults += weight_faults(folder, part, config)
     if "tokenizer" in configs:
         faults += _vocabulary_faults(folder)
     if "scheduler" in configs:
@@ -263,14 +272,7 @@ def _folder_faults(folder: Path) -> list[str]:
             Sizes.of_unet(configs["unet"], configs["vae"])
         except ValueError as error:
             faults.append(str(error))
-        channels = configs["unet"].get("in_channels", 4), configs["unet"].get("out_channels", 4)
-        wanted = configs["vae"].get("latent_channels", 4)
-        if channels != (wanted, wanted):
-            faults.append(
-                f"has a UNet that takes {channels[0]} and gives {channels[1]} channels for latents of {wanted}"
-                " (an inpainting or upscaling model?); give a text-to-image model"
-            )
-    return faults
+    return faults + width_faults(configs)
 
 
 def read_config(folder: Path, part: str) -> dict:
@@ -294,23 +296,3 @@ def _vocabulary_faults(folder: Path) -> list[str]:
     if any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return []
     return ["lacks its tokenizer's vocabulary, tokenizer/tokenizer.json or tokenizer/vocab.json; complete the folder"]
-
-
-def _weight_names(folder: Path, part: str) -> list[str]:
-    """The files of a part's weights: several if there is an index."""
-    index = folder / part / f"{_WEIGHTS[part]}.index.json"
-    return sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [_WEIGHTS[part]]
-
-
-def _weight_faults(folder: Path, part: str) -> list[str]:
-    """Whether the safetensors are there and whole; reads their headers only."""
-    faults = []
-    for name in _weight_names(folder, part):
-        try:
-            with safe_open(folder / part / name, framework="pt"):
-                pass
-        except FileNotFoundError:
-            faults.append(f"lacks {part}/{name}; complete the folder (only safetensors are read, no pickled weights)")
-        except (SafetensorError, OSError) as error:
-            faults.append(f"has a {part}/{name} that cannot be read ({error}); fetch it again, whole (git lfs pull?)")
-    return faults

@@ -114,7 +114,11 @@ class NoiseSchedule:
         Raises:
             ValueError: a setting is not supported; one line for each such setting.
         """
-        if faults := _faults(config):
+        try:
+            faults = _faults(config)
+        except TypeError as error:
+            faults = [f"a number of the schedule is missing or has another type ({error}); fetch the file again"]
+        if faults:
             raise ValueError("\n".join(faults))
         alphas_cumprod = torch.cumprod(1 - _betas(config), 0)
         return cls(
@@ -204,7 +208,10 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
         if value not in known and not (key == "beta_schedule" and config.get("trained_betas") is not None):
             faults.append(f"{key} {value!r} is not supported; use a model with one of {', '.join(known)}")
     if config.get("rescale_betas_zero_snr"):
-        faults.append("rescale_betas_zero_snr true is not supported: epsilon is undefined at zero SNR; set it to false")
+        faults.append(
+            "rescale_betas_zero_snr true is not supported: the model was trained to zero SNR, where epsilon is"
+            " undefined, and another schedule would give wrong images and scores; use another model"
+        )
     if config.get("clip_sample", name in _CLIPPING):
         faults.append("clip_sample true is not supported: latents have no fixed range; set it to false")
     if config.get("thresholding"):

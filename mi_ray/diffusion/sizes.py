@@ -20,14 +20,18 @@ class Sizes:
         divisible, the output would have another size than the input.
 
         Raises:
-            ValueError: the UNet's config has no sample_size.
+            ValueError: the UNet's config has no sample_size, or one of the values has another type.
         """
         sample = unet.get("sample_size")
         if sample is None:
             raise ValueError("has in unet/config.json no sample_size, the size of its latents; set it there")
-        scale = 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
-        downsampling = 2 ** (len(unet.get("block_out_channels", (320, 640, 1280, 1280))) - 1)
-        height, width = (sample, sample) if isinstance(sample, int) else sample
+        try:
+            scale = 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
+            downsampling = 2 ** (len(unet.get("block_out_channels", (320, 640, 1280, 1280))) - 1)
+            height, width = (sample, sample) if isinstance(sample, int) else map(int, sample)
+        except (TypeError, ValueError) as error:
+            wrong = "has a sample_size or block_out_channels that are not numbers"
+            raise ValueError(f"{wrong}, in unet/config.json or vae/config.json; fetch both again") from error
         return cls((height * scale, width * scale), scale, scale * downsampling)
 
     def faults(self, height: int | None, width: int | None) -> list[str]:

@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 
 from mi_ray.config import HEIGHT, MODEL, WIDTH, ResourcesConfig, ScoreConfig, without_revision
 from mi_ray.config.paths import LocalOrUri, ModelPath, SharedPath, absolute, counted, shared
-from mi_ray.config.section import Positive, Section, config_hash
-from mi_ray.inputs.pairs import Columns
+from mi_ray.config.section import Positive, Section, config_hash, split_query
+from mi_ray.inputs.pair import Columns
 
 Fit = Literal["exact", "crop"]
 
@@ -36,11 +36,16 @@ class ScorePairsConfig(Section):
 
     input: SharedPath | None = Field(
         None,
-        description="pairs: .parquet, .jsonl, a WebDataset .tar, a folder of these, or a folder of images with a .txt"
-        " for each or a metadata.jsonl; local, s3:// or gs://; none: a single pair",
+        description="pairs: .parquet, .jsonl, .json, .csv, .tsv, a WebDataset .tar, a folder of these, or a folder of"
+        " images with a .txt for each; local, s3:// or gs://; none: a single pair",
     )
     run_dir: SharedPath | None = Field(
         None, description="folder of the results: local, s3:// or gs://; the same command continues the run"
+    )
+    keep: LocalOrUri | None = Field(
+        None,
+        description="output file for the input's rows without those whose image contradicts the caption, of the same"
+        " type as the input (.jsonl for a folder of images); none: not written",
     )
     image: LocalOrUri | None = Field(None, description="a single image, instead of input; needs prompt")
     prompt: str | None = Field(None, description="caption of the single image")
@@ -98,7 +103,7 @@ class ScorePairsConfig(Section):
     def map_file(self) -> str:
         """Output file for the map of the single pair. Without `map`: beside the image, or here for a remote image."""
         remote = "://" in self.image
-        image = PurePosixPath(self.image.partition("?")[0] if remote else self.image)
+        image = PurePosixPath(split_query(self.image)[0] if remote else self.image)
         return self.map or absolute(f"{image.stem if remote else image.with_suffix('')}-map.png")
 
     @property
@@ -113,7 +118,8 @@ class ScorePairsConfig(Section):
     def results_config(self) -> dict:
         """The fields that the results depend on. A size that is not set is left out, as in `ModelConfig`."""
         unset = {name for name in ("height", "width") if getattr(self, name) is None}
-        results = self.model_dump(mode="json", exclude={"run_dir", "resources", "image", "prompt", "map", *unset})
+        outputs = {"run_dir", "map", "keep"}
+        results = self.model_dump(mode="json", exclude={*outputs, "resources", "image", "prompt", *unset})
         return results | {"model": without_revision(self.model)}  # run.json holds the commit
 
     def hash(self) -> str:

@@ -5,12 +5,11 @@ A prompt table has the columns prompt_id, prompt, category and split (the last t
 
 import hashlib
 import json
-import sqlite3
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +17,26 @@ import pyarrow.fs as pafs
 
 from mi_ray import storage
 from mi_ray.config.section import ConfigError
+from mi_ray.inputs import text
+from mi_ray.inputs.places import Kinds, Places, Seen
+from mi_ray.inputs.records import (
+    PROMPT_COLUMNS,
+    Record,
+    as_caption,
+    find_columns,
+    first_value,
+    form_of,
+    format_of,
+    read_records,
+)
 
 PROMPTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "category", "split")])
 
 ROWS_AT_ONCE = 1 << 14
 _LONGEST_LINE = 1 << 20  # bytes
-_LINES_SHOWN = 5  # line numbers in a message
-_EXAMPLES = 20  # kept for each kind of skipped prompt
-_EXAMPLE_LENGTH = 500  # characters
+_LABELS = ("category", "split")
+_EXTENSIONS = ".txt, .jsonl, .json, .csv, .tsv (each also as .gz) or .parquet"
+_OPTION = re.compile(r"(?:^|\s)--[a-z]{1,12}(?:\s|$)")  # of a tool's command line
 _Row = tuple[int, str, str | None, str | None]  # line (from 1), prompt, category, split
 
 
@@ -35,52 +46,13 @@ def prompt_id(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------ reading
-@dataclass
-class _Places:
-    """The places of one kind of fault: their number, and the first ones as (line, prompt, message)."""
-
-    count: int = 0
-    first: list[tuple[int, str, str]] = field(default_factory=list)
-
-    def add(self, line: int, prompt: str, message: str):
-        self.count += 1
-        if len(self.first) < _EXAMPLES:
-            self.first.append((line, prompt[:_EXAMPLE_LENGTH], message))
-
-    def skipped(self, kind: str) -> Iterator[dict]:
-        """Rows {"prompt", "stage", "message"} of the first places; one row with a `count` stands for all others."""
-        for _, prompt, message in self.first:
-            yield {"prompt": prompt, "stage": "prompts", "message": message}
-        if self.count > len(self.first):
-            rest = f"{self.count - len(self.first)} more: {kind}"
-            yield {"prompt": "", "stage": "prompts", "message": rest, "count": self.count - len(self.first)}
-
-
-class _Seen:
-    """The prompts so far, with the first line of each. They are kept in a file, so that memory does not grow."""
-
-    def __init__(self):
-        self.table = sqlite3.connect("")  # a private temporary file
-        self.table.execute("PRAGMA journal_mode = OFF")
-        self.table.execute("CREATE TABLE seen (id INTEGER PRIMARY KEY, line INTEGER)")
-
-    def first_lines(self, ids: np.ndarray, lines: np.ndarray) -> np.ndarray:
-        """The first line of each of the next n prompts, (n,); for a new prompt its own line."""
-        before = self.table.total_changes
-        order = np.argsort(ids, kind="stable")  # sorted, so that nearby places on disk are written together
-        rows = zip(ids[order].tolist(), lines[order].tolist(), strict=True)
-        self.table.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?)", rows)
-        if self.table.total_changes - before == len(ids):
-            return lines
-        first = "SELECT line FROM seen WHERE id = ?"
-        return np.array([self.table.execute(first, (i,)).fetchone()[0] for i in ids.tolist()], np.int64)
-
-
 class PromptReader:
     """Reads a prompt file, local or on an object store, once from the start to its end or to `limit`.
 
-    .txt: one prompt a line; text after a tab is ignored. .jsonl and .parquet: column `prompt`, optional columns
-    `category` and `split`. Blank lines are ignored.
+    .txt: one prompt a line; text after a tab, lines that begin with `#`, and a first line that is only the name of a
+    column are ignored. .jsonl, .json, .csv, .tsv and .parquet: column `prompt`, `caption` or `text`, optional columns
+    `category` and `split`. All but .parquet may be compressed as .gz. Blank lines are ignored. The rules for
+    encodings and characters are those of `inputs.text`.
 
     Args:
         field: config field, for messages.
@@ -89,6 +61,7 @@ class PromptReader:
         broken: what to do with lines that have no prompt, are not text, or are longer than 1 MiB.
         token_count: number of tokens of a prompt, with start and end token. Without it no prompt is overlong.
         max_tokens: number of tokens that the text encoder reads.
+        column: name of the prompt's column; None: a usual name.
     """
 
     def __init__(
@@ -101,13 +74,16 @@ class PromptReader:
         broken: Literal["error", "skip"] = "error",
         token_count: Callable[[str], int] | None = None,
         max_tokens: int | None = None,
+        column: str | None = None,
     ):
         self.file, self.field, self.limit, self.duplicates = file, field, limit, duplicates
         self.on_overlong, self.on_broken = overlong, broken
         self.token_count, self.max_tokens = token_count, max_tokens
+        self.column = column
         self._where = "line"
-        self._broken: dict[str, _Places] = {}  # fault -> its places
-        self._repeated, self._overlong = _Places(), _Places()
+        self._form = ""  # what kind of file it is, and which columns are read
+        self._broken, self._remarks = Kinds(), Kinds()
+        self._repeated, self._overlong = Places(), Places()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The prompts, one chunk at a time, with the schema `PROMPTS`.
@@ -115,7 +91,7 @@ class PromptReader:
         Raises:
             ConfigError: at once if the file cannot be used at all; otherwise at the end, with all faults of the file.
         """
-        seen, taken, kept = _Seen(), 0, 0
+        seen, taken, kept = Seen(), 0, 0
         left = ROWS_AT_ONCE if self.limit is None else self.limit
         try:
             rows = self._rows()
@@ -149,8 +125,19 @@ class PromptReader:
             rows += self._overlong.skipped(f"longer than the {self.max_tokens} tokens that the text encoder reads")
         return rows
 
+    @property
+    def found(self) -> list[str]:
+        """What kind of file it is, then what is told of lines that are left out and of prompts that are read."""
+        kinds = [*self._remarks.items(), *((fault.partition(";")[0], p) for fault, p in self._broken.items())]
+        lines = [f"{p.named(self._where)} {kind}, first {_shown(p.first[0][1])}" for kind, p in kinds]
+        if self.duplicates == "drop" and self._repeated.count:
+            lines.append(f"{_counted(self._repeated.count, 'repeated ')} left out")
+        if self.on_overlong == "skip" and self._overlong.count:
+            lines.append(f"{_counted(self._overlong.count, 'overlong ')} left out")
+        return [f"{self.field}: {line}" for line in (self._form, *lines)]
+
     # -------------------------------------------------------------------------------------- checks
-    def _check_repeated(self, batch: pa.RecordBatch, lines: np.ndarray, seen: _Seen) -> np.ndarray:
+    def _check_repeated(self, batch: pa.RecordBatch, lines: np.ndarray, seen: Seen) -> np.ndarray:
         """(n,) bool: the rows to keep."""
         ids = np.array([int(i, 16) for i in batch["prompt_id"].to_pylist()], np.uint64).view(np.int64)
         firsts = seen.first_lines(ids, lines)
@@ -174,10 +161,8 @@ class PromptReader:
     def _faults(self, taken: int, kept: int) -> list[str]:
         """The faults of the file. A message starts with the name of the file, which is put before them."""
         if self._broken and self.on_broken == "error":
-            return [
-                f"{_named(self._where, places)} {fault}, or set prompts.broken: skip"
-                for fault, places in self._broken.items()
-            ]
+            advice = ", or set prompts.broken: skip" if kept else ""  # without a good line it would skip everything
+            return [f"{places.named(self._where)} {fault}{advice}" for fault, places in self._broken.items()]
         if not taken and not self._broken:
             return ["has no prompts; give a file with prompts"]
         faults = []
@@ -196,22 +181,32 @@ class PromptReader:
                 " them or set prompts.overlong: skip, or truncate"
             )
         if not faults and not kept:
-            faults.append("has no valid prompt left after skipping; correct some prompts")
+            reasons = [row["message"] for row in self.skipped[:1]]
+            faults.append(f"has no valid prompt left after skipping ({reasons[0]}); correct some prompts")
         return faults
 
     # -------------------------------------------------------------------------------------- rows
     def _rows(self) -> Iterator[_Row]:
-        suffix, size = self._look()
-        read_rows = {".txt": self._text_rows, ".jsonl": self._json_rows, ".parquet": self._parquet_rows}.get(suffix)
-        if read_rows is None:
-            raise ValueError(f"has the unknown extension {suffix!r}; give .txt, .jsonl or .parquet")
+        name, size = self._look()
+        path = PurePosixPath(name.lower())
+        plain = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+        if plain == ".txt":
+            self._form = "text, one prompt a line"
+            rows = self._text_rows()
+        elif format_of(name):
+            rows = self._table_rows()
+        elif path.suffix == ".parquet":
+            rows = self._parquet_rows()
+        else:
+            raise ValueError(f"has the unknown extension {path.suffix!r}; give {_EXTENSIONS}")
         if not size:
             raise ValueError("is empty; give a file with prompts")
-        return read_rows()
+        return rows
 
     def _look(self) -> tuple[str, int]:
-        """The file's extension and size."""
+        """The file's path and size."""
         try:
+            storage.check_reachable(self.file)
             system, path = storage.filesystem(self.file)
         except ValueError as error:
             raise OSError(error) from error
@@ -220,81 +215,107 @@ class PromptReader:
             raise ValueError("does not exist; give a file with prompts")
         if info.type == pafs.FileType.Directory:
             raise ValueError("is a folder; give a file with prompts")
-        return PurePosixPath(path).suffix.lower(), info.size
+        return path, info.size
 
     def _text_rows(self) -> Iterator[_Row]:
-        for number, text in self._decoded():
-            yield from self._row(number, text, text.partition("\t")[0], None, None)
-
-    def _json_rows(self) -> Iterator[_Row]:
-        for number, text in self._decoded():
-            try:
-                fields = json.loads(text)
-            except (ValueError, RecursionError):
-                self._break(number, text, 'not JSON; write one {"prompt": ...} per line')
+        blank, header = True, True  # whether the next line may be a header
+        for line in text.lines(self.file, _LONGEST_LINE):
+            content, fault = text.shown_line(line)
+            if not fault and not content.strip():
                 continue
-            fields = fields if isinstance(fields, dict) else {}
-            yield from self._row(number, text, fields.get("prompt"), fields.get("category"), fields.get("split"))
-
-    def _parquet_rows(self) -> Iterator[_Row]:
-        self._where = "row"
-        try:
-            table = storage.ParquetRows(self.file)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"is not a Parquet file ({error}); write it again") from error
-        kinds = {name: table.schema.field(name).type for name in PROMPTS.names[1:] if name in table.schema.names}
-        if "prompt" not in kinds:
-            raise ValueError(f"has no column 'prompt', only {', '.join(table.schema.names)}; rename the prompt column")
-        for name, kind in kinds.items():
-            if not _holds_text(kind):
-                raise ValueError(f"has {kind} in column {name!r}, not text; write it as strings")
-        number = 0
-        for batch in table.batches(list(kinds)):
-            for fields in batch.to_pylist():
-                number += 1
-                text = str(fields["prompt"] or "")
-                yield from self._row(number, text, fields["prompt"], fields.get("category"), fields.get("split"))
-
-    def _decoded(self) -> Iterator[tuple[int, str]]:
-        """(line number, text) of the lines that are not blank."""
-        blank = True
-        for number, line, whole in _lines(self.file):
-            if b"\0" in line:
-                if self.on_broken == "error":
-                    raise ValueError(f"is binary (a zero byte on line {number}); give text in UTF-8")
-                self._break(number, line.decode(errors="replace"), "binary; save the file as text in UTF-8")
-            elif not whole:
-                shown = line[:_EXAMPLE_LENGTH].decode(errors="replace")
-                self._break(number, shown, f"longer than {_LONGEST_LINE >> 20} MiB; write one prompt per line")
-            else:
-                try:
-                    text = line.decode()
-                except UnicodeDecodeError:
-                    self._break(number, line.decode(errors="replace"), "not UTF-8; save the file as UTF-8")
-                else:
-                    if not text.strip():
-                        continue
-                    blank = False
-                    yield number, text
-                    continue
             blank = False
+            prompt = text.clean(content.partition("\t")[0])
+            if fault:
+                self._break(line.number, content, fault)
+            elif prompt.startswith("#"):
+                self._remark(line.number, content, "a comment, and is left out")
+            elif header and prompt.casefold() in PROMPT_COLUMNS:
+                self._remark(line.number, content, "the name of a column, and is left out")
+            else:
+                yield from self._row(line.number, content, prompt, None, None)
+            header = False
         if blank:
             raise ValueError("is empty; give a file with prompts")
 
-    def _row(self, number: int, text: str, prompt: object, category: object, split: object) -> Iterator[_Row]:
-        """One row, or none if the line is broken."""
-        prompt = prompt.strip() if isinstance(prompt, str) else ""
-        if not prompt or not _can_be_stored(prompt):
-            self._break(number, text, "without a prompt; write one or remove the line")
-        elif not all(value is None or isinstance(value, str) for value in (category, split)):
-            self._break(number, text, "with a category or split that is not text; write it as text")
-        else:
-            yield number, prompt, category, split
+    def _table_rows(self) -> Iterator[_Row]:
+        form = form_of(self.file, _LONGEST_LINE)
+        self._where = "item" if form.kind == "array" else "line"
+        self._form = form.name
+        if form.kind == "csv":
+            self._columns(form.header)  # raises at once
+        blank = True
+        for record in read_records(self.file, form, _LONGEST_LINE):
+            blank = False
+            if record.fields is None:
+                self._break(record.number, record.text, record.fault)
+                continue
+            yield from self._of_fields(record)
+        if blank:
+            raise ValueError("has no prompts; give a file with prompts")
 
-    def _break(self, number: int, text: str, fault: str):
-        shown = text.strip().encode(errors="replace").decode()
-        message = f"{self._where} {number} is {fault.partition(';')[0]}"
-        self._broken.setdefault(fault, _Places()).add(number, shown, message)
+    def _of_fields(self, record: Record) -> Iterator[_Row]:
+        fields = record.fields
+        try:
+            columns = self._columns(fields)
+        except ValueError as error:
+            self._break(record.number, record.text, f"without a prompt: it {error}")
+            return
+        prompt, labels = first_value(fields, columns), (_value(fields, name) for name in _LABELS)
+        yield from self._row(record.number, record.text, prompt, *labels)
+
+    def _columns(self, names: Iterable[str]) -> list[str]:
+        try:
+            columns = find_columns(names, self.column, PROMPT_COLUMNS, "prompts.column")
+        except ValueError as error:
+            raise ValueError(f"has {error}") from error
+        if "`" not in self._form:
+            self._form += f", prompts from {' or else '.join(f'`{text.excerpt(name, 40)}`' for name in columns)}"
+        return columns
+
+    def _parquet_rows(self) -> Iterator[_Row]:
+        self._where, self._form = "row", "Parquet"
+        try:
+            table = storage.ParquetRows(self.file)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"is not a Parquet file ({text.reason(error)}); write it again") from error
+        names = table.schema.names
+        columns = self._columns(names)
+        for name in columns:
+            if not _holds_text(kind := table.schema.field(name).type):
+                raise ValueError(f"has {kind} in column {name!r}, not text; write it as strings")
+        more = [name for name in names if name.casefold() in _LABELS and name not in columns]
+        number = 0
+        for batch in table.batches([*columns, *more]):
+            for fields in batch.to_pylist():
+                number += 1
+                prompt = first_value(fields, columns)
+                yield from self._row(number, str(prompt or ""), prompt, *(_value(fields, name) for name in _LABELS))
+
+    def _row(self, number: int, shown: str, prompt: Any, category: Any, split: Any) -> Iterator[_Row]:
+        """One row, or none if the line is broken."""
+        try:
+            prompt, remark = as_caption(prompt)
+            category, split = _label(category), _label(split)
+        except ValueError as error:
+            fault = str(error).partition(":")[0].replace("the caption", "the prompt")
+            self._break(number, shown, f"not usable ({fault}); write it as text")
+            return
+        if not prompt:
+            self._break(number, shown, "without a prompt; write one or remove the line")
+            return
+        if remark:
+            self._remark(number, shown, "with a list of prompts; the first is read")
+        if _OPTION.search(prompt):
+            self._remark(number, shown, "with an option such as --w 512, which is read as text")
+        yield number, prompt, category, split
+
+    def _break(self, number: int, shown: str, fault: str):
+        if fault == text.BINARY and self.on_broken == "error":
+            raise ValueError(f"is {fault.replace(';', f' (a zero byte on line {number});')}")
+        self._broken.add(self._where, number, shown, fault)
+
+    def _remark(self, number: int, shown: str, remark: str):
+        self._remarks.add(self._where, number, shown, remark)
 
 
 def read_prompts(
@@ -306,13 +327,14 @@ def read_prompts(
     broken: Literal["error", "skip"] = "error",
     token_count: Callable[[str], int] | None = None,
     max_tokens: int | None = None,
+    column: str | None = None,
 ) -> tuple[pa.Table, list[dict]]:
     """Read a prompt file into memory: (prompt table, `PromptReader.skipped`). Arguments: see `PromptReader`.
 
     Raises:
         ConfigError: with all faults of the file.
     """
-    reader = PromptReader(file, field, limit, duplicates, overlong, broken, token_count, max_tokens)
+    reader = PromptReader(file, field, limit, duplicates, overlong, broken, token_count, max_tokens, column)
     return pa.Table.from_batches(reader.batches(), PROMPTS), reader.skipped
 
 
@@ -326,31 +348,24 @@ def write_prompts(uri: str, rows: list[dict[str, str]]):
     storage.write_bytes(uri, "".join(f"{line}\n" for line in lines).encode())
 
 
-def _lines(uri: str) -> Iterator[tuple[int, bytes, bool]]:
-    """(number from 1, line, whether it is whole) of each line of a file. A line that is too long is cut."""
-    rest, number, skipping = b"", 1, False
-    for position, chunk in enumerate(storage.read_chunks(uri)):
-        *lines, last = (rest + (chunk.removeprefix(b"\xef\xbb\xbf") if position == 0 else chunk)).split(b"\n")
-        for line in lines:
-            if not skipping:
-                yield number, line[:_LONGEST_LINE], len(line) <= _LONGEST_LINE
-            number, skipping = number + 1, False
-        if skipping or len(last) > _LONGEST_LINE:
-            if not skipping:
-                yield number, last[:_LONGEST_LINE], False
-            last, skipping = b"", True
-        rest = last
-    if rest:
-        yield number, rest, True
+def _value(fields: dict, name: str) -> Any:
+    """The value of a column; capitals do not matter."""
+    return next((value for key, value in fields.items() if key.casefold() == name), None)
 
 
-def _can_be_stored(text: str) -> bool:
-    """False if the text contains half a surrogate pair: JSON allows it, UTF-8 does not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _label(value: Any) -> str | None:
+    """A category or split as text; numbers, such as the class labels of Hugging Face datasets, become text.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, str) and text.is_storable(value):
+        return text.clean(value)
+    if isinstance(value, int | float):
+        return str(value)
+    raise ValueError("the category or split is neither text nor a number")
 
 
 def _holds_text(kind: pa.DataType) -> bool:
@@ -369,13 +384,6 @@ def _batch(rows: list[_Row]) -> tuple[pa.RecordBatch, np.ndarray]:
 # ------------------------------------------------------------------------------------------ messages
 def _counted(count: int, kind: str = "") -> str:
     return f"{count} {kind}prompt{'' if count == 1 else 's'}"
-
-
-def _named(where: str, places: _Places) -> str:
-    lines = [line for line, _, _ in places.first[:_LINES_SHOWN]]
-    shown = ", ".join(map(str, lines))
-    more = f" and {places.count - len(lines)} more" if places.count > len(lines) else ""
-    return f"{where} {shown} is" if places.count == 1 else f"{where}s {shown}{more} are"
 
 
 def _shown(prompt: str) -> str:

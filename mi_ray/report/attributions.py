@@ -1,13 +1,16 @@
 """A picture of the PMI of an image and its prompt: a map over the image, and a bar for each word."""
 
 import io
+import warnings
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from mi_ray.report.figures import BAD, GOOD
+from mi_ray.report.fonts import families_for
 
 _FULL_COLOR = 99.5  # percentile of the map's absolute values that gets the full colour
 _DIM = 0.35  # contrast of the image below the overlay
@@ -26,12 +29,19 @@ def attribution_png(
         value, standard_error: PMI of the pair, nats.
         words: for each word {word, value, standard_error} in nats.
     """
+    with warnings.catch_warnings(), rc_context({"font.family": families_for(prompt)}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # `families_for` tells the user
+        return _drawn(image, density, prompt, value, standard_error, words)
+
+
+def _drawn(
+    image: np.ndarray, density: np.ndarray, prompt: str, value: float, standard_error: float | None, words: list[dict]
+) -> bytes:
     figure = Figure((10.5, 3.8), dpi=110, layout="constrained", facecolor="white")
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
     uncertain = "" if standard_error is None else f" ± {standard_error:.2f}"
-    figure.suptitle(
-        f"“{_shortened(prompt)}”   {value:.2f}{uncertain} nats".replace("-", "−"), fontsize=11, parse_math=False
-    )
+    number = f"{value:.2f}".replace("-", "−")
+    figure.suptitle(f"“{_shortened(prompt)}”   {number}{uncertain} nats", fontsize=11, parse_math=False)
     panels[0].imshow(image, interpolation="nearest")
     panels[0].set_title("image", loc="left", fontsize=9)
     _overlay(figure, panels[1], image, density)

@@ -3,7 +3,7 @@
 import base64
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -33,13 +33,14 @@ def summarise_pairs(folder: str, names: list[str], rank_by: str, shown: int) -> 
     """
     column = f"score_{rank_by}"
     counts = {"scored": 0, "errors": 0, "contradicted": 0, "unjudged": 0}
-    attributes, errors, values = Counter(), {}, []
+    attributes, errors, remarks, values = Counter(), {}, {}, []
     worst, best = [], []
     for place, name in enumerate(names):
         table = read_table(join(folder, name), _PLAIN)
         for row in table.filter(pc.is_valid(table["error"])).select(["key", "prompt", "error"]).to_pylist():
-            known = errors.setdefault(_kind_of_error(row["error"]), {"count": 0, **row})
-            known["count"] += 1
+            _count(errors, row, "error")
+        for row in table.filter(pc.is_valid(table["remark"])).select(["key", "remark"]).to_pylist():
+            _count(remarks, row, "remark")
         sound = table.filter(pc.is_null(table["error"]))
         counts["errors"] += len(table) - len(sound)
         counts["scored"] += len(sound)
@@ -53,8 +54,9 @@ def summarise_pairs(folder: str, names: list[str], rank_by: str, shown: int) -> 
         worst = heapq.nsmallest(shown, worst + ends)
         best = heapq.nlargest(shown, best + ends)
     values = np.concatenate(values) if values else np.empty(0)
-    reasons = sorted(errors.values(), key=lambda error: -error["count"])
+    reasons, remarks = (sorted(kinds.values(), key=lambda kind: -kind["count"]) for kinds in (errors, remarks))
     summary = {**counts, "rank_by": rank_by, "attributes": dict(attributes.most_common()), "reasons": reasons}
+    summary["remarks"] = remarks
     summary["quantiles"] = {str(q): float(np.percentile(values, q)) for q in (5, 25, 50, 75, 95)} if len(values) else {}
     both = min(shown, -(-len(values) // 2))  # no pair is shown among the worst and the best
     ends = {"worst": worst[:both], "best": best[: min(shown, len(values) // 2)]}
@@ -63,7 +65,13 @@ def summarise_pairs(folder: str, names: list[str], rank_by: str, shown: int) -> 
     }
 
 
-def _kind_of_error(message: str) -> str:
+def _count(kinds: dict[str, dict], row: dict, column: str):
+    """Count a row with those of the same kind of message; the first of a kind is kept."""
+    known = kinds.setdefault(_kind_of_message(row[column]), {"count": 0, **row})
+    known["count"] += 1
+
+
+def _kind_of_message(message: str) -> str:
     """Without the numbers, and names, which come after a colon: so like errors are counted together."""
     return "".join(" " if c.isdigit() else c for c in message.partition(": ")[0])[:60]
 
@@ -87,6 +95,23 @@ def _histogram(values: np.ndarray) -> dict[str, list[float]]:
     edges = width * np.arange(np.floor(low / width), np.floor(high / width) + 2)  # zero is an edge if it is inside
     counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def verdict_lines(row: dict) -> list[str]:
+    """The scores of a single pair, and what its image contradicts, for the terminal."""
+
+    def nats(value: float, error: float | None) -> str:
+        return f"{decimal(value)} ± {decimal(error)} nats"
+
+    lines = [f"pmi            {nats(row['score_pmi'], row['score_pmi_se'])}"]
+    if row["posterior"] is None:
+        return [*lines, "pmi_negatives  none: no hard negative can be made from this prompt"]
+    lines.append(f"pmi_negatives  {nats(row['score_pmi_negatives'], row['score_pmi_negatives_se'])}")
+    if row["contradicted"] is None:
+        return [*lines, f"contradicts    no clear contradiction (posterior of the prompt {row['posterior']:.2f})"]
+    instead = f"the image shows {row['instead']!r}" if row["instead"] else "it is missing in the image"
+    shown = f"{row['contradicted']!r}: {instead} (posterior {row['instead_posterior']:.2f})"
+    return [*lines, f"contradicts    {shown}"]
 
 
 # ---------------------------------------------------------------------------------------------- figures
@@ -123,14 +148,18 @@ def _headline(summary: dict) -> tuple[str, str]:
     return title, verdict
 
 
-def write_audit(run_dir: str, folder: str, names: list[str], config: dict) -> tuple[str, dict]:
+def write_audit(
+    run_dir: str, folder: str, names: list[str], config: dict, found: Sequence[str] = ()
+) -> tuple[str, dict]:
     """Write audit/index.html and audit/audit.json of scored parts; the URI of the page, and the summary.
 
     Args:
         names: of the parts in `folder`.
         config: what the scores depend on, with rank_by and shown among it.
+        found: lines that tell what the input holds and what of it is not read.
     """
     summary, ends = summarise_pairs(folder, names, config["rank_by"], config["shown"])
+    summary["input"] = [*found]
     write_json(join(run_dir, "audit", "audit.json"), summary)
     title, verdict = _headline(summary)
     page = (

@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +19,8 @@ from mi_ray.config.section import ConfigError, flatten
 
 
 def check_writable(uri: str):
-    """Check that a folder can be written to and that its store honours conditional writes, by writing a small file.
+    """Check that a folder can be written to and that its store honours conditional writes, with every kind of request
+    that a run makes: conditional and plain puts, Arrow's own (for checkpoints), reads, lists and deletes.
 
     If a local folder does not exist, it is not made: its nearest existing parent is checked.
 
@@ -31,9 +32,32 @@ def check_writable(uri: str):
         uri = str(next(there for there in (folder, *folder.parents) if there.exists()))
     probe = storage.join(uri, f".probe-{uuid.uuid4().hex}")
     first, second = storage.create_bytes(probe, b"1"), storage.create_bytes(probe, b"2")
+    if first:
+        storage.write_bytes(probe, b"3")
+        kept = storage.read_bytes(probe)
     storage.delete(probe)
     if not first or second:
         raise OSError("its store does not honour conditional writes, which prevent two drivers in one run")
+    if kept != b"3":
+        raise OSError("its store does not give back what was written last")
+    if "://" in uri:
+        _try_as_arrow(storage.join(uri, f".probe-{uuid.uuid4().hex}"))
+
+
+def _try_as_arrow(folder: str):
+    """Write, list and delete a folder as Ray Train does with its checkpoints.
+
+    Raises:
+        OSError: the store refuses a request, or does not list what was written.
+    """
+    system, path = storage.filesystem(folder)
+    with system.open_output_stream(f"{path}/file") as stream:
+        stream.write(b"1")
+    listed = storage.list_names(folder)
+    with suppress(FileNotFoundError):  # of GCS, at the end, for a folder that is only in the names of its files
+        system.delete_dir(path)
+    if listed != ["file"]:
+        raise OSError("its store does not list what was written")
 
 
 @contextmanager
@@ -72,10 +96,11 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
     """
     uri = storage.join(run_dir, "run.json")
     try:
+        storage.check_reachable(run_dir)
         known = storage.exists(uri)
         check_writable(run_dir)
     except (OSError, ValueError) as error:
-        message = f"run_dir: {run_dir!r} cannot be written to ({error}); use another --run-dir"
+        message = f"run_dir: {run_dir!r} cannot be used ({error}); correct it or use another --run-dir"
         raise ConfigError([message]) from error
     if not known:
         return

@@ -38,6 +38,7 @@ def read_content(run_dir: str) -> dict:
         ConfigError: the folder has no run.json.
     """
     try:
+        storage.check_reachable(run_dir)  # the first request of every job is here
         return storage.read_json(storage.join(run_dir, "run.json"))
     except (OSError, ValueError) as error:
         raise ConfigError([f"run_dir: {run_dir!r} holds no run ({error}); use the --run-dir of a run"]) from error

@@ -104,6 +104,7 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
         broken=given.broken,
         token_count=lambda prompt: len(tokenizer(prompt).input_ids),
         max_tokens=tokenizer.model_max_length,
+        column=given.column,
     )
     if len(prompts) < 2:
         faults.append(

@@ -137,9 +137,11 @@ class Plan:
             broken=prompts.broken,
             token_count=token_count,
             max_tokens=max_tokens,
+            column=prompts.column,
         )
         table = self._table(stage, reader.batches())
         self.skipped[stage] = reader.skipped
+        print("\n".join(reader.found), flush=True)
         return table
 
     def _split(self, prompts: storage.ParquetRows) -> tuple[storage.ParquetRows, storage.ParquetRows]:

@@ -19,12 +19,13 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.folders import check_model, load_schedule, load_sizes, load_tokenizer, model_commit
 from mi_ray.information.maps import upsampled
-from mi_ray.inputs.images import encode_png, read_image
+from mi_ray.inputs.images import read_image, thumbnail
+from mi_ray.inputs.keep import check_keep, write_kept
 from mi_ray.inputs.pair_config import ScorePairsConfig
-from mi_ray.inputs.pairs import Pair, PairShard, plan_pairs, read_pairs
+from mi_ray.inputs.pairs import Pair, PairPlan, PairShard, plan_pairs, read_pairs
 from mi_ray.language.sources import negatives_by
 from mi_ray.report.attributions import attribution_png
-from mi_ray.report.audit import decimal, write_audit
+from mi_ray.report.audit import verdict_lines, write_audit
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs import lease
 from mi_ray.runs.cost import score_evaluations
@@ -40,7 +41,6 @@ from mi_ray.stages.shards import Committer, Patience, whole_or_one_by_one, write
 from mi_ray.stages.trial import settle
 from mi_ray.storage import tables
 
-MAX_THUMBNAIL = 256  # pixels
 SINGLE_BATCH = 64  # batch size for a single pair: a trial run would take longer than the pair
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
 COLUMNS = ("score_pmi", "score_pmi_negatives", "score_margin")
@@ -79,7 +79,7 @@ class PairActor:
             rows += self._scored(chunk, work)
             self._drop_images(rows)
         for row in rows:
-            row["image"] = None if row["image"] is None else _thumbnail(row["image"])
+            row["image"] = None if row["image"] is None else thumbnail(row["image"])
         return rows
 
     def _admitted(self, pairs: Iterator[Pair]) -> Iterator[list[dict]]:
@@ -89,7 +89,8 @@ class PairActor:
 
     def _row(self, pair: Pair) -> dict:
         self.pairs += 1
-        row = dict.fromkeys(tables.SCORED.names) | {"key": pair.key, "prompt": pair.prompt, "error": pair.error}
+        told = {name: getattr(pair, name) for name in ("key", "file", "prompt", "remark", "error")}
+        row = dict.fromkeys(tables.SCORED.names) | told
         if row["error"] is None:
             try:
                 self._check_caption(pair.prompt)
@@ -152,15 +153,6 @@ def ahead(items: Iterator[_T]) -> Iterator[_T]:
             yield item
 
 
-def _thumbnail(image: np.ndarray) -> dict:
-    step = -(-max(image.shape[:2]) // MAX_THUMBNAIL)
-    if step > 1:  # average whole blocks of pixels
-        height, width = (side // step * step for side in image.shape[:2])
-        blocks = image[:height, :width].reshape(height // step, step, width // step, step, 3)
-        image = blocks.mean((1, 3)).round().astype(np.uint8)
-    return encode_png(image)
-
-
 # ---------------------------------------------------------------------------------------------- the job
 def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
     """Check the model and the source of the negatives.
@@ -207,10 +199,10 @@ def score_pairs(config: ScorePairsConfig) -> str:
     """
     config, commit = _checked(config)
     key = began_hash(config.run_dir, config.hash())
-    shards = plan_pairs(config.input, config.pairs_per_shard, key, config.columns)
+    plan = _planned(config, key)
     with run_folder.full_disk_told(config.run_dir), lease.held(config.run_dir, config.resources.lease_s):
         _open_run(config, commit, key)
-        return _score_missing(config, shards)
+        return _score_missing(config, plan)
 
 
 class _Shards:
@@ -232,9 +224,18 @@ class _Shards:
         return asdict(self.shards[index])
 
 
-def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
+def _planned(config: ScorePairsConfig, key: str) -> PairPlan:
+    """The plan of the input, after what was found is printed."""
+    plan = plan_pairs(config.input, config.pairs_per_shard, key, config.columns)
+    print("\n".join(f"input: {line}" for line in plan.found), flush=True)
+    if config.keep:
+        check_keep(plan, config.keep)
+    return plan
+
+
+def _score_missing(config: ScorePairsConfig, plan: PairPlan) -> str:
     folder, resources = storage.join(config.run_dir, SCORES), config.resources
-    names = [shard.name for shard in shards]
+    names = [shard.name for shard in plan]
     if run_folder.missing_parts(folder, names):
         start_ray()
         check_room(resources, train=False)
@@ -243,21 +244,25 @@ def _score_missing(config: ScorePairsConfig, shards: list[PairShard]) -> str:
         resources = settle(model, resources)
     constructor = {"config": config.model_copy(update={"resources": resources}).model_dump(mode="json")}
     write_missing(
-        "score", config.model, PairActor, constructor, _Shards(shards), folder, config.run_dir, resources, "shard"
+        "score", config.model, PairActor, constructor, _Shards(plan.shards), folder, config.run_dir, resources, "shard"
     )
-    # Keep all parts if an input is unreadable now: its pairs may have been scored before.
-    stale = set() if any(shard.unreadable for shard in shards) else {*storage.list_tables(folder)} - {*names}
+    stale = plan.stale(storage.list_tables(folder))
     run_folder.remove_parts(folder, stale)
     if stale:
         run_folder.log_event(config.run_dir, "parts_removed", folder=SCORES, count=len(stale))
         print(f"removed {len(stale)} parts: their pairs are no longer in the input")
     storage.write_json(storage.join(folder, run_folder.MANIFEST), {"parts": [{"name": name} for name in names]})
-    page, summary = write_audit(config.run_dir, folder, names, config.results_config())
+    page, summary = write_audit(config.run_dir, folder, names, config.results_config(), plan.found)
     run_folder.log_event(config.run_dir, "run_finished")
     print(
         f"{summary['scored']} pairs scored, {summary['errors']} with an error,"
         f" {summary['contradicted']} contradict their caption"
     )
+    for remark in summary["remarks"]:
+        print(f"{remark['count']} pairs: {remark['remark']}, first {remark['key']}")
+    if config.keep:
+        kept, left = write_kept(plan, config.keep, folder)
+        print(f"{config.keep}: {kept} pairs kept, {left} left out")
     print(f"audit: {page}")
     if not summary["scored"]:
         most = summary["reasons"][0]["error"] if summary["reasons"] else "the input has no pairs"
@@ -286,33 +291,21 @@ def score_one(config: ScorePairsConfig) -> dict:
     scorer = PairScorer(denoiser, config.score, batch_size, config.seed, words=True)
     row = scorer(image[None], [config.prompt], Work())[0]
     density = upsampled(scorer.maps(image[None], [config.prompt]).direct, image.shape[:2])[0].cpu().numpy()
+    if not np.isfinite([density.sum(), row["score_pmi"], row["score_margin"]]).all():
+        fault = "gives numbers that are not finite; try --dtype float32, or fetch its weights again"
+        raise ConfigError([f"model: {config.model!r} {fault}"])
     destination = config.map_file
     picture = attribution_png(image, density, config.prompt, row["score_pmi"], row["score_pmi_se"], row["words"])
     try:
         storage.write_bytes(destination, picture)
     except OSError as error:
         raise ConfigError([f"map: {destination!r} cannot be written ({error}); set --map FILE.png"]) from error
-    print("\n".join([*_lines(row), f"map            {destination}"]))
+    print("\n".join([*verdict_lines(row), f"map            {destination}"]))
     return row
 
 
 def _batch_size(config: ScorePairsConfig) -> int:
     return SINGLE_BATCH if config.resources.batch_size == "auto" else config.resources.batch_size
-
-
-def _lines(row: dict) -> list[str]:
-    def nats(value: float, error: float | None) -> str:
-        return f"{decimal(value)} ± {decimal(error)} nats"
-
-    lines = [f"pmi            {nats(row['score_pmi'], row['score_pmi_se'])}"]
-    if row["posterior"] is None:
-        return [*lines, "pmi_negatives  none: no hard negative can be made from this prompt"]
-    lines.append(f"pmi_negatives  {nats(row['score_pmi_negatives'], row['score_pmi_negatives_se'])}")
-    if row["contradicted"] is None:
-        return [*lines, f"contradicts    no clear contradiction (posterior of the prompt {row['posterior']:.2f})"]
-    instead = f"the image shows {row['instead']!r}" if row["instead"] else "it is missing in the image"
-    shown = f"{row['contradicted']!r}: {instead} (posterior {row['instead_posterior']:.2f})"
-    return [*lines, f"contradicts    {shown}"]
 
 
 def run_or_describe(config: ScorePairsConfig, dry_run: bool):
@@ -321,7 +314,7 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
         score_one(config)
     elif dry_run:
         config, _ = _checked(config)
-        shards = plan_pairs(config.input, config.pairs_per_shard, config.hash(), config.columns)
+        shards = _planned(config, config.hash())
         evaluations = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
         take_cpus(config.resources.cpus_per_actor)
         denoiser = load_denoiser(config.model, config.dtype, size=config.size)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mi_ray import storage
 from mi_ray.config import ResourcesConfig, RunConfig
 from mi_ray.inputs.shard_plan import Shard, ShardPlan, read_shard
+from mi_ray.inputs.text import excerpt
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs import lease
 from mi_ray.scoring.work import Work
@@ -232,14 +233,14 @@ def whole_or_one_by_one(
     except Exception as error:
         stop_if_machine_failed(error, len(everything) == 1, proven)
         if len(everything) == 1:
-            return [], [(0, f"{type(error).__name__}: {error}")]
+            return [], [(0, f"{type(error).__name__}: {excerpt(error, 500)}")]
     rows, failures = [], []
     for position in everything:
         try:
             rows += make_rows([position])
         except Exception as error:
             stop_if_machine_failed(error, True, proven)
-            failures.append((position, f"{type(error).__name__}: {error}"))
+            failures.append((position, f"{type(error).__name__}: {excerpt(error, 500)}"))
     return rows, failures
 
 

@@ -6,6 +6,7 @@ This room must not know what a file means to a run. It must not know how work is
 from mi_ray.storage.uris import (
     ParquetRows,
     check_plain,
+    check_reachable,
     create_bytes,
     delete,
     exists,
@@ -26,6 +27,7 @@ from mi_ray.storage.uris import (
     read_tables,
     relative,
     table_writer,
+    unpacked_chunks,
     write_bytes,
     write_json,
     write_table,
@@ -34,6 +36,7 @@ from mi_ray.storage.uris import (
 __all__ = [
     "ParquetRows",
     "check_plain",
+    "check_reachable",
     "create_bytes",
     "delete",
     "exists",
@@ -54,6 +57,7 @@ __all__ = [
     "read_tables",
     "relative",
     "table_writer",
+    "unpacked_chunks",
     "write_bytes",
     "write_json",
     "write_table",

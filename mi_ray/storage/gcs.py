@@ -11,13 +11,16 @@ from urllib.parse import parse_qs
 
 import pyarrow.fs as pafs
 
+from mi_ray.config.section import split_query
+from mi_ray.storage import endpoints
+
 # Requests are retried for this time if the store is slow or answers 429 or 5xx. Default of Google's client.
 PATIENCE_S = 120
 
 
 def _parts(uri: str) -> tuple[str, str, str | None]:
     """Bucket, key and endpoint of a gs:// URI. The endpoint is in its query or the environment; None: Google's."""
-    path, _, query = uri.removeprefix("gs://").partition("?")
+    path, query = split_query(uri.removeprefix("gs://"))
     bucket, _, key = path.partition("/")
     given = {name: values[-1] for name, values in parse_qs(query).items()}
     endpoint, scheme = given.pop("endpoint_override", None), given.pop("scheme", "https")
@@ -96,6 +99,17 @@ def filesystem(uri: str) -> tuple[pafs.GcsFileSystem, str]:
     bucket, key, endpoint = _parts(uri)
     _client(endpoint)  # raises at once if credentials are missing; Arrow would search for them until its time limit
     return _arrow(endpoint), f"{bucket}/{key}".rstrip("/")
+
+
+def check_reachable(uri: str):
+    """Check that an endpoint other than Google's answers.
+
+    Raises:
+        OSError: it does not.
+    """
+    _, _, endpoint = _parts(uri)
+    if endpoint:
+        endpoints.check_reachable(endpoint)
 
 
 def put(uri: str, content: bytes | BinaryIO):

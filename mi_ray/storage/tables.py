@@ -174,6 +174,7 @@ def evaluation_schema(metrics: Metrics = _NO_METRICS) -> pa.Schema:
 SCORED = pa.schema(
     [
         _field("key", pa.string(), "place of the pair: a file, a row or line of a file, a member of a tar"),
+        _field("file", pa.string(), "the image's own file: a path, a URI or tar#member; null: it is inside a table"),
         _field("prompt", pa.string(), "the caption"),
         *score_columns(("pmi", "pmi_negatives")),
         _field(
@@ -198,6 +199,7 @@ SCORED = pa.schema(
             "per word: log p(x|y) - log p(x|y without the word), nats; empty if words is false",
         ),
         _field("image", _IMAGE, "small image as the model saw it; only of the best and worst pairs of a shard"),
+        _field("remark", pa.string(), "how the pair was read, where it may surprise: the first of several lines ..."),
         _field("error", pa.string(), "reason why there is no score"),
     ],
     metadata=_FEATURES,

@@ -1,8 +1,11 @@
 """Access to data by URI: filesystems, atomic writes, tables and JSON lines."""
 
+import ctypes
+import errno
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -19,17 +22,21 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from mi_ray.config.section import holds_credentials
+from mi_ray.config.section import holds_credentials, split_query
 from mi_ray.storage import gcs, s3
 
 Result = TypeVar("Result")
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux's renameat2
+_RENAME_EXCL = 4  # of macOS's renamex_np
 
 
 # ------------------------------------------------------------------------------------------ files
 def join(uri: str, *parts: str) -> str:
-    """Append parts to the path of a URI. A query (s3://bucket/run?endpoint_override=...) stays at the end."""
-    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
-    return "/".join([path.rstrip("/"), *parts]) + mark + query
+    """Append parts to the path of a URI. A query (s3://bucket/run?endpoint_override=...) stays at the
+    end; where a part holds a `?`, an empty query keeps the two apart."""
+    path, query = split_query(uri) if "://" in uri else (uri, "")
+    joined = "/".join([path.rstrip("/"), *parts])
+    return f"{joined}?{query}" if query or ("://" in uri and "?" in joined) else joined
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -112,12 +119,20 @@ def read_bytes(uri: str) -> bytes:
     return _with_retries(read)
 
 
-def read_chunks(uri: str, size: int = 1 << 22) -> Iterator[bytes]:
-    """The content of a file, `size` bytes at a time."""
+def read_chunks(uri: str, size: int = 1 << 22, start: int = 0) -> Iterator[bytes]:
+    """The content of a file from an offset on, `size` bytes at a time."""
     system, path = filesystem(uri)
     with _with_retries(lambda: system.open_input_file(path)) as file:
-        for start in range(0, file.size(), size):
-            yield _with_retries(lambda start=start: file.read_at(size, start))
+        for at in range(start, file.size(), size):
+            yield _with_retries(lambda at=at: file.read_at(size, at))
+
+
+def unpacked_chunks(uri: str, size: int = 1 << 22) -> Iterator[bytes]:
+    """The content of a file, decompressed if its name ends in .gz, about `size` bytes at a time."""
+    system, path = filesystem(uri)
+    with _with_retries(lambda: system.open_input_stream(path)) as stream:  # Arrow goes by the name
+        while chunk := stream.read(size):
+            yield chunk
 
 
 def write_bytes(uri: str, content: bytes):
@@ -157,7 +172,8 @@ def _partial(target: Path, content: bytes) -> Iterator[Path]:
 def create_bytes(uri: str, content: bytes) -> bool:
     """Write a file atomically if none of this name exists. Of several writers at once, exactly one succeeds.
 
-    It uses a hard link on a local disk, a put with `If-None-Match: *` on S3, and `ifGenerationMatch=0` on GCS.
+    It uses a hard link on a local disk, or a rename that replaces nothing where the file system has no hard links; a
+    put with `If-None-Match: *` on S3; and `ifGenerationMatch=0` on GCS.
 
     Returns:
         Whether this call wrote the file.
@@ -168,11 +184,7 @@ def create_bytes(uri: str, content: bytes) -> bool:
     system, path = filesystem(uri)
     if isinstance(system, pafs.LocalFileSystem):
         with _partial(Path(path), content) as partial:
-            try:
-                os.link(partial, path)
-            except FileExistsError:
-                return False
-        return True
+            return _place_new(partial, path)
     store = _store(uri)
     if store is None:
         message = (
@@ -181,6 +193,49 @@ def create_bytes(uri: str, content: bytes) -> bool:
         raise ValueError(message)
     # After a refusal, the file may still be ours, if the answer to an earlier attempt was lost.
     return store.create(uri, content) or read_bytes(uri) == content
+
+
+def _place_new(partial: Path, path: str) -> bool:
+    """Give a complete file its name, unless there is one of this name. Returns whether it has got it."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError:  # exFAT, SMB and FUSE have no hard links
+        return _rename_new(str(partial), path)
+    return True
+
+
+def _rename_new(source: str, target: str) -> bool:
+    """Rename a file, unless the target exists; the system does both at once. Returns whether it was renamed."""
+    library = ctypes.CDLL(None, use_errno=True)
+    try:
+        if sys.platform == "darwin":
+            failed = library.renamex_np(os.fsencode(source), os.fsencode(target), _RENAME_EXCL)
+        else:
+            failed = library.renameat2(
+                _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE
+            )
+    except AttributeError:  # another system, or an old C library
+        failed, number = True, errno.ENOSYS
+    else:
+        number = ctypes.get_errno()
+    if failed and number != errno.EEXIST:
+        lacks = "its file system has neither hard links nor renames that replace nothing, of which a run needs one"
+        raise OSError(number, f"{lacks} ({os.strerror(number)})")
+    return not failed
+
+
+def check_reachable(uri: str):
+    """Check that the store of a URI answers, with one attempt of a few seconds. Local paths pass.
+
+    Raises:
+        OSError: it does not answer, or its certificate is not trusted.
+        ValueError: the URI is not valid.
+    """
+    store = _store(uri) if "://" in uri else None
+    if store:
+        store.check_reachable(uri)
 
 
 def delete(uri: str):

@@ -24,6 +24,7 @@ from mi_ray.training.pretrain import PretrainConfig
 LEAST = ["--run-dir", "runs/test", "--prompts.file", "prompts.txt"]
 MODELS = [RunConfig, ScorePairsConfig, CalibrationConfig, RescoreConfig, PretrainConfig, MorePromptsConfig]
 NO_PATHS = {
+    "column",
     "prompt",
     "image_column",
     "caption_column",

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from mi_ray.config import pinned, without_revision
 from mi_ray.config.command_line import load_config
@@ -313,3 +315,97 @@ def test_unreachable_hub_gives_one_message(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match="nobody/nothing") as error:
             load("nobody/nothing")
         assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- weights
+PART_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def _rename(folder, part, change):
+    """Write a part's weights again with other keys; None leaves a weight out."""
+    file = folder / part / f"{PART_FILES[part]}.safetensors"
+    weights = {change(key): value for key, value in load_file(file).items() if change(key)}
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(("part", "layer"), [("text_encoder", "q_proj."), ("unet", "to_q."), ("vae", "conv_in.")])
+def test_weights_saved_with_an_adapter_attached_are_refused(copy, part, layer):
+    _rename(copy, part, lambda key: key.replace(layer, f"{layer}base_layer."))
+    with pytest.raises(ValueError, match=rf"base_layer.* in its {part}; it was saved with an adapter attached"):
+        check_model(str(copy))
+    with pytest.raises(ValueError, match="base_layer"):
+        load_denoiser(str(copy))
+
+
+@pytest.mark.parametrize("part", PART_FILES)
+def test_missing_unexpected_and_misshapen_weights_are_named(copy, part):
+    first = sorted(load_file(copy / part / f"{PART_FILES[part]}.safetensors"))[0]
+    _rename(copy, part, lambda key: None if key == first else key)
+    with pytest.raises(ValueError, match=rf"lacks 1 weights \({first.removeprefix('text_model.')}\) in its {part}"):
+        check_model(str(copy))
+    _change(copy / part / "config.json", **({"hidden_size": 64} if part == "text_encoder" else {"layers_per_block": 3}))
+    with pytest.raises(ValueError, match=rf"(?s)in its {part}.*config\.json"):
+        check_model(str(copy))
+
+
+def test_the_loaders_reports_are_errors(copy, monkeypatch):
+    """Where the check of the headers would miss it."""
+    _rename(copy, "text_encoder", lambda key: key.replace("k_proj", "kproj"))
+    monkeypatch.setattr("mi_ray.diffusion.denoisers.fetch_model", Path)
+    with pytest.raises(ValueError, match=r"lacks \d+ weights .*k_proj.* in its text_encoder"):
+        load_denoiser(str(copy))
+
+
+def test_names_of_earlier_versions_are_known(copy):
+    earlier = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+    def rename(key):
+        for now, before in earlier.items():
+            key = key.replace(now, before)
+        return key
+
+    if any("attentions" in key for key in load_file(copy / "vae" / "diffusion_pytorch_model.safetensors")):
+        _rename(copy, "vae", rename)
+    _rename(copy, "text_encoder", lambda key: f"text_model.{key.removeprefix('text_model.')}")
+    check_model(str(copy))
+    load_denoiser(str(copy))
+
+
+def test_parts_of_different_models_are_refused(copy):
+    _change(copy / "unet" / "config.json", cross_attention_dim=96)
+    with pytest.raises(ValueError, match=r"cross_attention_dim 96: they are parts of different models"):
+        check_model(str(copy))
+
+
+def test_a_configuration_that_describes_no_model_is_refused(copy):
+    _change(copy / "unet" / "config.json", block_out_channels=None)
+    with pytest.raises(ValueError, match=r"unet/config\.json that describes no model"):
+        check_model(str(copy))
+
+
+def test_the_tokenizer_reads_no_more_than_the_text_encoder(copy):
+    path = copy / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    longest = json.loads((copy / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
+    del config["model_max_length"]
+    path.write_text(json.dumps(config))
+    assert load_tokenizer(str(copy)).model_max_length == longest
+
+
+def test_files_of_another_variant_and_single_files_are_told(copy, tmp_path):
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(ValueError, match=r"has unet/diffusion_pytorch_model\.fp16\.safetensors.*variant='fp16'"):
+        check_model(str(copy))
+    (tmp_path / "v1.safetensors").touch()
+    with pytest.raises(ValueError, match=r"a checkpoint in a single file.*from_single_file"):
+        check_model(str(tmp_path / "v1.safetensors"))
+    with pytest.raises(ValueError, match="a checkpoint in a single file"):
+        check_model("models/v1.safetensors")
+
+
+def test_zero_snr_is_refused_without_advice_that_changes_the_model(copy):
+    _change(copy / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="trained to zero SNR") as error:
+        check_model(str(copy))
+    assert "false" not in str(error.value)

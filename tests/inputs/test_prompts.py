@@ -131,7 +131,7 @@ def test_broken_lines_are_skipped_with_a_row_each(write):
         "line 2 is not JSON",
         "line 3 is not UTF-8",
         "line 4 is without a prompt",
-        "line 5 is binary",
+        "line 5 is binary, or UTF-16 without a byte order mark",
         "line 7 is longer than 1 MiB",
     ]
     assert next(row["prompt"] for row in skipped if "line 3" in row["message"]) == '{"prompt": "\ufffd"}'
@@ -157,7 +157,7 @@ def test_every_one_of_a_million_lines_on_s3_is_kept_or_counted(s3_server):
         "not UTF-8": b'{"prompt": "caf\xe9"}',
         "not JSON": b'{"prompt": "a dog',
         "without a prompt": b'{"prompt": "", "category": "animals"}',
-        "binary": b'{"prompt": "a\0dog"}',
+        "binary, or": b'{"prompt": "a\0dog"}',
         "a repeated prompt": b'{"prompt": "prompt number 0"}',
         "longer than the 9 tokens": b'{"prompt": "%d one two three four five six seven eight"}',
     }
@@ -200,11 +200,15 @@ def test_every_one_of_a_million_lines_on_s3_is_kept_or_counted(s3_server):
         ("p.txt", b"", "is empty"),
         ("p.txt", b"\n \r\n", "is empty"),
         ("p.parquet", b"", "is empty"),
-        ("p.txt", b"a\nb\n\x89PNG\0\0", "is binary (a zero byte on line 3); give text in UTF-8"),
-        ("p.txt", "a\nb\n".encode("utf-16"), "is binary (a zero byte on line 1)"),
-        ("p.txt", "a\nna\u00efve\nb\nd\u00e9j\u00e0".encode("latin-1"), "lines 2, 4 are not UTF-8; save the file as"),
+        (
+            "p.txt",
+            b"a\nb\n\x89PNG\0\0",
+            "or UTF-16 without a byte order mark (a zero byte on line 3); save it as UTF-8",
+        ),
+        ("p.txt", "a\nb\n".encode("utf-16-le"), "mark (a zero byte on line 1)"),
+        ("p.txt", "a\nna\u00efve\nb\nd\u00e9j\u00e0".encode("latin-1"), "lines 2, 4 are not UTF-8; save it as"),
         ("p.txt", b"a\n\tanimals\n", "line 2 is without a prompt"),
-        ("p.csv", b"a\n", "has the unknown extension '.csv'; give .txt, .jsonl or .parquet"),
+        ("p.docx", b"a\n", "has the unknown extension '.docx'; give .txt, .jsonl, .json, .csv"),
         ("prompts", b"a\n", "has the unknown extension ''"),
         ("p.parquet", b"PAR1 and nothing else", "is not a Parquet file"),
     ],
@@ -234,12 +238,15 @@ def test_all_faults_of_a_jsonl_are_reported_together(write):
         "{",
         "[" * 100_000,
     ]
-    lines += [r'{"prompt": "half \ud83d"}', '{"prompt": "b", "category": 7}']
+    lines += [r'{"prompt": "half \ud83d"}', '{"prompt": "b", "category": [7]}']
     told = faults(write("p.jsonl", "\n".join(lines)))
     assert [fault.partition(".jsonl' ")[2].partition(";")[0] for fault in told] == [
         "lines 2, 7, 8 are not JSON",
-        "lines 3, 4, 5, 6, 9 are without a prompt",
-        "line 10 is with a category or split that is not text",
+        "line 3 is a JSON list, not an object",
+        "line 5 is without a prompt",
+        "line 6 is not usable (the prompt is not text but int)",
+        "line 9 is not usable (the prompt is not text but contains half a surrogate pair)",
+        "line 10 is not usable (the category or split is neither text nor a number)",
     ]
 
 
@@ -267,7 +274,7 @@ def test_skipping_everything_is_refused(write):
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"text": ["a"], "n": [1]}, "has no column 'prompt', only text, n"),
+        ({"picture": ["a"], "n": [1]}, "has no column prompt, caption, text, txt among picture, n; set"),
         ({"prompt": [1, 2]}, "has int64 in column 'prompt', not text"),
         ({"prompt": [b"\x80\x04pickled"]}, "has binary in column 'prompt', not text"),
         ({"prompt": ["a", None, ""]}, "rows 2, 3 are without a prompt"),
