@@ -190,6 +190,10 @@ class RunConfig(Section):
             )
         if tuning.baseline:
             faults.append("finetune.baseline is set, but an online run does not use it: remove it")
+        if tuning.prompt_dropout:
+            faults.append(
+                "finetune.prompt_dropout is set, but an online run does not use it: remove it (see online.held_share)"
+            )
         if self.prune.by:
             faults.append(
                 f"prune.by is {self.prune.by}, but an online update uses all its candidates: set prune.by to none"

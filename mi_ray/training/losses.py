@@ -31,7 +31,7 @@ class Batch:
     advantages: Tensor | None = None  # (n,) in [-1, 1], mean about zero within a prompt
     rewards: Tensor | None = None  # (n,) in [0, 1]
     group: Tensor | None = None  # (n,) long, from 0: rows of one prompt at one noise level have the same number
-    null: Tensor | None = None  # (n,) bool: rows with a dropped prompt; they stay close to the base model
+    held: Tensor | None = None  # (n,) bool: rows that are trained towards the reference prediction alone
 
     def to(self, device: torch.device) -> "Batch":
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -243,8 +243,7 @@ class Objective(nn.Module):
             if w == 1:
                 return prediction
             null = self.predict(batch, self.null.expand(len(batch.x0)))
-        guided = null + w * (prediction - null)
-        return guided if batch.null is None else torch.where(_like(batch.null, guided), prediction, guided)
+        return null + w * (prediction - null)
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss: mean over rows of weight * min-SNR weight * (value of the method + anchor)."""
@@ -255,17 +254,14 @@ class Objective(nn.Module):
         if method.old:
             with torch.no_grad(), weights_of(self.old, self.parameters_trained):
                 old = self.predict(batch)
-        reference = self.reference(batch) if anchored or method.reference else None
+        needed = anchored or method.reference or batch.held is not None
+        reference = self.reference(batch) if needed else None
         p = Predictions(target, self.predict(batch), old, reference)
         values = method.loss(p, batch, config)
         if reference is not None:
             distance = _mean_square(p.new - reference)
             self.figures["distance_to_base"] = distance.detach().mean().item()
             values = values + config.anchor * distance
-            if batch.null is not None:  # for the empty prompt, train towards the base model's prediction
-                values = torch.where(batch.null, distance, values)
+            if batch.held is not None:
+                values = torch.where(batch.held, distance, values)
         return (batch.weights * self.snr_weights[batch.timesteps] * values).mean()
-
-
-def _like(rows: Tensor, values: Tensor) -> Tensor:
-    return rows.view(-1, *[1] * (values.ndim - 1))

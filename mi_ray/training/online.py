@@ -198,8 +198,7 @@ class OnlineSource:
 
     def _draw(self, groups: list[Group], inner: int) -> Batch:
         """The rows of prompts at their noise levels: a pure function of (seed, update, inner step, prompt)."""
-        online, tuning, parts = self.config.online, self.config.finetune, []
-        count = len(self.timesteps)
+        online, parts, count = self.config.online, [], len(self.timesteps)
         for group in groups:
             key = f"online noise/{self.config.seed}/{self.update}/{inner}/{group.prompt_id}"
             generator = _generator(key)
@@ -207,24 +206,28 @@ class OnlineSource:
             # Stratified noise levels: one in each of `levels` equal parts of the timesteps.
             places = (torch.arange(levels) + torch.rand(levels, generator=generator)) / levels
             drawn = self.timesteps.start + (places * count).long().clamp(max=count - 1)
-            dropped = torch.rand(levels, generator=generator) < tuning.prompt_dropout
+            # What is not trained is held at the base model: the empty prompt, and all levels outside the range.
+            held, empty, anywhere = torch.rand(3, levels, generator=generator)
+            held = held < online.held_share
+            drawn = torch.where(held, (anywhere * self.timesteps.stop).long(), drawn)
+            empty = held & ((empty < 0.5) | (drawn >= self.timesteps.start))
             for level in range(levels):
                 noise = torch.randn(1 if online.shared_noise else m, *group.latents.shape[1:], generator=generator)
-                parts.append((group, drawn[level], noise.expand_as(group.latents), dropped[level]))
+                parts.append((group, drawn[level], noise.expand_as(group.latents), held[level], empty[level]))
         sizes = torch.tensor([len(group.latents) for group, *_ in parts])
-        null = torch.stack([dropped for *_, dropped in parts]).repeat_interleave(sizes)
-        prompts = ["" if dropped else group.prompt for group, _, _, dropped in parts]
+        held = torch.stack([held for *_, held, _ in parts]).repeat_interleave(sizes)
+        prompts = ["" if empty else group.prompt for group, *_, empty in parts]
         advantage = torch.cat([group.advantages for group, *_ in parts])
         batch = Batch(
             x0=torch.cat([group.latents for group, *_ in parts]),
-            noise=torch.cat([noise for _, _, noise, _ in parts]),
-            timesteps=torch.stack([level for _, level, _, _ in parts]).repeat_interleave(sizes),
+            noise=torch.cat([noise for _, _, noise, *_ in parts]),
+            timesteps=torch.stack([level for _, level, *_ in parts]).repeat_interleave(sizes),
             conditioning=self._encoded(prompts, sizes),
-            weights=torch.ones(int(sizes.sum())),
+            weights=torch.where(held, online.held_weight, 1.0),
             advantages=advantage,
             rewards=(advantage + 1) / 2,
             group=torch.arange(len(parts)).repeat_interleave(sizes),
-            null=null if tuning.prompt_dropout else None,
+            held=held if online.held_share else None,
         )
         return batch.to(self.denoiser.device)
 

@@ -39,8 +39,8 @@ class FakeBoard:
 
 def run_config(model: Path, run_dir: Path, **settings: dict) -> RunConfig:
     online = {"updates": UPDATES, "prompts_per_update": 4, "inner_steps": INNER, "validate_every": 2}
-    online |= {"validation_prompts": 2, "validation_candidates": 2, "noise_levels": 2}
-    finetune = {"method": "nft", "rank": 2, "alpha": 2, "learning_rate": 1e-3, "batch_size": 6, "prompt_dropout": 0.2}
+    online |= {"validation_prompts": 2, "validation_candidates": 2, "noise_levels": 2, "held_share": 0.3}
+    finetune = {"method": "nft", "rank": 2, "alpha": 2, "learning_rate": 1e-3, "batch_size": 6}
     finetune |= {"log_to": []}
     given = {
         "run_dir": str(run_dir),

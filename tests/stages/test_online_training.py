@@ -1,5 +1,6 @@
 """The training of an online run: its data, and when it stops."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +104,32 @@ def test_restarted_source_has_the_same_batches_and_versions(drawn):
     assert again.history[0] == first.history[0]
     assert again.open(INNER)
     batch = again.parts(INNER, 0, 1)[0][0]()
-    for name in ("x0", "noise", "timesteps", "advantages", "null"):
+    for name in ("x0", "noise", "timesteps", "advantages", "held"):
         assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+
+
+def test_held_rows_are_empty_prompts_and_levels_that_are_not_trained(drawn):
+    config, prompts, folder = drawn
+    source, _ = source_of(config, prompts, folder, board_of(plan_of(config, prompts), folder))
+    held = {"held_share": 0.6, "held_weight": 3}
+    source.config = config.model_copy(update={"online": config.online.model_copy(update=held)})
+    source.timesteps = range(500, 1000)
+    assert source.open(0)
+    null, seen = source.denoiser.encode_prompts([""])["embeds"], Counter()
+    for inner in range(40):
+        batch = source._draw(source.groups, inner)
+        for t, held, weight, embeds in zip(
+            batch.timesteps.tolist(),
+            batch.held.tolist(),
+            batch.weights.tolist(),
+            batch.conditioning["embeds"],
+            strict=True,
+        ):
+            empty, trained = torch.allclose(embeds, null[0], atol=1e-6), t >= 500
+            assert weight == (3 if held else 1)
+            seen[held, empty, trained] += 1
+    assert set(seen) == {(False, False, True), (True, True, True), (True, True, False), (True, False, False)}
+    assert 0.45 < sum(count for (held, *_), count in seen.items() if held) / seen.total() < 0.75
 
 
 def rewritten(folder: Path, to: Path, plan: OnlinePlan, index: int, **columns) -> None:

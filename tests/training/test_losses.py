@@ -163,9 +163,10 @@ def test_weights_of_restores_the_own_weights(denoiser):
         assert torch.equal(p, value)
 
 
-def test_dropped_prompt_trains_towards_the_base_model(denoiser):
-    objective, batch = objective_of(denoiser, method="nft", anchor=0.5), rows(denoiser)
-    batch = Batch(**(vars(batch) | {"null": torch.ones(4, dtype=torch.bool)}))
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+def test_held_rows_train_towards_the_base_model(denoiser, anchor):
+    objective, batch = objective_of(denoiser, method="nft", anchor=anchor), rows(denoiser)
+    batch = Batch(**(vars(batch) | {"held": torch.ones(4, dtype=torch.bool)}))
     assert objective(batch).item() == 0  # the adapter is new
     with weights_of(moved(objective), objective.parameters_trained), torch.no_grad():
         distance = mean_square(objective.predict(batch) - objective.reference(batch)).mean()
