@@ -21,7 +21,7 @@ from pydantic_settings import (
 
 from mi_ray.config import RunConfig
 from mi_ray.config.paths import absolute
-from mi_ray.config.section import ConfigError, Section
+from mi_ray.config.section import ConfigError, Section, excerpt
 
 Config = TypeVar("Config", bound=Section)
 
@@ -61,13 +61,12 @@ def _faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
         elif fault["type"] == "value_error":
             messages += [f"{name + ': ' if name else ''}{text}" for text in str(fault["ctx"]["error"]).split("\n")]
         elif fault["type"] == "model_type":
-            messages.append(
-                f"{name}: {fault['input']!r} is not valid, because this is a section; set its fields (--help lists"
-                " them)"
-            )
+            given = excerpt(repr(fault["input"]))
+            advice = "set its fields (--help lists them)"
+            messages.append(f"{name}: {given} is not valid, because this is a section; {advice}")
         else:
             reason = fault["msg"][0].lower() + fault["msg"][1:]
-            messages.append(f"{name}: {fault['input']!r} is not valid; {reason}")
+            messages.append(f"{name}: {excerpt(repr(fault['input']))} is not valid; {excerpt(reason)}")
     return messages
 
 
@@ -77,7 +76,7 @@ def _read_yaml(path: str) -> dict:
     except (OSError, ValueError) as error:
         raise ConfigError([f"--config: {path!r} cannot be read ({error}); give a YAML file"]) from error
     except yaml.YAMLError as error:
-        raise ConfigError([f"--config: {path!r} is not YAML ({' '.join(str(error).split())}); correct it"]) from error
+        raise ConfigError([f"--config: {path!r} is not YAML ({excerpt(error)}); correct it"]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"--config: {path!r} is not a mapping of fields; see the examples in jobs/configs/"])
     return tree
@@ -128,9 +127,10 @@ def _unknown_arguments(unknown: list[str], model: type[BaseModel]) -> list[str]:
     faults = []
     for before, argument in zip(["", *unknown], unknown, strict=False):
         if argument.startswith("--"):
-            faults.append(f"{argument}: unknown flag; {_suggestion(argument, model)}")
+            faults.append(f"{excerpt(argument)}: unknown flag; {_suggestion(argument, model)}")
         elif not before.startswith("--") or "=" in before:
-            faults.append(f"{argument}: is not the value of any flag; write --field {argument}, or remove it")
+            shown = excerpt(argument)
+            faults.append(f"{shown}: is not the value of any flag; write --field {shown}, or remove it")
     return faults
 
 

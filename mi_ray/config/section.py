@@ -29,6 +29,15 @@ MetricNames = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidato
 METRIC_NAMES = "oracle (only for prompts of the embedded world), or your own package.module:Class (see README)"
 
 
+LONGEST = 200  # characters of the user's data in a message
+
+
+def excerpt(value: object, longest: int = LONGEST) -> str:
+    """The user's data or a library's message as one line of bounded length, for a message."""
+    text = " ".join((value if isinstance(value, str) else str(value))[: 4 * longest].split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
 class ConfigError(Exception):
     """Faults of the user's input, one message each."""
 

@@ -7,7 +7,9 @@ import pyarrow as pa
 
 from mi_ray import storage
 from mi_ray.config.section import ConfigError
-from mi_ray.inputs.prompts import read_prompts
+from mi_ray.inputs import text
+from mi_ray.inputs.prompts import LONGEST_LINE, read_prompts
+from mi_ray.inputs.records import form_of, format_of, read_records
 from mi_ray.storage.tables import metric_columns
 
 Focus = dict[str, tuple[float, str | None]]  # prompt -> (weight above 0, category)
@@ -47,7 +49,7 @@ def _parts(uri: str) -> list[str]:
 
 def _declared(uri: str) -> str:
     """The first column of the first metric that a table or folder of tables declares; empty if there is none."""
-    if uri.endswith((".txt", ".jsonl")):
+    if uri.endswith(".txt") or format_of(uri):
         return ""
     metrics = (metric_columns(storage.ParquetRows(part).schema) for part in _parts(uri)[:1])
     return next((columns[0].name for declared in metrics for columns in declared.values()), "")
@@ -55,10 +57,11 @@ def _declared(uri: str) -> str:
 
 def _rows(uri: str, metric: str) -> list[dict] | None:
     """Rows with prompt, category, and weight or the metric; None if the file has neither of the two."""
-    if uri.endswith(".txt"):
+    if uri.endswith(".txt") or (format_of(uri) and not storage.exists(uri)):  # `read_prompts` tells that it is missing
         return None
-    if uri.endswith(".jsonl"):
-        rows = [row for row in storage.iter_lines(uri) if isinstance(row, dict) and isinstance(row.get("prompt"), str)]
+    if format_of(uri):
+        found = (record.fields for record in read_records(uri, form_of(uri, LONGEST_LINE), LONGEST_LINE))
+        rows = [row for row in found if row is not None and isinstance(row.get("prompt"), str)]
         return rows if any({"weight", metric} & row.keys() for row in rows) else None
     folder, parts = not uri.endswith(".parquet"), _parts(uri)
     if not parts:
@@ -76,17 +79,27 @@ def _rows(uri: str, metric: str) -> list[dict] | None:
     return None
 
 
+def _number(value: object) -> object:
+    """A number that a CSV file has as text."""
+    try:
+        return value if not isinstance(value, str) else float(value) if value.strip() else None
+    except ValueError:
+        return value
+
+
 def _weighted(rows: list[dict], metric: str, below: float) -> Focus:
     name = "weight" if any("weight" in row for row in rows) else metric
     values, categories = defaultdict(list), {}
     for row in rows:
-        value, prompt = row.get(name), (row.get("prompt") or "").strip()
+        value, prompt = _number(row.get(name)), text.clean(row.get("prompt") or "")
         if value is None or not prompt:
             continue
         most = math.inf if name == "weight" else 1
         if isinstance(value, str) or not (0 <= value <= most and value < math.inf):
             asked = "a number from 0" if name == "weight" else "a metric between 0 and 1"
-            raise ValueError(f"has {name} {value!r} for the prompt {prompt!r}; give {asked}")
+            raise ValueError(
+                f"has {name} {text.excerpt(repr(value))} for the prompt {text.excerpt(prompt)!r}; give {asked}"
+            )
         values[prompt].append(float(value))
         categories.setdefault(prompt, row.get("category"))
     if name == "weight":

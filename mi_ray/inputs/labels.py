@@ -8,6 +8,8 @@ import pyarrow as pa
 
 from mi_ray import storage
 from mi_ray.inputs.images import encode_png
+from mi_ray.inputs.prompts import LONGEST_LINE
+from mi_ray.inputs.records import form_of, format_of, read_records
 
 _LABEL = ("prompt_id", "candidate_index", "label")
 
@@ -42,12 +44,21 @@ def read_labels(uri: str, digest: str) -> dict[tuple[str, int], float]:
     try:
         if not storage.exists(uri):
             raise ValueError("it does not exist")
-        rows = storage.read_lines(uri) if uri.endswith(".jsonl") else storage.read_table(uri).to_pylist()
+        rows = _rows(uri)
         places = [(str(row["prompt_id"]), int(row["candidate_index"])) for row in rows]
-        labels = [math.nan if row.get("label") is None else float(row["label"]) for row in rows]
+        labels = [math.nan if row.get("label") in (None, "") else float(row["label"]) for row in rows]
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         reason = f"no field {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{uri!r} is not valid ({reason}); give rows with {', '.join(_LABEL)}") from error
     if any(row.get("pool", digest) != digest for row in rows):
         raise ValueError(f"{uri!r} labels another pool; use the model, sampler and seed of the run with --pool")
     return dict(zip(places, labels, strict=True))
+
+
+def _rows(uri: str) -> list[dict]:
+    if not format_of(uri):
+        return storage.read_table(uri).to_pylist()
+    records = list(read_records(uri, form_of(uri, LONGEST_LINE), LONGEST_LINE))
+    if fault := next((f"line {record.number} is {record.fault}" for record in records if record.fields is None), None):
+        raise ValueError(fault)
+    return [record.fields for record in records]

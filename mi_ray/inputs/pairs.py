@@ -177,10 +177,14 @@ class _Planner:
             ValueError: it holds no pairs.
         """
         match kind_of(uri):
-            case "parquet":
-                yield from self._in_parquet(uri, state)
-            case "table":
-                yield from self._in_table(uri, state)
+            case "parquet" | "table" as kind:
+                try:
+                    places = list(self._in_parquet(uri, state) if kind == "parquet" else self._in_table(uri))
+                except OSError as error:  # such as damaged gzip: the other files of a folder are read
+                    if storage.is_passing(error):
+                        raise
+                    places = [{"kind": kind, "uri": uri, "state": state, "error": text.reason(error)}]
+                yield from places
             case "tar":
                 self.found.read["tars"] += 1
                 yield {"kind": "tar", "uri": uri, "state": state}
@@ -215,7 +219,7 @@ class _Planner:
                 yield place | {"row_groups": groups, "first": first}
                 groups, first, count = [], first + count, 0
 
-    def _in_table(self, uri: str, state: State) -> Iterator[Place]:
+    def _in_table(self, uri: str) -> Iterator[Place]:
         """Ranges of whole rows. If rows are appended to a file of lines, only its last range changes."""
         form = form_of(uri, LONGEST_LINE)
         records = read_records(uri, form, LONGEST_LINE)

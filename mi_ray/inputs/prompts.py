@@ -33,7 +33,7 @@ from mi_ray.inputs.records import (
 PROMPTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "category", "split")])
 
 ROWS_AT_ONCE = 1 << 14
-_LONGEST_LINE = 1 << 20  # bytes
+LONGEST_LINE = 1 << 20  # bytes
 _LABELS = ("category", "split")
 _EXTENSIONS = ".txt, .jsonl, .json, .csv, .tsv (each also as .gz) or .parquet"
 _OPTION = re.compile(r"(?:^|\s)--[a-z]{1,12}(?:\s|$)")  # of a tool's command line
@@ -219,7 +219,7 @@ class PromptReader:
 
     def _text_rows(self) -> Iterator[_Row]:
         blank, header = True, True  # whether the next line may be a header
-        for line in text.lines(self.file, _LONGEST_LINE):
+        for line in text.lines(self.file, LONGEST_LINE):
             content, fault = text.shown_line(line)
             if not fault and not content.strip():
                 continue
@@ -238,13 +238,13 @@ class PromptReader:
             raise ValueError("is empty; give a file with prompts")
 
     def _table_rows(self) -> Iterator[_Row]:
-        form = form_of(self.file, _LONGEST_LINE)
+        form = form_of(self.file, LONGEST_LINE)
         self._where = "item" if form.kind == "array" else "line"
         self._form = form.name
         if form.kind == "csv":
             self._columns(form.header)  # raises at once
         blank = True
-        for record in read_records(self.file, form, _LONGEST_LINE):
+        for record in read_records(self.file, form, LONGEST_LINE):
             blank = False
             if record.fields is None:
                 self._break(record.number, record.text, record.fault)

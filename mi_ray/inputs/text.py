@@ -13,9 +13,9 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from mi_ray import storage
-from mi_ray.config.section import split_query
+from mi_ray.config import section
+from mi_ray.config.section import LONGEST, split_query
 
-LONGEST = 200  # characters of the user's data in a message
 _MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -47,10 +47,8 @@ class Line(NamedTuple):
 
 
 def excerpt(value: Any, longest: int = LONGEST) -> str:
-    """The user's data or a library's message as one line of bounded length, for a message."""
-    text = value if isinstance(value, str) else str(value)
-    text = clean(" ".join(text[: 4 * longest].split()))
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    """As `section.excerpt`, without control characters."""
+    return clean(section.excerpt(value, longest))
 
 
 def reason(error: Exception) -> str:

@@ -259,7 +259,7 @@ def _score_missing(config: ScorePairsConfig, plan: PairPlan) -> str:
         f" {summary['contradicted']} contradict their caption"
     )
     for remark in summary["remarks"]:
-        print(f"{remark['count']} pairs: {remark['remark']}, first {remark['key']}")
+        print(f"remark ({remark['count']} times): {remark['remark']}, first {remark['key']}")
     if config.keep:
         kept, left = write_kept(plan, config.keep, folder)
         print(f"{config.keep}: {kept} pairs kept, {left} left out")

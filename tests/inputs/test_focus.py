@@ -1,6 +1,7 @@
 """Weights of failing prompts, from files of every kind and from the evaluation of a run."""
 
 import json
+import math
 
 import pyarrow as pa
 import pytest
@@ -9,6 +10,7 @@ from mi_ray import storage
 from mi_ray.alignment.metric import Column
 from mi_ray.config.section import ConfigError
 from mi_ray.inputs.focus import read_focus
+from mi_ray.inputs.labels import read_labels
 from mi_ray.storage.tables import evaluation_schema
 
 
@@ -81,3 +83,20 @@ def test_invalid_files_are_refused(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"no table")
     with pytest.raises(ConfigError, match=r"^focus: "):
         read_focus(str(tmp_path / "broken.parquet"), "exact", 1.0)
+
+
+def test_weights_of_a_csv_file_are_numbers(tmp_path):
+    file = tmp_path / "f.csv"
+    file.write_bytes(b"\xef\xbb\xbfprompt,weight,category\na,2,x\nb,,y\na,0.5,x\n")
+    assert read_focus(str(file), "exact", 0.5) == {"a": (2.5, "x")}
+
+
+def test_labels_may_come_from_a_spreadsheet(tmp_path):
+    file = tmp_path / "pool.csv"
+    file.write_bytes("prompt_id,candidate_index,label\na,0,1\na,1,\n".encode("utf-16"))
+    labels = read_labels(str(file), "digest")
+    assert labels["a", 0] == 1
+    assert math.isnan(labels["a", 1])
+    (tmp_path / "pool.jsonl").write_text('{"prompt_id": "a", "candidate_index": 0}\nno json\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_labels(str(tmp_path / "pool.jsonl"), "digest")

@@ -89,6 +89,7 @@ PAIRS = [
     ("only images and a table", {"0.png": PNG, "a.csv": b"a,b\n1,2\n"}, "", Refused("a.csv: no column image"), ""),
     ("an empty folder", {"a/x.md": b""}, "", Refused("has no pairs (nothing; not read because of their type: 1 .md)"), ""),
     ("a damaged table beside images", {**ONE, "a.parquet": b"PAR1"}, "", [Error("Parquet"), "a circle"], ""),
+    ("a damaged compressed table", {**ONE, "a.jsonl.gz": b"no gzip"}, "", [Error("zlib"), "a circle"], ""),
     ("a damaged table alone", {"a.parquet": b"PAR1"}, "a.parquet", Refused("a.parquet: "), ""),
     ("an unknown type", {"a.docx": b"x"}, "a.docx", Refused("it has an unknown type; give .parquet"), ""),
     ("an image as input", {"a.png": PNG}, "a.png", Refused("it is a single image; give --image and --prompt"), ""),
