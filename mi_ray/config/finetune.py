@@ -100,12 +100,12 @@ class OnlineConfig(Section):
     inner_steps: Positive = Field(2, description="number of optimiser steps in one update")
     noise_levels: Positive = Field(1, description="number of noise levels per prompt in one optimiser step")
     held_share: Share = Field(
-        0.2,
+        0.25,
         description="share of the rows that are trained towards the base model's prediction instead: for the empty"
         " prompt, and for all prompts at the noise levels above finetune.log_snr_max. Without them, what is not trained"
         " changes too",
     )
-    held_weight: float = Field(1.0, gt=0, description="weight of such a row in the loss; that of others is 1")
+    held_weight: float = Field(5.0, gt=0, description="weight of such a row in the loss; that of others is 1")
     shared_noise: bool = Field(True, description="true: all candidates of a prompt get the same noise and noise level")
     rewards: tuple[str, ...] = Field(
         (),
