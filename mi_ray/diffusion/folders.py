@@ -10,71 +10,119 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+import diffusers
+import torch
+import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
-from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.diffusion.families import FAMILIES, Family
+from mi_ray.diffusion.flows import FlowSchedule
+from mi_ray.diffusion.schedules import NoiseSchedule, Schedule
 from mi_ray.diffusion.sizes import Sizes
 
 SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
 
-_SUPPORTED = "supported is the Stable Diffusion 1 and 2 family (StableDiffusionPipeline; epsilon- or v-prediction)"
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
-_CONFIGS = {
-    "unet": "config.json",
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "tokenizer": "tokenizer_config.json",
-    "scheduler": "scheduler_config.json",
-}
-_WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
+_SUPPORTED = "supported are " + "; ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
+_INDEX = "model_index.json"
+_LIBRARIES = ("diffusers", "transformers")
 _PIECES, _PIECE = 64, 4096  # of a file, evenly from its beginning to its end, and bytes of each
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def load_schedule(path: str) -> NoiseSchedule:
+def load_schedule(path: str, size: tuple[int | None, int | None] = (None, None)) -> Schedule:
     """The noise schedule alone, cheap to load.
+
+    Args:
+        size: height and width of the images in pixels, on which the noise levels of some flow models depend.
 
     Raises:
         ValueError: if the model has none that is supported, or the hub cannot be asked.
     """
-    return NoiseSchedule.from_config(part_config(path, "scheduler"))
+    family, config = _family_at(path), part_config(path, "scheduler")
+    if family.flow is None:
+        return NoiseSchedule.from_config(config)
+    sizes, channels = load_sizes(path), family.channels(part_config(path, family.network))
+    return schedule_of(family, config, (channels, *sizes.latent(sizes.image(*size))))
+
+
+def schedule_of(
+    family: Family, config: dict, latent_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Schedule:
+    """The noise schedule of a scheduler config, for latents of this shape and a network of this dtype.
+
+    Raises:
+        ValueError: with a line for each setting that is not supported.
+    """
+    if family.flow is None:
+        return NoiseSchedule.from_config(config)
+    return FlowSchedule.from_config(config, family.flow, latent_shape).rounded_to(dtype)
 
 
 def load_sizes(path: str) -> Sizes:
-    """The image sizes that the model can make; reads the configurations of its UNet and autoencoder alone.
+    """The image sizes that the model can make; reads the configurations of its network and autoencoder alone.
 
     Raises:
         ValueError: the model lacks one of them, or the hub cannot be asked.
     """
-    unet, vae = part_config(path, "unet"), part_config(path, "vae")
+    family = _family_at(path)
+    network, vae = part_config(path, family.network), part_config(path, "vae")
     try:
-        return Sizes.of_unet(unet, vae)
+        return family.sizes(network, vae)
     except ValueError as error:
         raise ValueError(f"{path!r} {error}") from error
 
 
-def load_tokenizer(path: str) -> CLIPTokenizer:
-    """The tokenizer alone, cheap to load: for counting a prompt's tokens before the model is there.
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, cheap to load: for counting a prompt's tokens before the model is there. Its
+    `model_max_length` is what the model's pipeline takes.
 
     Raises:
         ValueError: if the model has none, or the hub cannot be asked.
     """
-    folder = _folder_with(path, "tokenizer/*")
-    _refuse(path, _vocabulary_faults(folder))
-    return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    family = _family_at(path)
+    name = family.tokenizer
+    folder = _folder_with(path, f"{name}/*")
+    _refuse(path, _vocabulary_faults(folder, name))
+    _, kind = read_index(_folder_with(path, _INDEX))[name]
+    tokenizer = getattr(transformers, kind).from_pretrained(folder, subfolder=name)
+    tokenizer.model_max_length = family.text_limit or tokenizer.model_max_length
+    return tokenizer
+
+
+def load_network_on_meta(path: str) -> torch.nn.Module:
+    """The network without its weights, for its layers' names.
+
+    Raises:
+        ValueError: the model has none, or the hub cannot be asked.
+    """
+    config = part_config(path, _family_at(path).network)
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def distilled_reason(path: str) -> str | None:
+    """Why a model has no trained unconditional prediction, so that scores against the empty prompt and
+    classifier-free guidance mean little; None: it has one.
+
+    Raises:
+        ValueError: the model lacks a configuration, or the hub cannot be asked.
+    """
+    family = _family_at(path)
+    return family.distilled(part_config(path, family.network), read_index(_folder_with(path, _INDEX)))
+
+
+def family_of(folder: Path) -> Family:
+    """The family of a checked folder."""
+    return FAMILIES[read_index(folder)["_class_name"]]
+
+
+def _family_at(path: str) -> Family:
+    folder = _folder_with(path, _INDEX)
+    _refuse(path, _index_faults(folder))
+    return family_of(folder)
 
 
 def resolve_model(path: str) -> str:
@@ -143,7 +191,7 @@ def model_commit(path: str) -> str | None:
     """
     if (local := _local_folder(path)) is not None:
         return None if path in SHIPPED else _folder_digest(local)
-    folder = _folder_with(path, "model_index.json")
+    folder = _folder_with(path, _INDEX)
     _refuse(path, _index_faults(folder))
     return folder.name
 
@@ -153,8 +201,10 @@ def _folder_digest(folder: Path) -> str:
 
     Any training changes nearly every weight, so that a few thousand bytes of each file tell two models apart.
     """
-    names = [f"{part}/{_CONFIGS[part]}" for part in _CONFIGS]
-    names += [f"{part}/{name}" for part in _WEIGHTS for name in _weight_names(folder, part)]
+    index = read_index(folder)
+    parts = _parts(index)
+    names = [f"{part}/{_config_name(part)}" for part in parts]
+    names += [f"{part}/{name}" for part in parts if _has_weights(part) for name in _weight_names(folder, index, part)]
     digest = hashlib.sha256()
     for name in names:
         with (folder / name).open("rb") as file:
@@ -167,12 +217,12 @@ def _folder_digest(folder: Path) -> str:
 
 
 def part_config(path: str, part: str) -> dict:
-    """The configuration of a part (unet, vae, text_encoder, tokenizer, scheduler) of a model, without its weights.
+    """The configuration of a part (unet, transformer, vae, scheduler, …) of a model, without its weights.
 
     Raises:
         ValueError: the model has none, or the hub cannot be asked.
     """
-    config, fault = _part_config(_folder_with(path, f"{part}/{_CONFIGS[part]}"), part)
+    config, fault = _part_config(_folder_with(path, f"{part}/{_config_name(part)}"), part)
     if config is None:
         _refuse(path, [fault])
     return config
@@ -184,12 +234,13 @@ def fetch_model(path: str) -> Path:
     folder = _local_folder(path)
     if folder is not None:
         return folder
-    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     try:
         name, revision = _HUB_ID.fullmatch(path).groups()
-        # Before gigabytes are fetched.
-        _refuse(path, _class_faults(StableDiffusionPipeline.load_config(name, revision=revision)))
-        folder = Path(StableDiffusionPipeline.download(name, revision=revision, use_safetensors=True, **unused))
+        index = diffusers.DiffusionPipeline.load_config(name, revision=revision)
+        _refuse(path, _class_faults(index))  # before gigabytes are fetched
+        unused = {part: None for part, value in FAMILIES[index["_class_name"]].unused.items() if value is None}
+        pipeline = getattr(diffusers, index["_class_name"])
+        folder = Path(pipeline.download(name, revision=revision, use_safetensors=True, **unused))
     except OSError as error:
         raise _not_had(path, error) from error
     _refuse(path, _folder_faults(folder))
@@ -218,20 +269,37 @@ def _read_json(path: Path) -> dict:
 def _class_faults(index: dict) -> list[str]:
     """One line for each class of a model_index.json that is not supported."""
     pipeline = index.get("_class_name")
-    if pipeline != "StableDiffusionPipeline":
+    if pipeline not in FAMILIES:
         return [f"is a {pipeline}, which is not supported; {_SUPPORTED}"]
-    named = {part: (index.get(part) or (None, None))[1] for part in _CLASSES}
-    return [
-        f"has as its {part} a {name}, which is not supported; {_SUPPORTED}"
-        for part, name in named.items()
-        if name not in (None, *_CLASSES[part])
-    ]
+    faults = []
+    for part, classes in FAMILIES[pipeline].parts.items():
+        library, name = index.get(part) or (None, None)
+        if name is not None and (library not in _LIBRARIES or (classes and name not in classes)):
+            known = ", ".join(classes) or "a class of transformers"
+            faults.append(f"has as its {part} a {name} of {library}, which is not supported; supported: {known}")
+    return faults
+
+
+def _parts(index: dict) -> list[str]:
+    """The parts that a folder must hold: those of its family, the scheduler, and optional ones that the index names."""
+    family = FAMILIES[index["_class_name"]]
+    return [p for p in (*family.parts, "scheduler") if p not in family.optional or (index.get(p) or [None])[0]]
+
+
+def _config_name(part: str) -> str:
+    if part.startswith("tokenizer"):
+        return "tokenizer_config.json"
+    return "scheduler_config.json" if part == "scheduler" else "config.json"
+
+
+def _has_weights(part: str) -> bool:
+    return not part.startswith("tokenizer") and part != "scheduler"
 
 
 def _index_faults(folder: Path) -> list[str]:
     """One line for each thing that is wrong with a folder's model_index.json."""
     try:
-        return _class_faults(_read_json(folder / "model_index.json"))
+        return _class_faults(_read_json(folder / _INDEX))
     except FileNotFoundError:
         return ["has no model_index.json; give a folder that a diffusers pipeline's save_pretrained wrote"]
     except ValueError as error:
@@ -242,27 +310,31 @@ def _folder_faults(folder: Path) -> list[str]:
     """One line for each thing that is wrong with a diffusers folder."""
     if faults := _index_faults(folder):
         return faults
-    configs = {}
-    for part in _CONFIGS:
+    index = read_index(folder)
+    family, configs = FAMILIES[index["_class_name"]], {}
+    for part in _parts(index):
         config, fault = _part_config(folder, part)
         if config is None:
             faults.append(fault)
             continue
         configs[part] = config
-        if part in _WEIGHTS:
-            faults += _weight_faults(folder, part)
-    if "tokenizer" in configs:
-        faults += _vocabulary_faults(folder)
+        if part.startswith("tokenizer"):
+            faults += _vocabulary_faults(folder, part)
+        elif _has_weights(part):
+            faults += _weight_faults(folder, index, part)
+    if family.network not in configs or "vae" not in configs:
+        return faults
+    latent_shape = (family.channels(configs[family.network]), 2, 2)
     if "scheduler" in configs:
         try:
-            NoiseSchedule.from_config(configs["scheduler"])
+            schedule_of(family, configs["scheduler"], latent_shape)
         except ValueError as error:
             faults += [f"has in scheduler/scheduler_config.json {fault}" for fault in str(error).split("\n")]
-    if "unet" in configs and "vae" in configs:
-        try:
-            Sizes.of_unet(configs["unet"], configs["vae"])
-        except ValueError as error:
-            faults.append(str(error))
+    try:
+        family.sizes(configs[family.network], configs["vae"])
+    except ValueError as error:
+        faults.append(str(error))
+    if family.network == "unet":
         channels = configs["unet"].get("in_channels", 4), configs["unet"].get("out_channels", 4)
         wanted = configs["vae"].get("latent_channels", 4)
         if channels != (wanted, wanted):
@@ -273,14 +345,19 @@ def _folder_faults(folder: Path) -> list[str]:
     return faults
 
 
+def read_index(folder: Path) -> dict:
+    """The model_index.json of a checked folder."""
+    return _read_json(folder / _INDEX)
+
+
 def read_config(folder: Path, part: str) -> dict:
-    """The configuration of a part (unet, vae, text_encoder, tokenizer, scheduler) of a checked folder."""
-    return _read_json(folder / part / _CONFIGS[part])
+    """The configuration of a part (unet, transformer, vae, scheduler, …) of a checked folder."""
+    return _read_json(folder / part / _config_name(part))
 
 
 def _part_config(folder: Path, part: str) -> tuple[dict | None, str]:
     """A part's configuration, or None and what is wrong with it."""
-    name = f"{part}/{_CONFIGS[part]}"
+    name = f"{part}/{_config_name(part)}"
     try:
         return _read_json(folder / name), ""
     except FileNotFoundError:
@@ -289,23 +366,25 @@ def _part_config(folder: Path, part: str) -> tuple[dict | None, str]:
         return None, f"has a {name} that is not JSON ({error}); fetch it again"
 
 
-def _vocabulary_faults(folder: Path) -> list[str]:
+def _vocabulary_faults(folder: Path, part: str) -> list[str]:
     """Whether the tokenizer's vocabulary is there: transformers builds an empty one without a word."""
-    if any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+    if any((folder / part / name).is_file() for name in names):
         return []
-    return ["lacks its tokenizer's vocabulary, tokenizer/tokenizer.json or tokenizer/vocab.json; complete the folder"]
+    return [f"lacks its {part}'s vocabulary, {part}/tokenizer.json or {part}/vocab.json; complete the folder"]
 
 
-def _weight_names(folder: Path, part: str) -> list[str]:
+def _weight_names(folder: Path, index: dict, part: str) -> list[str]:
     """The files of a part's weights: several if there is an index."""
-    index = folder / part / f"{_WEIGHTS[part]}.index.json"
-    return sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [_WEIGHTS[part]]
+    whole = "model.safetensors" if index[part][0] == "transformers" else "diffusion_pytorch_model.safetensors"
+    split = folder / part / f"{whole}.index.json"
+    return sorted(set(_read_json(split)["weight_map"].values())) if split.is_file() else [whole]
 
 
-def _weight_faults(folder: Path, part: str) -> list[str]:
+def _weight_faults(folder: Path, index: dict, part: str) -> list[str]:
     """Whether the safetensors are there and whole; reads their headers only."""
     faults = []
-    for name in _weight_names(folder, part):
+    for name in _weight_names(folder, index, part):
         try:
             with safe_open(folder / part / name, framework="pt"):
                 pass

@@ -12,7 +12,7 @@ from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.sampling import Trajectory
-from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.diffusion.schedules import Schedule
 from mi_ray.information import pointwise, trajectory
 from mi_ray.information.probes import Design, Probes, draw_probes
 from mi_ray.language.sources import negatives_by
@@ -24,7 +24,7 @@ NEIGHBOUR_POOL = 2000  # number of prompts that are searched for neighbours; lim
 
 
 def trajectory_scores(
-    config: ScoreConfig, delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule
+    config: ScoreConfig, delta_sq: Tensor, timesteps: Tensor, schedule: Schedule
 ) -> dict[str, Tensor]:
     """The on-trajectory scores in config.names from recorded or stored curves (n, S): {name: (n,)}.
 
@@ -38,13 +38,13 @@ def trajectory_scores(
     }
     scores = {name: score(delta_sq) for name, score in by_name.items() if name in config.names}
     if "trajectory_banded" in config.names:
-        log_snr = schedule.log_snr[timesteps.long().cpu()]
+        log_snr = schedule.log_snr_at(timesteps)
         curve = trajectory.banded(delta_sq, log_snr, config.log_snr_min, config.log_snr_max)
         scores["trajectory_banded"] = by_name[config.banded](curve)
     return scores
 
 
-def probed_band(config: ScoreConfig, schedule: NoiseSchedule) -> tuple[float, float]:
+def probed_band(config: ScoreConfig, schedule: Schedule) -> tuple[float, float]:
     """The band of log SNR of the pmi scores: the configured band, limited to the model's noise levels.
 
     Raises:
@@ -53,13 +53,13 @@ def probed_band(config: ScoreConfig, schedule: NoiseSchedule) -> tuple[float, fl
     return known_band(*config.probed_band, schedule)
 
 
-def known_band(low: float, high: float, schedule: NoiseSchedule) -> tuple[float, float]:
+def known_band(low: float, high: float, schedule: Schedule) -> tuple[float, float]:
     """A band of log SNR, limited to the model's noise levels.
 
     Raises:
         ValueError: the band contains none of the model's noise levels.
     """
-    noisiest, clearest = schedule.log_snr[[-1, 0]].tolist()
+    noisiest, clearest = schedule.log_snr_range
     if high <= noisiest or clearest <= low:
         raise ValueError(
             f"log_snr_min {low:g} to log_snr_max {high:g} is outside the model's noise levels, {noisiest:.2f} to"

@@ -79,7 +79,7 @@ class Plan:
             with collecting(faults, "model.path"):
                 faults += _size_faults(config)
             with collecting(faults, "score"):
-                probed_band(config.score, load_schedule(config.model.path))
+                probed_band(config.score, load_schedule(config.model.path, config.model.size))
         with collecting(faults):
             run_folder.check_run_dir(config.run_dir, config.results_config(), self.model_commit)
         token_count = tokenizer and (lambda prompt: len(tokenizer(prompt).input_ids))

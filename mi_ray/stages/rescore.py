@@ -29,7 +29,7 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
         ConfigError: the folder holds no run, or the run has no candidates yet.
     """
     run, _ = read_run(config.run_dir)
-    schedule, sampler = load_schedule(run.model.path), run.sampler
+    schedule, sampler = load_schedule(run.model.path, run.model.size), run.sampler
     spacing = sampler.timestep_spacing
     plan = solver_plan(schedule, sampler.solver, sampler.num_inference_steps, timestep_spacing=spacing)
     folders = {

@@ -49,7 +49,7 @@ def test_shapes_and_tokens(denoiser):
     assert denoiser.encode_prompts(["a red circle"] * 70)["embeds"].shape == (70, 24, 16)
     assert len(denoiser.token_ids("a red circle")) == 5  # with start and end
     assert len(denoiser.token_ids("a red circle " * 20)) == 62
-    assert not any(p.requires_grad for p in denoiser.unet.parameters())
+    assert not any(p.requires_grad for p in denoiser.network.parameters())
 
 
 def test_prompts_are_encoded_as_by_the_pipeline(denoiser, tiny_pipeline):
@@ -63,7 +63,7 @@ def test_prompts_are_encoded_as_by_the_pipeline(denoiser, tiny_pipeline):
 def test_v_prediction_becomes_epsilon(tiny_v_pipeline):
     denoiser = load_denoiser(str(tiny_v_pipeline), device="cpu")
     x_t, timesteps, conditioning = _inputs(denoiser)
-    v = denoiser.unet(x_t, timesteps, conditioning["embeds"]).sample
+    v = denoiser.network(x_t, timesteps, conditioning["embeds"]).sample
     abar = denoiser.schedule.alphas_cumprod[timesteps].float().view(-1, 1, 1, 1)
     expected = abar.sqrt() * v + (1 - abar).sqrt() * x_t
     torch.testing.assert_close(denoiser.predict_epsilon(x_t, timesteps, conditioning), expected)
@@ -74,8 +74,8 @@ def test_v_prediction_becomes_epsilon(tiny_v_pipeline):
 
 def test_half_precision_stays_inside(denoiser, tiny_pipeline):
     half = load_denoiser(str(tiny_pipeline), dtype="bfloat16", device="cpu")
-    assert half.unet.dtype == half.dtype == torch.bfloat16
-    assert half.text_encoder.dtype == half.vae.dtype == torch.float32  # on a CPU
+    assert half.network.dtype == half.dtype == torch.bfloat16
+    assert half.pipeline.text_encoder.dtype == half.vae.dtype == torch.float32  # on a CPU
     inputs = _inputs(denoiser)
     predicted = half.predict_epsilon(*inputs)
     assert predicted.dtype == torch.float32
@@ -123,18 +123,14 @@ def test_a_merged_adapter_equals_the_unmerged_model(tiny_pipeline, tmp_path, den
     predicted = tuned.predict_epsilon(x_t, timesteps, conditioning)
     torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-4)
     assert (predicted - denoiser.predict_epsilon(x_t, timesteps, conditioning)).abs().max() > 1e-2
-    assert isinstance(tuned.unet, UNet2DConditionModel)
-    assert not any("lora" in name for name, _ in tuned.unet.named_modules())
+    assert isinstance(tuned.network, UNet2DConditionModel)
+    assert not any("lora" in name for name, _ in tuned.network.named_modules())
 
 
 def test_a_second_one_beside_the_first_shares_all_but_the_unet(tiny_pipeline, denoiser):
     second = load_denoiser(str(tiny_pipeline), device="cpu", beside=denoiser)
-    assert second.unet is not denoiser.unet
-    assert (second.text_encoder, second.tokenizer, second.vae) == (
-        denoiser.text_encoder,
-        denoiser.tokenizer,
-        denoiser.vae,
-    )
+    assert second.network is not denoiser.network
+    assert (second.pipeline, second.tokenizer, second.vae) == (denoiser.pipeline, denoiser.tokenizer, denoiser.vae)
     assert torch.equal(second.predict(*_inputs(second)), denoiser.predict(*_inputs(denoiser)))
 
 
@@ -203,8 +199,8 @@ def _change(path, **changes):
 
 
 def test_other_families_are_refused(copy):
-    _change(copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline.*Stable Diffusion 1 and 2"):
+    _change(copy / "model_index.json", _class_name="KandinskyPipeline")
+    with pytest.raises(ValueError, match=r"KandinskyPipeline.*Stable Diffusion 1 and 2.*StableDiffusion3Pipeline"):
         check_model(str(copy))
 
 

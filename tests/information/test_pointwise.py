@@ -9,7 +9,8 @@ import torch
 from scipy.special import stdtrit
 
 from mi_ray.diffusion.conditioning import Conditioning
-from mi_ray.diffusion.denoisers import UNetDenoiser
+from mi_ray.diffusion.denoisers import PipelineDenoiser
+from mi_ray.diffusion.families import FAMILIES
 from mi_ray.diffusion.schedules import (
     NoiseSchedule,
     alpha_sigma_at,
@@ -161,7 +162,7 @@ class Predicting(torch.nn.Module):
     def __init__(self, world, prediction_type: str):
         super().__init__()
         self.world, self.prediction_type = world, prediction_type
-        self.config = SimpleNamespace(in_channels=2)
+        self.config, self.dtype = {"in_channels": 2}, torch.float32
 
     def forward(self, x_t, timesteps, encoder_hidden_states):
         conditioning = Conditioning({"embeds": encoder_hidden_states})
@@ -172,15 +173,17 @@ class Predicting(torch.nn.Module):
 
 
 class Unused(torch.nn.Module):
+    dtype = torch.float32
     config = SimpleNamespace(force_upcast=False, max_position_embeddings=1)
 
 
 def of_unet(world, prediction_type):
     schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, prediction_type=prediction_type)
-    tokenizer = SimpleNamespace(model_max_length=1)
-    unet = Predicting(world, prediction_type)
-    parts = (unet, Unused(), tokenizer, Unused(), schedule)
-    denoiser = UNetDenoiser(*parts, Sizes((2, 2), 1, 1), (2, 2), torch.float32, torch.device("cpu"))
+    pipeline = SimpleNamespace(
+        tokenizer=SimpleNamespace(model_max_length=1), text_encoder=Unused(), vae=Unused(), unet=None
+    )
+    parts = FAMILIES["StableDiffusionPipeline"], Predicting(world, prediction_type), pipeline, schedule
+    denoiser = PipelineDenoiser(*parts, Sizes((2, 2), 1, 1), (2, 2), torch.float32, torch.device("cpu"))
     return denoiser.predict_epsilon
 
 

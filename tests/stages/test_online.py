@@ -88,7 +88,7 @@ def stored_prompts(folder: Path) -> str:
 
 def some_policy(config: RunConfig, seed: int) -> dict[str, torch.Tensor]:
     """An adapter whose every weight is away from its start."""
-    tuning, unet = config.finetune, load_denoiser(config.model.path).unet
+    tuning, unet = config.finetune, load_denoiser(config.model.path).network
     targets, dora = tuning.target_modules, tuning.adapter == "dora"
     model = attach_adapter(unet, rank=tuning.rank, alpha=tuning.alpha, target_modules=targets, use_dora=dora)
     return moved(adapter_state(model), seed)
@@ -265,7 +265,7 @@ def drawn(tiny_pipeline, tmp_path_factory) -> tuple[RunConfig, str, Path]:
 def source_of(config: RunConfig, source: str, folder: Path, board: FakeBoard) -> tuple[OnlineSource, Objective]:
     tuning, denoiser = config.finetune, load_denoiser(config.model.path)
     torch.manual_seed(config.seed)
-    model = attach_adapter(denoiser.unet, rank=tuning.rank, alpha=tuning.alpha, target_modules=tuning.target_modules)
+    model = attach_adapter(denoiser.network, rank=tuning.rank, alpha=tuning.alpha, target_modules=tuning.target_modules)
     objective = Objective(model, denoiser.schedule, tuning)
     objective.start, objective.old = ([p.detach().clone() for p in objective.parameters_trained] for _ in range(2))
     plan = plan_of(config, source)

@@ -35,7 +35,7 @@ def test_a_sweep_ends_where_memory_does(tiny_pipeline):
         if len(arguments[0]) > 64:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    denoiser.unet.register_forward_pre_hook(limited)
+    denoiser.network.register_forward_pre_hook(limited)
     sizes = [t.batch_size for t in sweep(denoiser)]
     assert sizes == [8, 16, 32][: len(sizes)]
     assert len(sizes) >= 3  # a batch of 32 candidates is 64 rows
@@ -52,7 +52,7 @@ def test_each_useful_precision_is_tried_once_the_configured_one_first(tiny_pipel
 
 def test_a_trial_runs_as_long_as_it_is_told(tiny_pipeline):
     denoiser, calls = load_denoiser(str(tiny_pipeline)), []
-    denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
+    denoiser.network.register_forward_hook(lambda *_: calls.append(1))
     try_batch(denoiser, 2)
     assert len(calls) == 2  # one to warm up
     measured = try_batch(denoiser, 2, seconds=0.2)

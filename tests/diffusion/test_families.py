@@ -1,0 +1,211 @@
+"""Every family against the stock pipeline of a tiny random model: prompts, arguments, latents, images and adapters."""
+
+import inspect
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_families import CASES
+
+from mi_ray.diffusion.adapters import attach_adapter, save_adapter
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.families import FAMILIES
+from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer
+from mi_ray.diffusion.sampling import sampling_steps, solver_plan
+
+PROMPTS = ["a red circle", "a blue star above a green square"]
+STEPS = 4
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """name -> folder of its tiny pipeline."""
+
+    @cache
+    def of(name: str) -> str:
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("families") / name
+        pipeline = CASES[name].build()
+        with torch.no_grad():  # layers that start at zero would hide what goes into them
+            for parameter in getattr(pipeline, FAMILIES[name].network).parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1)
+        pipeline.save_pretrained(folder)
+        return str(folder)
+
+    return of
+
+
+@pytest.fixture(params=CASES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def case(name):
+    return CASES[name]
+
+
+@pytest.fixture
+def denoiser(name, case, folders):
+    return load_denoiser(folders(name), device="cpu", size=(case.size, case.size))
+
+
+@pytest.fixture
+def stock(name, case, folders):
+    pipeline = type(case.build()).from_pretrained(folders(name))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(denoiser, count: int) -> torch.Tensor:
+    return torch.randn(count, *denoiser.latent_shape, generator=torch.Generator().manual_seed(5))
+
+
+def run(stock, case, latents, w: float, prompts=PROMPTS) -> list[torch.Tensor]:
+    """What the stock pipeline's scheduler gives after each step."""
+    found, step = [], stock.scheduler.step
+
+    def recorded(*arguments, **named):
+        result = step(*arguments, **named)
+        found.append(result[0].clone())
+        return result
+
+    stock.scheduler.step = recorded
+    settings = {"height": case.size, "width": case.size, "num_inference_steps": STEPS, "output_type": "latent"}
+    stock(prompts, latents=case.packed(latents), **settings, **case.settings, **case.call(w))
+    stock.scheduler.step = step
+    return found
+
+
+def ours(denoiser, case, latents, w: float, prompts=PROMPTS):
+    plan = solver_plan(denoiser.schedule, case.solver, STEPS)
+    conditioning, null = denoiser.encode_prompts(prompts), denoiser.encode_prompts([""])
+    interval = (np.inf, -np.inf) if w == 1 else None
+    return sampling_steps(denoiser, plan, conditioning, null, latents, w, guidance_interval=interval)
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+@pytest.mark.parametrize("w", [1.0, 3.0])
+def test_latents_are_those_of_the_pipeline_after_every_step(denoiser, stock, case, w):
+    latents = noise(denoiser, 2)
+    expected = run(stock, case, latents, w)
+    found = [case.packed(state.latents) for state in ours(denoiser, case, latents, w)]
+    assert len(found) == len(expected) == STEPS
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    assert (found[-1] - case.packed(latents)).abs().max() > 0.1
+
+
+def test_the_network_receives_what_the_pipeline_gives_it(denoiser, stock, name, case):
+    """The same arguments of the same shapes, times and signs, without guidance."""
+    calls = {"stock": [], "ours": []}
+
+    def recorder(calls):
+        def record(module, positional, named):
+            bound = inspect.signature(module.forward).bind(*positional, **named).arguments
+            unset = ("return_dict", "joint_attention_kwargs", "attention_kwargs")
+            calls.append({key: value for key, value in bound.items() if value is not None and key not in unset})
+
+        return record
+
+    for side, network in (("stock", getattr(stock, FAMILIES[name].network)), ("ours", denoiser.network)):
+        network.register_forward_pre_hook(recorder(calls[side]), with_kwargs=True)
+    latents = noise(denoiser, 2)
+    run(stock, case, latents, 1.0)
+    list(ours(denoiser, case, latents, 1.0))
+    assert len(calls["ours"]) == len(calls["stock"]) == STEPS
+    for mine, theirs in zip(calls["ours"], calls["stock"], strict=True):
+        same(mine, theirs)
+
+
+def same(mine, theirs):
+    """Equal, tensor by tensor."""
+    if isinstance(theirs, torch.Tensor):
+        theirs = theirs.expand_as(mine) if theirs.ndim == 0 else theirs  # a UNet takes one time for all rows
+        torch.testing.assert_close(mine.to(theirs.dtype), theirs, atol=1e-5, rtol=1e-5)
+    elif isinstance(theirs, dict):
+        assert set(mine) == set(theirs)
+        for key, value in theirs.items():
+            same(mine[key], value)
+    elif isinstance(theirs, list):
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            same(a, b)
+    else:
+        assert mine == theirs
+
+
+def test_a_row_does_not_depend_on_its_batch_mates(denoiser, case):
+    latents, prompts = noise(denoiser, 3), [*PROMPTS, "a cross"]
+    *_, together = ours(denoiser, case, latents, 3.0, prompts)
+    for row in range(3):
+        *_, alone = ours(denoiser, case, latents[row : row + 1], 3.0, prompts[row : row + 1])
+        torch.testing.assert_close(together.latents[row : row + 1], alone.latents, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.delta_sq[row : row + 1], alone.delta_sq, atol=1e-5, rtol=1e-4)
+
+
+def test_the_model_is_checked_and_told_before_it_is_loaded(denoiser, name, folders):
+    check_model(folders(name))
+    schedule = load_schedule(folders(name), denoiser.image_size)
+    for mine, theirs in zip(
+        schedule.steps(STEPS, None, False), denoiser.schedule.steps(STEPS, None, False), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    assert load_tokenizer(folders(name)).model_max_length == denoiser.max_tokens
+
+
+# ---------------------------------------------------------------------------------------------- images
+def test_images_are_those_of_the_pipelines_autoencoder(denoiser, stock, case):
+    latents = 0.3 * noise(denoiser, 2)
+    scheduled = stock.scheduler.step
+    settings = {"height": case.size, "width": case.size, "num_inference_steps": 1, "output_type": "np"}
+
+    def last(*arguments, **named):
+        scheduled(*arguments, **named)
+        return (case.packed(latents),)
+
+    stock.scheduler.step = last
+    theirs = stock(PROMPTS, latents=case.packed(latents), **settings, **case.settings, **case.call(1.0)).images
+    mine = denoiser.decode(latents)
+    assert mine.shape == (2, case.size, case.size, 3)
+    assert np.abs(mine - 255 * theirs).max() <= 0.51  # rounded
+    assert mine.std() > 0
+
+
+def test_encoded_images_are_the_inverse_of_decoded_latents(denoiser):
+    """With an autoencoder that does nothing between its normalisations."""
+    family, vae, latents = denoiser.family, denoiser.vae, noise(denoiser, 2)
+    vae.decode = lambda values: SimpleNamespace(sample=values)
+    vae.encode = lambda values: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: values))
+    decoded = family.decode(vae, latents)
+    assert (decoded - latents.view_as(decoded)).abs().max() > 0.01
+    torch.testing.assert_close(family.encode_image(vae, decoded), latents)
+
+
+def test_images_become_latents_of_the_models_shape(denoiser):
+    images = np.random.default_rng(0).integers(0, 256, (2, *denoiser.image_size, 3), dtype=np.uint8)
+    latents = denoiser.encode_images(images)
+    assert latents.shape == (2, *denoiser.latent_shape)
+    assert latents.isfinite().all()
+    assert (latents[0] - latents[1]).abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+def test_a_trained_adapter_loads_in_the_stock_pipeline(denoiser, stock, name, case, folders, tmp_path):
+    latents = noise(denoiser, 2)
+    before = run(stock, case, latents, 1.0)[-1]
+    torch.manual_seed(1)
+    model = attach_adapter(denoiser.network, rank=2, alpha=4, target_modules=("to_q", "to_v"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    save_adapter(model, tmp_path, "some/model")
+    merged = load_denoiser(folders(name), device="cpu", size=denoiser.image_size, adapter=tmp_path)
+    *_, last = ours(merged, case, latents, 1.0)
+    stock.load_lora_weights(tmp_path)
+    after = run(stock, case, latents, 1.0)[-1]
+    torch.testing.assert_close(case.packed(last.latents), after, atol=1e-5, rtol=1e-5)
+    assert (after - before).abs().max() > 1e-3
