@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
@@ -44,10 +45,10 @@ def evenly(count: int) -> np.ndarray:
 
 
 def linear_mu(config: Mapping[str, Any], tokens: int, steps: int) -> float:
-    """The shift that grows linearly with the number of image tokens (Esser et al. 2024, arXiv 2403.03206, section
-    5.3.2, as FLUX.1 fits it between two sizes)."""
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    """A shift that grows linearly with the number of image tokens, as FLUX.1 has it (the reason for a shift by size:
+    Esser et al. 2024, arXiv 2403.03206, section 5.3.2)."""
+    low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+    start, end = config["base_shift"], config["max_shift"]
     return start + (end - start) * (tokens - low) / (high - low)
 
 
@@ -74,9 +75,9 @@ class FlowSchedule:
         """
         if faults := _faults(config):
             raise ValueError("\n".join(faults))
-        return cls(
-            config, times, times.tokens(latent_shape), num_train_timesteps=config.get("num_train_timesteps", 1000)
-        )
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        complete = {**scheduler.config, "_class_name": config["_class_name"]}  # with the defaults of missing keys
+        return cls(complete, times, times.tokens(latent_shape), num_train_timesteps=complete["num_train_timesteps"])
 
     def rounded_to(self, dtype: torch.dtype) -> "FlowSchedule":
         """The schedule of a network of this dtype. Scores mix the noise at the level that the network is told."""

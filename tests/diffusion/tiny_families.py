@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import diffusers
+import tokenizers
 import torch
 import transformers
 
+from mi_ray.diffusion.families.family import pack
 from mi_ray.shapes.model import MAX_TOKENS, build_tokenizer
 
 WIDTH = 16
@@ -18,12 +20,14 @@ class Case:
     """How the stock pipeline of a family is called.
 
     call: what the stock call is given at the guidance scale w; 1: no guidance.
-    packed: our latents -> those of the stock call, and what its scheduler steps; None: the same.
+    packed: our latents -> those that the stock scheduler steps.
+    given: our latents -> those of the stock call; None: `packed`.
     """
 
     build: Callable[[], diffusers.DiffusionPipeline]
     call: Callable[[float], dict] = lambda w: {"guidance_scale": w}
     packed: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents
+    given: Callable[[torch.Tensor], torch.Tensor] | None = None
     size: int = 64
     solver: str = "ddim"
     settings: dict = field(default_factory=dict)
@@ -134,7 +138,276 @@ def stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
     )
 
 
+def flow(**settings) -> diffusers.FlowMatchEulerDiscreteScheduler:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**settings)
+
+
+def flux(guidance_embeds: bool = True) -> diffusers.FluxPipeline:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 2, 2),
+    )
+    tokenizer_2, text_encoder_2 = t5(WIDTH)
+    return diffusers.FluxPipeline(
+        transformer=transformer.eval(),
+        scheduler=flow(use_dynamic_shifting=True, base_image_seq_len=8, max_image_seq_len=24),
+        vae=vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=clip(transformers.CLIPTextModel),
+        tokenizer=build_tokenizer(),
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+
+
+def chroma() -> diffusers.ChromaPipeline:
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 2, 2),
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+        approximator_num_channels=16,
+    )
+    tokenizer, text_encoder = t5(WIDTH)
+    return diffusers.ChromaPipeline(
+        transformer=transformer.eval(),
+        scheduler=flow(use_beta_sigmas=False),
+        vae=vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_tokenizer() -> transformers.Qwen2Tokenizer:
+    """A token for each byte."""
+    letters = sorted(set(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: number for number, token in enumerate([*letters, *special])}
+    return transformers.Qwen2Tokenizer(
+        vocab=vocab, merges=[], additional_special_tokens=special[1:], chat_template=CHAT, model_max_length=2048
+    )
+
+
+def qwen3(layers: int) -> dict:
+    """Settings of a tiny language model."""
+    return {
+        "vocab_size": 300,
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+    }
+
+
+def flux2_klein() -> diffusers.Flux2KleinPipeline:
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=3 * WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    autoencoder = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 8), layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=64
+    )
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2)
+    return diffusers.Flux2KleinPipeline(
+        transformer=transformer.eval(),
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=autoencoder.eval(),
+        text_encoder=transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**qwen3(28))).eval(),
+        tokenizer=qwen_tokenizer(),
+    )
+
+
+def qwen_image() -> diffusers.QwenImagePipeline:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(8, 4, 4),
+    )
+    text = {**qwen3(2), "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, vocab_size=300)
+    autoencoder = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.5, 1.0, 2.0],
+    )
+    return diffusers.QwenImagePipeline(
+        transformer=transformer.eval(),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02),
+        vae=autoencoder.eval(),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=qwen_tokenizer(),
+    )
+
+
+def z_image() -> diffusers.ZImagePipeline:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 64, 64],
+    )
+    return diffusers.ZImagePipeline(
+        transformer=transformer.eval(),
+        scheduler=flow(shift=6.0),
+        vae=vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=transformers.Qwen3Model(transformers.Qwen3Config(**qwen3(2))).eval(),
+        tokenizer=qwen_tokenizer(),
+    )
+
+
+def gemma():
+    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.printable[:95]]
+    tokenizer = transformers.GemmaTokenizer(
+        vocab={token: i for i, token in enumerate(dict.fromkeys(letters))}, merges=[]
+    )
+    config = transformers.Gemma2Config(
+        **(qwen3(2) | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}), pad_token_id=0
+    )
+    return tokenizer, transformers.Gemma2Model(config).eval()
+
+
+def sana() -> diffusers.SanaPipeline:
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=WIDTH,
+        caption_channels=WIDTH,
+        sample_size=2,
+        timestep_scale=0.7,
+    )
+    channels, ones = (4, 4, 4, 4, 4, 4), (1, 1, 1, 1, 1, 1)
+    autoencoder = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=ones,
+        decoder_layers_per_block=ones,
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        scaling_factor=0.41407,
+    )
+    tokenizer, text_encoder = gemma()
+    return diffusers.SanaPipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+        ),
+        vae=autoencoder.eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
+def lumina2() -> diffusers.Lumina2Pipeline:
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=WIDTH,
+    )
+    tokenizer, text_encoder = gemma()
+    return diffusers.Lumina2Pipeline(
+        transformer=transformer.eval(),
+        scheduler=flow(shift=6.0),
+        vae=vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
+def pixart_sigma() -> diffusers.PixArtSigmaPipeline:
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        cross_attention_dim=WIDTH,
+        caption_channels=WIDTH,
+        in_channels=4,
+        out_channels=8,
+        norm_num_groups=2,
+    )
+    tokenizer, text_encoder = t5(WIDTH)
+    return diffusers.PixArtSigmaPipeline(
+        transformer=transformer.eval(),
+        scheduler=ddim(),
+        vae=vae(scaling_factor=0.13025),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
+def packed_by_row(latents: torch.Tensor) -> torch.Tensor:
+    """FLUX.2's tokens: (n, C, h, w) -> (n, h w, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
 CASES = {
     "StableDiffusionXLPipeline": Case(stable_diffusion_xl),
     "StableDiffusion3Pipeline": Case(stable_diffusion_3),
+    "FluxPipeline": Case(flux, lambda w: {"true_cfg_scale": w, "negative_prompt": [""] * 2}, packed=pack),
+    "ChromaPipeline": Case(chroma, packed=pack),
+    "Flux2KleinPipeline": Case(flux2_klein, packed=packed_by_row, given=lambda latents: latents),
+    "QwenImagePipeline": Case(qwen_image, lambda w: {"true_cfg_scale": w, "negative_prompt": [" "] * 2}, packed=pack),
+    "ZImagePipeline": Case(z_image, lambda w: {"guidance_scale": w - 1}),
+    "SanaPipeline": Case(sana, solver="dpm++2m", settings={"use_resolution_binning": False}),
+    "Lumina2Pipeline": Case(lumina2),
+    "PixArtSigmaPipeline": Case(pixart_sigma, settings={"use_resolution_binning": False}),
 }
