@@ -171,7 +171,7 @@ def _record(conditional, delta, x_t, c: Coefficients, statistics, converted: boo
 
 
 def _flat(values: Tensor) -> Tensor:
-    """(n, *shape) -> (n, -1) without a copy, also for channels-last memory. The order of the elements may change."""
-    if values.ndim == 4 and not values.is_contiguous():
+    """(n, *shape) -> (n, -1), without a copy of channels-last memory. The order of the elements then changes."""
+    if values.ndim == 4 and not values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last):
         values = values.permute(0, 2, 3, 1)
     return values.flatten(1)

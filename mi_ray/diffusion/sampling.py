@@ -136,17 +136,20 @@ def _ddim_arrival(schedule: NoiseSchedule, timesteps: Tensor, num_inference_step
 # ---------------------------------------------------------------------------------------------- sampling
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """What sampling n candidates leaves, on the denoiser's device."""
+    """What sampling n candidates leaves, on the denoiser's device. The predictions are of epsilon, or of a flow's
+    velocity."""
 
     latents: Tensor  # (n, *latent_shape) fp32, clean
     timesteps: Tensor  # (S,) of the plan, on the CPU
     delta_sq: Tensor  # (n, S) fp32: ||conditional - unconditional prediction||^2 at each step
     cross: Tensor  # (n, S) fp32: <conditional prediction, conditional - unconditional prediction> at each step
+    guidance_scale: float | Tensor = 1.0  # that they were sampled with; (n,) if each had its own
 
     def of(self, rows: Tensor) -> "Trajectory":
         """Of some candidates."""
-        rows = rows.to(self.latents.device)
-        return Trajectory(self.latents[rows], self.timesteps, self.delta_sq[rows], self.cross[rows])
+        rows, w = rows.to(self.latents.device), self.guidance_scale
+        of_rows = w[rows.to(w.device)] if isinstance(w, Tensor) else w
+        return Trajectory(self.latents[rows], self.timesteps, self.delta_sq[rows], self.cross[rows], of_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +263,7 @@ def sample(
     arguments = (denoiser, plan, conditioning, null, latents, guidance_scale, step_noise)
     steps = sampling_steps(*arguments, guidance_interval=guidance_interval, kernel=kernel, x0_at=())
     last = deque(steps, maxlen=1).pop()
-    return Trajectory(last.latents, plan.timesteps, last.delta_sq, last.cross)
+    return Trajectory(last.latents, plan.timesteps, last.delta_sq, last.cross, guidance_scale)
 
 
 def _like(latents: Tensor, prediction: Tensor) -> Tensor:

@@ -24,23 +24,37 @@ NEIGHBOUR_POOL = 2000  # number of prompts that are searched for neighbours; lim
 
 
 def trajectory_scores(
-    config: ScoreConfig, delta_sq: Tensor, timesteps: Tensor, schedule: Schedule
+    config: ScoreConfig,
+    delta_sq: Tensor,
+    timesteps: Tensor,
+    schedule: Schedule,
+    cross: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
 ) -> dict[str, Tensor]:
     """The on-trajectory scores in config.names from recorded or stored curves (n, S): {name: (n,)}.
 
     A curve is NaN at steps without guidance. The configuration allows such steps only outside the band, and only for
     `trajectory_banded`.
+
+    Args:
+        cross: needed by rfmi and rfmi_guided.
+        guidance_scale: of the sampling, one or (n,); needed by rfmi_guided.
     """
+    times = schedule.alpha_sigma(timesteps)[1]  # of a flow: s, its sigma
+    scale = guidance_scale[:, None] if isinstance(guidance_scale, Tensor) else guidance_scale
     by_name = {
-        "mitune": lambda curve: trajectory.mitune(curve, timesteps, schedule),
-        "mitune_eq2": lambda curve: trajectory.mitune_eq2(curve, timesteps, schedule),
-        "asd": trajectory.asd,
+        "mitune": lambda curve, cross: trajectory.mitune(curve, timesteps, schedule),
+        "mitune_eq2": lambda curve, cross: trajectory.mitune_eq2(curve, timesteps, schedule),
+        "asd": lambda curve, cross: trajectory.asd(curve),
+        "rfmi": lambda curve, cross: trajectory.rfmi(cross, times),
+        "rfmi_guided": lambda curve, cross: trajectory.rfmi_guided(cross, curve, times, scale),
+        "flow_difference": lambda curve, cross: trajectory.flow_difference(curve, times),
     }
-    scores = {name: score(delta_sq) for name, score in by_name.items() if name in config.names}
+    scores = {name: score(delta_sq, cross) for name, score in by_name.items() if name in config.names}
     if "trajectory_banded" in config.names:
-        log_snr = schedule.log_snr_at(timesteps)
-        curve = trajectory.banded(delta_sq, log_snr, config.log_snr_min, config.log_snr_max)
-        scores["trajectory_banded"] = by_name[config.banded](curve)
+        band = schedule.log_snr_at(timesteps), config.log_snr_min, config.log_snr_max
+        curves = [None if curve is None else trajectory.banded(curve, *band) for curve in (delta_sq, cross)]
+        scores["trajectory_banded"] = by_name[config.banded](*curves)
     return scores
 
 
@@ -121,7 +135,8 @@ class Scorer:
             {score_<name>: N values in nats}, and for pointwise scores {score_<name>_se: N standard errors}.
         """
         config = self.config
-        scores = trajectory_scores(config, sampled.delta_sq, sampled.timesteps, self.denoiser.schedule)
+        curves = sampled.delta_sq, sampled.timesteps, self.denoiser.schedule, sampled.cross, sampled.guidance_scale
+        scores = trajectory_scores(config, *curves)
         columns = {f"score_{name}": values.cpu().tolist() for name, values in scores.items()}
         if any(name in POINTWISE_SCORES for name in config.names):
             args = (prompts, conditioning, index, sampled.latents, work)

@@ -10,11 +10,14 @@ import torch
 from peft import PeftModel
 from tiny_families import CASES
 
+from mi_ray.config import FinetuneConfig
 from mi_ray.diffusion.adapters import attach_adapter, save_adapter
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.families import FAMILIES
 from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer
 from mi_ray.diffusion.sampling import sampling_steps, solver_plan
+from mi_ray.diffusion.schedules import FLOW, epsilon_from
+from mi_ray.training.losses import Batch, Objective
 
 PROMPTS = ["a red circle", "a blue star above a green square"]
 STEPS = 4
@@ -165,6 +168,24 @@ def test_the_model_is_checked_and_told_before_it_is_loaded(denoiser, name, folde
     assert load_tokenizer(folders(name)).model_max_length == denoiser.max_tokens
 
 
+# ---------------------------------------------------------------------------------------------- scores
+def test_curves_are_those_of_the_raw_predictions(denoiser, case):
+    """Of the conditional and the unconditional one, whatever the pipeline does to the guided prediction."""
+    calls, predict = [], denoiser.predict
+    denoiser.predict = lambda *inputs: calls.append((inputs, predict(*inputs))) or calls[-1][1]
+    *_, last = ours(denoiser, case, noise(denoiser, 2), 3.0)
+    flow = denoiser.schedule.prediction_type == FLOW
+    for step, ((x_t, timesteps, _), prediction) in enumerate(calls):
+        alpha, sigma = (a.view(-1, 1, 1, 1) for a in denoiser.schedule.alpha_sigma(timesteps))
+        kind = denoiser.schedule.prediction_type
+        values = prediction if flow else epsilon_from(kind, prediction, x_t, alpha, sigma)
+        conditional, unconditional = values.flatten(1).chunk(2)
+        delta = conditional - unconditional
+        torch.testing.assert_close(last.delta_sq[:, step], delta.square().sum(1), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(last.cross[:, step], (conditional * delta).sum(1), rtol=1e-4, atol=1e-5)
+    assert last.delta_sq.min() > 0
+
+
 # ---------------------------------------------------------------------------------------------- images
 def test_images_are_those_of_the_pipelines_autoencoder(denoiser, stock, case):
     latents = 0.3 * noise(denoiser, 2)
@@ -205,6 +226,32 @@ def test_images_become_latents_of_the_models_shape(denoiser):
     assert latents.shape == (2, *denoiser.latent_shape)
     assert latents.isfinite().all()
     assert (latents[0] - latents[1]).abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------------------- training
+def test_training_calls_the_network_as_sampling_does_and_reaches_the_adapter(denoiser):
+    timesteps = torch.tensor([200, 700])
+    x0, drawn = noise(denoiser, 4).chunk(2)
+    conditioning = denoiser.encode_prompts(PROMPTS)
+    alpha, sigma = (a.view(-1, 1, 1, 1) for a in denoiser.schedule.alpha_sigma(timesteps))
+    x_t = alpha * x0 + sigma * drawn
+    sampled = denoiser.predict(x_t, timesteps, conditioning)
+    epsilon = denoiser.predict_epsilon(x_t, timesteps, conditioning)
+    model = attach_adapter(denoiser.network, rank=2, alpha=2, target_modules=("to_q", "to_v"))
+    arguments = denoiser.schedule, FinetuneConfig(), None, None, denoiser.family.predict
+    objective = Objective(model, *arguments)
+    batch = Batch(x0, drawn, timesteps, conditioning, torch.ones(2))
+    torch.testing.assert_close(objective.predict(batch), sampled, atol=1e-5, rtol=1e-5)
+    loss = objective(batch)
+    # At one noise level the errors of all prediction types are proportional: that of u is the one of epsilon over alpha
+    errors = (epsilon - drawn).square().flatten(1).mean(1)
+    flow = denoiser.schedule.prediction_type == FLOW
+    expected = (errors / alpha.flatten().square()).mean() if flow else errors.mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    loss.backward()
+    gradients = [p.grad for p in objective.parameters_trained if p.grad is not None]
+    assert sum(g.abs().sum() for g in gradients) > 0
+    assert all(g.isfinite().all() for g in gradients)
 
 
 # ---------------------------------------------------------------------------------------------- adapters

@@ -28,7 +28,7 @@ def _prediction(transformer: nn.Module, x_t: Tensor, timesteps: Tensor, conditio
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         return_dict=False,
     )[0]
-    return epsilon[:, : x_t.shape[1]]
+    return epsilon[:, : x_t.shape[1]].contiguous()
 
 
 PIXART_SIGMA = Family(

@@ -50,7 +50,7 @@ def _prediction(transformer: nn.Module, x_t: Tensor, timesteps: Tensor, conditio
         timestep=timesteps * transformer.config.timestep_scale,
         return_dict=False,
     )[0]
-    return velocity[:, : x_t.shape[1]]  # of a learned sigma, the first half of the channels
+    return velocity[:, : x_t.shape[1]].contiguous()  # of a learned sigma, the first half of the channels
 
 
 SANA = Family(
