@@ -21,7 +21,8 @@ from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.families import Family
 from mi_ray.diffusion.families.family import Rescale
 from mi_ray.diffusion.fitting import fitting
-from mi_ray.diffusion.folders import check_adapter, family_of, fetch_model, read_config, read_index, schedule_of
+from mi_ray.diffusion.folder_checks import family_of, folder_parts, read_config, read_index, schedule_of
+from mi_ray.diffusion.folders import check_adapter, fetch_model
 from mi_ray.diffusion.schedules import Schedule, epsilon_from
 from mi_ray.diffusion.sizes import Sizes
 
@@ -235,7 +236,8 @@ def load_denoiser(
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if dtype == "auto":
         dtype = "float16" if chosen.type == "cuda" else "float32"
-    family, config = family_of(folder), read_config(folder, family_of(folder).network)
+    index, family = read_index(folder), family_of(folder)
+    config = read_config(folder, family.network)
     sizes = family.sizes(config, read_config(folder, "vae"))
     image_size = sizes.image(*size)
     network_class = getattr(diffusers, config["_class_name"])
@@ -249,15 +251,16 @@ def load_denoiser(
         pipeline = beside.pipeline
     else:
         dtypes = {"default": torch.float32 if chosen.type == "cpu" else getattr(torch, dtype), "vae": torch.float32}
-        parts = {**family.unused, "scheduler": None, family.network: network}
-        pipeline_class = getattr(diffusers, read_index(folder)["_class_name"])
+        absent = {part: None for part in family.optional if part not in folder_parts(index)}
+        parts = {**family.unused, **absent, "scheduler": None, family.network: network}
+        pipeline_class = getattr(diffusers, index["_class_name"])
         pipeline = pipeline_class.from_pretrained(folder, use_safetensors=True, torch_dtype=dtypes, **parts)
     latent_shape = (family.channels(config), *sizes.latent(image_size))
     return PipelineDenoiser(
         family=family,
         network=network,
         pipeline=pipeline,
-        schedule=schedule_of(family, read_config(folder, "scheduler"), latent_shape, getattr(torch, dtype)),
+        schedule=schedule_of(index, read_config(folder, "scheduler"), latent_shape, getattr(torch, dtype)),
         sizes=sizes,
         image_size=image_size,
         dtype=getattr(torch, dtype),

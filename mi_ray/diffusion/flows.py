@@ -26,7 +26,7 @@ class FlowTimes:
     """How the pipeline of a family asks its scheduler for noise levels.
 
     sigmas: number of steps -> the levels before the shift (S,); None: the scheduler's own.
-    mu: (scheduler config, tokens, number of steps) -> the strength of a shift that depends on the image size.
+    mu: (scheduler config and is_distilled, tokens, number of steps) -> the strength of a shift by image size.
     tokens: latent shape (C, h, w) -> number of image tokens.
     unshifted: the network is told the time before the shift. `sigmas` are then whole timesteps over T.
     rounds: the network rounds the time to its own dtype.
@@ -62,13 +62,19 @@ class FlowSchedule:
     config: Mapping[str, Any]  # of the model's scheduler
     times: FlowTimes
     tokens: int  # image tokens
+    is_distilled: bool = False  # as model_index.json says
     time_dtype: torch.dtype = torch.float32  # dtype in which the network takes the time
     prediction_type: str = FLOW
     num_train_timesteps: int = 1000
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], times: FlowTimes, latent_shape: tuple[int, ...]) -> "FlowSchedule":
+    def from_config(
+        cls, config: Mapping[str, Any], times: FlowTimes, latent_shape: tuple[int, ...], is_distilled: bool = False
+    ) -> "FlowSchedule":
         """Read a diffusers scheduler config.
+
+        Args:
+            is_distilled: whether model_index.json says so.
 
         Raises:
             ValueError: a setting is not supported; one line for each such setting.
@@ -77,7 +83,8 @@ class FlowSchedule:
             raise ValueError("\n".join(faults))
         scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
         complete = {**scheduler.config, "_class_name": config["_class_name"]}  # with the defaults of missing keys
-        return cls(complete, times, times.tokens(latent_shape), num_train_timesteps=complete["num_train_timesteps"])
+        count = complete["num_train_timesteps"]
+        return cls(complete, times, times.tokens(latent_shape), is_distilled, num_train_timesteps=count)
 
     def rounded_to(self, dtype: torch.dtype) -> "FlowSchedule":
         """The schedule of a network of this dtype. Scores mix the noise at the level that the network is told."""
@@ -131,7 +138,9 @@ class FlowSchedule:
         return scheduler.timesteps, scheduler.sigmas
 
     def _mu(self, steps: int) -> float | None:
-        return None if self.times.mu is None else self.times.mu(self.config, self.tokens, steps)
+        if self.times.mu is None:
+            return None
+        return self.times.mu({**self.config, "is_distilled": self.is_distilled}, self.tokens, steps)
 
     @property
     def _told_shift(self) -> float:

@@ -4,7 +4,6 @@ Only safetensors are read, and no code from the model's repository.
 """
 
 import hashlib
-import json
 import os
 import re
 from importlib.resources import files
@@ -14,19 +13,29 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from mi_ray.diffusion.families import FAMILIES, Family
-from mi_ray.diffusion.flows import FlowSchedule
+from mi_ray.diffusion.folder_checks import (
+    INDEX,
+    class_faults,
+    config_name,
+    family_of,
+    folder_faults,
+    folder_parts,
+    has_weights,
+    index_faults,
+    read_index,
+    read_part_config,
+    schedule_of,
+    vocabulary_faults,
+    weight_names,
+)
 from mi_ray.diffusion.schedules import NoiseSchedule, Schedule
 from mi_ray.diffusion.sizes import Sizes
 
 SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
 
-_SUPPORTED = "supported are " + "; ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
-_INDEX = "model_index.json"
-_LIBRARIES = ("diffusers", "transformers")
 _PIECES, _PIECE = 64, 4096  # of a file, evenly from its beginning to its end, and bytes of each
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -45,20 +54,8 @@ def load_schedule(path: str, size: tuple[int | None, int | None] = (None, None))
     if family.flow is None:
         return NoiseSchedule.from_config(config)
     sizes, channels = load_sizes(path), family.channels(part_config(path, family.network))
-    return schedule_of(family, config, (channels, *sizes.latent(sizes.image(*size))))
-
-
-def schedule_of(
-    family: Family, config: dict, latent_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> Schedule:
-    """The noise schedule of a scheduler config, for latents of this shape and a network of this dtype.
-
-    Raises:
-        ValueError: with a line for each setting that is not supported.
-    """
-    if family.flow is None:
-        return NoiseSchedule.from_config(config)
-    return FlowSchedule.from_config(config, family.flow, latent_shape).rounded_to(dtype)
+    index = read_index(_folder_with(path, INDEX))
+    return schedule_of(index, config, (channels, *sizes.latent(sizes.image(*size))))
 
 
 def load_sizes(path: str) -> Sizes:
@@ -85,8 +82,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     family = _family_at(path)
     name = family.tokenizer
     folder = _folder_with(path, f"{name}/*")
-    _refuse(path, _vocabulary_faults(folder, name))
-    _, kind = read_index(_folder_with(path, _INDEX))[name]
+    _refuse(path, vocabulary_faults(folder, name))
+    _, kind = read_index(_folder_with(path, INDEX))[name]
     tokenizer = getattr(transformers, kind).from_pretrained(folder, subfolder=name)
     tokenizer.model_max_length = family.text_limit or tokenizer.model_max_length
     return tokenizer
@@ -111,17 +108,12 @@ def distilled_reason(path: str) -> str | None:
         ValueError: the model lacks a configuration, or the hub cannot be asked.
     """
     family = _family_at(path)
-    return family.distilled(part_config(path, family.network), read_index(_folder_with(path, _INDEX)))
-
-
-def family_of(folder: Path) -> Family:
-    """The family of a checked folder."""
-    return FAMILIES[read_index(folder)["_class_name"]]
+    return family.distilled(part_config(path, family.network), read_index(_folder_with(path, INDEX)))
 
 
 def _family_at(path: str) -> Family:
-    folder = _folder_with(path, _INDEX)
-    _refuse(path, _index_faults(folder))
+    folder = _folder_with(path, INDEX)
+    _refuse(path, index_faults(folder))
     return family_of(folder)
 
 
@@ -150,7 +142,7 @@ def check_model(path: str) -> None:
     """
     folder = _local_folder(path)
     if folder is not None:
-        _refuse(path, _folder_faults(folder))
+        _refuse(path, folder_faults(folder))
 
 
 def check_adapter(folder: str | Path) -> None:
@@ -191,8 +183,8 @@ def model_commit(path: str) -> str | None:
     """
     if (local := _local_folder(path)) is not None:
         return None if path in SHIPPED else _folder_digest(local)
-    folder = _folder_with(path, _INDEX)
-    _refuse(path, _index_faults(folder))
+    folder = _folder_with(path, INDEX)
+    _refuse(path, index_faults(folder))
     return folder.name
 
 
@@ -202,9 +194,9 @@ def _folder_digest(folder: Path) -> str:
     Any training changes nearly every weight, so that a few thousand bytes of each file tell two models apart.
     """
     index = read_index(folder)
-    parts = _parts(index)
-    names = [f"{part}/{_config_name(part)}" for part in parts]
-    names += [f"{part}/{name}" for part in parts if _has_weights(part) for name in _weight_names(folder, index, part)]
+    parts = folder_parts(index)
+    names = [f"{part}/{config_name(part)}" for part in parts]
+    names += [f"{part}/{name}" for part in parts if has_weights(part) for name in weight_names(folder, index, part)]
     digest = hashlib.sha256()
     for name in names:
         with (folder / name).open("rb") as file:
@@ -222,7 +214,7 @@ def part_config(path: str, part: str) -> dict:
     Raises:
         ValueError: the model has none, or the hub cannot be asked.
     """
-    config, fault = _part_config(_folder_with(path, f"{part}/{_config_name(part)}"), part)
+    config, fault = read_part_config(_folder_with(path, f"{part}/{config_name(part)}"), part)
     if config is None:
         _refuse(path, [fault])
     return config
@@ -237,13 +229,13 @@ def fetch_model(path: str) -> Path:
     try:
         name, revision = _HUB_ID.fullmatch(path).groups()
         index = diffusers.DiffusionPipeline.load_config(name, revision=revision)
-        _refuse(path, _class_faults(index))  # before gigabytes are fetched
+        _refuse(path, class_faults(index))  # before gigabytes are fetched
         unused = {part: None for part, value in FAMILIES[index["_class_name"]].unused.items() if value is None}
         pipeline = getattr(diffusers, index["_class_name"])
         folder = Path(pipeline.download(name, revision=revision, use_safetensors=True, **unused))
     except OSError as error:
         raise _not_had(path, error) from error
-    _refuse(path, _folder_faults(folder))
+    _refuse(path, folder_faults(folder))
     return folder
 
 
@@ -257,139 +249,3 @@ def _not_had(path: str, error: OSError) -> ValueError:
 def _refuse(path: str, faults: list[str]):
     if faults:
         raise ValueError("\n".join(f"{path!r} {fault}" for fault in faults))
-
-
-def _read_json(path: Path) -> dict:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it holds no mapping")
-    return content
-
-
-def _class_faults(index: dict) -> list[str]:
-    """One line for each class of a model_index.json that is not supported."""
-    pipeline = index.get("_class_name")
-    if pipeline not in FAMILIES:
-        return [f"is a {pipeline}, which is not supported; {_SUPPORTED}"]
-    faults = []
-    for part, classes in FAMILIES[pipeline].parts.items():
-        library, name = index.get(part) or (None, None)
-        if name is not None and (library not in _LIBRARIES or (classes and name not in classes)):
-            known = ", ".join(classes) or "a class of transformers"
-            faults.append(f"has as its {part} a {name} of {library}, which is not supported; supported: {known}")
-    return faults
-
-
-def _parts(index: dict) -> list[str]:
-    """The parts that a folder must hold: those of its family, the scheduler, and optional ones that the index names."""
-    family = FAMILIES[index["_class_name"]]
-    return [p for p in (*family.parts, "scheduler") if p not in family.optional or (index.get(p) or [None])[0]]
-
-
-def _config_name(part: str) -> str:
-    if part.startswith("tokenizer"):
-        return "tokenizer_config.json"
-    return "scheduler_config.json" if part == "scheduler" else "config.json"
-
-
-def _has_weights(part: str) -> bool:
-    return not part.startswith("tokenizer") and part != "scheduler"
-
-
-def _index_faults(folder: Path) -> list[str]:
-    """One line for each thing that is wrong with a folder's model_index.json."""
-    try:
-        return _class_faults(_read_json(folder / _INDEX))
-    except FileNotFoundError:
-        return ["has no model_index.json; give a folder that a diffusers pipeline's save_pretrained wrote"]
-    except ValueError as error:
-        return [f"has a model_index.json that is not JSON ({error}); fetch it again"]
-
-
-def _folder_faults(folder: Path) -> list[str]:
-    """One line for each thing that is wrong with a diffusers folder."""
-    if faults := _index_faults(folder):
-        return faults
-    index = read_index(folder)
-    family, configs = FAMILIES[index["_class_name"]], {}
-    for part in _parts(index):
-        config, fault = _part_config(folder, part)
-        if config is None:
-            faults.append(fault)
-            continue
-        configs[part] = config
-        if part.startswith("tokenizer"):
-            faults += _vocabulary_faults(folder, part)
-        elif _has_weights(part):
-            faults += _weight_faults(folder, index, part)
-    if family.network not in configs or "vae" not in configs:
-        return faults
-    latent_shape = (family.channels(configs[family.network]), 2, 2)
-    if "scheduler" in configs:
-        try:
-            schedule_of(family, configs["scheduler"], latent_shape)
-        except ValueError as error:
-            faults += [f"has in scheduler/scheduler_config.json {fault}" for fault in str(error).split("\n")]
-    try:
-        family.sizes(configs[family.network], configs["vae"])
-    except ValueError as error:
-        faults.append(str(error))
-    if family.network == "unet":
-        channels = configs["unet"].get("in_channels", 4), configs["unet"].get("out_channels", 4)
-        wanted = configs["vae"].get("latent_channels", 4)
-        if channels != (wanted, wanted):
-            faults.append(
-                f"has a UNet that takes {channels[0]} and gives {channels[1]} channels for latents of {wanted}"
-                " (an inpainting or upscaling model?); give a text-to-image model"
-            )
-    return faults
-
-
-def read_index(folder: Path) -> dict:
-    """The model_index.json of a checked folder."""
-    return _read_json(folder / _INDEX)
-
-
-def read_config(folder: Path, part: str) -> dict:
-    """The configuration of a part (unet, transformer, vae, scheduler, …) of a checked folder."""
-    return _read_json(folder / part / _config_name(part))
-
-
-def _part_config(folder: Path, part: str) -> tuple[dict | None, str]:
-    """A part's configuration, or None and what is wrong with it."""
-    name = f"{part}/{_config_name(part)}"
-    try:
-        return _read_json(folder / name), ""
-    except FileNotFoundError:
-        return None, f"lacks its {part}: there is no {name}; complete the folder"
-    except ValueError as error:
-        return None, f"has a {name} that is not JSON ({error}); fetch it again"
-
-
-def _vocabulary_faults(folder: Path, part: str) -> list[str]:
-    """Whether the tokenizer's vocabulary is there: transformers builds an empty one without a word."""
-    names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
-    if any((folder / part / name).is_file() for name in names):
-        return []
-    return [f"lacks its {part}'s vocabulary, {part}/tokenizer.json or {part}/vocab.json; complete the folder"]
-
-
-def _weight_names(folder: Path, index: dict, part: str) -> list[str]:
-    """The files of a part's weights: several if there is an index."""
-    whole = "model.safetensors" if index[part][0] == "transformers" else "diffusion_pytorch_model.safetensors"
-    split = folder / part / f"{whole}.index.json"
-    return sorted(set(_read_json(split)["weight_map"].values())) if split.is_file() else [whole]
-
-
-def _weight_faults(folder: Path, index: dict, part: str) -> list[str]:
-    """Whether the safetensors are there and whole; reads their headers only."""
-    faults = []
-    for name in _weight_names(folder, index, part):
-        try:
-            with safe_open(folder / part / name, framework="pt"):
-                pass
-        except FileNotFoundError:
-            faults.append(f"lacks {part}/{name}; complete the folder (only safetensors are read, no pickled weights)")
-        except (SafetensorError, OSError) as error:
-            faults.append(f"has a {part}/{name} that cannot be read ({error}); fetch it again, whole (git lfs pull?)")
-    return faults

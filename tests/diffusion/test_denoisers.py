@@ -296,9 +296,9 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(hub, tmp_path):
 
 def test_a_hub_model_of_another_kind_is_told_before_anything_starts(hub, tmp_path):
     index = hub / "snapshots" / ("2" * 40) / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "KandinskyPipeline"))
     smoke = ["--config", "jobs/configs/shapes-smoke.yaml", "--run-dir", str(tmp_path / "run")]
-    with pytest.raises(ConfigError, match=r"model\.path: .*is a FluxPipeline, which is not supported"):
+    with pytest.raises(ConfigError, match=r"model\.path: .*is a KandinskyPipeline, which is not supported"):
         Plan(load_config([*smoke, "--model.path", "me/tiny"])[0])
 
 

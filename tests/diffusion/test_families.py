@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tiny_families import CASES
+from tiny_families import CASES, VARIANTS
 
 from mi_ray.config import FinetuneConfig
 from mi_ray.diffusion.adapters import attach_adapter, save_adapter
@@ -19,7 +19,6 @@ from mi_ray.diffusion.sampling import sampling_steps, solver_plan
 from mi_ray.diffusion.schedules import FLOW, epsilon_from
 from mi_ray.training.losses import Batch, Objective
 
-PROMPTS = ["a red circle", "a blue star above a green square"]
 STEPS = 4
 
 
@@ -68,7 +67,7 @@ def noise(denoiser, count: int) -> torch.Tensor:
     return torch.randn(count, *denoiser.latent_shape, generator=torch.Generator().manual_seed(5))
 
 
-def run(stock, case, latents, w: float, prompts=PROMPTS) -> list[torch.Tensor]:
+def run(stock, case, latents, w: float) -> list[torch.Tensor]:
     """What the stock pipeline's scheduler gives after each step."""
     found, step = [], stock.scheduler.step
 
@@ -80,15 +79,20 @@ def run(stock, case, latents, w: float, prompts=PROMPTS) -> list[torch.Tensor]:
     stock.scheduler.step = recorded
     settings = {"height": case.size, "width": case.size, "num_inference_steps": STEPS, "output_type": "latent"}
     stock(
-        prompt=list(prompts), latents=(case.given or case.packed)(latents), **settings, **case.settings, **case.call(w)
+        prompt=list(case.prompts),
+        latents=(case.given or case.packed)(latents),
+        **settings,
+        **case.settings,
+        **case.call(w),
     )
     stock.scheduler.step = step
     return found
 
 
-def ours(denoiser, case, latents, w: float, prompts=PROMPTS):
+def ours(denoiser, case, latents, w: float, prompts=None):
     plan = solver_plan(denoiser.schedule, case.solver, STEPS)
-    conditioning, null = denoiser.encode_prompts(prompts), denoiser.encode_prompts([""])
+    conditioning = denoiser.encode_prompts(list(prompts or case.prompts))
+    null = denoiser.encode_prompts([""])
     interval = (np.inf, -np.inf) if w == 1 else None
     return sampling_steps(denoiser, plan, conditioning, null, latents, w, guidance_interval=interval)
 
@@ -103,6 +107,21 @@ def test_latents_are_those_of_the_pipeline_after_every_step(denoiser, stock, cas
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
     assert (found[-1] - case.packed(latents)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_checkpoints_of_a_family_too(variant, tmp_path):
+    case = VARIANTS[variant]
+    torch.manual_seed(0)
+    case.build().save_pretrained(tmp_path)
+    check_model(str(tmp_path))
+    denoiser = load_denoiser(str(tmp_path), device="cpu", size=(case.size, case.size))
+    absent = {part: None for part in denoiser.family.optional if getattr(denoiser.pipeline, part) is None}
+    stock = type(denoiser.pipeline).from_pretrained(tmp_path, **absent)
+    latents = noise(denoiser, 2)
+    expected = run(stock, case, latents, 3.0)
+    found = [case.packed(state.latents) for state in ours(denoiser, case, latents, 3.0)]
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_the_network_receives_what_the_pipeline_gives_it(denoiser, stock, name, case):
@@ -150,7 +169,7 @@ def same(mine, theirs):
 
 
 def test_a_row_does_not_depend_on_its_batch_mates(denoiser, case):
-    latents, prompts = noise(denoiser, 3), [*PROMPTS, "a cross"]
+    latents, prompts = noise(denoiser, 3), ["a red circle", "a blue star above a green square", "a cross"]
     *_, together = ours(denoiser, case, latents, 3.0, prompts)
     for row in range(3):
         *_, alone = ours(denoiser, case, latents[row : row + 1], 3.0, prompts[row : row + 1])
@@ -198,7 +217,7 @@ def test_images_are_those_of_the_pipelines_autoencoder(denoiser, stock, case):
 
     stock.scheduler.step = last
     theirs = stock(
-        prompt=list(PROMPTS),
+        prompt=list(case.prompts),
         latents=(case.given or case.packed)(latents),
         **settings,
         **case.settings,
@@ -229,10 +248,10 @@ def test_images_become_latents_of_the_models_shape(denoiser):
 
 
 # ---------------------------------------------------------------------------------------------- training
-def test_training_calls_the_network_as_sampling_does_and_reaches_the_adapter(denoiser):
+def test_training_calls_the_network_as_sampling_does_and_reaches_the_adapter(denoiser, case):
     timesteps = torch.tensor([200, 700])
     x0, drawn = noise(denoiser, 4).chunk(2)
-    conditioning = denoiser.encode_prompts(PROMPTS)
+    conditioning = denoiser.encode_prompts(list(case.prompts))
     alpha, sigma = (a.view(-1, 1, 1, 1) for a in denoiser.schedule.alpha_sigma(timesteps))
     x_t = alpha * x0 + sigma * drawn
     sampled = denoiser.predict(x_t, timesteps, conditioning)

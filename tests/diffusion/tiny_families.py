@@ -22,12 +22,14 @@ class Case:
     call: what the stock call is given at the guidance scale w; 1: no guidance.
     packed: our latents -> those that the stock scheduler steps.
     given: our latents -> those of the stock call; None: `packed`.
+    prompts: that are compared.
     """
 
     build: Callable[[], diffusers.DiffusionPipeline]
     call: Callable[[float], dict] = lambda w: {"guidance_scale": w}
     packed: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents
     given: Callable[[torch.Tensor], torch.Tensor] | None = None
+    prompts: tuple[str, str] = ("a red circle", "a blue star above a green square")
     size: int = 64
     solver: str = "ddim"
     settings: dict = field(default_factory=dict)
@@ -82,7 +84,7 @@ def ddim(**settings) -> diffusers.DDIMScheduler:
 
 
 # ---------------------------------------------------------------------------------------------- families
-def stable_diffusion_xl() -> diffusers.StableDiffusionXLPipeline:
+def stable_diffusion_xl(**settings) -> diffusers.StableDiffusionXLPipeline:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -105,10 +107,11 @@ def stable_diffusion_xl() -> diffusers.StableDiffusionXLPipeline:
         unet=unet.eval(),
         scheduler=ddim(),
         add_watermarker=False,
+        **settings,
     )
 
 
-def stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
+def stable_diffusion_3(**parts) -> diffusers.StableDiffusion3Pipeline:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -125,6 +128,7 @@ def stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
         dual_attention_layers=(0,),
     )
     tokenizer_3, text_encoder_3 = t5(2 * WIDTH)
+    parts = {"text_encoder_3": text_encoder_3, "tokenizer_3": tokenizer_3} | parts
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -133,8 +137,7 @@ def stable_diffusion_3() -> diffusers.StableDiffusion3Pipeline:
         tokenizer=build_tokenizer(),
         text_encoder_2=clip(transformers.CLIPTextModelWithProjection),
         tokenizer_2=build_tokenizer(),
-        text_encoder_3=text_encoder_3,
-        tokenizer_3=tokenizer_3,
+        **parts,
     )
 
 
@@ -245,6 +248,17 @@ def flux2_klein() -> diffusers.Flux2KleinPipeline:
     )
 
 
+def qwen_image_vae() -> diffusers.AutoencoderKLQwenImage:
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.5, 1.0, 2.0],
+    ).eval()
+
+
 def qwen_image() -> diffusers.QwenImagePipeline:
     transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=16,
@@ -258,18 +272,10 @@ def qwen_image() -> diffusers.QwenImagePipeline:
     text = {**qwen3(2), "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}}
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, vocab_size=300)
-    autoencoder = diffusers.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.5, 1.0, 2.0],
-    )
     return diffusers.QwenImagePipeline(
         transformer=transformer.eval(),
         scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02),
-        vae=autoencoder.eval(),
+        vae=qwen_image_vae(),
         text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config).eval(),
         tokenizer=qwen_tokenizer(),
     )
@@ -394,6 +400,71 @@ def pixart_sigma() -> diffusers.PixArtSigmaPipeline:
     )
 
 
+def krea2(is_distilled: bool = False) -> diffusers.Krea2Pipeline:
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        timestep_embed_dim=8,
+        text_hidden_dim=WIDTH,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )
+    text = {**qwen3(3), "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "mrope_interleaved": True}}
+    vision = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "deepstack_visual_indexes": [0],
+    }
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+    return diffusers.Krea2Pipeline(
+        transformer=transformer.eval(),
+        scheduler=flow(use_dynamic_shifting=True, base_image_seq_len=8, max_image_seq_len=24),
+        vae=qwen_image_vae(),
+        text_encoder=transformers.Qwen3VLModel(config).eval(),
+        tokenizer=qwen_tokenizer(),
+        text_encoder_select_layers=(1, 2),
+        is_distilled=is_distilled,
+    )
+
+
+def cogview4() -> diffusers.CogView4Pipeline:
+    transformer = diffusers.CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=WIDTH,
+        time_embed_dim=8,
+        condition_dim=4,
+        sample_size=8,
+        rope_axes_dim=(8, 8),
+    )
+    tokenizer, _ = t5(WIDTH)
+    config = transformers.GlmConfig(**qwen3(2), pad_token_id=0)
+    return diffusers.CogView4Pipeline(
+        transformer=transformer.eval(),
+        scheduler=flow(
+            use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear", base_image_seq_len=256
+        ),
+        vae=vae(scaling_factor=0.7),
+        text_encoder=transformers.GlmModel(config).eval(),
+        tokenizer=tokenizer,
+    )
+
+
 def packed_by_row(latents: torch.Tensor) -> torch.Tensor:
     """FLUX.2's tokens: (n, C, h, w) -> (n, h w, C)."""
     return latents.flatten(2).transpose(1, 2)
@@ -406,8 +477,18 @@ CASES = {
     "ChromaPipeline": Case(chroma, packed=pack),
     "Flux2KleinPipeline": Case(flux2_klein, packed=packed_by_row, given=lambda latents: latents),
     "QwenImagePipeline": Case(qwen_image, lambda w: {"true_cfg_scale": w, "negative_prompt": [" "] * 2}, packed=pack),
+    "Krea2Pipeline": Case(krea2, lambda w: {"guidance_scale": w - 1}, packed=pack),
     "ZImagePipeline": Case(z_image, lambda w: {"guidance_scale": w - 1}),
     "SanaPipeline": Case(sana, solver="dpm++2m", settings={"use_resolution_binning": False}),
     "Lumina2Pipeline": Case(lumina2),
+    # The stock pipeline attends the padding to the longest prompt of a batch: only prompts of one length agree.
+    "CogView4Pipeline": Case(cogview4, prompts=("a red circle", "a big hearts")),
     "PixArtSigmaPipeline": Case(pixart_sigma, settings={"use_resolution_binning": False}),
+}
+
+VARIANTS = {
+    "SDXL that encodes the empty prompt": Case(lambda: stable_diffusion_xl(force_zeros_for_empty_prompt=False)),
+    "Stable Diffusion 3 without T5": Case(lambda: stable_diffusion_3(text_encoder_3=None, tokenizer_3=None)),
+    "FLUX.1-schnell": Case(lambda: flux(guidance_embeds=False), CASES["FluxPipeline"].call, packed=pack),
+    "distilled Krea 2": Case(lambda: krea2(is_distilled=True), CASES["Krea2Pipeline"].call, packed=pack),
 }
