@@ -35,6 +35,7 @@ SCHEDULERS = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
+_ZERO_SNR = -80.0  # log SNR of a timestep without signal: alpha is 4e-18
 _CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # their default of clip_sample is true
 
 
@@ -167,7 +168,7 @@ class Schedule(Protocol):
 class NoiseSchedule:
     """The variance-preserving schedule that a model was trained with, and the timestep spacing of its config."""
 
-    alphas_cumprod: Tensor  # (T,) float64 on the CPU, decreasing, within (0, 1)
+    alphas_cumprod: Tensor  # (T,) float64 on the CPU, decreasing, within (0, 1); the last one may be 0
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 0
@@ -183,6 +184,8 @@ class NoiseSchedule:
         if faults := _faults(config):
             raise ValueError("\n".join(faults))
         alphas_cumprod = torch.cumprod(1 - _betas(config), 0)
+        if config.get("rescale_betas_zero_snr"):
+            alphas_cumprod = _rescaled_to_zero_snr(alphas_cumprod)
         return cls(
             alphas_cumprod=alphas_cumprod,
             prediction_type=config.get("prediction_type", "epsilon"),
@@ -208,8 +211,8 @@ class NoiseSchedule:
 
     @property
     def log_snr(self) -> Tensor:
-        """log(abar_t / (1 - abar_t)): (T,) float64, decreasing."""
-        return torch.logit(self.alphas_cumprod)
+        """log(abar_t / (1 - abar_t)): (T,) float64, decreasing; -80 stands for abar_t = 0."""
+        return torch.logit(self.alphas_cumprod).clamp(min=_ZERO_SNR)
 
     @property
     def table(self) -> tuple[Tensor, Tensor]:
@@ -217,7 +220,8 @@ class NoiseSchedule:
 
     @property
     def log_snr_range(self) -> tuple[float, float]:
-        noisiest, clearest = self.log_snr[[-1, 0]].tolist()
+        """Without a timestep of zero SNR: epsilon is not defined there."""
+        noisiest, clearest = self.log_snr[self.alphas_cumprod > 0][[-1, 0]].tolist()
         return noisiest, clearest
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,6 +314,13 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
             return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
 
 
+def _rescaled_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
+    """sqrt(abar) shifted so that the last is 0, and scaled so that the first stays (Lin et al. 2024, arXiv 2305.08891,
+    algorithm 1)."""
+    alpha = alphas_cumprod.sqrt()
+    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).square()
+
+
 def _faults(config: Mapping[str, Any]) -> list[str]:
     """One error message for each setting that is not supported."""
     faults = []
@@ -324,8 +335,11 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
         value = config.get(key, default)
         if value not in known and not (key == "beta_schedule" and config.get("trained_betas") is not None):
             faults.append(f"{key} {value!r} is not supported; use a model with one of {', '.join(known)}")
-    if config.get("rescale_betas_zero_snr"):
-        faults.append("rescale_betas_zero_snr true is not supported: epsilon is undefined at zero SNR; set it to false")
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
+        faults.append(
+            "rescale_betas_zero_snr true with prediction_type 'epsilon' is not supported: a model that predicts epsilon"
+            " says nothing of x0 at zero SNR; use a model that predicts v"
+        )
     if config.get("clip_sample", name in _CLIPPING):
         faults.append("clip_sample true is not supported: latents have no fixed range; set it to false")
     if config.get("thresholding"):

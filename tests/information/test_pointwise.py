@@ -187,8 +187,12 @@ def denoiser_of(family: str, network, schedule):
     return PipelineDenoiser(*parts, Sizes((2, 2), 1, 1), (2, 2), torch.float32, torch.device("cpu"))
 
 
-def of_unet(world, prediction_type):
-    schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, prediction_type=prediction_type)
+def of_unet(world, kind):
+    """A UNet of this prediction type; "zero snr": one that predicts v on a schedule that ends without signal."""
+    prediction_type, abar = kind, SCHEDULE.alphas_cumprod
+    if kind == "zero snr":
+        prediction_type, abar = "v_prediction", torch.cat([abar[:-1], abar.new_zeros(1)])
+    schedule = NoiseSchedule(abar, prediction_type=prediction_type)
     network = Predicting(world, prediction_type)
     return denoiser_of("StableDiffusionPipeline", network, schedule).predict_epsilon, schedule
 
@@ -246,7 +250,8 @@ def of_rectified_flow(world):
 
 
 @pytest.mark.parametrize(
-    "kind", ["epsilon", "v_prediction", "sample", "flow", "StableDiffusion3Pipeline", "Lumina2Pipeline"]
+    "kind",
+    ["epsilon", "v_prediction", "sample", "zero snr", "flow", "StableDiffusion3Pipeline", "Lumina2Pipeline"],
 )
 def test_every_parameterisation_gives_the_same_values(kind):
     world = JointGaussian(8, 0.7)
