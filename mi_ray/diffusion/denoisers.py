@@ -4,7 +4,8 @@ A model is an ordinary diffusers folder, read with the stock `from_pretrained` o
 code from the model's repository.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -211,6 +213,18 @@ def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.M
 
 
 # ---------------------------------------------------------------------------------------------- loading
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Within, diffusers draws no bar of the parts that it loads: every actor would."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_denoiser(
     path: str,
     dtype: str = "auto",
@@ -242,7 +256,7 @@ def load_denoiser(
     image_size = sizes.image(*size)
     network_class = getattr(diffusers, config["_class_name"])
     wanted = getattr(torch, dtype) if adapter is None else torch.float32  # an adapter is merged in fp32
-    given = {"subfolder": family.network, "torch_dtype": wanted, "use_safetensors": True}
+    given = {"subfolder": family.network, "dtype": wanted, "use_safetensors": True}
     network = network_class.from_pretrained(folder, **given)
     if adapter is not None:
         check_adapter(adapter)
@@ -254,7 +268,8 @@ def load_denoiser(
         absent = {part: None for part in family.optional if part not in folder_parts(index)}
         parts = {**family.unused, **absent, "scheduler": None, family.network: network}
         pipeline_class = getattr(diffusers, index["_class_name"])
-        pipeline = pipeline_class.from_pretrained(folder, use_safetensors=True, torch_dtype=dtypes, **parts)
+        with _without_progress_bar():
+            pipeline = pipeline_class.from_pretrained(folder, use_safetensors=True, dtype=dtypes, **parts)
     latent_shape = (family.channels(config), *sizes.latent(image_size))
     return PipelineDenoiser(
         family=family,

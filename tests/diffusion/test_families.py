@@ -17,9 +17,11 @@ from mi_ray.diffusion.families import FAMILIES
 from mi_ray.diffusion.folders import check_model, load_schedule, load_tokenizer
 from mi_ray.diffusion.sampling import sampling_steps, solver_plan
 from mi_ray.diffusion.schedules import FLOW, epsilon_from
+from mi_ray.information.pointwise import beside, denoising_errors, pmi
+from mi_ray.information.probes import draw_probes
 from mi_ray.training.losses import Batch, Objective
 
-STEPS = 4
+STEPS = 3
 
 
 @pytest.fixture(scope="session")
@@ -205,11 +207,35 @@ def test_curves_are_those_of_the_raw_predictions(denoiser, case):
     assert last.delta_sq.min() > 0
 
 
+def test_the_score_of_an_image_is_the_integral_of_its_denoising_errors(denoiser, case):
+    """i_s = 1/2 sum of weight (||eps - eps_hat(null)||^2 - ||eps - eps_hat(prompt)||^2), arXiv 2310.07972, eq. 7."""
+    latents, prompts = noise(denoiser, 2), list(case.prompts)
+    conditioning, null = denoiser.encode_prompts(prompts), denoiser.encode_prompts([""])
+    probes = draw_probes([3, 4], 4, -4.0, 2.0, denoiser.latent_shape)
+    arguments = denoiser.predict_epsilon, denoiser.schedule, latents, torch.arange(2)
+    errors = denoising_errors(*arguments, *beside(conditioning, null), probes, 4)
+    found = pmi(errors[:, 0], errors[:, 1], probes).value
+    flow, kind = denoiser.schedule.prediction_type == FLOW, denoiser.schedule.prediction_type
+    expected = torch.zeros(2)
+    for probe, (log_snr, weight) in enumerate(zip(probes.log_snr, probes.weight, strict=True)):
+        # The model's own noise level: alpha + sigma = 1 of a flow, alpha^2 + sigma^2 = 1 of a diffusion.
+        ratio = (log_snr / 2).exp()
+        sigma = 1 / (1 + ratio) if flow else 1 / (1 + ratio.square()).sqrt()
+        alpha, drawn = ratio * sigma, torch.stack([probes.draw(row, probe) for row in range(2)])
+        x_t, timestep = alpha * latents + sigma * drawn, denoiser.schedule.levels_at(log_snr[None])[0].expand(2)
+        for sign, branch in ((1, null.expand(2)), (-1, conditioning)):
+            prediction = denoiser.predict(x_t, timestep, branch)
+            epsilon = x_t + alpha * prediction if flow else epsilon_from(kind, prediction, x_t, alpha, sigma)
+            expected += sign * weight / 2 * (drawn - epsilon).square().flatten(1).sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert found.abs().min() > 0
+
+
 # ---------------------------------------------------------------------------------------------- images
 def test_images_are_those_of_the_pipelines_autoencoder(denoiser, stock, case):
     latents = 0.3 * noise(denoiser, 2)
     scheduled = stock.scheduler.step
-    settings = {"height": case.size, "width": case.size, "num_inference_steps": 1, "output_type": "np"}
+    settings = {"height": case.size, "width": case.size, "num_inference_steps": 2, "output_type": "np"}
 
     def last(*arguments, **named):
         scheduled(*arguments, **named)
