@@ -62,7 +62,8 @@ class ModelConfig(Section):
     width: Positive | None = Field(None, description=WIDTH)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
-        description="dtype of the denoiser; auto: float16 on a GPU, else float32. Solver and scores always use float32",
+        description="dtype of the denoiser; auto: on a GPU float16 for Stable Diffusion 1, 2 and XL and bfloat16 for"
+        " other models, else float32. Solver and scores always use float32",
     )
     kernel: Literal["auto", "eager", "triton"] = Field(
         "auto",
@@ -70,7 +71,7 @@ class ModelConfig(Section):
         " eager",
     )
     channels_last: bool = Field(
-        False, description="use the channels-last memory layout in the UNet: faster convolutions on tensor cores"
+        False, description="use the channels-last memory layout in a UNet: faster convolutions on tensor cores"
     )
     compile: Literal["default", "cuda-graphs"] | None = Field(
         None,

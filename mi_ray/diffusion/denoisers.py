@@ -237,7 +237,7 @@ def load_denoiser(
 
     Args:
         path: a shipped name ("shapes"), a diffusers folder or a hub id.
-        dtype: of the denoiser: "float32", "float16", "bfloat16"; "auto": float16 on a GPU, float32 without.
+        dtype: of the denoiser: "float32", "float16", "bfloat16"; "auto": on a GPU that of the family.
         device: as torch names it; "auto": a GPU if there is one.
         adapter: local folder with adapter_config.json and adapter_model.safetensors of PEFT, for the network.
         beside: the same model, loaded already: all but the network is shared with it.
@@ -248,9 +248,9 @@ def load_denoiser(
     """
     folder = fetch_model(path)
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if dtype == "auto":
-        dtype = "float16" if chosen.type == "cuda" else "float32"
     index, family = read_index(folder), family_of(folder)
+    if dtype == "auto":
+        dtype = family.half if chosen.type == "cuda" else "float32"
     config = read_config(folder, family.network)
     sizes = family.sizes(config, read_config(folder, "vae"))
     image_size = sizes.image(*size)

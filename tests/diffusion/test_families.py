@@ -299,6 +299,19 @@ def test_training_calls_the_network_as_sampling_does_and_reaches_the_adapter(den
     assert all(g.isfinite().all() for g in gradients)
 
 
+def test_half_precision_samples_and_trains(denoiser, name, case, folders):
+    """In bfloat16 the network agrees with its own float32 to its precision, and its adapter gets gradients."""
+    half = load_denoiser(folders(name), device="cpu", dtype="bfloat16", size=denoiser.image_size)
+    timesteps, (x0, drawn) = torch.tensor([200, 700]), noise(denoiser, 4).chunk(2)
+    conditioning = denoiser.encode_prompts(list(case.prompts))
+    exact, rounded = (d.predict(x0, timesteps, conditioning).float() for d in (denoiser, half))
+    assert (rounded - exact).norm() < 0.1 * exact.norm()
+    model = attach_adapter(half.network, rank=2, alpha=2, target_modules=("to_q", "to_v"))
+    objective = Objective(model, half.schedule, FinetuneConfig(), torch.bfloat16, None, half.family.predict)
+    objective(Batch(x0, drawn, timesteps, conditioning, torch.ones(2))).backward()
+    assert sum(p.grad.abs().sum() for p in objective.parameters_trained if p.grad is not None) > 0
+
+
 # ---------------------------------------------------------------------------------------------- adapters
 def test_a_trained_adapter_loads_in_the_stock_pipeline(denoiser, stock, name, case, folders, tmp_path):
     latents = noise(denoiser, 2)

@@ -483,7 +483,7 @@ CASES = {
     "Lumina2Pipeline": Case(lumina2),
     # The stock pipeline attends the padding to the longest prompt of a batch: only prompts of one length agree.
     "CogView4Pipeline": Case(cogview4, prompts=("a red circle", "a big hearts")),
-    "PixArtSigmaPipeline": Case(pixart_sigma, settings={"use_resolution_binning": False}),
+    "PixArtSigmaPipeline": Case(pixart_sigma, settings={"use_resolution_binning": False, "clean_caption": False}),
 }
 
 VARIANTS = {

@@ -96,6 +96,7 @@ class Family:
     rescale: what the stock pipeline does to a guided prediction before the solver; never part of a score.
     distilled: (config of the network, model_index.json) -> why there is no trained unconditional prediction; None:
         there is one.
+    half: dtype on a GPU if none is asked for. T5, Gemma and Qwen overflow in float16.
     optional: parts that a folder may leave out.
     unused: parts of the pipeline that are not loaded, and settings that go with that.
     """
@@ -115,6 +116,7 @@ class Family:
     encode_image: Callable[[nn.Module, Tensor], Tensor] = encode_scaled
     rescale: Rescale | None = None
     distilled: Callable[[Config, Config], str | None] = lambda network, index: None
+    half: str = "bfloat16"
     optional: tuple[str, ...] = ()
     unused: Mapping[str, Any] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ _TEXT_LENGTH = 300  # the pipeline's default
 
 
 def _encode(pipeline: DiffusionPipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    """Without the pipeline's cleaning of captions from web pages, which needs other packages."""
     embeds, mask, _, _ = pipeline.encode_prompt(
         prompts,
         do_classifier_free_guidance=False,

@@ -41,6 +41,7 @@ STABLE_DIFFUSION = Family(
     channels=_channels,
     encode=_encode,
     predict=unet_prediction,
+    half="float16",
     unused={**_NOT_LOADED, "safety_checker": None, "requires_safety_checker": False},
 )
 
@@ -75,5 +76,6 @@ STABLE_DIFFUSION_XL = Family(
     encode=_encode_xl,
     encode_null=_encode_xl_null,
     predict=_xl_prediction,
+    half="float16",
     unused={**_NOT_LOADED, "add_watermarker": False},
 )
