@@ -1,11 +1,11 @@
 """Scores of flow models on a tiny Stable Diffusion 3: equal to the released code, refused where undefined."""
 
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import flux, stable_diffusion_3
 
 from mi_ray.config import FLOW_SCORES, RunConfig, SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
@@ -13,9 +13,6 @@ from mi_ray.scoring.sampler import Sampler
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.suitability import check_suitability, distillation_warning
 from mi_ray.scoring.work import Work
-
-sys.path.append(str(Path(__file__).parents[1] / "diffusion"))
-from tiny_families import flux, stable_diffusion_3
 
 PROMPTS, SCALE, STEPS = ["a red circle", "a blue star"], 3.0, 8
 
