@@ -173,7 +173,7 @@ def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
         load_tokenizer(config.model)
         faults += load_sizes(config.model).faults(*config.size)
         with collecting(faults, "score"):
-            probed_band(config.score, load_schedule(config.model))
+            probed_band(config.score, load_schedule(config.model, config.size))
     with collecting(faults, "score.negatives"):
         negatives_by(config.score.negatives)
     if faults:
