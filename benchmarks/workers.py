@@ -53,7 +53,7 @@ class ThroughputSettings(Benchmark):
     """The settings of the throughput benchmark."""
 
     model: ModelPath = Field("shapes", description="the embedded model (shapes) or a diffusers folder")
-    dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: float16 on a GPU, float32 without")
+    dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: as model.dtype")
     channels_last: bool = Field(True, description="memory layout of our UNet only, as `model.channels_last`")
     compile: Literal["default", "cuda-graphs"] | None = Field(None, description="for our UNet, as `model.compile`")
     actors: PositiveInt = Field(

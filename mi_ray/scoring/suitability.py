@@ -2,7 +2,7 @@
 
 import logging
 
-from mi_ray.config import FLOW_SCORES, ON_TRAJECTORY, RunConfig
+from mi_ray.config import FLOW_SCORES, ON_TRAJECTORY, RunConfig, ScoreConfig
 from mi_ray.diffusion.folders import distilled_reason, load_schedule
 from mi_ray.diffusion.sampling import solver_plan
 from mi_ray.diffusion.schedules import FLOW, Schedule
@@ -38,6 +38,17 @@ def check_suitability(config: RunConfig):
         raise ValueError("\n".join(faults))
     if warning := distillation_warning(config):
         log.warning(warning)
+
+
+def check_pairs(model: str, size: tuple[int | None, int | None], score: ScoreConfig):
+    """Check the band of the scores of pairs against their model. Warn of a distilled model.
+
+    Raises:
+        ValueError: the model has no noise level in the band.
+    """
+    probed_band(score, load_schedule(model, size))
+    if reason := distilled_reason(model):
+        log.warning("model: %s, but pmi compares with one; the log odds against hard negatives do not", reason)
 
 
 def score_faults(config: RunConfig, schedule: Schedule) -> list[str]:

@@ -11,7 +11,7 @@ from mi_ray.config import FLOW_SCORES, RunConfig, SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.scoring.sampler import Sampler
 from mi_ray.scoring.scorer import Scorer
-from mi_ray.scoring.suitability import check_suitability, distillation_warning
+from mi_ray.scoring.suitability import check_pairs, check_suitability, distillation_warning
 from mi_ray.scoring.work import Work
 
 PROMPTS, SCALE, STEPS = ["a red circle", "a blue star"], 3.0, 8
@@ -114,6 +114,9 @@ def test_a_distilled_model_is_warned_of_where_its_unconditional_prediction_count
     assert "score pmi_contrastive" not in warning
     check_suitability(config)
     assert warning in caplog.text
+    caplog.clear()
+    check_pairs(path, (64, 64), config.score)
+    assert "distilled" in caplog.text
     only = run_config(path, score={"names": ["pmi_contrastive"]}, select=select, sampler=unguided)
     assert distillation_warning(only) is None
     assert distillation_warning(run_config(folder, score={"names": ["rfmi"]}, select={"by": "rfmi"})) is None
