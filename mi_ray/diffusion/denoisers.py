@@ -241,14 +241,14 @@ def load_denoiser(
     config = read_config(folder, family.network)
     sizes = family.sizes(config, read_config(folder, "vae"))
     image_size = sizes.image(*size)
-    half = getattr(torch, dtype)
+    of_network = getattr(torch, dtype)
     with quiet_loading():
-        network = _loaded(folder, index, family.network, half if adapter is None else torch.float32)
+        network = _loaded(folder, index, family.network, of_network if adapter is None else torch.float32)
         if adapter is not None:  # merged in fp32
             check_adapter(adapter)
             network = PeftModel.from_pretrained(network.float(), str(adapter), torch_device="cpu").merge_and_unload()
         if beside is None:
-            pipeline = _pipeline(folder, network, torch.float32 if chosen.type == "cpu" else half)
+            pipeline = _pipeline(folder, network, torch.float32 if chosen.type == "cpu" else of_network)
         else:
             pipeline = beside.pipeline
     latent_shape = (family.channels(config), *sizes.latent(image_size))
@@ -256,10 +256,10 @@ def load_denoiser(
         family=family,
         network=network,
         pipeline=pipeline,
-        schedule=schedule_of(index, read_config(folder, "scheduler"), latent_shape, half),
+        schedule=schedule_of(index, read_config(folder, "scheduler"), latent_shape, of_network),
         sizes=sizes,
         image_size=image_size,
-        dtype=half,
+        dtype=of_network,
         device=chosen,
     )
 

@@ -81,7 +81,11 @@ class FlowSchedule:
         """
         if faults := _faults(config):
             raise ValueError("\n".join(faults))
-        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        try:
+            scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        except TypeError as error:
+            wrong = "a number of the schedule is missing or has another type"
+            raise ValueError(f"{wrong} ({error}); fetch the file again") from error
         complete = {**scheduler.config, "_class_name": config["_class_name"]}  # with the defaults of missing keys
         count = complete["num_train_timesteps"]
         return cls(complete, times, times.tokens(latent_shape), is_distilled, num_train_timesteps=count)

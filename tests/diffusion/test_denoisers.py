@@ -379,6 +379,12 @@ def test_a_configuration_that_describes_no_model_is_refused(copy):
         check_model(str(copy))
 
 
+def test_a_quantized_part_is_refused(copy):
+    _change(copy / "unet" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ValueError, match="has a quantized unet, which is not supported"):
+        check_model(str(copy))
+
+
 def test_the_tokenizer_reads_no_more_than_the_text_encoder(copy):
     path = copy / "tokenizer" / "tokenizer_config.json"
     config = json.loads(path.read_text())

@@ -235,6 +235,14 @@ def test_what_the_loader_of_any_part_reports_is_an_error(parts, tmp_path, monkey
         file.write_bytes(whole)
 
 
+def test_the_unused_head_of_a_language_model_is_no_fault(folders, tmp_path):
+    copy = shutil.copytree(folders("ZImagePipeline"), tmp_path / "model")
+    file = copy / "text_encoder" / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.zeros(300, 16)}, file, {"format": "pt"})
+    check_model(str(copy))
+    load_denoiser(str(copy), device="cpu", size=(64, 64))
+
+
 # ---------------------------------------------------------------------------------------------- scores
 def test_curves_are_those_of_the_raw_predictions(denoiser, case):
     """Of the conditional and the unconditional one, whatever the pipeline does to the guided prediction."""
