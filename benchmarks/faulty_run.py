@@ -41,7 +41,7 @@ class FaultyGenerator(stage.CandidateGenerator):
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.calls = 0
-        self.denoiser.unet.register_forward_hook(self.after_denoiser)
+        self.denoiser.network.register_forward_hook(self.after_denoiser)
 
     def after_denoiser(self, unet, inputs, output):
         self.calls += 1

@@ -21,7 +21,7 @@ from mi_ray.alignment.metric import Column, Metric, load_metrics
 from mi_ray.config import RunConfig
 from mi_ray.config.paths import LocalOrUri
 from mi_ray.config.section import ConfigError
-from mi_ray.diffusion.denoisers import UNetDenoiser, load_denoiser
+from mi_ray.diffusion.denoisers import PipelineDenoiser, load_denoiser
 from mi_ray.inputs.prompts import read_prompts
 from mi_ray.report.columns import heading
 from mi_ray.report.columns import scale as scale_of
@@ -68,7 +68,7 @@ class GuidanceBenchmark(Benchmark):
     ) -> pd.DataFrame:
         """Columns prompt_id, seed and the metric's first column, one row per image."""
         name = metric.columns[0].name
-        denoiser: UNetDenoiser = load_denoiser(config.model.path, adapter=adapter)
+        denoiser: PipelineDenoiser = load_denoiser(config.model.path, adapter=adapter)
         settings = config.evaluation.sampler.model_copy(update={"guidance_scale": scale})
         sampler, parts = Sampler(denoiser, settings, self.batch_size), []
         for start in tqdm(range(0, len(table), PROMPTS_AT_A_TIME), desc=f"{adapter or 'base'} at {scale}", leave=False):

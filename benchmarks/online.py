@@ -181,7 +181,7 @@ def time_of_updates(config: RunConfig, updates: int) -> dict:
         learned.save = lambda *_: None  # the policies are published, but not saved
         learned.load({}, [])
         for denoiser in (generator.policy.base, generator.policy.drawing):
-            watches["generation"].watch(denoiser.unet)
+            watches["generation"].watch(denoiser.network)
         watches["training"].watch(objective.model)
         arguments = objective.parameters_trained, training.optimizer, training.scaler, config.finetune.max_grad_norm
         with watches["training"].backward_passes():

@@ -53,7 +53,7 @@ class ThroughputSettings(Benchmark):
     """The settings of the throughput benchmark."""
 
     model: ModelPath = Field("shapes", description="the embedded model (shapes) or a diffusers folder")
-    dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: float16 on a GPU, float32 without")
+    dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: as model.dtype")
     channels_last: bool = Field(True, description="memory layout of our UNet only, as `model.channels_last`")
     compile: Literal["default", "cuda-graphs"] | None = Field(None, description="for our UNet, as `model.compile`")
     actors: PositiveInt = Field(
@@ -219,9 +219,9 @@ class Trainer:
         self.steps, rows = settings.training_steps, settings.training_batch
         denoiser = load_denoiser(settings.model, settings.dtype)
         denoiser.specialise(channels_last=settings.channels_last, compiled=None, rows=())
-        model = attach_adapter(denoiser.unet, rank=16, alpha=16, target_modules=TARGETS)
+        model = attach_adapter(denoiser.network, rank=16, alpha=16, target_modules=TARGETS)
         if checkpointing:
-            denoiser.unet.enable_gradient_checkpointing()
+            denoiser.network.enable_gradient_checkpointing()
         self.objective = Objective(model, denoiser.schedule, FinetuneConfig(), half_of(denoiser))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)

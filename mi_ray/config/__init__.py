@@ -5,8 +5,10 @@ This room imports nothing else from the package. It must not know how a field is
 
 from mi_ray.config.finetune import BETA, FinetuneConfig, MethodName, OnlineConfig
 from mi_ray.config.generation import (
+    FLOW_SCORES,
     HEIGHT,
     MODEL,
+    ON_TRAJECTORY,
     POINTWISE_SCORES,
     TRAJECTORY_SCORES,
     WIDTH,
@@ -24,8 +26,10 @@ from mi_ray.config.run import EvaluationConfig, ResourcesConfig, RunConfig
 
 __all__ = [
     "BETA",
+    "FLOW_SCORES",
     "HEIGHT",
     "MODEL",
+    "ON_TRAJECTORY",
     "POINTWISE_SCORES",
     "TRAJECTORY_SCORES",
     "WIDTH",

@@ -9,9 +9,21 @@ from mi_ray.config.paths import LocalOrUri, ModelPath
 from mi_ray.config.section import METRIC_NAMES, MetricNames, Positive, Section, Share, check_band
 
 TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "asd", "trajectory_banded")
+FLOW_SCORES = ("rfmi", "rfmi_guided", "flow_difference")  # of flow models, in place of the mitune ones
+ON_TRAJECTORY = (*TRAJECTORY_SCORES, *FLOW_SCORES)
 POINTWISE_SCORES = ("pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives")
 ScoreName = Literal[
-    "mitune", "mitune_eq2", "asd", "trajectory_banded", "pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives"
+    "mitune",
+    "mitune_eq2",
+    "asd",
+    "trajectory_banded",
+    "rfmi",
+    "rfmi_guided",
+    "flow_difference",
+    "pmi",
+    "pmi_orthogonal",
+    "pmi_contrastive",
+    "pmi_negatives",
 ]
 
 MODEL = "the embedded model (shapes), a diffusers folder or a hub id; owner/name@revision pins a branch, tag or commit"
@@ -53,7 +65,8 @@ class ModelConfig(Section):
     width: Positive | None = Field(None, description=WIDTH)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
-        description="dtype of the denoiser; auto: float16 on a GPU, else float32. Solver and scores always use float32",
+        description="dtype of the denoiser; auto: on a GPU float16 for Stable Diffusion 1, 2 and XL and bfloat16 for"
+        " other models, else float32. Solver and scores always use float32",
     )
     kernel: Literal["auto", "eager", "triton"] = Field(
         "auto",
@@ -61,7 +74,7 @@ class ModelConfig(Section):
         " eager",
     )
     channels_last: bool = Field(
-        False, description="use the channels-last memory layout in the UNet: faster convolutions on tensor cores"
+        False, description="use the channels-last memory layout in a UNet: faster convolutions on tensor cores"
     )
     compile: Literal["default", "cuda-graphs"] | None = Field(
         None,
@@ -86,14 +99,15 @@ class SamplerConfig(Section):
 
     solver: Literal["ddpm", "ddim", "dpm++2m", "dpm++2m-sde"] = Field(
         "ddpm",
-        description="DDPM, DDIM, DPM-Solver++(2M), or its stochastic form (sde): samples like DDPM in a fifth of the"
-        " steps",
+        description="DDPM, DDIM (of a flow model: Euler), DPM-Solver++(2M), or its stochastic form (sde): samples like"
+        " DDPM in a fifth of the steps",
     )
     num_inference_steps: Positive = Field(100, description="number of denoising steps")  # MI-TUNE's released code
     guidance_scale: float = Field(
         7.5,
         ge=1,
-        description="scale of classifier-free guidance; 1: no guidance, half the evaluations, no on-trajectory scores",
+        description="scale w of classifier-free guidance, unconditional + w (conditional - unconditional); 1: no"
+        " guidance, half the evaluations, no on-trajectory scores",
     )  # 7.5: released code
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
         None, description="spacing of the timesteps, as in diffusers; none: that of the model's scheduler"
@@ -128,7 +142,7 @@ class ScoreConfig(Section):
     log_snr_max: float = Field(
         -1.7, description="upper end of this log SNR band"
     )  # METHOD: layout is decided below -1.7
-    banded: Literal["mitune", "mitune_eq2", "asd"] = Field(
+    banded: Literal["mitune", "mitune_eq2", "asd", "rfmi", "rfmi_guided", "flow_difference"] = Field(
         "mitune", description="on-trajectory score that trajectory_banded computes within the band"
     )
     num_samples: Positive = Field(12, description="number of noise samples per candidate, for pointwise scores")

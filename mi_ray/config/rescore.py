@@ -2,7 +2,7 @@
 
 from pydantic import Field, field_validator
 
-from mi_ray.config.generation import TRAJECTORY_SCORES, ScoreConfig, ScoreName
+from mi_ray.config.generation import ON_TRAJECTORY, TRAJECTORY_SCORES, ScoreConfig, ScoreName
 from mi_ray.config.paths import SharedPath
 from mi_ray.config.section import Section
 
@@ -15,10 +15,10 @@ class TrajectoryScoreConfig(ScoreConfig):
     @field_validator("names")
     @classmethod
     def _on_trajectory(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if others := [name for name in names if name not in TRAJECTORY_SCORES]:
+        if others := [name for name in names if name not in ON_TRAJECTORY]:
             raise ValueError(
                 f"{', '.join(others)} cannot be computed from stored curves; use one or more of"
-                f" {', '.join(TRAJECTORY_SCORES)}"
+                f" {', '.join(ON_TRAJECTORY)}"
             )
         return names
 

@@ -6,8 +6,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mi_ray.config.finetune import FinetuneConfig, OnlineConfig
 from mi_ray.config.generation import (
+    ON_TRAJECTORY,
     POINTWISE_SCORES,
-    TRAJECTORY_SCORES,
     GenerateConfig,
     ModelConfig,
     PromptsConfig,
@@ -145,7 +145,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self):
         faults = []
-        if self.select.by in (*TRAJECTORY_SCORES, *POINTWISE_SCORES) and self.select.by not in self.score.names:
+        if self.select.by in (*ON_TRAJECTORY, *POINTWISE_SCORES) and self.select.by not in self.score.names:
             faults.append(f"select.by is {self.select.by!r}, but this score is not computed: add it to score.names")
         faults += self._control_faults()
         if self.select.top_k >= self.generate.candidates_per_prompt:
@@ -203,7 +203,7 @@ class RunConfig(Section):
     def _control_faults(self) -> list[str]:
         """Faults of select.by and evaluation.controls: names that are no score, no measured metric and not random."""
         controls = ("random", *self.generate.alignment)
-        known = (*TRAJECTORY_SCORES, *POINTWISE_SCORES, *controls)
+        known = (*ON_TRAJECTORY, *POINTWISE_SCORES, *controls)
         faults = []
         if self.select.by not in known:
             faults.append(
@@ -239,7 +239,7 @@ class RunConfig(Section):
                     f" resources.gpus_per_actor, or set model.{option}: {other}"
                 )
         interval, score = self.sampler.guidance_interval, self.score
-        named = {*score.names, self.prune.by} & set(TRAJECTORY_SCORES) if interval else set()
+        named = {*score.names, self.prune.by} & set(ON_TRAJECTORY) if interval else set()
         if "trajectory_banded" in named and interval[0] <= score.log_snr_min and score.log_snr_max <= interval[1]:
             named.remove("trajectory_banded")  # all steps in its band have guidance
         faults += [
@@ -248,7 +248,7 @@ class RunConfig(Section):
             + (", or widen it to the band" if name == "trajectory_banded" else "")
             for name in sorted(named)
         ]
-        unguided = {*score.names, self.prune.by} & set(TRAJECTORY_SCORES) if self.sampler.branches == 1 else set()
+        unguided = {*score.names, self.prune.by} & set(ON_TRAJECTORY) if self.sampler.branches == 1 else set()
         faults += [
             f"sampler.guidance_scale is 1, but {name} needs both branches: remove {name} from score.names and prune.by,"
             " or raise sampler.guidance_scale"

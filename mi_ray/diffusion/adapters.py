@@ -5,24 +5,26 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 _PEFT_PREFIX = "base_model.model."  # every module name of a PeftModel starts with it
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------- the adapter
-def target_faults(unet: nn.Module, target_modules: Iterable[str]) -> list[str]:
-    """One error message for each target that matches no linear or convolution layer of `unet`.
+def target_faults(network: nn.Module, target_modules: Iterable[str]) -> list[str]:
+    """One error message for each target that matches no linear or convolution layer of `network`.
 
     A target matches the layers whose dotted path ends with it, as in PEFT. A target that matches nothing is an error
     even if other targets match: PEFT would train without it and give no warning. The message lists similar layer names.
     """
-    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     endings = {".".join(name.split(".")[-2 if name.rsplit(".", 1)[-1].isdigit() else -1 :]) for name in layers}
     return [
         f"{target!r} matches no linear or convolution layer of the model; use names of its layers, such as "
@@ -33,18 +35,19 @@ def target_faults(unet: nn.Module, target_modules: Iterable[str]) -> list[str]:
 
 
 def attach_adapter(
-    unet: nn.Module, *, rank: int, alpha: float, target_modules: Iterable[str], use_dora: bool = False
+    network: nn.Module, *, rank: int, alpha: float, target_modules: Iterable[str], use_dora: bool = False
 ) -> PeftModel:
-    """Freeze `unet` and attach a new adapter: LoRA (Hu et al. 2022) or DoRA (Liu et al. 2024).
+    """Freeze `network` and attach a new adapter: LoRA (Hu et al. 2022) or DoRA (Liu et al. 2024).
 
-    The adapter's parameters are fp32 for any dtype of `unet`. B starts at 0, so the output is at first that of `unet`.
+    The adapter's parameters are fp32 for any dtype of `network`. B starts at 0, so the output is at first that of
+    `network`.
     The matrix A is drawn from torch's global random generator.
 
     Raises:
         ValueError: a target matches no layer; one line for each such target.
     """
     target_modules = list(target_modules)
-    if faults := target_faults(unet, target_modules) or (
+    if faults := target_faults(network, target_modules) or (
         [] if target_modules else ["the list of target modules is empty; name at least one"]
     ):
         raise ValueError("\n".join(faults))
@@ -55,7 +58,7 @@ def attach_adapter(
         use_dora=use_dora,
         init_lora_weights="gaussian",  # as in MI-TUNE's released code
     )
-    return get_peft_model(unet, config)
+    return get_peft_model(network, config)
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
@@ -110,22 +113,27 @@ class MergedAdapter:
 def save_adapter(model: PeftModel, folder: Path, base_model: str):
     """Write the adapter into `folder`, for PEFT and for unmodified diffusers.
 
-    PEFT reads adapter_config.json and adapter_model.safetensors. `load_lora_weights` of a diffusers pipeline reads
-    pytorch_lora_weights.safetensors. The metadata of that file holds the configuration; without it diffusers assumes
-    alpha = rank.
+    PEFT reads adapter_config.json and adapter_model.safetensors. `load_lora_weights` of the model's diffusers pipeline
+    reads pytorch_lora_weights.safetensors. The metadata of that file holds the configuration; without it diffusers
+    assumes alpha = rank.
     """
     config = LoraConfig(**model.peft_config["default"].to_dict())
     config.base_model_name_or_path, config.inference_mode = base_model, True
-    _save(config, adapter_state(model), folder)
+    network = "unet" if isinstance(model.base_model.model, UNet2DConditionModel) else "transformer"
+    _save(config, adapter_state(model), folder, network)
 
 
-def _save(config: LoraConfig, state: dict[str, Tensor], folder: Path):
+def _save(config: LoraConfig, state: dict[str, Tensor], folder: Path, network: str):
     config.target_modules = sorted(config.target_modules)  # the order of a set changes from run to run
     config.save_pretrained(folder)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    layers = convert_state_dict_to_diffusers({name.removeprefix(_PEFT_PREFIX): value for name, value in state.items()})
+    layers = {name.removeprefix(_PEFT_PREFIX): value for name, value in state.items()}
     metadata = {name: value for name, value in config.to_dict().items() if value is not None}
-    StableDiffusionPipeline.save_lora_weights(folder, layers, unet_lora_adapter_metadata=metadata)
+    if network == "unet":
+        layers = convert_state_dict_to_diffusers(layers)
+        StableDiffusionPipeline.save_lora_weights(folder, layers, unet_lora_adapter_metadata=metadata)
+    else:  # all transformer pipelines have one format
+        StableDiffusion3Pipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
 
 
 def save_weighted_sum(terms: list[tuple[float, Path]], folder: Path):
@@ -145,4 +153,6 @@ def save_weighted_sum(terms: list[tuple[float, Path]], folder: Path):
         parts = [state[name] if down else weight * state[name] for weight, state in states]
         summed[name] = torch.cat(parts, dim=0 if down else 1).contiguous()
     config.r, config.lora_alpha = config.r * len(terms), config.lora_alpha * len(terms)  # alpha / rank stays the same
-    _save(config, summed, folder)
+    with safe_open(terms[0][1] / _DIFFUSERS_FILE, framework="pt") as file:
+        network = next(iter(file.keys())).partition(".")[0]
+    _save(config, summed, folder, network)

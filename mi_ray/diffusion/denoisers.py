@@ -1,7 +1,7 @@
-"""Denoisers: one protocol for what sampling and scoring need of a model, and the Stable Diffusion 1/2 family.
+"""Denoisers: one protocol for what sampling and scoring need of a model, and one class that serves every family.
 
-A model is an ordinary diffusers folder, read with the stock `from_pretrained` of each part: safetensors only, no code
-from the model's repository.
+A model is an ordinary diffusers folder, read with the stock `from_pretrained` of its pipeline: safetensors only, no
+code from the model's repository.
 """
 
 from collections.abc import Callable
@@ -10,19 +10,22 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Protocol
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from peft import PeftModel
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
 
 from mi_ray.diffusion.conditioning import Conditioning
+from mi_ray.diffusion.families import Family
+from mi_ray.diffusion.families.family import Rescale
 from mi_ray.diffusion.fitting import fitting
-from mi_ray.diffusion.folders import check_adapter, fetch_model, read_config
-from mi_ray.diffusion.schedules import NoiseSchedule, alpha_sigma_at, epsilon_from
+from mi_ray.diffusion.folder_checks import family_of, folder_parts, has_weights, read_config, read_index, schedule_of
+from mi_ray.diffusion.folders import check_adapter, fetch_model
+from mi_ray.diffusion.schedules import Schedule, epsilon_from
 from mi_ray.diffusion.sizes import Sizes
-from mi_ray.diffusion.weights import refuse_report
+from mi_ray.diffusion.weights import part_class, quiet_loading, report_faults
 
 CHUNK = 32  # images or prompts that the autoencoder or the text encoder takes at a time
 
@@ -30,13 +33,14 @@ CHUNK = 32  # images or prompts that the autoencoder or the text encoder takes a
 class Denoiser(Protocol):
     """A text-conditioned denoiser of latents, whatever its architecture and prediction type."""
 
-    schedule: NoiseSchedule
+    schedule: Schedule
     image_size: tuple[int, int]  # height and width in pixels
     latent_shape: tuple[int, ...]  # of one candidate
     own_latent_shape: tuple[int, ...]  # likewise, at the size that the model was trained at
     device: torch.device
     max_tokens: int  # that the text encoder reads, with those of start and end
     calls: int  # of the denoiser and the autoencoder that were begun so far
+    rescale: Rescale | None  # what follows guidance when images are sampled
 
     def token_ids(self, prompt: str) -> list[int]:
         """Tokens of the whole prompt, with those of start and end, uncut."""
@@ -66,42 +70,47 @@ class Denoiser(Protocol):
         """Images (n, *image_size, 3) uint8 -> latents (n, *latent_shape) fp32: posterior mode times scaling factor."""
 
 
-def unet_arguments(conditioning: Conditioning) -> dict[str, Tensor]:
-    """What the UNet is called with beside x_t and timesteps, by keyword: in `UNetDenoiser`, and where it is trained."""
-    return {"encoder_hidden_states": conditioning["embeds"]}
+class PipelineDenoiser:
+    """The parts of a diffusers pipeline, called as the model's family calls them.
 
+    The network runs in `dtype`; text encoders and autoencoder too on a GPU, in fp32 on a CPU. An autoencoder that asks
+    for it (`force_upcast`) runs in fp32 everywhere. The modules are frozen and in evaluation mode.
 
-class UNetDenoiser:
-    """Stable Diffusion 1 and 2: UNet2DConditionModel, CLIPTextModel, AutoencoderKL.
-
-    The UNet runs in `dtype`; text encoder and autoencoder too on a GPU, in fp32 on a CPU. An autoencoder that asks for
-    it (`force_upcast`) runs in fp32 everywhere. The modules are frozen and in evaluation mode.
+    Args:
+        network: the UNet or transformer.
+        pipeline: has the other parts as attributes.
+        image_size: height and width of the images in pixels.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        vae: AutoencoderKL,
-        schedule: NoiseSchedule,
+        family: Family,
+        network: nn.Module,
+        pipeline: DiffusionPipeline,
+        schedule: Schedule,
         sizes: Sizes,
         image_size: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
     ):
         beside = torch.float32 if device.type == "cpu" else dtype
-        self.unet = unet.to(device, dtype).eval().requires_grad_(False)
-        self.text_encoder = text_encoder.to(device, beside).eval().requires_grad_(False)
-        self.vae = vae.to(device, torch.float32 if vae.config.force_upcast else beside).eval().requires_grad_(False)
-        self.tokenizer, self.schedule, self.dtype, self.device = tokenizer, schedule, dtype, device
+        self.family, self.pipeline, self.schedule = family, pipeline, schedule
+        self.rescale = family.rescale
+        self.network = _placed(network, device, dtype)
+        self.tokenizer = getattr(pipeline, family.tokenizer)
+        self.vae = pipeline.vae
+        for name in family.parts:
+            module = getattr(pipeline, name, None)
+            if isinstance(module, nn.Module) and name != family.network:
+                full = name == "vae" and getattr(module.config, "force_upcast", False)
+                _placed(module, device, torch.float32 if full else beside)
+        self.dtype, self.device = dtype, device
         self._autoencoder = SimpleNamespace(batch_size=CHUNK)
-        self._tokenizing = Lock()  # it holds how to pad and cut, and threads ask it for both
-        self.image_size, channels = image_size, unet.config.in_channels
+        self._tokenizing = Lock()  # a tokenizer holds how to pad and cut, and threads ask it for both
+        self.image_size, channels = image_size, family.channels(network.config)
         self.latent_shape = (channels, *sizes.latent(image_size))
         self.own_latent_shape = (channels, *sizes.latent(sizes.own))
-        self.max_tokens = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-        self._log_snr = schedule.log_snr.to(device, torch.float32)
+        self.max_tokens = family.max_tokens(pipeline)
         self._compiled, self._rows = None, ()
         self.calls = 0
 
@@ -109,16 +118,16 @@ class UNetDenoiser:
         """Trade generality for speed; what is computed stays the same.
 
         Args:
-            channels_last: memory layout of the UNet's weights and activations.
+            channels_last: memory layout of the network's weights and activations.
             compiled: "default": torch.compile; "cuda-graphs": and replayed as one launch, on a CUDA GPU; None: neither.
             rows: the batch sizes that are compiled, rising; another is filled up to the next of them, or, beyond the
                 last, runs uncompiled.
         """
         if channels_last:
-            self.unet.to(memory_format=torch.channels_last)
+            self.network.to(memory_format=torch.channels_last)
         if compiled:
             mode = {"default": "default", "cuda-graphs": "reduce-overhead"}[compiled]
-            self._compiled, self._rows = torch.compile(self.unet, mode=mode, dynamic=False), rows
+            self._compiled, self._rows = torch.compile(self.network, mode=mode, dynamic=False), rows
 
     def token_ids(self, prompt: str) -> list[int]:
         with self._tokenizing:
@@ -126,12 +135,24 @@ class UNetDenoiser:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        with self._tokenizing:
-            ids = self.tokenizer(
-                prompts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-            ).input_ids
-        states = [self.text_encoder(part.to(self.device)).last_hidden_state for part in ids.split(CHUNK)]
-        return Conditioning({"embeds": torch.cat(states)})
+        """The empty prompt stands for no prompt: the family encodes it as its pipeline does without one."""
+        family, empty = self.family, [not prompt for prompt in prompts]
+        if family.encode_null is None or not any(empty):
+            return self._encoded(family.encode, prompts)
+        null = self._encoded(family.encode_null, [""])
+        if all(empty):
+            return null.expand(len(prompts)).map(Tensor.contiguous)
+        texts = self._encoded(family.encode, [prompt for prompt in prompts if prompt])
+        places = torch.tensor([len(texts) if no else i - sum(empty[:i]) for i, no in enumerate(empty)])
+        return Conditioning.cat([texts, null]).rows(places)
+
+    def _encoded(self, encode, prompts: list[str]) -> Conditioning:
+        parts = []
+        for start in range(0, len(prompts), CHUNK):
+            with self._tokenizing:
+                rows = encode(self.pipeline, prompts[start : start + CHUNK], self.image_size)
+            parts.append(Conditioning(rows).to(self.device))
+        return Conditioning.cat(parts)
 
     def prompt_distances(self, some: Conditioning, others: Conditioning) -> Tensor:
         return torch.cdist(*(prompts["embeds"].flatten(1).float() for prompts in (some, others)))
@@ -141,7 +162,7 @@ class UNetDenoiser:
         count, x_t, conditioning = len(x_t), x_t.to(self.dtype), conditioning.to(dtype=self.dtype)
         size = next((size for size in self._rows if size >= count), None)
         if size is None:
-            return self.unet(x_t, timesteps, **unet_arguments(conditioning)).sample
+            return self.family.predict(self.network, x_t, timesteps, conditioning)
 
         def filled(rows: Tensor) -> Tensor:
             if size == count:
@@ -149,19 +170,18 @@ class UNetDenoiser:
             return torch.cat([rows, rows[-1:].expand(size - count, *rows.shape[1:])])
 
         torch.compiler.cudagraph_mark_step_begin()
-        inputs = filled(x_t), filled(timesteps)
-        return self._compiled(*inputs, **unet_arguments(conditioning.map(filled))).sample[:count]
+        inputs = filled(x_t), filled(timesteps), conditioning.map(filled)
+        return self.family.predict(self._compiled, *inputs)[:count]
 
     def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         prediction = self.predict(x_t, timesteps, conditioning).float()
-        alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma_at(self._log_snr, timesteps))
+        alpha, sigma = (a.view(-1, 1, 1, 1) for a in self.schedule.alpha_sigma(timesteps))
         return epsilon_from(self.schedule.prediction_type, prediction, x_t, alpha, sigma)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         def decoded(part: Tensor) -> Tensor:
-            scaled = part.to(self.device, torch.float32) / self.vae.config.scaling_factor
-            image = self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
+            image = self.family.decode(self.vae, part.to(self.device, torch.float32)).float()
             image = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
             return image.permute(0, 2, 3, 1).cpu()
 
@@ -171,9 +191,9 @@ class UNetDenoiser:
     def encode_images(self, images: np.ndarray) -> Tensor:
         def encoded(part: Tensor) -> Tensor:
             image = part.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            return self.vae.encode(image.to(self.vae.dtype)).latent_dist.mode().float()
+            return self.family.encode_image(self.vae, image)
 
-        return self._by_chunks(encoded, torch.from_numpy(images)) * self.vae.config.scaling_factor
+        return self._by_chunks(encoded, torch.from_numpy(images))
 
     def _by_chunks(self, run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         """Run the autoencoder on a few rows at a time; where memory does not suffice, on half as many from then on."""
@@ -185,23 +205,29 @@ class UNetDenoiser:
         return torch.cat(done)
 
 
+def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module, frozen, on the device. Its dtype is left alone if it has the right one: some layers stay fp32."""
+    module = module.to(device) if module.dtype == dtype else module.to(device, dtype)
+    return module.eval().requires_grad_(False)
+
+
 # ---------------------------------------------------------------------------------------------- loading
 def load_denoiser(
     path: str,
     dtype: str = "auto",
     device: str = "auto",
     adapter: str | Path | None = None,
-    beside: UNetDenoiser | None = None,
+    beside: PipelineDenoiser | None = None,
     size: tuple[int | None, int | None] = (None, None),
-) -> UNetDenoiser:
+) -> PipelineDenoiser:
     """Load a model, and merge an adapter into it so that inference pays nothing for it.
 
     Args:
         path: a shipped name ("shapes"), a diffusers folder or a hub id.
-        dtype: of the denoiser: "float32", "float16", "bfloat16"; "auto": float16 on a GPU, float32 without.
+        dtype: of the denoiser: "float32", "float16", "bfloat16"; "auto": on a GPU that of the family.
         device: as torch names it; "auto": a GPU if there is one.
-        adapter: local folder with adapter_config.json and adapter_model.safetensors of PEFT, for the UNet.
-        beside: the same model, loaded already: all but the UNet is shared with it.
+        adapter: local folder with adapter_config.json and adapter_model.safetensors of PEFT, for the network.
+        beside: the same model, loaded already: all but the network is shared with it.
         size: height and width of the images in pixels; None: the model's own.
 
     Raises:
@@ -209,42 +235,54 @@ def load_denoiser(
     """
     folder = fetch_model(path)
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    index, family = read_index(folder), family_of(folder)
     if dtype == "auto":
-        dtype = "float16" if chosen.type == "cuda" else "float32"
-    sizes = Sizes.of_unet(read_config(folder, "unet"), read_config(folder, "vae"))
+        dtype = family.half if chosen.type == "cuda" else "float32"
+    config = read_config(folder, family.network)
+    sizes = family.sizes(config, read_config(folder, "vae"))
     image_size = sizes.image(*size)
-    unet = _loaded(UNet2DConditionModel, folder, "unet")
-    if adapter is not None:
-        check_adapter(adapter)
-        unet = PeftModel.from_pretrained(unet.float(), str(adapter), torch_device="cpu").merge_and_unload()
-    if beside is not None:
-        text_encoder, tokenizer, vae = beside.text_encoder, beside.tokenizer, beside.vae
-    else:
-        text_encoder = _loaded(CLIPTextModel, folder, "text_encoder")
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        vae = _loaded(AutoencoderKL, folder, "vae")
-    return UNetDenoiser(
-        unet=unet,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        vae=vae,
-        schedule=NoiseSchedule.from_config(read_config(folder, "scheduler")),
+    of_network = getattr(torch, dtype)
+    with quiet_loading():
+        network = _loaded(folder, index, family.network, of_network if adapter is None else torch.float32)
+        if adapter is not None:  # merged in fp32
+            check_adapter(adapter)
+            network = PeftModel.from_pretrained(network.float(), str(adapter), torch_device="cpu").merge_and_unload()
+        if beside is None:
+            pipeline = _pipeline(folder, network, torch.float32 if chosen.type == "cpu" else of_network)
+        else:
+            pipeline = beside.pipeline
+    latent_shape = (family.channels(config), *sizes.latent(image_size))
+    return PipelineDenoiser(
+        family=family,
+        network=network,
+        pipeline=pipeline,
+        schedule=schedule_of(index, read_config(folder, "scheduler"), latent_shape, of_network),
         sizes=sizes,
         image_size=image_size,
-        dtype=getattr(torch, dtype),
+        dtype=of_network,
         device=chosen,
     )
 
 
-def _loaded(kind: type, folder: Path, part: str):
+def _pipeline(folder: Path, network: nn.Module, dtype: torch.dtype) -> DiffusionPipeline:
+    """The stock pipeline around its network, without a scheduler. The autoencoder is in fp32, others in `dtype`."""
+    index, family = read_index(folder), family_of(folder)
+    given = {part: None for part in family.optional if part not in folder_parts(index)}
+    for part in folder_parts(index):
+        if has_weights(part) and part != family.network:
+            given[part] = _loaded(folder, index, part, torch.float32 if part == "vae" else dtype)
+    given |= {**family.unused, "scheduler": None, family.network: network}
+    return getattr(diffusers, index["_class_name"]).from_pretrained(folder, **given)
+
+
+def _loaded(folder: Path, index: dict, part: str, dtype: torch.dtype) -> nn.Module:
     """A part of a model folder, with all its weights and no others.
 
     Raises:
         ValueError: its loader reports weights that are missing, unexpected or of another shape.
     """
-    model, report = kind.from_pretrained(folder, subfolder=part, use_safetensors=True, output_loading_info=True)
-    try:
-        refuse_report(part, report)
-    except ValueError as error:
-        raise ValueError(f"{str(folder)!r} {error}") from error
+    settings = {"subfolder": part, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, report = part_class(index, part).from_pretrained(folder, **settings)
+    if faults := report_faults(part, report):
+        raise ValueError("\n".join(f"{str(folder)!r} {fault}" for fault in faults))
     return model

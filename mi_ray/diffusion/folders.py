@@ -4,78 +4,120 @@ Only safetensors are read, and no code from the model's repository.
 """
 
 import hashlib
-import json
 import os
 import re
 from importlib.resources import files
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+import diffusers
 from huggingface_hub import snapshot_download
-from transformers import CLIPTokenizer
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.diffusion.families import FAMILIES, Family
+from mi_ray.diffusion.folder_checks import (
+    INDEX,
+    class_faults,
+    config_name,
+    family_of,
+    folder_faults,
+    folder_parts,
+    has_weights,
+    index_faults,
+    read_index,
+    read_part_config,
+    schedule_of,
+    vocabulary_faults,
+)
+from mi_ray.diffusion.schedules import NoiseSchedule, Schedule
 from mi_ray.diffusion.sizes import Sizes
-from mi_ray.diffusion.weights import WEIGHTS, weight_faults, weight_names, width_faults
+from mi_ray.diffusion.weights import on_meta, part_class, weight_names
 
 SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
 
-_SUPPORTED = "supported is the Stable Diffusion 1 and 2 family (StableDiffusionPipeline; epsilon- or v-prediction)"
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
-_CONFIGS = {
-    "unet": "config.json",
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "tokenizer": "tokenizer_config.json",
-    "scheduler": "scheduler_config.json",
-}
-_POSITIONS = 77  # of a text encoder whose configuration names no number: the default of CLIPTextConfig
+_POSITIONS = 77  # of a CLIP text encoder whose configuration names no number
 _PIECES, _PIECE = 64, 4096  # of a file, evenly from its beginning to its end, and bytes of each
 _SINGLE = (".safetensors", ".ckpt")  # suffixes of checkpoints in a single file
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def load_schedule(path: str) -> NoiseSchedule:
+def load_schedule(path: str, size: tuple[int | None, int | None] = (None, None)) -> Schedule:
     """The noise schedule alone, cheap to load.
+
+    Args:
+        size: height and width of the images in pixels, on which the noise levels of some flow models depend.
 
     Raises:
         ValueError: if the model has none that is supported, or the hub cannot be asked.
     """
-    return NoiseSchedule.from_config(part_config(path, "scheduler"))
+    family, config = _family_at(path), part_config(path, "scheduler")
+    if family.flow is None:
+        return NoiseSchedule.from_config(config)
+    sizes, channels = load_sizes(path), family.channels(part_config(path, family.network))
+    index = read_index(_folder_with(path, INDEX))
+    return schedule_of(index, config, (channels, *sizes.latent(sizes.image(*size))))
 
 
 def load_sizes(path: str) -> Sizes:
-    """The image sizes that the model can make; reads the configurations of its UNet and autoencoder alone.
+    """The image sizes that the model can make; reads the configurations of its network and autoencoder alone.
 
     Raises:
         ValueError: the model lacks one of them, or the hub cannot be asked.
     """
-    unet, vae = part_config(path, "unet"), part_config(path, "vae")
+    family = _family_at(path)
+    network, vae = part_config(path, family.network), part_config(path, "vae")
     try:
-        return Sizes.of_unet(unet, vae)
+        return family.sizes(network, vae)
     except ValueError as error:
         raise ValueError(f"{path!r} {error}") from error
 
 
-def load_tokenizer(path: str) -> CLIPTokenizer:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone, cheap to load: for counting a prompt's tokens before the model is there. Its
-    `model_max_length` is what the text encoder reads at most, also where the tokenizer's configuration names none.
+    `model_max_length` is what the model's pipeline takes.
 
     Raises:
         ValueError: if the model has none, or the hub cannot be asked.
     """
-    folder = _folder_with(path, "tokenizer/*")
-    _refuse(path, _vocabulary_faults(folder))
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    longest = part_config(path, "text_encoder").get("max_position_embeddings", _POSITIONS)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    family = _family_at(path)
+    name = family.tokenizer
+    folder = _folder_with(path, f"{name}/*")
+    _refuse(path, vocabulary_faults(folder, name))
+    tokenizer = part_class(read_index(_folder_with(path, INDEX)), name).from_pretrained(folder, subfolder=name)
+    limit = family.text_limit
+    if limit is None:  # what the text encoder reads, also where the tokenizer's configuration names none
+        limit = part_config(path, "text_encoder").get("max_position_embeddings", _POSITIONS)
+        limit = min(limit, tokenizer.model_max_length)
+    tokenizer.model_max_length = limit
     return tokenizer
+
+
+def load_network_on_meta(path: str) -> nn.Module:
+    """The network without its weights, for its layers' names.
+
+    Raises:
+        ValueError: the model has none, or the hub cannot be asked.
+    """
+    part = _family_at(path).network
+    return on_meta(part_class(read_index(_folder_with(path, INDEX)), part), part_config(path, part))
+
+
+def distilled_reason(path: str) -> str | None:
+    """Why a model has no trained unconditional prediction, so that scores against the empty prompt and
+    classifier-free guidance mean little; None: it has one.
+
+    Raises:
+        ValueError: the model lacks a configuration, or the hub cannot be asked.
+    """
+    family = _family_at(path)
+    return family.distilled(part_config(path, family.network), read_index(_folder_with(path, INDEX)))
+
+
+def _family_at(path: str) -> Family:
+    folder = _folder_with(path, INDEX)
+    _refuse(path, index_faults(folder))
+    return family_of(folder)
 
 
 def resolve_model(path: str) -> str:
@@ -91,8 +133,8 @@ def resolve_model(path: str) -> str:
         return path
     if single and path.endswith(_SINGLE):
         raise ValueError(
-            f"{path!r} is a checkpoint in a single file, and a diffusers folder is needed; convert it once:"
-            f" StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(FOLDER)"
+            f"{path!r} is a checkpoint in a single file, and a diffusers folder is needed; convert it once, with the"
+            f" class of its pipeline: StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(FOLDER)"
         )
     if single:
         raise ValueError(f"{path!r} is a file; give the folder of a diffusers pipeline")
@@ -111,7 +153,7 @@ def check_model(path: str) -> None:
     """
     folder = _local_folder(path)
     if folder is not None:
-        _refuse(path, _folder_faults(folder))
+        _refuse(path, folder_faults(folder))
 
 
 def check_adapter(folder: str | Path) -> None:
@@ -152,8 +194,8 @@ def model_commit(path: str) -> str | None:
     """
     if (local := _local_folder(path)) is not None:
         return None if path in SHIPPED else _folder_digest(local)
-    folder = _folder_with(path, "model_index.json")
-    _refuse(path, _index_faults(folder))
+    folder = _folder_with(path, INDEX)
+    _refuse(path, index_faults(folder))
     return folder.name
 
 
@@ -162,8 +204,10 @@ def _folder_digest(folder: Path) -> str:
 
     Any training changes nearly every weight, so that a few thousand bytes of each file tell two models apart.
     """
-    names = [f"{part}/{_CONFIGS[part]}" for part in _CONFIGS]
-    names += [f"{part}/{name}" for part in WEIGHTS for name in weight_names(folder, part)]
+    index = read_index(folder)
+    parts = folder_parts(index)
+    names = [f"{part}/{config_name(part)}" for part in parts]
+    names += [f"{part}/{name}" for part in parts if has_weights(part) for name in weight_names(folder, index, part)]
     digest = hashlib.sha256()
     for name in names:
         with (folder / name).open("rb") as file:
@@ -176,12 +220,12 @@ def _folder_digest(folder: Path) -> str:
 
 
 def part_config(path: str, part: str) -> dict:
-    """The configuration of a part (unet, vae, text_encoder, tokenizer, scheduler) of a model, without its weights.
+    """The configuration of a part (unet, transformer, vae, scheduler, …) of a model, without its weights.
 
     Raises:
         ValueError: the model has none, or the hub cannot be asked.
     """
-    config, fault = _part_config(_folder_with(path, f"{part}/{_CONFIGS[part]}"), part)
+    config, fault = read_part_config(_folder_with(path, f"{part}/{config_name(part)}"), part)
     if config is None:
         _refuse(path, [fault])
     return config
@@ -193,15 +237,16 @@ def fetch_model(path: str) -> Path:
     folder = _local_folder(path)
     if folder is not None:
         return folder
-    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     try:
         name, revision = _HUB_ID.fullmatch(path).groups()
-        # Before gigabytes are fetched.
-        _refuse(path, _class_faults(StableDiffusionPipeline.load_config(name, revision=revision)))
-        folder = Path(StableDiffusionPipeline.download(name, revision=revision, use_safetensors=True, **unused))
+        index = diffusers.DiffusionPipeline.load_config(name, revision=revision)
+        _refuse(path, class_faults(index))  # before gigabytes are fetched
+        unused = {part: None for part, value in FAMILIES[index["_class_name"]].unused.items() if value is None}
+        pipeline = getattr(diffusers, index["_class_name"])
+        folder = Path(pipeline.download(name, revision=revision, use_safetensors=True, **unused))
     except OSError as error:
         raise _not_had(path, error) from error
-    _refuse(path, _folder_faults(folder))
+    _refuse(path, folder_faults(folder))
     return folder
 
 
@@ -215,84 +260,3 @@ def _not_had(path: str, error: OSError) -> ValueError:
 def _refuse(path: str, faults: list[str]):
     if faults:
         raise ValueError("\n".join(f"{path!r} {fault}" for fault in faults))
-
-
-def _read_json(path: Path) -> dict:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it holds no mapping")
-    return content
-
-
-def _class_faults(index: dict) -> list[str]:
-    """One line for each class of a model_index.json that is not supported."""
-    pipeline = index.get("_class_name")
-    if pipeline != "StableDiffusionPipeline":
-        return [f"is a {pipeline}, which is not supported; {_SUPPORTED}"]
-    named = {part: (index.get(part) or (None, None))[1] for part in _CLASSES}
-    return [
-        f"has as its {part} a {name}, which is not supported; {_SUPPORTED}"
-        for part, name in named.items()
-        if name not in (None, *_CLASSES[part])
-    ]
-
-
-def _index_faults(folder: Path) -> list[str]:
-    """One line for each thing that is wrong with a folder's model_index.json."""
-    try:
-        return _class_faults(_read_json(folder / "model_index.json"))
-    except FileNotFoundError:
-        return ["has no model_index.json; give a folder that a diffusers pipeline's save_pretrained wrote"]
-    except ValueError as error:
-        return [f"has a model_index.json that is not JSON ({error}); fetch it again"]
-
-
-def _folder_faults(folder: Path) -> list[str]:
-    """One line for each thing that is wrong with a diffusers folder."""
-    if faults := _index_faults(folder):
-        return faults
-    configs = {}
-    for part in _CONFIGS:
-        config, fault = _part_config(folder, part)
-        if config is None:
-            faults.append(fault)
-        else:
-            configs[part] = config
-        if part in WEIGHTS and (folder / part).is_dir():
-            faults += weight_faults(folder, part, config)
-    if "tokenizer" in configs:
-        faults += _vocabulary_faults(folder)
-    if "scheduler" in configs:
-        try:
-            NoiseSchedule.from_config(configs["scheduler"])
-        except ValueError as error:
-            faults += [f"has in scheduler/scheduler_config.json {fault}" for fault in str(error).split("\n")]
-    if "unet" in configs and "vae" in configs:
-        try:
-            Sizes.of_unet(configs["unet"], configs["vae"])
-        except ValueError as error:
-            faults.append(str(error))
-    return faults + width_faults(configs)
-
-
-def read_config(folder: Path, part: str) -> dict:
-    """The configuration of a part (unet, vae, text_encoder, tokenizer, scheduler) of a checked folder."""
-    return _read_json(folder / part / _CONFIGS[part])
-
-
-def _part_config(folder: Path, part: str) -> tuple[dict | None, str]:
-    """A part's configuration, or None and what is wrong with it."""
-    name = f"{part}/{_CONFIGS[part]}"
-    try:
-        return _read_json(folder / name), ""
-    except FileNotFoundError:
-        return None, f"lacks its {part}: there is no {name}; complete the folder"
-    except ValueError as error:
-        return None, f"has a {name} that is not JSON ({error}); fetch it again"
-
-
-def _vocabulary_faults(folder: Path) -> list[str]:
-    """Whether the tokenizer's vocabulary is there: transformers builds an empty one without a word."""
-    if any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return []
-    return ["lacks its tokenizer's vocabulary, tokenizer/tokenizer.json or tokenizer/vocab.json; complete the folder"]

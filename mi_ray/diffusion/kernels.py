@@ -15,6 +15,7 @@ difference of g with and without the prompt. The statistics are ||Delta||^2 and 
 
 import logging
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
@@ -87,6 +88,7 @@ def guided_step(
     with_x0: bool = True,
     delta_map: Tensor | None = None,
     kernel: Kernel = "eager",
+    rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Advance the latents by one step and record the statistics of the prompt's effect. Does not wait for the device.
 
@@ -102,6 +104,8 @@ def guided_step(
         converted: whether (p, q) differs from (1, 0), so that g is not the model's own prediction.
         with_x0: whether x0 is returned.
         delta_map: (n, *shape[1:]) fp32, output: Delta^2 summed over the channels, the first dimension of shape.
+        rescale: (guided prediction, conditional prediction) -> the prediction of the step; the statistics do not see
+            it. Only the eager kernel has it.
 
     Returns:
         The next latents, and x0 or None: (n, *shape), in the dtype and memory layout of the latents.
@@ -111,12 +115,12 @@ def guided_step(
         from mi_ray.diffusion.triton_step import triton_step
 
         return triton_step(*arguments, with_x0=with_x0, delta_map=delta_map)
-    return _eager_step(*arguments, converted=converted, with_x0=with_x0, delta_map=delta_map)
+    return _eager_step(*arguments, converted=converted, with_x0=with_x0, delta_map=delta_map, rescale=rescale)
 
 
 def _eager_step(
     conditional, unconditional, latents, previous_x0, noise, coefficients, guidance_scale, statistics, *,
-    converted, with_x0, delta_map,
+    converted, with_x0, delta_map, rescale,
 ):  # fmt: skip
     """Each operation on (n, *shape) is one pass over memory. This is the smallest number of PyTorch operations."""
     column = (-1, *[1] * (latents.ndim - 1))
@@ -134,6 +138,8 @@ def _eager_step(
             guided = torch.addcmul(unconditional.float(), delta, guidance_scale.view(column))
         else:
             guided = torch.add(unconditional, delta, alpha=guidance_scale)
+        if rescale is not None:
+            guided = rescale(guided.float(), conditional)
     x0 = None
     if with_x0:
         x0 = torch.mul(x_t, c.from_latents).addcmul_(c.from_prediction, guided)
@@ -165,7 +171,7 @@ def _record(conditional, delta, x_t, c: Coefficients, statistics, converted: boo
 
 
 def _flat(values: Tensor) -> Tensor:
-    """(n, *shape) -> (n, -1) without a copy, also for channels-last memory. The order of the elements may change."""
-    if values.ndim == 4 and not values.is_contiguous():
+    """(n, *shape) -> (n, -1), without a copy of channels-last memory. The order of the elements then changes."""
+    if values.ndim == 4 and not values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last):
         values = values.permute(0, 2, 3, 1)
     return values.flatten(1)

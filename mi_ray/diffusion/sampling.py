@@ -5,14 +5,13 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.kernels import Kernel, guided_step, statistics_parts
-from mi_ray.diffusion.schedules import PREDICTION_TYPES, TIMESTEP_SPACINGS, NoiseSchedule
+from mi_ray.diffusion.schedules import FLOW, PREDICTION_TYPES, NoiseSchedule, Schedule
 
 SOLVERS = ("ddpm", "ddim", "dpm++2m", "dpm++2m-sde")
 _MULTISTEP = ("dpm++2m", "dpm++2m-sde")
@@ -25,8 +24,8 @@ StepNoise = Callable[[int], Tensor]  # index of the step -> noise (n, *latent_sh
 class SolverPlan:
     """The S steps of a solver: next = A * x_t + B * x0 + C * previous_x0 + D * noise."""
 
-    timesteps: Tensor  # (S,) long, decreasing
-    coefficients: Tensor  # (S, 6) float64: A, B, C, D, alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t)
+    timesteps: Tensor  # (S,) decreasing: long, or fp32 of a flow
+    coefficients: Tensor  # (S, 6) float64: A, B, C, D, and alpha, sigma of x_t = alpha x0 + sigma epsilon
 
     @property
     def stochastic(self) -> bool:
@@ -49,10 +48,11 @@ class SolverPlan:
     def table(self, prediction_type: str) -> Tensor:
         """The steps as `kernels.guided_step` takes them, (S, 8) float64: the columns of `kernels.Coefficients`.
 
-        x0 = kx x_t + kp prediction and epsilon = p prediction + q x_t, of what a model of that type predicts.
+        x0 = kx x_t + kp prediction, of what a model of that type predicts. The statistics are of
+        epsilon = p prediction + q x_t; those of a flow are of its velocity, with p = 1 and q = 0.
 
         Raises:
-            ValueError: for a prediction type other than epsilon, v_prediction, sample.
+            ValueError: for a prediction type other than epsilon, v_prediction, sample, flow_prediction.
         """
         *solver, alpha, sigma = self.coefficients.unbind(1)
         zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
@@ -63,25 +63,30 @@ class SolverPlan:
                 conversion = alpha, -sigma, alpha, sigma
             case "sample":
                 conversion = zero, one, -alpha / sigma, 1 / sigma
+            case "flow_prediction":  # x_t = (1 - s) x0 + s epsilon and u = epsilon - x0: Liu et al. 2023
+                conversion = one, -sigma, one, zero
             case _:
-                known = ", ".join(PREDICTION_TYPES)
+                known = ", ".join((*PREDICTION_TYPES, FLOW))
                 raise ValueError(f"prediction_type {prediction_type!r} is not supported: one of {known}")
         return torch.stack([*solver, *conversion], 1)
 
 
 def solver_plan(
-    schedule: NoiseSchedule, solver: str, num_inference_steps: int, timestep_spacing: str | None = None
+    schedule: Schedule, solver: str, num_inference_steps: int, timestep_spacing: str | None = None
 ) -> SolverPlan:
     """The steps of "ddpm", "ddim", "dpm++2m" or "dpm++2m-sde", equal to diffusers' DDPMScheduler, DDIMScheduler (eta 0)
     and DPMSolverMultistepScheduler (its defaults: second-order midpoint, first-order last step to sigma 0; for the last
-    one with algorithm_type "sde-dpmsolver++").
+    one with algorithm_type "sde-dpmsolver++"). Of a flow, "ddim" is Euler, as in FlowMatchEulerDiscreteScheduler.
 
-    A step goes from abar_t to abar_s, with alpha = sqrt(abar), sigma = sqrt(1 - abar):
+    A step goes from level t to level s. alpha and sigma are those of x_t = alpha x0 + sigma epsilon:
 
-    - DDPM (Ho et al. 2020, arXiv 2006.11239, eq. 7, with beta = 1 - abar_t / abar_s):
-      A = sqrt(1 - beta) sigma_s^2 / sigma_t^2, B = alpha_s beta / sigma_t^2, D^2 = sigma_s^2 / sigma_t^2 * beta.
+    - DDPM (Ho et al. 2020, arXiv 2006.11239, eq. 7, with beta = 1 - abar_t / abar_s), for any alpha and sigma: let
+      a = alpha_t / alpha_s and b = sigma_t^2 - a^2 sigma_s^2, which is beta if the variance is preserved (Kingma et al.
+      2021, arXiv 2107.00630, appendix A). A = a sigma_s^2 / sigma_t^2, B = alpha_s b / sigma_t^2,
+      D^2 = sigma_s^2 b / sigma_t^2.
     - DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma 0): alpha_s x0 + sigma_s epsilon, and
-      epsilon = (x_t - alpha_t x0) / sigma_t, hence A = sigma_s / sigma_t, B = alpha_s - alpha_t A.
+      epsilon = (x_t - alpha_t x0) / sigma_t, hence A = sigma_s / sigma_t, B = alpha_s - alpha_t A. With alpha = 1 -
+      sigma this is x_t + (sigma_s - sigma_t) u, the Euler step of a flow.
     - DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): A x_t - alpha_s (exp(-h) - 1) m with
       m = (1 + 1/2r) x0 - 1/2r previous_x0, lambda = log(alpha / sigma), h = lambda_s - lambda_t and
       r = h_before / h. Since exp(-h) = A alpha_t / alpha_s, the factor of m is DDIM's B, hence
@@ -98,74 +103,53 @@ def solver_plan(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown: one of {', '.join(SOLVERS)}")
-    timesteps = _timesteps(schedule, solver, num_inference_steps, timestep_spacing or schedule.timestep_spacing)
-    abar = schedule.alphas_cumprod[timesteps]
-    target = torch.cat([abar[1:], abar.new_ones(1)])
-    if solver == "ddim":  # diffusers steps by T // S, which need not be where the next timestep lies
-        arrival = timesteps - schedule.num_train_timesteps // num_inference_steps
-        final = torch.tensor(schedule.final_alpha_cumprod, dtype=torch.float64)
-        target = torch.where(arrival >= 0, schedule.alphas_cumprod[arrival.clamp(min=0)], final)
-
-    alpha_t, sigma_t, alpha_s, sigma_s = abar.sqrt(), (1 - abar).sqrt(), target.sqrt(), (1 - target).sqrt()
+    multistep = solver in _MULTISTEP
+    timesteps, alpha, sigma, next_alpha, next_sigma = schedule.steps(num_inference_steps, timestep_spacing, multistep)
+    if solver == "ddim" and isinstance(schedule, NoiseSchedule):
+        next_alpha, next_sigma = _ddim_arrival(schedule, timesteps, num_inference_steps)
     if solver in ("ddpm", "dpm++2m-sde"):
-        beta = 1 - abar / target
-        keep = (1 - beta).sqrt() * (1 - target) / (1 - abar)
-        first_order = alpha_s * beta / (1 - abar)
-        spread = (beta * (1 - target) / (1 - abar)).sqrt()
+        ratio = alpha / next_alpha
+        added = sigma.square() - (ratio * next_sigma).square()
+        keep = ratio * (next_sigma / sigma).square()
+        first_order = next_alpha * added / sigma.square()
+        spread = added.sqrt() * next_sigma / sigma
     else:
-        keep = sigma_s / sigma_t
-        first_order = alpha_s - alpha_t * keep
-        spread = torch.zeros_like(abar)
-    ratio = torch.zeros_like(abar)  # 1 / 2r
-    if solver in _MULTISTEP:
-        h = torch.diff(torch.logit(abar) / 2)  # lambda = log SNR / 2
-        ratio[1:-1] = h[1:] / (2 * h[:-1])
-    clean, momentum = first_order * (1 + ratio), -first_order * ratio
-    return SolverPlan(timesteps, torch.stack([keep, clean, momentum, spread, alpha_t, sigma_t], 1))
+        keep = next_sigma / sigma
+        first_order = next_alpha - alpha * keep
+        spread = torch.zeros_like(alpha)
+    momentum = torch.zeros_like(alpha)  # 1 / 2r
+    if multistep:
+        h = torch.diff((alpha / sigma).log())
+        momentum[1:-1] = h[1:] / (2 * h[:-1])
+    columns = keep, first_order * (1 + momentum), -first_order * momentum, spread, alpha, sigma
+    return SolverPlan(timesteps, torch.stack(columns, 1))
 
 
-def _timesteps(schedule: NoiseSchedule, solver: str, num_inference_steps: int, spacing: str) -> Tensor:
-    """As diffusers spreads them: (S,) long, decreasing."""
-    count = schedule.num_train_timesteps
-    # diffusers' DPM-Solver++ lays out one point more, whose last (the clean end) it does not evaluate
-    points = num_inference_steps + (solver in _MULTISTEP)
-    if not 1 <= points <= count:
-        raise ValueError(
-            f"num_inference_steps {num_inference_steps} will not do: the model has {count} timesteps;"
-            f" give 1 to {count - (solver in _MULTISTEP)}"
-        )
-    match spacing:
-        case "leading":
-            grid = (np.arange(points) * (count // points))[::-1] + schedule.steps_offset
-        case "linspace":
-            grid = np.linspace(0, count - 1, points).round()[::-1]
-        case "trailing":  # rounding may add a point below zero, which diffusers' DDPM and DDIM keep
-            grid = np.arange(count, 0, -count / num_inference_steps).round() - 1
-        case _:
-            raise ValueError(f"timestep_spacing {spacing!r} is unknown: one of {', '.join(TIMESTEP_SPACINGS)}")
-    timesteps = torch.from_numpy(grid[:num_inference_steps].astype(np.int64))
-    if timesteps[0] >= count:
-        raise ValueError(
-            f"num_inference_steps {num_inference_steps} with steps_offset {schedule.steps_offset} begins at timestep"
-            f" {timesteps[0]}, beyond the model's last, {count - 1}: take fewer steps or another timestep_spacing"
-        )
-    return timesteps
+def _ddim_arrival(schedule: NoiseSchedule, timesteps: Tensor, num_inference_steps: int) -> tuple[Tensor, Tensor]:
+    """alpha and sigma after each step: diffusers steps by T // S, which need not be where the next timestep lies."""
+    arrival = timesteps - schedule.num_train_timesteps // num_inference_steps
+    final = torch.tensor(schedule.final_alpha_cumprod, dtype=torch.float64)
+    target = torch.where(arrival >= 0, schedule.alphas_cumprod[arrival.clamp(min=0)], final)
+    return target.sqrt(), (1 - target).sqrt()
 
 
 # ---------------------------------------------------------------------------------------------- sampling
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """What sampling n candidates leaves, on the denoiser's device."""
+    """What sampling n candidates leaves, on the denoiser's device. The predictions are of epsilon, or of a flow's
+    velocity."""
 
     latents: Tensor  # (n, *latent_shape) fp32, clean
-    timesteps: Tensor  # (S,) long, on the CPU
-    delta_sq: Tensor  # (n, S) fp32: ||conditional - unconditional epsilon||^2 at each step
-    cross: Tensor  # (n, S) fp32: <conditional epsilon, conditional - unconditional epsilon> at each step
+    timesteps: Tensor  # (S,) of the plan, on the CPU
+    delta_sq: Tensor  # (n, S) fp32: ||conditional - unconditional prediction||^2 at each step
+    cross: Tensor  # (n, S) fp32: <conditional prediction, conditional - unconditional prediction> at each step
+    guidance_scale: float | Tensor = 1.0  # that they were sampled with; (n,) if each had its own
 
     def of(self, rows: Tensor) -> "Trajectory":
         """Of some candidates."""
-        rows = rows.to(self.latents.device)
-        return Trajectory(self.latents[rows], self.timesteps, self.delta_sq[rows], self.cross[rows])
+        rows, w = rows.to(self.latents.device), self.guidance_scale
+        of_rows = w[rows.to(w.device)] if isinstance(w, Tensor) else w
+        return Trajectory(self.latents[rows], self.timesteps, self.delta_sq[rows], self.cross[rows], of_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +212,7 @@ def sampling_steps(
     if kernel == "triton" and not isinstance(guidance_scale, Tensor):
         guidance_scale = torch.full((1,), guidance_scale, device=device)
     x_t, x0 = latents.to(device, torch.float32), previous_x0
+    kernel = kernel if denoiser.rescale is None else "eager"
     parts = statistics_parts(x_t.shape[1:], kernel)
     statistics = torch.full((count, 2, n, parts), torch.nan, device=device)
     for i in range(count) if steps is None else steps:
@@ -243,9 +228,10 @@ def sampling_steps(
             coefficients=table[i : i + 1],
             guidance_scale=guidance_scale,
             statistics=statistics[i],
-            converted=prediction_type != "epsilon",
+            converted=prediction_type not in ("epsilon", FLOW),
             with_x0=plan.multistep or x0_at is None or i in x0_at,
             kernel=kernel,
+            rescale=denoiser.rescale,
         )
         yield State(i, x_t, x0, statistics)
 
@@ -281,7 +267,7 @@ def sample(
     arguments = (denoiser, plan, conditioning, null, latents, guidance_scale, step_noise)
     steps = sampling_steps(*arguments, guidance_interval=guidance_interval, kernel=kernel, x0_at=())
     last = deque(steps, maxlen=1).pop()
-    return Trajectory(last.latents, plan.timesteps, last.delta_sq, last.cross)
+    return Trajectory(last.latents, plan.timesteps, last.delta_sq, last.cross, guidance_scale)
 
 
 def _like(latents: Tensor, prediction: Tensor) -> Tensor:

@@ -1,18 +1,22 @@
-"""Noise schedules of variance-preserving diffusion, and conversions between prediction types.
+"""Noise schedules, and conversions between prediction types.
 
-x_t = alpha * x0 + sigma * epsilon with alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t) (Ho et al. 2020, arXiv
-2006.11239, eq. 4). alpha and sigma below are tensors that broadcast against x_t.
+x_t = alpha * x0 + sigma * epsilon. In variance-preserving diffusion alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t)
+(Ho et al. 2020, arXiv 2006.11239, eq. 4); in a rectified flow alpha = 1 - s, sigma = s (`flows`). alpha and sigma below
+are tensors that broadcast against x_t.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of variance-preserving models
+FLOW = "flow_prediction"  # the prediction type of a rectified flow: u = epsilon - x0
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -31,6 +35,7 @@ SCHEDULERS = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
+_ZERO_SNR = -80.0  # log SNR of a timestep without signal: alpha is 4e-18
 _CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # their default of clip_sample is true
 
 
@@ -68,7 +73,7 @@ def epsilon_from(prediction_type: str, prediction: Tensor, x_t: Tensor, alpha: T
     """The noise that a model's prediction implies.
 
     Raises:
-        ValueError: the prediction type is not epsilon, v_prediction or sample.
+        ValueError: the prediction type is not epsilon, v_prediction, sample or flow_prediction.
     """
     match prediction_type:
         case "epsilon":
@@ -77,14 +82,16 @@ def epsilon_from(prediction_type: str, prediction: Tensor, x_t: Tensor, alpha: T
             return epsilon_from_velocity(prediction, x_t, alpha, sigma)
         case "sample":
             return epsilon_from_x0(prediction, x_t, alpha, sigma)
-    raise ValueError(f"prediction_type {prediction_type!r} is not supported; use one of {', '.join(PREDICTION_TYPES)}")
+        case "flow_prediction":
+            return epsilon_from_flow(prediction, x_t, alpha, sigma)
+    raise ValueError(_unknown_type(prediction_type))
 
 
 def prediction_from(prediction_type: str, x0: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The target of a model of this prediction type at x_t = alpha * x0 + sigma * epsilon; inverse of `epsilon_from`.
 
     Raises:
-        ValueError: the prediction type is not epsilon, v_prediction or sample.
+        ValueError: the prediction type is not epsilon, v_prediction, sample or flow_prediction.
     """
     match prediction_type:
         case "epsilon":
@@ -93,15 +100,75 @@ def prediction_from(prediction_type: str, x0: Tensor, epsilon: Tensor, alpha: Te
             return velocity(x0, epsilon, alpha, sigma)
         case "sample":
             return x0
-    raise ValueError(f"prediction_type {prediction_type!r} is not supported; use one of {', '.join(PREDICTION_TYPES)}")
+        case "flow_prediction":
+            return epsilon - x0
+    raise ValueError(_unknown_type(prediction_type))
 
 
-# ---------------------------------------------------------------------------------------------- schedule
+def _unknown_type(prediction_type: str) -> str:
+    known = ", ".join((*PREDICTION_TYPES, FLOW))
+    return f"prediction_type {prediction_type!r} is not supported; use one of {known}"
+
+
+# ---------------------------------------------------------------------------------------------- schedules
+class Levels(NamedTuple):
+    """Noise levels: timesteps as the model takes them, and alpha and sigma of x_t = alpha x0 + sigma epsilon."""
+
+    timesteps: Tensor  # (K,)
+    alpha: Tensor  # (K,)
+    sigma: Tensor  # (K,)
+
+
+class Steps(NamedTuple):
+    """The S steps of a solver, float64: it evaluates the model at one level and arrives at the next."""
+
+    timesteps: Tensor  # (S,) as the model takes them, decreasing
+    alpha: Tensor  # (S,) where the model is evaluated
+    sigma: Tensor  # (S,)
+    next_alpha: Tensor  # (S,) where the step arrives
+    next_sigma: Tensor  # (S,)
+
+
+class Schedule(Protocol):
+    """What sampling, scoring and training need of a noise schedule, variance-preserving or of a flow."""
+
+    prediction_type: str
+    num_train_timesteps: int
+
+    @property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of the whole timesteps 0 .. T - 1: (T,) float64 each."""
+
+    @property
+    def log_snr_range(self) -> tuple[float, float]:
+        """The lowest and the highest log SNR at which the model can be evaluated."""
+
+    def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at timesteps (n,), whole or fractional: (n,) fp32 each, on the device of the timesteps."""
+
+    def log_snr_at(self, timesteps: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2) at the timesteps of a solver (S,): (S,) float64 on the CPU."""
+
+    def levels_at(self, log_snr: Tensor) -> Levels:
+        """The levels with these log SNRs (K,), fp32; the timesteps are those that the model can take."""
+
+    def steps(self, count: int, spacing: str | None, extra: bool) -> Steps:
+        """The levels of `count` solver steps.
+
+        Args:
+            spacing: of the timesteps, in variance-preserving diffusion; None: as the model's scheduler config says.
+            extra: whether the grid has one point more, the clean end, as that of DPM-Solver++ in diffusers.
+
+        Raises:
+            ValueError: the model has fewer timesteps, or no such spacing.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The noise schedule that a model was trained with, and the timestep spacing of its config."""
+    """The variance-preserving schedule that a model was trained with, and the timestep spacing of its config."""
 
-    alphas_cumprod: Tensor  # (T,) float64 on the CPU, decreasing, within (0, 1)
+    alphas_cumprod: Tensor  # (T,) float64 on the CPU, decreasing, within (0, 1); the last one may be 0
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 0
@@ -121,6 +188,8 @@ class NoiseSchedule:
         if faults:
             raise ValueError("\n".join(faults))
         alphas_cumprod = torch.cumprod(1 - _betas(config), 0)
+        if config.get("rescale_betas_zero_snr"):
+            alphas_cumprod = _rescaled_to_zero_snr(alphas_cumprod)
         return cls(
             alphas_cumprod=alphas_cumprod,
             prediction_type=config.get("prediction_type", "epsilon"),
@@ -146,8 +215,58 @@ class NoiseSchedule:
 
     @property
     def log_snr(self) -> Tensor:
-        """log(abar_t / (1 - abar_t)): (T,) float64, decreasing."""
-        return torch.logit(self.alphas_cumprod)
+        """log(abar_t / (1 - abar_t)): (T,) float64, decreasing; -80 stands for abar_t = 0."""
+        return torch.logit(self.alphas_cumprod).clamp(min=_ZERO_SNR)
+
+    @property
+    def table(self) -> tuple[Tensor, Tensor]:
+        return self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+
+    @property
+    def log_snr_range(self) -> tuple[float, float]:
+        """Without a timestep of zero SNR: epsilon is not defined there."""
+        noisiest, clearest = self.log_snr[self.alphas_cumprod > 0][[-1, 0]].tolist()
+        return noisiest, clearest
+
+    def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        return alpha_sigma_at(_log_snr_on(self, timesteps.device), timesteps)
+
+    def log_snr_at(self, timesteps: Tensor) -> Tensor:
+        return self.log_snr[timesteps.long().cpu()]
+
+    def levels_at(self, log_snr: Tensor) -> Levels:
+        timesteps = self.timestep_at(log_snr).float()
+        return Levels(timesteps, torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt())
+
+    def steps(self, count: int, spacing: str | None, extra: bool) -> Steps:
+        timesteps = self._timesteps(count, spacing or self.timestep_spacing, extra)
+        abar = self.alphas_cumprod[timesteps]
+        target = torch.cat([abar[1:], abar.new_ones(1)])
+        return Steps(timesteps, abar.sqrt(), (1 - abar).sqrt(), target.sqrt(), (1 - target).sqrt())
+
+    def _timesteps(self, count: int, spacing: str, extra: bool) -> Tensor:
+        """As diffusers spreads them: (S,) long, decreasing."""
+        total, points = self.num_train_timesteps, count + extra
+        if not 1 <= points <= total:
+            raise ValueError(
+                f"num_inference_steps {count} will not do: the model has {total} timesteps; give 1 to {total - extra}"
+            )
+        match spacing:
+            case "leading":
+                grid = (np.arange(points) * (total // points))[::-1] + self.steps_offset
+            case "linspace":
+                grid = np.linspace(0, total - 1, points).round()[::-1]
+            case "trailing":  # rounding may add a point below zero, which diffusers' DDPM and DDIM keep
+                grid = np.arange(total, 0, -total / count).round() - 1
+            case _:
+                raise ValueError(f"timestep_spacing {spacing!r} is unknown: one of {', '.join(TIMESTEP_SPACINGS)}")
+        timesteps = torch.from_numpy(grid[:count].astype(np.int64))
+        if timesteps[0] >= total:
+            raise ValueError(
+                f"num_inference_steps {count} with steps_offset {self.steps_offset} begins at timestep {timesteps[0]},"
+                f" beyond the model's last, {total - 1}: take fewer steps or another timestep_spacing"
+            )
+        return timesteps
 
     def timestep_at(self, log_snr: Tensor) -> Tensor:
         """The fractional timesteps in [0, T - 1] with these log SNRs; same shape and dtype.
@@ -175,6 +294,12 @@ def alpha_sigma_at(log_snr_table: Tensor, timesteps: Tensor) -> tuple[Tensor, Te
     return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
 
+@lru_cache(maxsize=8)
+def _log_snr_on(schedule: NoiseSchedule, device: torch.device) -> Tensor:
+    """The table of log SNR in fp32, copied to a device once."""
+    return schedule.log_snr.to(device, torch.float32)
+
+
 # ---------------------------------------------------------------------------------------------- scheduler configs
 def _betas(config: Mapping[str, Any]) -> Tensor:
     """beta_t as diffusers defines it: (T,) float64."""
@@ -193,6 +318,13 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
             return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
 
 
+def _rescaled_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
+    """sqrt(abar) shifted so that the last is 0, and scaled so that the first stays (Lin et al. 2024, arXiv 2305.08891,
+    algorithm 1)."""
+    alpha = alphas_cumprod.sqrt()
+    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).square()
+
+
 def _faults(config: Mapping[str, Any]) -> list[str]:
     """One error message for each setting that is not supported."""
     faults = []
@@ -207,10 +339,11 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
         value = config.get(key, default)
         if value not in known and not (key == "beta_schedule" and config.get("trained_betas") is not None):
             faults.append(f"{key} {value!r} is not supported; use a model with one of {', '.join(known)}")
-    if config.get("rescale_betas_zero_snr"):
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
         faults.append(
-            "rescale_betas_zero_snr true is not supported: the model was trained to zero SNR, where epsilon is"
-            " undefined, and another schedule would give wrong images and scores; use another model"
+            "rescale_betas_zero_snr true with prediction_type 'epsilon' is not supported: the model was trained to zero"
+            " SNR, where epsilon says nothing of x0, and another schedule would give wrong images and scores; use a"
+            " model that predicts v"
         )
     if config.get("clip_sample", name in _CLIPPING):
         faults.append("clip_sample true is not supported: latents have no fixed range; set it to false")

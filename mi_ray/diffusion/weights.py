@@ -1,136 +1,161 @@
-"""Compares the weights of a model folder with its configurations, from the headers of the files alone."""
+"""The weights of a model's parts: whether the files have those that its class and configuration need, and no others.
 
+Checked twice: from the headers of the files before anything starts, and by the loaders' reports when they are read.
+"""
+
+import importlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch import nn
 
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
+_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 _SHOWN = 2  # keys in a message
 _ADAPTER_KEYS = ("base_layer.", "lora_", ".lora.")
-# Names in files of earlier versions of diffusers and transformers; the loaders know them too.
+# Names of attention layers in files of earlier versions of diffusers; its loader knows them too.
 _EARLIER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+_UNUSED = "lm_head."  # of a language model whose file is used for a class that ends before its head
 
 Shapes = dict[str, tuple[int, ...]]
+Report = Mapping[str, Iterable]  # what `from_pretrained(..., output_loading_info=True)` returns beside a model
 
 
-def weight_names(folder: Path, part: str) -> list[str]:
-    """The files of a part's weights: several if there is an index.
+def part_class(index: Mapping[str, Any], part: str) -> type:
+    """The class of a part, as a checked model_index.json names it."""
+    library, name = index[part]
+    return getattr(importlib.import_module(library), name)
+
+
+def on_meta(kind: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
+    """A model of diffusers without weights; takes no memory for them."""
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Within, the libraries draw no bar of what they load, which every actor would, and log no report on its weights:
+    `report_faults` tells it."""
+    logs = diffusers.utils.logging, transformers.utils.logging
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, (verbosity, bar) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bar:
+                log.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------- files
+def weight_names(folder: Path, index: Mapping[str, Any], part: str) -> list[str]:
+    """The files of a part's weights: several if they have an index.
 
     Raises:
-        ValueError: the index is damaged.
+        ValueError: that index is damaged.
     """
-    index = folder / part / f"{WEIGHTS[part]}.index.json"
-    if not index.is_file():
-        return [WEIGHTS[part]]
+    whole = _FILES[index[part][0]]
+    split = folder / part / f"{whole}.index.json"
+    if not split.is_file():
+        return [whole]
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted(set(json.loads(split.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"has a {part}/{index.name} that is not valid ({error!r}); fetch it again") from error
+        raise ValueError(f"has a {part}/{split.name} that is not valid ({error!r}); fetch it again") from error
 
 
-def weight_faults(folder: Path, part: str, config: dict | None) -> list[str]:
+def weight_faults(folder: Path, index: Mapping[str, Any], part: str, config: dict | None) -> list[str]:
     """One line for each thing that is wrong with a part's safetensors: missing, damaged, or not as the part's
     configuration says. A part whose configuration cannot be read (None) is not compared with it."""
     faults, found = [], {}
     try:
-        names = weight_names(folder, part)
+        names = weight_names(folder, index, part)
     except ValueError as error:
         return [str(error)]
     for name in names:
         try:
             with safe_open(folder / part / name, framework="pt") as file:
-                found |= {_now(key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             faults.append(_missing_file(folder, part, name))
         except (SafetensorError, OSError) as error:
             faults.append(f"has a {part}/{name} that cannot be read ({error}); fetch it again, whole (git lfs pull?)")
     if faults or config is None:
         return faults
+    if "quantization_config" in config:
+        return [f"has a quantized {part}, which is not supported; give the model that is not quantized"]
+    kind = part_class(index, part)
     try:
-        wanted = _shapes_of(part, config)
+        with quiet_loading():
+            if issubclass(kind, transformers.PreTrainedModel):
+                report = _transformers_report(kind, folder / part, found)
+            else:
+                report = _diffusers_report(kind, config, found)
     except Exception as error:  # the libraries raise anything on a wrong value
         return [f"has a {part}/config.json that describes no model ({_short(error)}); fetch it again"]
-    return _differences(part, wanted, found)
+    return report_faults(part, report)
 
 
-def width_faults(configs: dict[str, dict]) -> list[str]:
-    """One line for each width in which the parts of a model do not agree; parts that are missing are not compared."""
-    faults = []
-    unet, vae, text = (configs.get(part) for part in ("unet", "vae", "text_encoder"))
-    if unet is not None and vae is not None:
-        channels = unet.get("in_channels", 4), unet.get("out_channels", 4)
-        wanted = vae.get("latent_channels", 4)
-        if channels != (wanted, wanted):
-            faults.append(
-                f"has a UNet that takes {channels[0]} and gives {channels[1]} channels for latents of {wanted}"
-                " (an inpainting or upscaling model?); give a text-to-image model"
-            )
-    if unet is not None and text is not None:
-        width, read = text.get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
-        if any(one != width for one in (read if isinstance(read, list) else [read])):
-            faults.append(
-                f"has a text encoder of hidden_size {width} and a UNet of cross_attention_dim {read}: they are parts of"
-                " different models; take both from the same one"
-            )
-    return faults
+def _transformers_report(kind: type, folder: Path, found: Shapes) -> Report:
+    """Of the loader itself, given weights without values: it knows names of earlier versions, tied weights and those
+    that a class may lack or leave."""
+    weights = {key: torch.empty(shape, device="meta") for key, shape in found.items()}
+    config = kind.config_class.from_pretrained(folder)
+    settings = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    return kind.from_pretrained(None, config=config, state_dict=weights, **settings)[1]
 
 
-def refuse_report(part: str, report: dict[str, Any]):
-    """Refuse a part that a loader of diffusers or transformers did not load as it is.
-
-    Args:
-        report: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
-
-    Raises:
-        ValueError: weights are missing, unexpected or of another shape.
-    """
-    missing, unexpected = ({_now(key) for key in report[f"{kind}_keys"]} for kind in ("missing", "unexpected"))
-    other = [str(key) for key in report.get("mismatched_keys", ())]
-    if faults := _listed(part, missing, {key for key in unexpected if key}, other):
-        raise ValueError("\n".join(faults))
-
-
-def _shapes_of(part: str, config: dict) -> Shapes:
-    """The weights that a part of this configuration has; no memory is taken for them."""
-    with torch.device("meta"):
-        if part == "text_encoder":
-            model = CLIPTextModel(CLIPTextConfig(**config))
-        else:
-            model = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(config)
-    return {_now(key): tuple(value.shape) for key, value in model.state_dict().items()}
+def _diffusers_report(kind: type, config: dict, found: Shapes) -> Report:
+    """As the loader of diffusers, which takes no weights but files, would report."""
+    wanted = {_now(key): tuple(value.shape) for key, value in on_meta(kind, config).state_dict().items()}
+    found = {_now(key): shape for key, shape in found.items()}
+    ignored = kind._keys_to_ignore_on_load_unexpected or ()
+    others = found.keys() - wanted.keys()
+    return {
+        "missing_keys": wanted.keys() - found.keys(),
+        "unexpected_keys": [key for key in others if not any(re.search(pattern, key) for pattern in ignored)],
+        "mismatched_keys": [
+            (key, found[key], shape) for key, shape in wanted.items() if found.get(key, shape) != shape
+        ],
+    }
 
 
 def _now(key: str) -> str:
-    """The name of a weight in the current versions; empty: it is not needed any more."""
-    if key.endswith("position_ids"):
-        return ""
+    """The name of a weight in the current version of diffusers."""
     for before, after in _EARLIER.items() if ".attentions." in key else ():
         key = key.replace(before, after)
-    return key.removeprefix("text_model.")
+    return key
 
 
-def _differences(part: str, wanted: Shapes, found: Shapes) -> list[str]:
-    wanted, found = ({key: shape for key, shape in shapes.items() if key} for shapes in (wanted, found))
-    other = [
-        f"{key} {list(found[key])} instead of {list(shape)}"
-        for key, shape in wanted.items()
-        if key in found and found[key] != shape
-    ]
-    return _listed(part, wanted.keys() - found.keys(), found.keys() - wanted.keys(), other)
+def _missing_file(folder: Path, part: str, name: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    variants = sorted(path.name for path in (folder / part).glob(f"{stem}.*.{suffix}"))
+    if variants:
+        variant = variants[0].removeprefix(f"{stem}.").removesuffix(f".{suffix}")
+        return (
+            f"has {part}/{variants[0]} but not {part}/{name}; write it without the variant:"
+            f" DiffusionPipeline.from_pretrained(FOLDER, variant={variant!r}).save_pretrained(NEW_FOLDER)"
+        )
+    return f"lacks {part}/{name}; complete the folder (only safetensors are read, no pickled weights)"
 
 
-def _listed(part: str, missing: Iterable[str], unexpected: Iterable[str], other: list[str]) -> list[str]:
-    missing, unexpected = sorted(key for key in missing if key), sorted(unexpected)
+# ---------------------------------------------------------------------------------------------- reports
+def report_faults(part: str, report: Report) -> list[str]:
+    """One line for each kind of weights that a part lacks, has beside its own, or has in another shape."""
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not key.startswith(_UNUSED))
+    other = sorted(report.get("mismatched_keys", ()))
     faults = []
     if missing or unexpected:
         lacks = f"lacks {len(missing)} weights{_examples(missing)}" if missing else ""
@@ -141,7 +166,7 @@ def _listed(part: str, missing: Iterable[str], unexpected: Iterable[str], other:
             advice = "it was saved with an adapter attached: merge or unload the adapter, and save it again"
         faults.append(f"{what} in its {part}; {advice}")
     if other:
-        shown = "; ".join(other[:_SHOWN])
+        shown = "; ".join(f"{key} {list(found)} instead of {list(wanted)}" for key, found, wanted in other[:_SHOWN])
         faults.append(f"has {len(other)} weights of another shape in its {part} ({shown}); correct {part}/config.json")
     return faults
 
@@ -149,18 +174,6 @@ def _listed(part: str, missing: Iterable[str], unexpected: Iterable[str], other:
 def _examples(keys: list[str]) -> str:
     more = ", ..." if len(keys) > _SHOWN else ""
     return f" ({', '.join(key[:100] for key in keys[:_SHOWN])}{more})"
-
-
-def _missing_file(folder: Path, part: str, name: str) -> str:
-    stem, _, suffix = name.rpartition(".")
-    variants = sorted(path.name for path in (folder / part).glob(f"{stem}.*.{suffix}"))
-    if variants:
-        variant = variants[0].removeprefix(f"{stem}.").removesuffix(f".{suffix}")
-        return (
-            f"has {part}/{variants[0]} but not {part}/{name}; write it without the variant:"
-            f" StableDiffusionPipeline.from_pretrained(FOLDER, variant={variant!r}).save_pretrained(NEW_FOLDER)"
-        )
-    return f"lacks {part}/{name}; complete the folder (only safetensors are read, no pickled weights)"
 
 
 def _short(error: Exception) -> str:

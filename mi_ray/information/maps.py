@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mi_ray.diffusion.conditioning import Conditioning
-from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.diffusion.schedules import Schedule
 from mi_ray.information.pointwise import PredictEpsilon, beside, predictions
 from mi_ray.information.probes import Probes
 
@@ -36,7 +36,7 @@ class InformationMaps:
 @torch.inference_mode()
 def information_maps(
     predict_epsilon: PredictEpsilon,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     latents: Tensor,
     prompt_index: Tensor,
     conditioning: Conditioning,

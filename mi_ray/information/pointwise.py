@@ -11,7 +11,7 @@ binding carry the signal.
 
 The denoiser predicts epsilon at x_alpha, for any prediction_type. The path of a rectified flow is the same up to scale:
 (1 - t) x + t eps = x_alpha / (sqrt(sigmoid(alpha)) + sqrt(sigmoid(-alpha))) with t = sigmoid(-alpha / 2). There,
-eps_hat = x_t + (1 - t) u.
+eps_hat = x_t + (1 - t) u. The schedule says on which scale the model takes its input.
 
 An estimate is a sum over K probes of weight times integrand. A probe is a log SNR and a noise sample. All candidates
 and branches of a prompt use the same probes. Differences between them therefore have a much smaller standard error than
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mi_ray.diffusion.conditioning import Conditioning
-from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.diffusion.schedules import Schedule
 from mi_ray.information.probes import Probes
 
 PredictEpsilon = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x_t, timesteps, conditioning) -> epsilon
@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
 @torch.inference_mode()
 def predictions(
     predict_epsilon: PredictEpsilon,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     latents: Tensor,
     prompt_index: Tensor,
     conditioning: Conditioning,
@@ -75,9 +75,7 @@ def predictions(
     """
     device, count, width = latents.device, len(latents), branches.shape[1]
     conditioning, branches, owner = conditioning.to(device), branches.to(device), prompt_index.cpu()
-    signal = torch.sigmoid(probes.log_snr).sqrt().to(device)
-    sigma = torch.sigmoid(-probes.log_snr).sqrt().to(device)
-    timesteps = schedule.timestep_at(probes.log_snr).float().to(device)
+    timesteps, signal, sigma = (values.to(device) for values in schedule.levels_at(probes.log_snr))
     tail = (1,) * (latents.dim() - 1)
     for rows in torch.arange(count * len(probes.log_snr)).split(max(1, batch_size // width)):
         candidate, probe = rows % count, rows // count
@@ -95,7 +93,7 @@ def predictions(
 
 def denoising_errors(
     predict_epsilon: PredictEpsilon,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     latents: Tensor,
     prompt_index: Tensor,
     conditioning: Conditioning,
@@ -121,7 +119,7 @@ def denoising_errors(
 
 def denoising_statistics(
     predict_epsilon: PredictEpsilon,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     latents: Tensor,
     prompt_index: Tensor,
     conditioning: Conditioning,

@@ -8,7 +8,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from mi_ray.diffusion.conditioning import Conditioning
-from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.diffusion.schedules import Schedule
 from mi_ray.information.pointwise import PredictEpsilon, degrees_of_freedom, denoising_errors, integrate
 from mi_ray.information.probes import Probes
 
@@ -27,7 +27,7 @@ class Choice:
 
 def choose(
     predict_epsilon: PredictEpsilon,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     latents: Tensor,
     conditioning: Conditioning,
     draw_round: Callable[[int], Probes],

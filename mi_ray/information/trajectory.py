@@ -23,7 +23,7 @@ def banded(curve: Tensor, log_snr: Tensor, log_snr_min: float, log_snr_max: floa
     """The curve (n, S) with zeros at the steps outside a band of log SNR. Its score is the contribution of the band.
 
     Args:
-        log_snr: (S,) at the steps: `schedule.log_snr[timesteps]`, or `flow_log_snr` for a rectified flow.
+        log_snr: (S,) at the steps, `schedule.log_snr_at(timesteps)`.
     """
     inside = (log_snr >= log_snr_min) & (log_snr <= log_snr_max)
     return torch.where(inside.to(curve.device), curve, 0.0)  # NaN outside the band if guidance was off

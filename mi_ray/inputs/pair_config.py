@@ -56,7 +56,7 @@ class ScorePairsConfig(Section):
     height: Positive | None = Field(None, description=HEIGHT)
     width: Positive | None = Field(None, description=WIDTH)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="dtype of the denoiser; auto: float16 on a GPU, else float32"
+        "auto", description="dtype of the denoiser; auto: on a GPU as model.dtype of a run, else float32"
     )
     seed: Annotated[int, Field(ge=0)] = Field(
         0, description="random seed of the noise samples; a pair's noise depends on nothing else"

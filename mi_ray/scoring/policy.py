@@ -30,16 +30,16 @@ class PolicySampler:
         self.base = load_denoiser(config.model.path, config.model.dtype, size=config.model.size)
         batch_size = batch_at_size(self.base, config.resources.batch_size)
         self.drawing = copy.copy(self.base)
-        self.drawing.unet = copy.deepcopy(self.base.unet)
+        self.drawing.network = copy.deepcopy(self.base.network)
         adapted = attach_adapter(
-            self.drawing.unet,
+            self.drawing.network,
             rank=tuning.rank,
             alpha=tuning.alpha,
             target_modules=tuning.target_modules,
             use_dora=tuning.adapter == "dora",
         )
         self.adapter = MergedAdapter(adapted)
-        self.drawing.unet = adapted.base_model.model
+        self.drawing.network = adapted.base_model.model
         for denoiser in (self.base, self.drawing):
             specialise(denoiser, config.model, batch_size)
         self.sampler = Sampler(self.drawing, config.sampler, batch_size, config.model.kernel)

@@ -54,6 +54,7 @@ class Pool:
     x0: Tensor | None  # (N, *latent_shape) fp32: last prediction of the clean latents; None if not needed yet
     delta_sq: Tensor  # (N, S) fp32, NaN for steps that a candidate has not done
     cross: Tensor  # (N, S) fp32, likewise
+    guidance_scale: float
 
     def put(self, rows: Tensor, steps: range, state: State):
         """Store the state of the candidates `rows` after `steps`."""
@@ -68,10 +69,11 @@ class Pool:
     def so_far(self, rows: Tensor, steps: int) -> Trajectory:
         """Candidates after their first steps, to be scored like finished ones, with the predicted x0 as latents."""
         rows = rows.to(self.latents.device)
-        return Trajectory(self.x0[rows], self.timesteps[:steps], self.delta_sq[rows, :steps], self.cross[rows, :steps])
+        curves = self.delta_sq[rows, :steps], self.cross[rows, :steps]
+        return Trajectory(self.x0[rows], self.timesteps[:steps], *curves, self.guidance_scale)
 
     def finished(self) -> Trajectory:
-        return Trajectory(self.latents, self.timesteps, self.delta_sq, self.cross)
+        return Trajectory(self.latents, self.timesteps, self.delta_sq, self.cross, self.guidance_scale)
 
 
 class Cuts(Protocol):
@@ -119,7 +121,8 @@ class Sampler:
         latents = noise.draw().to(self.denoiser.device)
         curve = torch.full((len(latents), len(self.plan.timesteps)), torch.nan, device=latents.device)
         owner = torch.arange(len(seeds)).repeat_interleave(torch.tensor([len(s) for s in seeds]))
-        pool = Pool(owner, self.plan.timesteps, latents, None, curve, curve.clone())
+        scale = self.config.guidance_scale
+        pool = Pool(owner, self.plan.timesteps, latents, None, curve, curve.clone(), scale)
         rows, start = torch.arange(len(latents)), 0
         for stop in (*(cuts.after if cuts else ()), len(self.plan.timesteps)):
             began = time.perf_counter()

@@ -12,7 +12,7 @@ from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.sampling import Trajectory
-from mi_ray.diffusion.schedules import NoiseSchedule
+from mi_ray.diffusion.schedules import Schedule
 from mi_ray.information import pointwise, trajectory
 from mi_ray.information.probes import Design, Probes, draw_probes
 from mi_ray.language.sources import negatives_by
@@ -24,27 +24,41 @@ NEIGHBOUR_POOL = 2000  # number of prompts that are searched for neighbours; lim
 
 
 def trajectory_scores(
-    config: ScoreConfig, delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule
+    config: ScoreConfig,
+    delta_sq: Tensor,
+    timesteps: Tensor,
+    schedule: Schedule,
+    cross: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
 ) -> dict[str, Tensor]:
     """The on-trajectory scores in config.names from recorded or stored curves (n, S): {name: (n,)}.
 
     A curve is NaN at steps without guidance. The configuration allows such steps only outside the band, and only for
     `trajectory_banded`.
+
+    Args:
+        cross: needed by rfmi and rfmi_guided.
+        guidance_scale: of the sampling, one or (n,); needed by rfmi_guided.
     """
+    times = schedule.alpha_sigma(timesteps)[1]  # of a flow: s, its sigma
+    scale = guidance_scale[:, None] if isinstance(guidance_scale, Tensor) else guidance_scale
     by_name = {
-        "mitune": lambda curve: trajectory.mitune(curve, timesteps, schedule),
-        "mitune_eq2": lambda curve: trajectory.mitune_eq2(curve, timesteps, schedule),
-        "asd": trajectory.asd,
+        "mitune": lambda curve, cross: trajectory.mitune(curve, timesteps, schedule),
+        "mitune_eq2": lambda curve, cross: trajectory.mitune_eq2(curve, timesteps, schedule),
+        "asd": lambda curve, cross: trajectory.asd(curve),
+        "rfmi": lambda curve, cross: trajectory.rfmi(cross, times),
+        "rfmi_guided": lambda curve, cross: trajectory.rfmi_guided(cross, curve, times, scale),
+        "flow_difference": lambda curve, cross: trajectory.flow_difference(curve, times),
     }
-    scores = {name: score(delta_sq) for name, score in by_name.items() if name in config.names}
+    scores = {name: score(delta_sq, cross) for name, score in by_name.items() if name in config.names}
     if "trajectory_banded" in config.names:
-        log_snr = schedule.log_snr[timesteps.long().cpu()]
-        curve = trajectory.banded(delta_sq, log_snr, config.log_snr_min, config.log_snr_max)
-        scores["trajectory_banded"] = by_name[config.banded](curve)
+        band = schedule.log_snr_at(timesteps), config.log_snr_min, config.log_snr_max
+        curves = [None if curve is None else trajectory.banded(curve, *band) for curve in (delta_sq, cross)]
+        scores["trajectory_banded"] = by_name[config.banded](*curves)
     return scores
 
 
-def probed_band(config: ScoreConfig, schedule: NoiseSchedule) -> tuple[float, float]:
+def probed_band(config: ScoreConfig, schedule: Schedule) -> tuple[float, float]:
     """The band of log SNR of the pmi scores: the configured band, limited to the model's noise levels.
 
     Raises:
@@ -53,13 +67,13 @@ def probed_band(config: ScoreConfig, schedule: NoiseSchedule) -> tuple[float, fl
     return known_band(*config.probed_band, schedule)
 
 
-def known_band(low: float, high: float, schedule: NoiseSchedule) -> tuple[float, float]:
+def known_band(low: float, high: float, schedule: Schedule) -> tuple[float, float]:
     """A band of log SNR, limited to the model's noise levels.
 
     Raises:
         ValueError: the band contains none of the model's noise levels.
     """
-    noisiest, clearest = schedule.log_snr[[-1, 0]].tolist()
+    noisiest, clearest = schedule.log_snr_range
     if high <= noisiest or clearest <= low:
         raise ValueError(
             f"log_snr_min {low:g} to log_snr_max {high:g} is outside the model's noise levels, {noisiest:.2f} to"
@@ -121,7 +135,8 @@ class Scorer:
             {score_<name>: N values in nats}, and for pointwise scores {score_<name>_se: N standard errors}.
         """
         config = self.config
-        scores = trajectory_scores(config, sampled.delta_sq, sampled.timesteps, self.denoiser.schedule)
+        curves = sampled.delta_sq, sampled.timesteps, self.denoiser.schedule, sampled.cross, sampled.guidance_scale
+        scores = trajectory_scores(config, *curves)
         columns = {f"score_{name}": values.cpu().tolist() for name, values in scores.items()}
         if any(name in POINTWISE_SCORES for name in config.names):
             args = (prompts, conditioning, index, sampled.latents, work)

@@ -93,7 +93,8 @@ def _checked(config: CalibrationConfig) -> tuple[CalibrationConfig, pa.Table, di
         sizes = load_sizes(config.model.path)
         faults += [f"model.{fault}" for fault in sizes.faults(*config.model.size)]
         with collecting(faults, "log_snr_max"):
-            low, high = known_band(config.log_snr_min, config.log_snr_max, load_schedule(config.model.path))
+            schedule = load_schedule(config.model.path, config.model.size)
+            low, high = known_band(config.log_snr_min, config.log_snr_max, schedule)
     if faults:
         raise ConfigError(faults)
     prompts, _ = read_prompts(

@@ -17,7 +17,7 @@ from mi_ray import __version__, storage
 from mi_ray.alignment.metric import check_image_size, check_prompts, columns_of, load_metrics, reference_of
 from mi_ray.config import RunConfig, pinned
 from mi_ray.config.section import ConfigError, collecting
-from mi_ray.diffusion.folders import check_model, load_schedule, load_sizes, load_tokenizer, model_commit
+from mi_ray.diffusion.folders import check_model, load_sizes, load_tokenizer, model_commit
 from mi_ray.inputs.prompts import PromptReader
 from mi_ray.inputs.shard_plan import Holdout, ShardPlan, write_prompts
 from mi_ray.report.page import alignment_table, write_report
@@ -35,7 +35,8 @@ from mi_ray.runs.layout import (
 )
 from mi_ray.runs.lease import confirm, held
 from mi_ray.runs.status import rough_duration, run_status
-from mi_ray.scoring.scorer import NEIGHBOUR_POOL, probed_band
+from mi_ray.scoring.scorer import NEIGHBOUR_POOL
+from mi_ray.scoring.suitability import check_suitability
 from mi_ray.stages.cluster import check_room, start_ray
 from mi_ray.stages.evaluate import evaluate
 from mi_ray.stages.generate import generate
@@ -79,7 +80,7 @@ class Plan:
             with collecting(faults, "model.path"):
                 faults += _size_faults(config)
             with collecting(faults, "score"):
-                probed_band(config.score, load_schedule(config.model.path))
+                check_suitability(config)
         with collecting(faults):
             run_folder.check_run_dir(config.run_dir, config.results_config(), self.model_commit)
         token_count = tokenizer and (lambda prompt: len(tokenizer(prompt).input_ids))

@@ -30,7 +30,7 @@ def describe(plan: Plan, until: str = "report") -> str:
     counts = dict(list(counts.items())[: STAGES.get(until)])
     machines = _machines(plan)
     minutes = {stage: count * each / machines[stage].at_once / 60 for stage, count in counts.items()}
-    parameters = sum(p.numel() for p in denoiser.unet.parameters())
+    parameters = sum(p.numel() for p in denoiser.network.parameters())
     arms = ", ".join([config.select.by, *config.evaluation.controls])
     batch, less = batch_at_size(denoiser, trial.batch_size), ""
     if trial.batch_size != resources.batch_size != "auto":

@@ -29,9 +29,8 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
         ConfigError: the folder holds no run, or the run has no candidates yet.
     """
     run, _ = read_run(config.run_dir)
-    schedule, sampler = load_schedule(run.model.path), run.sampler
-    spacing = sampler.timestep_spacing
-    plan = solver_plan(schedule, sampler.solver, sampler.num_inference_steps, timestep_spacing=spacing)
+    schedule, sampler = load_schedule(run.model.path, run.model.size), run.sampler
+    plan = solver_plan(schedule, sampler.solver, sampler.num_inference_steps, sampler.timestep_spacing)
     folders = {
         number: storage.join(config.run_dir, f"round-{number}", "candidates")
         for number in round_numbers(config.run_dir)
@@ -45,7 +44,7 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
     if dry_run:
         return pd.DataFrame()
     truths = [columns[0] for columns in declared_in(folders[parts[0][1]]).values()]
-    columns = ["prompt_id", "candidate_index", "delta_sq", *(t.name for t in truths), "rank", "error"]
+    columns = ["prompt_id", "candidate_index", "delta_sq", "cross", *(t.name for t in truths), "rank", "error"]
     schema = pa.schema(
         [
             *(tables.candidates_schema(()).field(name) for name in columns[:2]),
@@ -59,10 +58,13 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
             for _, number in rounds:
                 rows = storage.read_table(storage.join(folders[number], name), columns).to_pandas()
                 rows = rows[rows["error"].isna()]
-                curves = np.full((len(rows), len(plan.timesteps)), np.nan, np.float32)
-                for curve, stored in zip(curves, rows.pop("delta_sq"), strict=True):
-                    curve[: len(stored)] = stored  # the curve of a pruned candidate ends early; it gets no score
-                scores = trajectory_scores(config.score, torch.from_numpy(curves), plan.timesteps, schedule)
+                curves = np.full((2, len(rows), len(plan.timesteps)), np.nan, np.float32)
+                for name_of, of_rows in zip(("delta_sq", "cross"), curves, strict=True):
+                    for curve, stored in zip(of_rows, rows.pop(name_of), strict=True):
+                        curve[: len(stored)] = stored  # the curve of a pruned candidate ends early; it gets no score
+                delta_sq, cross = torch.from_numpy(curves)
+                known = delta_sq, plan.timesteps, schedule, cross, sampler.guidance_scale
+                scores = trajectory_scores(config.score, *known)
                 rows = rows.assign(**{f"score_{score}": values.numpy() for score, values in scores.items()})
                 destination = storage.join(config.run_dir, FOLDER, f"round-{number}", name)
                 table = pa.Table.from_pandas(rows[schema.names], schema, preserve_index=False)

@@ -17,7 +17,7 @@ from mi_ray.config import ModelConfig, pinned
 from mi_ray.config.section import ConfigError, collecting
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.fitting import fitting
-from mi_ray.diffusion.folders import check_model, load_schedule, load_sizes, load_tokenizer, model_commit
+from mi_ray.diffusion.folders import check_model, load_sizes, load_tokenizer, model_commit
 from mi_ray.information.maps import upsampled
 from mi_ray.inputs.images import read_image, thumbnail
 from mi_ray.inputs.keep import check_keep, write_kept
@@ -33,7 +33,7 @@ from mi_ray.runs.layout import SCORES, began_hash, pinned_at_start
 from mi_ray.scoring.machine import take_cpus, take_share
 from mi_ray.scoring.pair_scorer import PairScorer, finite
 from mi_ray.scoring.sampler import batch_at_size
-from mi_ray.scoring.scorer import probed_band
+from mi_ray.scoring.suitability import check_pairs
 from mi_ray.scoring.trial import size_text, try_fitting
 from mi_ray.scoring.work import Work
 from mi_ray.stages.cluster import check_room, start_ray
@@ -173,7 +173,7 @@ def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
         load_tokenizer(config.model)
         faults += load_sizes(config.model).faults(*config.size)
         with collecting(faults, "score"):
-            probed_band(config.score, load_schedule(config.model))
+            check_pairs(config.model, config.size, config.score)
     with collecting(faults, "score.negatives"):
         negatives_by(config.score.negatives)
     if faults:

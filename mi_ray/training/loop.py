@@ -19,7 +19,6 @@ import pyarrow.fs as pafs
 import ray.train
 import torch
 import torch.distributed as dist
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -36,7 +35,7 @@ from mi_ray.diffusion.adapters import (
     target_faults,
 )
 from mi_ray.diffusion.denoisers import load_denoiser
-from mi_ray.diffusion.folders import part_config
+from mi_ray.diffusion.folders import load_network_on_meta
 from mi_ray.inputs.online_plan import plan_of
 from mi_ray.runs import lease
 from mi_ray.runs.layout import SUMMARY
@@ -112,15 +111,15 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
         kept = read_training_set(settings["selected"], denoiser, config.seed, drawn)
     torch.manual_seed(config.seed)  # the adapter's random matrix A must be the same on all workers and after a restart
     model = attach_adapter(
-        denoiser.unet,
+        denoiser.network,
         rank=tuning.rank,
         alpha=tuning.alpha,
         target_modules=tuning.target_modules,
         use_dora=tuning.adapter == "dora",
     )
-    half = denoiser.unet.dtype if denoiser.unet.dtype != torch.float32 else None
+    half = denoiser.network.dtype if denoiser.network.dtype != torch.float32 else None
     null = denoiser.encode_prompts([""]) if tuning.anchor_guidance > 1 else None
-    objective = Objective(model, denoiser.schedule, tuning, half, null)
+    objective = Objective(model, denoiser.schedule, tuning, half, null, denoiser.family.predict)
     if settings["previous_adapter"]:
         weights = read_bytes(join(settings["previous_adapter"], "adapter_model.safetensors"))
         load_adapter_state(model, load_safetensors(weights))
@@ -128,7 +127,7 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
     if settings["online"] is not None:
         objective.old = [p.detach().clone() for p in objective.parameters_trained]
     if tuning.activation_checkpointing:
-        denoiser.unet.enable_gradient_checkpointing()
+        denoiser.network.enable_gradient_checkpointing()
     parameters = objective.parameters_trained
     optimizer = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=tuning.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
@@ -281,14 +280,12 @@ def _upload_adapter(objective: Objective, base_model: str, destination: str, val
 
 # ---------------------------------------------------------------------------------------------- the stage
 def check_targets(config: RunConfig):
-    """Check that each of `finetune.target_modules` binds to a layer; reads the UNet's configuration, not its weights.
+    """Check that each of `finetune.target_modules` binds to a layer; reads the network's configuration, no weights.
 
     Raises:
         ConfigError: with one message for each target without a matching layer.
     """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(part_config(config.model.path, "unet"))
-    if faults := target_faults(unet, config.finetune.target_modules):
+    if faults := target_faults(load_network_on_meta(config.model.path), config.finetune.target_modules):
         raise ConfigError([f"finetune.target_modules: {fault}" for fault in faults])
 
 

@@ -15,8 +15,8 @@ from torch.nn.functional import softplus
 
 from mi_ray.config import BETA, FinetuneConfig
 from mi_ray.diffusion.conditioning import Conditioning
-from mi_ray.diffusion.denoisers import unet_arguments
-from mi_ray.diffusion.schedules import NoiseSchedule, prediction_from
+from mi_ray.diffusion.families import Predict, unet_prediction
+from mi_ray.diffusion.schedules import FLOW, Schedule, prediction_from
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,8 @@ def _extreme_of_group(values: Tensor, group: Tensor, size: int) -> Tensor:
 def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """The weights min(SNR, gamma) of the x0 loss (Hang et al. 2023, eq. 5), converted to the model's prediction_type.
 
-    The squared error of x0 is 1/SNR times that of epsilon and 1/(SNR + 1) times that of v (ibid., section 3.4).
+    The squared error of x0 is 1/SNR times that of epsilon and 1/(SNR + 1) times that of v (ibid., section 3.4), and s^2
+    times that of the velocity of a flow.
 
     Args:
         snr: alpha^2 / sigma^2, any shape.
@@ -166,6 +167,8 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """
     if prediction_type == "epsilon":
         return (gamma / snr).clamp(max=1)  # stays finite at SNR 0
+    if prediction_type == FLOW:  # x0 = x_s - s u, and s = 1 / (1 + sqrt(SNR))
+        return snr.clamp(max=gamma) / (1 + snr.sqrt()).square()
     return snr.clamp(max=gamma) / (snr + 1) if prediction_type == "v_prediction" else snr.clamp(max=gamma)
 
 
@@ -191,33 +194,33 @@ class Objective(nn.Module):
     Args:
         model: the denoiser with a new PEFT adapter, whose output equals that of the base model.
         null: conditioning of one empty prompt, for a guided anchor.
+        network_prediction: how the model's family calls its network, `Family.predict`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         config: FinetuneConfig,
         autocast_dtype: torch.dtype | None = None,
         null: Conditioning | None = None,
+        network_prediction: Predict = unet_prediction,
     ):
         super().__init__()
         self.model, self.config, self.autocast_dtype = model, config, autocast_dtype
-        self.method, self.null = METHODS[config.method], null
+        self.method, self.null, self.network_prediction = METHODS[config.method], null, network_prediction
         self.parameters_trained = [p for p in model.parameters() if p.requires_grad]
         # Values of these parameters, set by the loop: at the start of training, and of the policy that samples.
         self.start: list[Tensor] = []
         self.old: list[Tensor] = []
         self.base = [p.detach().clone() for p in self.parameters_trained] if config.method != "supervised" else []
         self.prediction_type = schedule.prediction_type
-        alpha_sq = schedule.alphas_cumprod
-        snr, gamma = alpha_sq / (1 - alpha_sq), config.min_snr_gamma
+        alpha, sigma = schedule.table
+        snr, gamma = (alpha / sigma).square(), config.min_snr_gamma
         weights = min_snr_weights(snr, gamma, self.prediction_type) if gamma else torch.ones_like(snr)
         # Not buffers: data-parallel training sends buffers to every worker before each forward pass.
         device = next(model.parameters(), weights).device
-        self.alpha, self.sigma, self.snr_weights = (
-            values.float().to(device) for values in (alpha_sq.sqrt(), (1 - alpha_sq).sqrt(), weights)
-        )
+        self.alpha, self.sigma, self.snr_weights = (values.float().to(device) for values in (alpha, sigma, weights))
         self.figures: dict[str, float] = {}  # logged values of the last forward pass
 
     def _coefficients(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -228,10 +231,10 @@ class Objective(nn.Module):
         """The model's fp32 output (n, *latent_shape) at alpha x0 + sigma noise."""
         alpha, sigma = self._coefficients(batch)
         dtype = self.autocast_dtype
-        arguments = unet_arguments(batch.conditioning if conditioning is None else conditioning)
+        conditioning = batch.conditioning if conditioning is None else conditioning
         with torch.autocast(batch.x0.device.type, dtype) if dtype else nullcontext():
             x_t = alpha * batch.x0 + sigma * batch.noise
-            prediction = self.model(x_t, batch.timesteps, **arguments).sample
+            prediction = self.network_prediction(self.model, x_t, batch.timesteps, conditioning)
         return prediction.float()
 
     @torch.no_grad()

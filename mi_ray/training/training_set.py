@@ -119,7 +119,7 @@ def draw_microbatch(
 
 
 def trained_timesteps(log_snr: Tensor, log_snr_max: float | None) -> range:
-    """The timesteps with a log SNR of at most `log_snr_max`; None: all timesteps.
+    """The timesteps with a log SNR of at most `log_snr_max`; None: all timesteps that have noise.
 
     Args:
         log_snr: (T,) decreasing, of all timesteps.
@@ -127,7 +127,7 @@ def trained_timesteps(log_snr: Tensor, log_snr_max: float | None) -> range:
     Raises:
         ConfigError: there is no such timestep.
     """
-    first = 0 if log_snr_max is None else int((log_snr > log_snr_max).sum())
+    first = int((log_snr.isposinf() if log_snr_max is None else log_snr > log_snr_max).sum())
     if first == len(log_snr):
         lowest = float(log_snr[-1])
         raise ConfigError(

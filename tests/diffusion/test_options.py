@@ -22,7 +22,7 @@ def denoiser(tiny_pipeline):
 def _watched(denoiser) -> list[int]:
     """Records the batch sizes of the UNet's calls."""
     sizes = []
-    denoiser.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    denoiser.network.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     return sizes
 
 
@@ -144,11 +144,11 @@ def test_activation_checkpointing_gives_the_same_gradients(tiny_pipeline):
     def gradients(checkpointing: bool) -> tuple[list[torch.Tensor], int]:
         denoiser = load_denoiser(str(tiny_pipeline), device="cpu")
         torch.manual_seed(0)
-        model = attach_adapter(denoiser.unet, rank=4, alpha=4, target_modules=("to_q", "to_v"))
+        model = attach_adapter(denoiser.network, rank=4, alpha=4, target_modules=("to_q", "to_v"))
         if checkpointing:
-            denoiser.unet.enable_gradient_checkpointing()
+            denoiser.network.enable_gradient_checkpointing()
         calls = []
-        denoiser.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: calls.append(1))
+        denoiser.network.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda *_: calls.append(1))
         objective = Objective(model, denoiser.schedule, FinetuneConfig())
         x0, noise = torch.randn(2, 3, *denoiser.latent_shape, generator=torch.Generator().manual_seed(1))
         timesteps = torch.tensor([10, 400, 900])

@@ -59,6 +59,24 @@ def _assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_each_step_from_zero_snr_equals_diffusers(solver):
+    settings = {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler = _scheduler(solver, **settings)
+    schedule = NoiseSchedule.from_config(scheduler.config)
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    plan = solver_plan(schedule, solver, 10)
+    assert plan.coefficients[0, 4] == 0  # the first step has no signal
+    _assert_same(_ours(schedule, plan, latents, 1), _theirs(scheduler, 10, latents, 1))
+
+
+def test_every_solver_is_finite_at_zero_snr():
+    config = SCALED_LINEAR | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    schedule = NoiseSchedule.from_config(config)
+    for solver in SCHEDULERS:
+        assert solver_plan(schedule, solver, 10, "trailing").table("v_prediction").isfinite().all()
+
+
 @pytest.mark.parametrize("solver", SCHEDULERS)
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -109,3 +109,16 @@ def test_all_faults_of_a_schedule_are_listed():
     with pytest.raises(ValueError, match="thresholding") as error:
         NoiseSchedule.from_config({"thresholding": True, "prediction_type": "x", "_class_name": "DDIMScheduler"})
     assert len(str(error.value).split("\n")) == 3  # clip_sample is true by default in DDIMScheduler
+
+
+def test_a_zero_terminal_snr_is_that_of_diffusers():
+    scheduler = DDIMScheduler(
+        **CONFIGS["scaled_linear"], prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=False
+    )
+    schedule = NoiseSchedule.from_config(scheduler.config)
+    torch.testing.assert_close(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=2e-4, atol=1e-7)
+    assert schedule.alphas_cumprod[-1] == 0
+    assert schedule.log_snr_range == (schedule.log_snr[-2].item(), schedule.log_snr[0].item())  # where epsilon is known
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([997, 998, 999]))
+    torch.testing.assert_close(alpha.double(), schedule.table[0][-3:], atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(sigma.double(), schedule.table[1][-3:])

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy.special import stdtrit
 
 from mi_ray.diffusion.conditioning import Conditioning
-from mi_ray.diffusion.denoisers import UNetDenoiser
+from mi_ray.diffusion.denoisers import PipelineDenoiser
+from mi_ray.diffusion.families import FAMILIES
+from mi_ray.diffusion.flows import FlowSchedule
 from mi_ray.diffusion.schedules import (
     NoiseSchedule,
     alpha_sigma_at,
@@ -161,7 +164,7 @@ class Predicting(torch.nn.Module):
     def __init__(self, world, prediction_type: str):
         super().__init__()
         self.world, self.prediction_type = world, prediction_type
-        self.config = SimpleNamespace(in_channels=2)
+        self.config, self.dtype = {"in_channels": 2}, torch.float32
 
     def forward(self, x_t, timesteps, encoder_hidden_states):
         conditioning = Conditioning({"embeds": encoder_hidden_states})
@@ -172,16 +175,59 @@ class Predicting(torch.nn.Module):
 
 
 class Unused(torch.nn.Module):
+    dtype = torch.float32
     config = SimpleNamespace(force_upcast=False, max_position_embeddings=1)
 
 
-def of_unet(world, prediction_type):
-    schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, prediction_type=prediction_type)
-    tokenizer = SimpleNamespace(model_max_length=1)
-    unet = Predicting(world, prediction_type)
-    parts = (unet, Unused(), tokenizer, Unused(), schedule)
-    denoiser = UNetDenoiser(*parts, Sizes((2, 2), 1, 1), (2, 2), torch.float32, torch.device("cpu"))
-    return denoiser.predict_epsilon
+def denoiser_of(family: str, network, schedule):
+    pipeline = SimpleNamespace(
+        tokenizer=SimpleNamespace(model_max_length=1), text_encoder=Unused(), vae=Unused(), unet=None
+    )
+    parts = FAMILIES[family], network, pipeline, schedule
+    return PipelineDenoiser(*parts, Sizes((2, 2), 1, 1), (2, 2), torch.float32, torch.device("cpu"))
+
+
+def of_unet(world, kind):
+    """A UNet of this prediction type; "zero snr": one that predicts v on a schedule that ends without signal."""
+    prediction_type, abar = kind, SCHEDULE.alphas_cumprod
+    if kind == "zero snr":
+        prediction_type, abar = "v_prediction", torch.cat([abar[:-1], abar.new_zeros(1)])
+    schedule = NoiseSchedule(abar, prediction_type=prediction_type)
+    network = Predicting(world, prediction_type)
+    return denoiser_of("StableDiffusionPipeline", network, schedule).predict_epsilon, schedule
+
+
+class PredictingVelocity(torch.nn.Module):
+    """Stands for a transformer: the closed-form world's u = epsilon - x0 at x_s = (1 - s) x0 + s epsilon."""
+
+    def __init__(self, world, flow_schedule, negated: bool):
+        super().__init__()
+        self.world, self.schedule, self.negated = world, flow_schedule, negated
+        self.config, self.dtype = {"in_channels": 2}, torch.float32
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False, **others):
+        s = 1 - timestep if self.negated else timestep / 1000
+        log_snr = 2 * torch.logit(1 - s)
+        scale = (log_snr.sigmoid().sqrt() + (-log_snr).sigmoid().sqrt()).view(-1, 1, 1, 1)
+        conditioning = Conditioning({"embeds": encoder_hidden_states})
+        x_alpha = (hidden_states * scale).flatten(1)
+        epsilon = self.world.predict_epsilon(x_alpha, SCHEDULE.timestep_at(log_snr), conditioning)
+        epsilon, s = epsilon.view_as(hidden_states), s.view(-1, 1, 1, 1)
+        velocity = (epsilon - hidden_states) / (1 - s)
+        return (-velocity if self.negated else velocity,)
+
+
+def of_flow_model(world, family: str):
+    """The whole path of a flow model: its schedule, its time, its sign."""
+    config = FlowMatchEulerDiscreteScheduler(shift=3.0).config | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    schedule = FlowSchedule.from_config(config, FAMILIES[family].flow, (2, 2, 2))
+    denoiser = denoiser_of(family, PredictingVelocity(world, schedule, family == "Lumina2Pipeline"), schedule)
+
+    def predict_epsilon(x_t, timesteps, conditioning):
+        others = dict.fromkeys(("pooled", "mask"), conditioning["embeds"])  # not read
+        return denoiser.predict_epsilon(x_t, timesteps, Conditioning({"embeds": conditioning["embeds"], **others}))
+
+    return predict_epsilon, schedule
 
 
 def of_rectified_flow(world):
@@ -203,18 +249,24 @@ def of_rectified_flow(world):
     return predict_epsilon
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
+@pytest.mark.parametrize(
+    "kind",
+    ["epsilon", "v_prediction", "sample", "zero snr", "flow", "StableDiffusion3Pipeline", "Lumina2Pipeline"],
+)
 def test_every_parameterisation_gives_the_same_values(kind):
     world = JointGaussian(8, 0.7)
     x, prompts = world.draw(5)
     probes = draw_probes([0], 40, -8.0, 8.0, (2, 2, 2))
     flat = draw_probes([0], 40, -8.0, 8.0, (8,))
     errors, distances = statistics(world, x, prompts, flat)
-    predict_epsilon = of_rectified_flow(world) if kind == "flow" else of_unet(world, kind)
+    if kind == "flow":
+        predict_epsilon, schedule = of_rectified_flow(world), SCHEDULE
+    else:
+        predict_epsilon, schedule = of_flow_model(world, kind) if "Pipeline" in kind else of_unet(world, kind)
     branches = pointwise.beside(prompts, world.null)
     probes = replace(probes, noise_seeds=probes.noise_seeds.expand(5, -1))
     found_errors, found_distances = pointwise.denoising_statistics(
-        predict_epsilon, SCHEDULE, x.view(5, 2, 2, 2), torch.arange(5), *branches, probes, 64, reference=1
+        predict_epsilon, schedule, x.view(5, 2, 2, 2), torch.arange(5), *branches, probes, 64, reference=1
     )
     for truth, found in (
         (pointwise.pmi(*errors.unbind(1), flat), pointwise.pmi(*found_errors.unbind(1), probes)),

@@ -33,7 +33,7 @@ def small_memory(tiny_pipeline):
         if len(arguments[0]) > 8 and len(sizes) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    denoiser.unet.register_forward_pre_hook(limited)
+    denoiser.network.register_forward_pre_hook(limited)
     return denoiser, sizes
 
 

@@ -68,7 +68,7 @@ def stored_prompts(folder: Path) -> str:
 
 def some_policy(config: RunConfig, seed: int) -> dict[str, torch.Tensor]:
     """An adapter in which all weights differ from their initial values."""
-    tuning, unet = config.finetune, load_denoiser(config.model.path).unet
+    tuning, unet = config.finetune, load_denoiser(config.model.path).network
     targets, dora = tuning.target_modules, tuning.adapter == "dora"
     model = attach_adapter(unet, rank=tuning.rank, alpha=tuning.alpha, target_modules=targets, use_dora=dora)
     return moved(adapter_state(model), seed)

@@ -34,7 +34,7 @@ def drawn(tiny_pipeline, tmp_path_factory) -> tuple[RunConfig, str, Path]:
 def source_of(config: RunConfig, source: str, folder: Path, board: FakeBoard) -> tuple[OnlineSource, Objective]:
     tuning, denoiser = config.finetune, load_denoiser(config.model.path)
     torch.manual_seed(config.seed)
-    model = attach_adapter(denoiser.unet, rank=tuning.rank, alpha=tuning.alpha, target_modules=tuning.target_modules)
+    model = attach_adapter(denoiser.network, rank=tuning.rank, alpha=tuning.alpha, target_modules=tuning.target_modules)
     objective = Objective(model, denoiser.schedule, tuning)
     objective.start, objective.old = ([p.detach().clone() for p in objective.parameters_trained] for _ in range(2))
     plan = plan_of(config, source)

@@ -264,7 +264,7 @@ def test_pairs_use_smaller_batches_if_memory_runs_out(tiny_pipeline, tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     assert 2 * actor.scorer.batch_size > 2
-    actor.denoiser.unet.register_forward_pre_hook(limited)
+    actor.denoiser.network.register_forward_pre_hook(limited)
     rows = actor.rows(shard, work := Work())
     assert [row["error"] for row in rows] == [None] * 5
     assert [row["score_pmi"] for row in rows] == pytest.approx(whole, rel=1e-3, abs=1e-3)

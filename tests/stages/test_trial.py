@@ -35,7 +35,7 @@ def test_sweep_ends_when_memory_runs_out(tiny_pipeline):
         if len(arguments[0]) > 64:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    denoiser.unet.register_forward_pre_hook(limited)
+    denoiser.network.register_forward_pre_hook(limited)
     sizes = [t.batch_size for t in sweep(denoiser)]
     assert sizes == [8, 16, 32][: len(sizes)]
     assert len(sizes) >= 3  # a batch of 32 candidates is 64 rows
@@ -52,7 +52,7 @@ def test_sweep_dtypes_tries_the_configured_dtype_first(tiny_pipeline):
 
 def test_try_batch_runs_for_the_given_time(tiny_pipeline):
     denoiser, calls = load_denoiser(str(tiny_pipeline)), []
-    denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
+    denoiser.network.register_forward_hook(lambda *_: calls.append(1))
     try_batch(denoiser, 2)
     assert len(calls) == 2  # one batch to warm up
     measured = try_batch(denoiser, 2, seconds=0.2)

@@ -132,7 +132,7 @@ def rows(denoiser, count: int = 4) -> Batch:
 
 def objective_of(denoiser, adapter: str = "lora", **settings) -> Objective:
     torch.manual_seed(0)
-    unet = copy.deepcopy(denoiser.unet)
+    unet = copy.deepcopy(denoiser.network)
     model = attach_adapter(unet, rank=4, alpha=4, target_modules=("to_q", "to_v"), use_dora=adapter == "dora")
     objective = Objective(model, denoiser.schedule, config(**settings), None, denoiser.encode_prompts([""]))
     objective.old = [p.detach().clone() for p in objective.parameters_trained]
@@ -146,7 +146,7 @@ def test_reference_is_the_base_model_with_guidance(denoiser, adapter):
     x_t = a.sqrt() * batch.x0 + (1 - a).sqrt() * batch.noise
     null = denoiser.encode_prompts([""]).expand(4)
     with torch.no_grad():
-        prompt, empty = (denoiser.unet(x_t, batch.timesteps, e["embeds"]).sample for e in (batch.conditioning, null))
+        prompt, empty = (denoiser.network(x_t, batch.timesteps, e["embeds"]).sample for e in (batch.conditioning, null))
         with weights_of(moved(objective), objective.parameters_trained):
             assert (objective.predict(batch) - prompt).abs().max() > 1e-3
             found = objective.reference(batch)
