@@ -13,6 +13,7 @@ import numpy as np
 METRICS = {
     "oracle": "mi_ray.alignment.oracle:Oracle",
     "clip-score": "mi_ray.alignment.clip_score:ClipScore",
+    "pick-score": "mi_ray.alignment.pick_score:PickScore",
 }
 SHOWN_PROMPTS = 3  # number of prompts in a message
 

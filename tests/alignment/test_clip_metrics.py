@@ -69,6 +69,13 @@ def test_clip_score_is_the_paper_s_equation_with_its_text(folder, images):
     assert found["clip_score"] == pytest.approx([2.5 * max(cosine, 0) for cosine in cosines], abs=1e-5)
 
 
+def test_pick_score_is_the_cosine_times_the_logit_scale(folder, images):
+    found = measure(load_metrics([f"pick-score@{folder}"]), images, PROMPTS)
+    cosines = [by_hand(folder, central(image), token_ids(text)) for image, text in zip(images, PROMPTS, strict=True)]
+    scale = load_file(folder / "model.safetensors")["logit_scale"].exp().item()
+    assert found["pick_score"] == pytest.approx([scale * cosine for cosine in cosines], abs=1e-4)
+
+
 def test_a_value_does_not_depend_on_the_batch(folder, images):
     metric = load_metrics([f"clip-score@{folder}"])[f"clip-score@{folder}"]
     whole = metric.cosines(images, PROMPTS)
