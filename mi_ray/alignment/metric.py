@@ -14,6 +14,7 @@ METRICS = {
     "oracle": "mi_ray.alignment.oracle:Oracle",
     "clip-score": "mi_ray.alignment.clip_score:ClipScore",
     "pick-score": "mi_ray.alignment.pick_score:PickScore",
+    "hps-v2.1": "mi_ray.alignment.hps:HpsV21",
 }
 SHOWN_PROMPTS = 3  # number of prompts in a message
 

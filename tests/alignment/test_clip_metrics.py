@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from mi_ray.alignment.hps import CHECKPOINT
 from mi_ray.alignment.judges import cropped, padded
 from mi_ray.shapes.model import build_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_judges import save_clip
+from tiny_judges import OpenClip, clip_config, save_clip
 
 from mi_ray.alignment.metric import Column, Unusable, load_metrics, measure
 
@@ -74,6 +75,27 @@ def test_pick_score_is_the_cosine_times_the_logit_scale(folder, images):
     cosines = [by_hand(folder, central(image), token_ids(text)) for image, text in zip(images, PROMPTS, strict=True)]
     scale = load_file(folder / "model.safetensors")["logit_scale"].exp().item()
     assert found["pick_score"] == pytest.approx([scale * cosine for cosine in cosines], abs=1e-4)
+
+
+def test_hps_reads_the_published_layout_and_pads_the_image(tmp_path, images):
+    tokenizer = build_tokenizer()
+    published = OpenClip(clip_config(tokenizer)).eval()
+    clip_config(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save({"state_dict": published.state_dict()}, tmp_path / CHECKPOINT)
+    expected = []
+    for image, prompt in zip(images, PROMPTS, strict=True):
+        square = np.zeros((16, 16, 3), np.uint8)  # 24 x 40 to 10 x 16, with 3 black rows above and below
+        square[3:13] = np.asarray(Image.fromarray(image).resize((16, 10), Image.Resampling.BICUBIC))
+        pixels = (torch.from_numpy(square).double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+        with torch.no_grad():
+            ids = torch.tensor([token_ids(prompt)])
+            expected.append(published.cosine(pixels.permute(2, 0, 1)[None].float(), ids))
+    found = measure(load_metrics([f"hps-v2.1@{tmp_path}"]), images, PROMPTS)
+    assert found["hps_v21"] == pytest.approx(expected, abs=1e-5)
+    torch.save({"unknown": torch.zeros(1)}, tmp_path / CHECKPOINT)
+    with pytest.raises(Unusable, match="unknown is not a weight of open_clip's CLIP"):
+        measure(load_metrics([f"hps-v2.1@{tmp_path}"]), images, PROMPTS)
 
 
 def test_a_value_does_not_depend_on_the_batch(folder, images):

@@ -1,9 +1,11 @@
 """Tiny judges with random weights, in the classes and the files of the real ones. They know the words of the shapes."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from mi_ray.shapes.model import build_tokenizer
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -27,3 +29,67 @@ def save_clip(folder: Path) -> CLIPModel:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, 4, batch_first=True)
+        parts = {"c_fc": nn.Linear(width, 2 * width), "gelu": nn.GELU(), "c_proj": nn.Linear(2 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(parts))
+
+    def forward(self, x, mask=None):
+        inner = self.ln_1(x)
+        x = x + self.attn(inner, inner, inner, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class _Tower(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList([_Block(width) for _ in range(2)])
+
+    def forward(self, x, mask=None):
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class _Vision(nn.Module):
+    def __init__(self, width: int, out: int, patches: int, patch: int):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.positional_embedding = nn.Parameter(torch.randn(patches + 1, width))
+        self.proj = nn.Parameter(torch.randn(width, out))
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.ln_pre, self.ln_post, self.transformer = nn.LayerNorm(width), nn.LayerNorm(width), _Tower(width)
+
+    def forward(self, pixels):
+        x = self.conv1(pixels).flatten(2).mT
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
+
+
+class OpenClip(nn.Module):
+    """The architecture and the names of open_clip's CLIP, with torch's own attention: the layout of HPS v2.1."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        text, vision, out = config.text_config, config.vision_config, config.projection_dim
+        patches = (vision.image_size // vision.patch_size) ** 2
+        self.positional_embedding = nn.Parameter(torch.randn(text.max_position_embeddings, text.hidden_size))
+        self.text_projection = nn.Parameter(torch.randn(text.hidden_size, out))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.visual = _Vision(vision.hidden_size, out, patches, vision.patch_size)
+        self.transformer, self.ln_final = _Tower(text.hidden_size), nn.LayerNorm(text.hidden_size)
+        self.token_embedding = nn.Embedding(text.vocab_size, text.hidden_size)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.4)
+
+    def cosine(self, pixels, ids):
+        """The cosine of one image (1, 3, h, w) and the tokens (1, t) of a text whose last token is its end."""
+        mask = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        text = self.ln_final(self.transformer(x, mask))[:, -1] @ self.text_projection
+        return float(nn.functional.cosine_similarity(self.visual(pixels), text))
