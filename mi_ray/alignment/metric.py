@@ -15,6 +15,7 @@ METRICS = {
     "clip-score": "mi_ray.alignment.clip_score:ClipScore",
     "pick-score": "mi_ray.alignment.pick_score:PickScore",
     "hps-v2.1": "mi_ray.alignment.hps:HpsV21",
+    "blip-vqa": "mi_ray.alignment.blip_vqa:BlipVqa",
 }
 SHOWN_PROMPTS = 3  # number of prompts in a message
 

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import torch
 from mi_ray.shapes.model import build_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    BlipConfig,
+    BlipForQuestionAnswering,
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    PreTrainedTokenizerFast,
 )
 
 
@@ -93,3 +97,43 @@ class OpenClip(nn.Module):
         x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
         text = self.ln_final(self.transformer(x, mask))[:, -1] @ self.text_projection
         return float(nn.functional.cosine_similarity(self.visual(pixels), text))
+
+
+# The special tokens have the order of BLIP's vocabulary: [DEC] begins an answer, [ENC] a question.
+BLIP_WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "yes",
+    "no",
+    "a",
+    "red",
+    "blue",
+    "green",
+    "circle",
+    "square",
+    "star",
+    "man",
+    "old",
+    "dog",
+    "?",
+    "[DEC]",
+    "[ENC]",
+]
+
+
+def save_blip(folder: Path) -> Path:
+    ids = {word: index for index, word in enumerate(BLIP_WORDS)}
+    inside = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    inside.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inside.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(tokenizer_object=inside, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    both = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    both |= {"initializer_range": 0.5}
+    special = {"pad_token_id": 0, "sep_token_id": ids["[SEP]"], "bos_token_id": ids["[DEC]"]}
+    text = {**both, **special, "vocab_size": len(ids), "max_position_embeddings": 40, "encoder_hidden_size": 32}
+    vision = {**both, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    return folder
