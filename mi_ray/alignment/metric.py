@@ -16,6 +16,8 @@ METRICS = {
     "pick-score": "mi_ray.alignment.pick_score:PickScore",
     "hps-v2.1": "mi_ray.alignment.hps:HpsV21",
     "blip-vqa": "mi_ray.alignment.blip_vqa:BlipVqa",
+    "vqa-score": "mi_ray.alignment.vqa_score:VqaScore",
+    "soft-tifa": "mi_ray.alignment.soft_tifa:SoftTifa",
 }
 SHOWN_PROMPTS = 3  # number of prompts in a message
 

@@ -3,13 +3,14 @@
 import os
 from typing import Annotated
 
-from mi_ray.config.paths import model_place
 from pydantic import AfterValidator, BeforeValidator
 
+from mi_ray.config.paths import model_place
+
 METRIC_NAMES = (
-    "oracle (only for prompts of the embedded world), clip-score, pick-score, hps-v2.1, blip-vqa, or your own"
-    " package.module:Class (see README). name@MODEL takes another model than the"
-    " default one: a local folder, or owner/name or owner/name@revision of the hub"
+    "oracle (only for prompts of the embedded world), clip-score, pick-score, hps-v2.1, blip-vqa, vqa-score,"
+    " soft-tifa@QUESTIONS, or your own package.module:Class (see README). name@MODEL takes another model than the"
+    " default one: a local folder, or owner/name or owner/name@revision of the hub; soft-tifa@QUESTIONS@MODEL"
 )
 
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from mi_ray.alignment.hps import CHECKPOINT
-from mi_ray.alignment.judges import cropped, padded
-from mi_ray.shapes.model import build_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_judges import OpenClip, clip_config, save_clip
 
+from mi_ray.alignment.hps import CHECKPOINT
+from mi_ray.alignment.judges import cropped, padded
 from mi_ray.alignment.metric import Column, Unusable, load_metrics, measure
+from mi_ray.shapes.model import build_tokenizer
 
 PROMPTS = ["a red circle", "a blue square left of a green star", "a red circle", "two white hearts"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -4,17 +4,24 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from mi_ray.shapes.model import build_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     BlipConfig,
     BlipForQuestionAnswering,
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from mi_ray.shapes.model import build_tokenizer
 
 
 def clip_config(tokenizer: CLIPTokenizer, positions: int = 12, size: int = 16) -> CLIPConfig:
@@ -136,4 +143,50 @@ def save_blip(folder: Path) -> Path:
     vision = {**both, "image_size": 16, "patch_size": 8}
     torch.manual_seed(0)
     BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    return folder
+
+
+CHAT_WORDS = [
+    "<pad>",
+    "<unk>",
+    "<image>",
+    "USER:",
+    "ASSISTANT:",
+    "Yes",
+    "yes",
+    "No",
+    "no",
+    "two",
+    "2",
+    "Two",
+    "How",
+    "many",
+]
+
+
+def save_chat(folder: Path) -> Path:
+    """LLaVA's classes: those of Qwen3-VL need torchvision."""
+    ids = {word: index for index, word in enumerate(CHAT_WORDS)}
+    inside = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    inside.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inside, pad_token="<pad>", unk_token="<unk>", extra_special_tokens={"image_token": "<image>"}
+    )
+    template = (
+        "{% for m in messages %}USER: {% for c in m['content'] %}"
+        "{{ '<image> ' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %} ASSISTANT:"
+    )
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=template,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    both = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    both |= {"initializer_range": 0.3}
+    text = LlamaConfig(**both, vocab_size=len(ids), max_position_embeddings=64, num_key_value_heads=4)
+    vision = CLIPVisionConfig(**both, image_size=16, patch_size=8, projection_dim=32)
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=ids["<image>"])
+    ).save_pretrained(folder)
     return folder
