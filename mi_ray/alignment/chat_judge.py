@@ -50,23 +50,24 @@ class ChatJudge(Judge):
         from PIL import Image
 
         self.prepare()
-        encode, found = self.processor.tokenizer.encode, []
+        tokenizer, found = self.processor.tokenizer, []
         for rows in self.batches(len(questions)):
             chats = [
-                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-                for image, question in zip(map(Image.fromarray, images[rows]), questions[rows], strict=True)
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+                for question in questions[rows]
             ]
-            inputs = self.processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
+            texts = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+            begun = bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)
+            inputs = self.processor(
+                text=texts,
+                images=[[Image.fromarray(image)] for image in images[rows]],
+                padding=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True},
+                add_special_tokens=not begun,
             )
             with torch.inference_mode():
                 logits = self.chat(**inputs.to(device(), self.chat.dtype), logits_to_keep=1).logits[:, -1]
             for p, spellings in zip(logits.float().softmax(1).cpu(), answers[rows], strict=True):
-                tokens = {encode(spelling, add_special_tokens=False)[0] for spelling in spellings}
+                tokens = {tokenizer.encode(spelling, add_special_tokens=False)[0] for spelling in spellings}
                 found.append(float(p[sorted(tokens)].sum()))
         return found
