@@ -73,12 +73,17 @@ class BlipVqa(Judge):
         return [re.sub(r'[.!"()*#:;~]', "", f"{chunk}?".lower()).rstrip(" ") for chunk in chunks]
 
     def measure(self, images: np.ndarray, prompts: list[str]) -> dict[str, list[float | None]]:
-        asked = [(row, question) for row, prompt in enumerate(prompts) for question in self.questions(prompt)]
+        asked: dict[str, list[int]] = {}  # one question at a time: the texts of a batch need no padding
+        for row, prompt in enumerate(prompts):
+            for question in self.questions(prompt):
+                asked.setdefault(question, []).append(row)
         answers: dict[int, list[float]] = {row: [] for row in range(len(prompts))}
-        for rows in self.batches(len(asked)):
-            owners, questions = zip(*asked[rows], strict=True)
-            for owner, p in zip(owners, self.p_yes([images[owner] for owner in owners], list(questions)), strict=True):
-                answers[owner].append(round(p, 4))
+        for question, owners in asked.items():
+            for rows in self.batches(len(owners)):
+                part = owners[rows]
+                shares = self.p_yes([images[row] for row in part], [question] * len(part))
+                for row, share in zip(part, shares, strict=True):
+                    answers[row].append(round(share, 4))
         return {"blip_vqa": [round(math.prod(ps), 4) if ps else None for ps in answers.values()]}
 
     def p_yes(self, images: list[np.ndarray], questions: list[str]) -> list[float]:

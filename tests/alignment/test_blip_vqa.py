@@ -51,7 +51,7 @@ def test_blip_vqa_is_the_product_of_rounded_shares_of_yes(metric, folder):
     assert [metric.questions(prompt) for prompt in PROMPTS] == QUESTIONS
     model = BlipForQuestionAnswering.from_pretrained(folder).eval()
     shares = [[p_yes(model, image, q) for q in asked] for image, asked in zip(images, QUESTIONS, strict=True)]
-    assert np.std([p for ps in shares for p in ps]) > 0.05
+    assert np.std([p for ps in shares for p in ps]) > 0.01  # the images and questions matter
     expected = [np.prod([round(p, 4) for p in ps]) for ps in shares[:3]]
     found = measure({"blip-vqa": metric}, images, PROMPTS)["blip_vqa"]
     assert found[:3] == pytest.approx(expected, abs=1.1e-4)
