@@ -139,7 +139,7 @@ def test_only_alignment_names_the_oracle_and_its_columns():
         "benchmarks/oracle.py",
         "benchmarks/wrong_captions.py",
     )
-    documented = {"mi_ray/config/section.py", "jobs/calibrate.py"}  # name the oracle in descriptions of options
+    documented = {"mi_ray/config/metrics.py", "jobs/calibrate.py"}  # name the oracle in descriptions of options
     # The same words with another meaning: the fit of an image, the wrong attribute of a caption.
     others = {
         "exact": {"mi_ray/inputs/pair_config.py", "mi_ray/inputs/images.py"},

@@ -10,7 +10,15 @@ from importlib import import_module
 import numpy as np
 
 # The metrics of the package. The name of any other metric is package.module:Class.
-METRICS = {"oracle": "mi_ray.alignment.oracle:Oracle"}
+METRICS = {
+    "oracle": "mi_ray.alignment.oracle:Oracle",
+    "clip-score": "mi_ray.alignment.clip_score:ClipScore",
+    "pick-score": "mi_ray.alignment.pick_score:PickScore",
+    "hps-v2.1": "mi_ray.alignment.hps:HpsV21",
+    "blip-vqa": "mi_ray.alignment.blip_vqa:BlipVqa",
+    "vqa-score": "mi_ray.alignment.vqa_score:VqaScore",
+    "soft-tifa": "mi_ray.alignment.soft_tifa:SoftTifa",
+}
 SHOWN_PROMPTS = 3  # number of prompts in a message
 
 
@@ -28,6 +36,8 @@ class Column:
     revision: str | None = None  # revision of this model
     nullable: bool = False  # whether an image may have no value
     selects: bool = True  # whether selection by the metric uses this column
+    template: str | None = None  # text that the model gets, with {} for the prompt or a part of it; None: no text
+    library: str | None = None  # library that runs the model, with its version
 
     @property
     def sign(self) -> int:
@@ -50,11 +60,16 @@ class Column:
         return cls(**read)
 
 
+class Unusable(ValueError):
+    """A metric cannot work: its model or its file is missing or wrong. The text follows the metric's name."""
+
+
 class Metric(ABC):
     """Measures images against their prompts. A subclass declares `columns` and implements `measure`.
 
-    It is created without arguments, in the driver and once in every actor. If it needs a GPU or slow work, such as
-    loading weights, it does this in the first call of `measure`.
+    It is created in the driver and once in every actor: without arguments, or with the text after @ in its name. The
+    constructor raises `Unusable` if it cannot work with this text. If the metric needs a GPU or slow work, such
+    as loading weights, it does this in the first call of `measure`.
     """
 
     columns: tuple[Column, ...]  # the first is the primary one: headline, AUC and calibration use it
@@ -97,16 +112,22 @@ def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
 
 
 def _load_metric(name: str) -> Metric:
-    module, _, attribute = METRICS.get(name, name).partition(":")
+    known, _, argument = name.partition("@")
+    module, _, attribute = METRICS.get(known, known).partition(":")
     if not module or not attribute:
-        known = ", ".join(METRICS)
-        raise ValueError(f"{name!r} is not a metric: use one of {known}, or your own as package.module:Class")
-    try:
-        metric = getattr(import_module(module), attribute)()
-    except Exception as error:  # the user's module may raise anything
         raise ValueError(
-            f"{name!r} cannot be loaded ({type(error).__name__}: {error}): it must be a class without arguments, in a"
-            " module that can be imported here and on every node: install it there, or set PYTHONPATH to its folder"
+            f"{name!r} is not a metric: use one of {', '.join(METRICS)}, or your own as package.module:Class"
+        )
+    try:
+        metric_class = getattr(import_module(module), attribute)
+        metric = metric_class(argument) if argument else metric_class()
+    except Unusable as error:
+        raise ValueError(f"{name!r} {error}") from error
+    except Exception as error:  # the user's module may raise anything
+        takes = "that takes the text after @" if argument else "without arguments"
+        raise ValueError(
+            f"{name!r} cannot be loaded ({type(error).__name__}: {error}): it must be a class {takes}, in a module that"
+            " can be imported here and on every node: install it there, or set PYTHONPATH to its folder"
         ) from error
     columns = getattr(metric, "columns", ())
     sound = isinstance(metric, Metric) and columns and all(isinstance(column, Column) for column in columns)

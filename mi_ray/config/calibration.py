@@ -5,8 +5,9 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from mi_ray.config.generation import ModelConfig, PromptsConfig, SamplerConfig
+from mi_ray.config.metrics import METRIC_NAMES, MetricName
 from mi_ray.config.paths import LocalOrUri, SharedPath
-from mi_ray.config.section import METRIC_NAMES, Positive, Section, check_band
+from mi_ray.config.section import Positive, Section, check_band
 
 
 class CalibrationConfig(Section):
@@ -25,7 +26,7 @@ class CalibrationConfig(Section):
     )
     log_snr_min: float = Field(-5.4, description="lower end of the searched log SNR range")
     log_snr_max: float = Field(2.0, description="upper end of the searched log SNR range")
-    alignment: str | None = Field(
+    alignment: MetricName | None = Field(
         None,
         min_length=1,
         description=f"metric whose first column labels the candidates; none: no labels from a metric: {METRIC_NAMES}",

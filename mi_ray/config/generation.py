@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from mi_ray.config.metrics import METRIC_NAMES, MetricName, MetricNames
 from mi_ray.config.paths import LocalOrUri, ModelPath
-from mi_ray.config.section import METRIC_NAMES, MetricNames, Positive, Section, Share, check_band
+from mi_ray.config.section import Positive, Section, Share, check_band
 
 TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "asd", "trajectory_banded")
 FLOW_SCORES = ("rfmi", "rfmi_guided", "flow_difference")  # of flow models, in place of the mitune ones
@@ -283,7 +284,7 @@ class PruneConfig(Section):
 class SelectConfig(Section):
     """The selection of candidates for fine-tuning."""
 
-    by: str = Field(
+    by: MetricName = Field(
         "mitune",
         description="score or metric that ranks the candidates: one of score.names or of generate.alignment, or random",
     )

@@ -16,8 +16,9 @@ from mi_ray.config.generation import (
     ScoreConfig,
     SelectConfig,
 )
+from mi_ray.config.metrics import METRIC_NAMES, MetricName, MetricNames
 from mi_ray.config.paths import LocalOrUri, SharedPath, counted, without_revision
-from mi_ray.config.section import METRIC_NAMES, MetricNames, Positive, Section, config_hash
+from mi_ray.config.section import Positive, Section, config_hash
 
 
 def _several(value: object) -> object:
@@ -50,7 +51,7 @@ class EvaluationConfig(Section):
         description="metrics measured on every image; the report's headline is the first; one name or a list:"
         f" {METRIC_NAMES}",
     )
-    controls: tuple[str, ...] = Field(
+    controls: tuple[MetricName, ...] = Field(
         (), description="other selections to fine-tune on and evaluate: random, or metrics of generate.alignment"
     )
     pmi: bool = Field(True, description="compute the pmi score of every image, at every guidance scale")

@@ -7,26 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-def _listed(value: object) -> object:
-    """A single name means a list with this name."""
-    return (value,) if isinstance(value, str) else value
-
-
-def _once(names: tuple[str, ...]) -> tuple[str, ...]:
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ValueError(f"{', '.join(map(repr, twice))} is listed more than once; list each metric once")
-    return names
-
-
-# Names of metrics: one of the package, or package.module:Class. `alignment.metric` loads them.
-MetricNames = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_once)]
-METRIC_NAMES = "oracle (only for prompts of the embedded world), or your own package.module:Class (see README)"
 
 
 LONGEST = 200  # characters of the user's data in a message

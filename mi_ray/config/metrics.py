@@ -1,0 +1,43 @@
+"""Names of metrics in a configuration. `alignment.metric` loads them."""
+
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator
+
+from mi_ray.config.paths import model_place
+
+METRIC_NAMES = (
+    "oracle (only for prompts of the embedded world), clip-score, pick-score, hps-v2.1, blip-vqa, vqa-score,"
+    " soft-tifa@QUESTIONS, or your own package.module:Class (see README). name@MODEL takes another model than the"
+    " default one: a local folder, or owner/name or owner/name@revision of the hub; soft-tifa@QUESTIONS@MODEL"
+)
+
+
+def metric_place(name: str) -> str:
+    """The name of a metric, with the local paths after @ made absolute. Any other name is returned unchanged.
+
+    Raises:
+        ValueError: as `model_place` does.
+    """
+    metric, at, places = name.partition("@")
+    first, *rest = places.split("@")
+    first = model_place(first) if first else first
+    if os.path.isfile(first) and rest:  # a file of questions, then a model
+        rest = [model_place(rest[0]), *rest[1:]]
+    return metric + at + "@".join([first, *rest])
+
+
+def _listed(value: object) -> object:
+    """A single name means a list with this name."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"{', '.join(map(repr, twice))} is listed more than once; list each metric once")
+    return names
+
+
+MetricName = Annotated[str, AfterValidator(metric_place)]  # also a name that is no metric, such as that of a score
+MetricNames = Annotated[tuple[MetricName, ...], BeforeValidator(_listed), AfterValidator(_once)]

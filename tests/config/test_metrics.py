@@ -1,0 +1,27 @@
+"""Names of metrics: lists, and local models after @."""
+
+import pytest
+from pydantic import TypeAdapter
+
+from mi_ray.config.metrics import MetricNames, metric_place
+
+NAMES = TypeAdapter(MetricNames)
+
+
+def test_a_local_model_becomes_absolute_and_a_hub_model_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judges").mkdir()
+    assert metric_place("clip-score@judges") == f"clip-score@{tmp_path}/judges"
+    assert metric_place("clip-score@./new") == f"clip-score@{tmp_path}/new"
+    (tmp_path / "questions.jsonl").touch()
+    assert metric_place("soft-tifa@questions.jsonl@judges") == f"soft-tifa@{tmp_path}/questions.jsonl@{tmp_path}/judges"
+    assert metric_place("soft-tifa@questions.jsonl@a/b@v1") == f"soft-tifa@{tmp_path}/questions.jsonl@a/b@v1"
+    for name in ("clip-score", "clip-score@owner/name", "clip-score@owner/name@v1", "mine:Metric", "random"):
+        assert metric_place(name) == name
+
+
+def test_one_name_is_a_list_and_no_metric_is_listed_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert NAMES.validate_python("oracle") == ("oracle",)
+    with pytest.raises(ValueError, match="listed more than once; list each metric once"):
+        NAMES.validate_python(["clip-score@./a", f"clip-score@{tmp_path}/a"])
