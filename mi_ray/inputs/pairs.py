@@ -194,7 +194,7 @@ class _Planner:
         try:
             file = parquet_file(uri)
         except (OSError, ValueError, pa.ArrowException) as error:
-            if storage.is_passing(error):
+            if storage.is_transient(error):
                 raise
             yield place | {"error": text.reason(error)}
             return
@@ -272,6 +272,6 @@ def read_pairs(shard: PairShard, columns: Columns) -> Iterator[Pair]:
     try:
         yield from map(pair_readers.as_utf8, READERS[place["kind"]](place, columns))
     except (OSError, EOFError, ValueError, RecursionError, tarfile.TarError, pa.ArrowException) as error:
-        if storage.is_passing(error):
+        if storage.is_transient(error):
             raise
         yield Pair(place["uri"], error=f"the rest cannot be read: {text.reason(error)}")
