@@ -52,7 +52,7 @@ def model_place(path: str) -> str:
     return shared(absolute(path)) if is_path else path
 
 
-def counted(results: dict) -> dict:
+def hashed_fields(results: dict) -> dict:
     """The fields of a `results_config` that identify a run, as a flat dictionary.
 
     It leaves out the paths of files whose content is compared instead (prompts, weights of a model folder). So a run

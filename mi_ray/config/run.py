@@ -17,7 +17,7 @@ from mi_ray.config.generation import (
     SelectConfig,
 )
 from mi_ray.config.metrics import METRIC_NAMES, MetricName, MetricNames
-from mi_ray.config.paths import LocalOrUri, SharedPath, counted, without_revision
+from mi_ray.config.paths import LocalOrUri, SharedPath, hashed_fields, without_revision
 from mi_ray.config.section import Positive, Section, config_hash
 
 
@@ -266,5 +266,5 @@ class RunConfig(Section):
         return results
 
     def hash(self) -> str:
-        """Hash of the `counted` fields of `results_config`, 12 hexadecimal digits."""
-        return config_hash(counted(self.results_config()))
+        """Hash of the `hashed_fields` of `results_config`, 12 hexadecimal digits."""
+        return config_hash(hashed_fields(self.results_config()))

@@ -59,7 +59,7 @@ def pair_of(key: str, image: Any, caption: Any, folder: str) -> Pair:
         file, content = _image(image, folder)
         content = storage.read_bytes(file) if content is None else content
     except (OSError, ValueError) as error:
-        if storage.is_passing(error):
+        if storage.is_transient(error):
             raise
         return Pair(key, None, prompt, _reason(error, file), file)
     return Pair(key, content, prompt, None, file, remark)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mi_ray.config import HEIGHT, MODEL, WIDTH, ResourcesConfig, ScoreConfig, without_revision
-from mi_ray.config.paths import LocalOrUri, ModelPath, SharedPath, absolute, counted, shared
+from mi_ray.config.paths import LocalOrUri, ModelPath, SharedPath, absolute, hashed_fields, shared
 from mi_ray.config.section import Positive, Section, config_hash, split_query
 from mi_ray.inputs.pair import Columns
 
@@ -123,5 +123,5 @@ class ScorePairsConfig(Section):
         return results | {"model": without_revision(self.model)}  # run.json holds the commit
 
     def hash(self) -> str:
-        """Hash of the `counted` fields of `results_config`, 12 hexadecimal digits."""
-        return config_hash(counted(self.results_config()))
+        """Hash of the `hashed_fields` of `results_config`, 12 hexadecimal digits."""
+        return config_hash(hashed_fields(self.results_config()))

@@ -50,7 +50,7 @@ def _parquet_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
                         yield _row_pair(f"{uri}#{row}", dict(zip(names, values, strict=True)), images, captions)
                         row += 1
             except (OSError, ValueError, pa.ArrowException) as error:  # a damaged page; other groups may be intact
-                if storage.is_passing(error):
+                if storage.is_transient(error):
                     raise
                 for lost in range(row, end):
                     yield Pair(f"{uri}#{lost}", error=f"the row cannot be read: {text.reason(error)}")
@@ -96,7 +96,7 @@ def _folder_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
             if prompt is None:
                 raise ValueError(f"there is no caption beside it, such as {posixpath.splitext(name)[0]}.txt")
         except (OSError, ValueError) as error:
-            if storage.is_passing(error):
+            if storage.is_transient(error):
                 raise
             yield Pair(key, error=text.excerpt(error), file=key)
             continue

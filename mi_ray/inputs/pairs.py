@@ -181,7 +181,7 @@ class _Planner:
                 try:
                     places = list(self._in_parquet(uri, state) if kind == "parquet" else self._in_table(uri))
                 except OSError as error:  # such as damaged gzip: the other files of a folder are read
-                    if storage.is_passing(error):
+                    if storage.is_transient(error):
                         raise
                     places = [{"kind": kind, "uri": uri, "state": state, "error": text.reason(error)}]
                 yield from places
@@ -198,7 +198,7 @@ class _Planner:
         try:
             file = parquet_file(uri)
         except (OSError, ValueError, pa.ArrowException) as error:
-            if storage.is_passing(error):
+            if storage.is_transient(error):
                 raise
             yield place | {"error": text.reason(error)}
             return
@@ -276,6 +276,6 @@ def read_pairs(shard: PairShard, columns: Columns) -> Iterator[Pair]:
     try:
         yield from map(pair_readers.as_utf8, READERS[place["kind"]](place, columns))
     except (OSError, EOFError, ValueError, RecursionError, tarfile.TarError, pa.ArrowException) as error:
-        if storage.is_passing(error):
+        if storage.is_transient(error):
             raise
         yield Pair(place["uri"], error=f"the rest cannot be read: {text.reason(error)}")

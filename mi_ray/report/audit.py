@@ -72,7 +72,7 @@ def _count(kinds: dict[str, dict], row: dict, column: str):
 
 
 def _kind_of_message(message: str) -> str:
-    """Without the numbers, and names, which come after a colon: so like errors are counted together."""
+    """The message without numbers and without the text after a colon, so that similar messages are counted together."""
     return "".join(" " if c.isdigit() else c for c in message.partition(": ")[0])[:60]
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mi_ray import storage
-from mi_ray.config.paths import counted
+from mi_ray.config.paths import hashed_fields
 from mi_ray.config.section import ConfigError, flatten
 
 
@@ -61,7 +61,7 @@ def _try_as_arrow(folder: str):
 
 
 @contextmanager
-def full_disk_told(run_dir: str) -> Iterator[None]:
+def full_disk_as_config_error(run_dir: str) -> Iterator[None]:
     """Report a full disk as one message, if this process or an actor (whose error Ray wraps) meets it.
 
     Raises:
@@ -106,7 +106,7 @@ def check_run_dir(run_dir: str, results: dict, model_commit: str | None):
         return
     content = storage.read_json(uri)
     before, now = flatten(content["config"]), flatten(results)
-    stored, given = counted(content["config"]), counted(results)
+    stored, given = hashed_fields(content["config"]), hashed_fields(results)
     if differing := [key for key in stored | given if stored.get(key) != given.get(key)]:
         changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
         raise ConfigError(

@@ -313,7 +313,7 @@ def run_pipeline(config: RunConfig, until: str = "report") -> str | None:
             the disk is full.
     """
     plan = Plan(config)
-    with run_folder.full_disk_told(config.run_dir), held(config.run_dir, config.resources.lease_s):
+    with run_folder.full_disk_as_config_error(config.run_dir), held(config.run_dir, config.resources.lease_s):
         # Check again: the driver that held the lease before may have started a run with another config.
         run_folder.check_run_dir(config.run_dir, config.results_config(), plan.model_commit)
         return _run(plan, until)

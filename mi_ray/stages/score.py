@@ -200,7 +200,7 @@ def score_pairs(config: ScorePairsConfig) -> str:
     config, commit = _checked(config)
     key = began_hash(config.run_dir, config.hash())
     plan = _planned(config, key)
-    with run_folder.full_disk_told(config.run_dir), lease.held(config.run_dir, config.resources.lease_s):
+    with run_folder.full_disk_as_config_error(config.run_dir), lease.held(config.run_dir, config.resources.lease_s):
         _open_run(config, commit, key)
         return _score_missing(config, plan)
 

@@ -70,7 +70,7 @@ def relative(uri: str, folder: str) -> str:
 _TRANSIENT_ERRORS = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "REQUEST_TIMEOUT")
 
 
-def is_passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether an error of a store is temporary, so that the same request may succeed later."""
     return any(name in str(error) for name in _TRANSIENT_ERRORS)
 
@@ -84,7 +84,7 @@ def _with_retries(read: Callable[[], Result]) -> Result:
         try:
             return read()
         except OSError as error:
-            if pause is None or not is_passing(error):
+            if pause is None or not is_transient(error):
                 raise
         time.sleep(pause)
     raise AssertionError("unreachable")

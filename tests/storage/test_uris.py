@@ -378,7 +378,7 @@ def test_full_disk_gives_one_message(wrapped, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError) as reported, run_folder.full_disk_told("runs/x"):
+    with pytest.raises(ConfigError) as reported, run_folder.full_disk_as_config_error("runs/x"):
         write_on_a_full_disk(str(tmp_path), wrapped)
     (fault,) = reported.value.faults
     assert fault.startswith("run_dir: the disk of 'runs/x' is full; free some space")
@@ -386,5 +386,5 @@ def test_full_disk_gives_one_message(wrapped, tmp_path, monkeypatch):
 
 
 def test_other_errors_are_not_reported_as_a_full_disk():
-    with pytest.raises(FileNotFoundError), run_folder.full_disk_told("runs/x"):
+    with pytest.raises(FileNotFoundError), run_folder.full_disk_as_config_error("runs/x"):
         storage.read_bytes("/nowhere/at/all")
