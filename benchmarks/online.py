@@ -48,14 +48,13 @@ class OnlineBenchmark(Benchmark):
     timed_updates: PositiveInt = Field(3, description="number of measured updates, after one to warm up")
 
     def answer(self) -> Findings:
-        rows = []
-        for seed in () if self.smoke else self.seeds:
+        seeds = () if self.smoke else self.seeds
+        for seed in seeds:
             command = [sys.executable, "jobs/pipeline.py", "--config", self.config, "--seed", str(seed)]
             done = subprocess.run([*command, "--run-dir", self.run_dir / f"seed-{seed}"], cwd=ROOT)
             if done.returncode:
                 raise ValueError(f"the run of seed {seed} ended with exit status {done.returncode}")
-        if not self.smoke and self.seeds:
-            rows = gains([str(self.run_dir / f"seed-{seed}") for seed in self.seeds])
+        rows = gains([str(self.run_dir / f"seed-{seed}") for seed in seeds]) if seeds else []
         config, _ = load_config(["--config", str(self.config)])
         if self.smoke:
             config = config.model_copy(update={"online": config.online.model_copy(update=SMOKE)})
@@ -103,14 +102,13 @@ def _column(run_dir: str) -> Column:
 
 def _gain(frame: pd.DataFrame, base: pd.DataFrame, scale: float, best: float, column: Column) -> dict:
     row = {SCALE: scale, column.name: scale_of(column) * prompt_mean(frame, column.name)["value"]}
-    for label, reference, which in (
-        ("gain", best, slice(None)),
-        ("gain_at_equal_scale", scale, slice(None)),
-        *((f"gain_{split}", best, split) for split in sorted(frame["split"].dropna().unique())),
+    splits = sorted(frame["split"].dropna().unique())
+    for label, reference, images in (
+        ("gain", best, frame),
+        ("gain_at_equal_scale", scale, frame),
+        *((f"gain_{split}", best, frame[frame["split"] == split]) for split in splits),
     ):
-        compared = at_scale(base, reference)
-        mine = frame if isinstance(which, slice) else frame[frame["split"] == which]
-        found = paired_difference(mine, compared, column.name)
+        found = paired_difference(images, at_scale(base, reference), column.name)
         row |= {label: scale_of(column) * found["difference"]}
         row |= {f"{label}_{end}": scale_of(column) * found[end] for end in ("low", "high")}
     return row

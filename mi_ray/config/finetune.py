@@ -86,6 +86,12 @@ class FinetuneConfig(Section):
         description="where losses are logged, besides training.jsonl; wandb and mlflow need an extra of the package",
     )
 
+    @property
+    def adapter_settings(self) -> dict:
+        """The keyword arguments of `diffusion.adapters.attach_adapter`."""
+        settings = {"rank": self.rank, "alpha": self.alpha, "target_modules": self.target_modules}
+        return settings | {"use_dora": self.adapter == "dora"}
+
 
 class OnlineConfig(Section):
     """Online fine-tuning: many small updates, each on new candidates of the current policy. Off if `updates` is 0.

@@ -31,13 +31,7 @@ class PolicySampler:
         batch_size = batch_at_size(self.base, config.resources.batch_size)
         self.drawing = copy.copy(self.base)
         self.drawing.network = copy.deepcopy(self.base.network)
-        adapted = attach_adapter(
-            self.drawing.network,
-            rank=tuning.rank,
-            alpha=tuning.alpha,
-            target_modules=tuning.target_modules,
-            use_dora=tuning.adapter == "dora",
-        )
+        adapted = attach_adapter(self.drawing.network, **tuning.adapter_settings)
         self.adapter = MergedAdapter(adapted)
         self.drawing.network = adapted.base_model.model
         for denoiser in (self.base, self.drawing):

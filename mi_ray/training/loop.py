@@ -110,13 +110,7 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
         drawn = tuning.steps * tuning.gradient_accumulation * tuning.batch_size
         kept = read_training_set(settings["selected"], denoiser, config.seed, drawn)
     torch.manual_seed(config.seed)  # the adapter's random matrix A must be the same on all workers and after a restart
-    model = attach_adapter(
-        denoiser.network,
-        rank=tuning.rank,
-        alpha=tuning.alpha,
-        target_modules=tuning.target_modules,
-        use_dora=tuning.adapter == "dora",
-    )
+    model = attach_adapter(denoiser.network, **tuning.adapter_settings)
     half = denoiser.network.dtype if denoiser.network.dtype != torch.float32 else None
     null = denoiser.encode_prompts([""]) if tuning.anchor_guidance > 1 else None
     objective = Objective(model, denoiser.schedule, tuning, half, null, denoiser.family.predict)
