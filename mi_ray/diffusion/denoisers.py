@@ -28,6 +28,7 @@ from mi_ray.diffusion.sizes import Sizes
 from mi_ray.diffusion.weights import part_class, quiet_loading, report_faults
 
 CHUNK = 32  # images or prompts that the autoencoder or the text encoder takes at a time
+_TOKENIZING = Lock()  # a tokenizer stores how to pad and truncate, and threads need different settings
 
 
 class Denoiser(Protocol):
@@ -106,7 +107,6 @@ class PipelineDenoiser:
                 _placed(module, device, torch.float32 if full else beside)
         self.dtype, self.device = dtype, device
         self._autoencoder = SimpleNamespace(batch_size=CHUNK)
-        self._tokenizing = Lock()  # a tokenizer holds how to pad and cut, and threads ask it for both
         self.image_size, channels = image_size, family.channels(network.config)
         self.latent_shape = (channels, *sizes.latent(image_size))
         self.own_latent_shape = (channels, *sizes.latent(sizes.own))
@@ -130,7 +130,7 @@ class PipelineDenoiser:
             self._compiled, self._rows = torch.compile(self.network, mode=mode, dynamic=False), rows
 
     def token_ids(self, prompt: str) -> list[int]:
-        with self._tokenizing:
+        with _TOKENIZING:
             return self.tokenizer(prompt, verbose=False).input_ids
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class PipelineDenoiser:
     def _encoded(self, encode, prompts: list[str]) -> Conditioning:
         parts = []
         for start in range(0, len(prompts), CHUNK):
-            with self._tokenizing:
+            with _TOKENIZING:
                 rows = encode(self.pipeline, prompts[start : start + CHUNK], self.image_size)
             parts.append(Conditioning(rows).to(self.device))
         return Conditioning.cat(parts)

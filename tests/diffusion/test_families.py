@@ -1,5 +1,6 @@
 """Every family against the stock pipeline of a tiny random model: prompts, arguments, latents, images and adapters."""
 
+import copy
 import inspect
 import shutil
 from functools import cache
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_families import CASES, VARIANTS
@@ -58,16 +60,29 @@ def case(name):
     return CASES[name]
 
 
-@pytest.fixture
-def denoiser(name, case, folders):
-    return load_denoiser(folders(name), device="cpu", size=(case.size, case.size))
+@pytest.fixture(scope="session")
+def loaded(folders):
+    """name -> its denoiser and its stock pipeline. Loading takes longer than most tests, so each test gets copies."""
+
+    @cache
+    def of(name: str):
+        size = (CASES[name].size, CASES[name].size)
+        stock = DiffusionPipeline.from_pretrained(folders(name))
+        stock.set_progress_bar_config(disable=True)
+        assert type(stock).__name__ == name
+        return load_denoiser(folders(name), device="cpu", size=size), stock
+
+    return of
 
 
 @pytest.fixture
-def stock(name, case, folders):
-    pipeline = type(case.build()).from_pretrained(folders(name))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def denoiser(name, loaded):
+    return copy.deepcopy(loaded(name)[0])
+
+
+@pytest.fixture
+def stock(name, loaded):
+    return copy.deepcopy(loaded(name)[1])
 
 
 def noise(denoiser, count: int) -> torch.Tensor:
@@ -198,9 +213,10 @@ def test_the_model_is_checked_and_told_before_it_is_loaded(denoiser, name, folde
 @pytest.fixture
 def parts(name, folders, tmp_path) -> dict[str, Path]:
     """part -> its file of weights, in a copy of the model."""
-    copy = shutil.copytree(folders(name), tmp_path / "model")
-    index = read_index(copy)
-    return {part: copy / part / weight_names(copy, index, part)[0] for part in folder_parts(index) if has_weights(part)}
+    folder = shutil.copytree(folders(name), tmp_path / "model")
+    index = read_index(folder)
+    files = {part: weight_names(folder, index, part)[0] for part in folder_parts(index) if has_weights(part)}
+    return {part: folder / part / file for part, file in files.items()}
 
 
 def change_weights(file: Path, reshape: bool):
@@ -236,11 +252,11 @@ def test_what_the_loader_of_any_part_reports_is_an_error(parts, tmp_path, monkey
 
 
 def test_the_unused_head_of_a_language_model_is_no_fault(folders, tmp_path):
-    copy = shutil.copytree(folders("ZImagePipeline"), tmp_path / "model")
-    file = copy / "text_encoder" / "model.safetensors"
+    folder = shutil.copytree(folders("ZImagePipeline"), tmp_path / "model")
+    file = folder / "text_encoder" / "model.safetensors"
     save_file(load_file(file) | {"lm_head.weight": torch.zeros(300, 16)}, file, {"format": "pt"})
-    check_model(str(copy))
-    load_denoiser(str(copy), device="cpu", size=(64, 64))
+    check_model(str(folder))
+    load_denoiser(str(folder), device="cpu", size=(64, 64))
 
 
 # ---------------------------------------------------------------------------------------------- scores
