@@ -18,6 +18,18 @@ from mi_ray.shapes.model import MAX_TOKENS, build_tokenizer
 
 WIDTH = 16
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each worker has one core
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """With several workers (pytest -n), the tests of a file stay together, and all files that start Ray run on one
+    worker, first: two Ray instances on two cores are slower than one after the other."""
+    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
+    items.sort(key=lambda item: item.path not in with_ray)
+
 
 @pytest.fixture(scope="module")
 def s3_server():
