@@ -23,12 +23,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """With several workers (pytest -n), the tests of a file stay together, and all files that start Ray run on one
-    worker, first: two Ray instances on two cores are slower than one after the other."""
-    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    """With several workers (pytest -n), all tests that start Ray run on one worker, first: two Ray instances on two
+    cores are slower than one after the other. The other tests of a file stay together, for the fixtures of the file."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
-    items.sort(key=lambda item: item.path not in with_ray)
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="module")
