@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import posixpath
 import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -119,7 +120,7 @@ def _tar_without(uri: str, wrong: set[str], suffix: str) -> bytes:
         tarfile.open(fileobj=sink, mode=f"w:{suffix.removeprefix('.tar').removeprefix('.')}") as kept,
     ):
         for member in tar:
-            if member_stem(member.name)[0] not in wrong:
+            if wrong.isdisjoint((member_stem(member.name)[0], posixpath.splitext(member.name)[0])):
                 kept.addfile(member, tar.extractfile(member) if member.isfile() else None)
             tar.members.clear()
     return sink.getvalue()
