@@ -19,7 +19,7 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.folders import check_model, load_sizes, load_tokenizer, model_commit
 from mi_ray.information.maps import upsampled
-from mi_ray.inputs.images import read_image, thumbnail
+from mi_ray.inputs.images import load_image, read_image, thumbnail
 from mi_ray.inputs.keep import check_keep, write_kept
 from mi_ray.inputs.pair_config import ScorePairsConfig
 from mi_ray.inputs.pairs import Pair, PairPlan, PairShard, plan_pairs, read_pairs
@@ -280,7 +280,7 @@ def score_one(config: ScorePairsConfig) -> dict:
     config, _ = _checked(config)
     denoiser = load_denoiser(config.model, config.dtype, size=config.size)
     try:
-        image = read_image(storage.read_bytes(config.image), denoiser.image_size, config.fit)
+        image = load_image(config.image, denoiser.image_size, config.fit)
     except (OSError, ValueError) as error:
         raise ConfigError([f"image: {config.image!r} cannot be used: {error}; give another image"]) from error
     count = len(denoiser.token_ids(config.prompt))

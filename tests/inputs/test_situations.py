@@ -29,6 +29,8 @@ import pytest
 from pair_inputs import IMAGES, add
 from safetensors.torch import load_file, save_file
 
+from mi_ray import storage
+from mi_ray.inputs.layout import IMAGE_SUFFIXES
 from mi_ray.inputs.pairs import Columns, plan_pairs, read_pairs
 from mi_ray.inputs.prompts import PromptReader
 from mi_ray.stages import preflight, score
@@ -104,6 +106,8 @@ PAIRS = [
     ("an unknown type", {"a.docx": b"x"}, "a.docx", Refused("it has an unknown type; give .parquet"), ""),
     ("an image as input", {"a.png": PNG}, "a.png", Refused("it is a single image; give --image and --prompt"), ""),
     ("other suffixes of images", {"0.jfif": PNG, "0.txt": b"a", "1.JPE": PNG, "1.txt": b"b"}, "", ["a", "b"], ""),
+    ("every suffix of an image", {f"{i}.{end}": PNG if end != "txt" else b"a" for i in range(len(IMAGE_SUFFIXES))
+      for end in (IMAGE_SUFFIXES[i][1:], "txt")}, "", ["a"] * len(IMAGE_SUFFIXES), ""),
     # text
     ("a byte order mark", {**ONE, "0.txt": b"\xef\xbb\xbfa circle"}, "", ["a circle"], ""),
     ("a mark in a tar", {"a.tar": {"0.png": PNG, "0.txt": b"\xef\xbb\xbfa circle"}}, "a.tar", ["a circle"], ""),
@@ -197,6 +201,7 @@ PAIRS = [
     ("metadata.parquet", {"0.png": PNG, "metadata.parquet": table(file_name=["0.png"], text=["a"])}, "", ["a"], ""),
     ("a path of a struct", {"0.png": PNG, "a.parquet": table(image=[{"bytes": None, "path": "0.png"}], text=["a"])}, "a.parquet", ["a"], ""),
     ("bytes under a key of a tar", {"a.parquet": table(png=[PNG], txt=["a"])}, "a.parquet", ["a"], "image from `png`, caption from `txt`"),
+    ("the column jpg", {"a.parquet": table(jpg=[PNG], caption=["a"])}, "a.parquet", ["a"], "image from `jpg`"),
     ("image_path and prompt", {"0.png": PNG, "a.jsonl": lines({"image_path": "0.png", "prompt": "a"})}, "a.jsonl", ["a"], ""),
     ("path and text", {"0.png": PNG, "a.jsonl": lines({"path": "0.png", "text": "a"})}, "a.jsonl", ["a"], ""),
     ("a tar that is cut", {"a.tar": tarred(ONE)[:700]}, "a.tar", [Error("the rest cannot be read")], ""),
@@ -292,6 +297,12 @@ PROMPTS = [  # (name, file, content, prompts or Refused, told)
     ("CSV without header", "p.csv", b"a corgi\n", Refused("no column prompt, caption, text, txt among a corgi; set"), ""),
     ("compressed text", "p.txt.gz", gzip.compress(b"a\nb\n"), ["a", "b"], "text, one prompt a line"),
     ("compressed lines", "p.jsonl.gz", gzip.compress(lines({"txt": "a"})), ["a"], "prompts from `txt`"),
+    ("lines in .json", "p.json", lines({"prompt": "a"}), ["a"], "JSON lines"),
+    ("compressed CSV", "p.csv.gz", gzip.compress(b"prompt,category\na,3\n"), ["a"], "CSV, prompts from `prompt`"),
+    ("compressed TSV", "p.tsv.gz", gzip.compress(b"Prompt\tx\na\t3\n"), ["a"], "TSV, prompts from `Prompt`"),
+    ("a compressed array", "p.json.gz", gzip.compress(b'["a"]'), ["a"], "JSON array"),
+    ("Parquet", "p.parquet", table(prompt=["a", "b"], category=[1, None]), ["a", "b"], "Parquet, prompts from `prompt`"),
+    ("UTF-32", "p.txt", "a\ncïrcle\n".encode("utf-32"), ["a", "cïrcle"], ""),
     ("lines as .ndjson", "p.ndjson", lines({"prompt": "a"}), ["a"], "JSON lines"),
     ("a first line that is a name", "p.txt", b"Prompt\na\n", ["a"], "line 1 is the name of a column"),
     ("compressed, but not", "p.txt.gz", b"a\nb\n", Refused("cannot be read"), ""),
@@ -415,6 +426,8 @@ COMMANDS = [  # (name, job, arguments, exit code, a part of what is printed)
     ("an image that is none", "score", ["--image", "{0}/p.txt", "--prompt", "a"], 2, "error: image: "),
     ("prompts that are none", "pipeline", [*SHAPES, "--prompts.file", "{0}/in/0.png", "--run-dir", "{0}/run"], 2,
      "unknown extension '.png'"),
+    ("a store that does not answer", "score", ["--image", "s3://b/0.png?endpoint_override=127.0.0.1:9", "--prompt", "a"],
+     2, "https://127.0.0.1:9 does not answer"),
     ("a flag that is none", "pipeline", [*SHAPES, "--prompt.file", "{0}/p.txt"], 2, "did you mean 'prompts.file'"),
 ]  # fmt: skip
 
@@ -446,6 +459,24 @@ def test_named_columns_are_read_where_the_usual_ones_are_ambiguous(tmp_path):
     columns = Columns("input.png", "out.txt")
     (pair,) = (p for shard in plan_pairs(str(tmp_path / "d.tar"), 9, "k", columns) for p in read_pairs(shard, columns))
     assert (pair.image, pair.prompt, pair.error) == (PNG, "a", None)
+
+
+def test_named_columns_of_a_table(tmp_path):
+    write(tmp_path, {"0.png": PNG, "a.csv": b"image,caption,photo,alt\nx.png,no,0.png,a circle\n"})
+    columns = Columns("Photo", "alt")
+    (pair,) = (p for shard in plan_pairs(str(tmp_path / "a.csv"), 9, "k", columns) for p in read_pairs(shard, columns))
+    assert (pair.image, pair.prompt, pair.error) == (PNG, "a circle", None)
+
+
+def test_an_image_may_be_a_uri(tmp_path, gcs_server):
+    folder = f"gs://runs/{tmp_path.name}"
+    query = f"?endpoint_override={gcs_server}&scheme=http"
+    storage.write_bytes(f"{folder}/0.png{query}", PNG)
+    write(tmp_path, {"a.jsonl": lines(row(image=f"{folder}/0.png{query}"))})
+    (pair,) = (
+        p for shard in plan_pairs(str(tmp_path / "a.jsonl"), 9, "k", Columns()) for p in read_pairs(shard, Columns())
+    )
+    assert (pair.image, pair.file, pair.error) == (PNG, f"{folder}/0.png{query}", None)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "jsonl.gz", "json"])
