@@ -320,7 +320,7 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
         denoiser = load_denoiser(config.model, config.dtype, size=config.size)
         each = try_fitting(denoiser, _batch_size(config)).seconds_per_evaluation
         print(f"images {size_text(denoiser)}")
-        print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations per pair, without those for words:")
+        print(f"shards: {len(shards)}; up to {evaluations} denoiser evaluations per pair, without those for words:")
         print(
             f"{evaluations * each:.3f} s per pair at {1e3 * each:.2f} ms per evaluation, measured here with one actor"
         )

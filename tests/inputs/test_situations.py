@@ -33,7 +33,7 @@ from mi_ray import storage
 from mi_ray.inputs.layout import IMAGE_SUFFIXES
 from mi_ray.inputs.pairs import Columns, plan_pairs, read_pairs
 from mi_ray.inputs.prompts import PromptReader
-from mi_ray.stages import preflight, score
+from mi_ray.stages import pipeline, preflight, score
 
 ROOT = Path(__file__).parents[2]
 PNG, OTHER = IMAGES[:2]
@@ -226,6 +226,7 @@ def dry_run(tmp_path, monkeypatch, capsys):
     A model that several rows have is loaded and measured once."""
     for name, function in once.items():
         monkeypatch.setattr(score, name, function)
+    monkeypatch.setattr(pipeline, "check_model", once["check_model"])
     monkeypatch.setattr(preflight, "describe", lambda plan, until: "the plan")
 
     def run(name: str, *arguments: str) -> tuple[int, str]:
