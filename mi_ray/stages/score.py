@@ -182,8 +182,7 @@ def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
 
 
 def _open_run(config: ScorePairsConfig, commit: str | None, key: str):
-    """Record this run in its folder, or check that the folder belongs to it."""
-    run_folder.check_run_dir(config.run_dir, config.results_config(), commit)
+    """Record this run in its folder."""
     uri = storage.join(config.run_dir, "run.json")
     versions = {"mi_ray": __version__, **{name: metadata.version(name) for name in PACKAGES}}
     content = {"config": config.results_config(), "config_hash": key, "versions": versions}
@@ -201,8 +200,8 @@ def score_pairs(config: ScorePairsConfig) -> str:
     key = began_hash(config.run_dir, config.hash())
     plan = _planned(config, key)
     with run_folder.full_disk_as_config_error(config.run_dir), lease.held(config.run_dir, config.resources.lease_s):
-        _open_run(config, commit, key)
-        return _score_missing(config, plan)
+        run_folder.check_run_dir(config.run_dir, config.results_config(), commit)
+        return _score_missing(config, plan, commit, key)
 
 
 class _Shards:
@@ -233,7 +232,7 @@ def _planned(config: ScorePairsConfig, key: str) -> PairPlan:
     return plan
 
 
-def _score_missing(config: ScorePairsConfig, plan: PairPlan) -> str:
+def _score_missing(config: ScorePairsConfig, plan: PairPlan, commit: str | None, key: str) -> str:
     folder, resources = storage.join(config.run_dir, SCORES), config.resources
     names = [shard.name for shard in plan]
     if run_folder.missing_parts(folder, names):
@@ -242,6 +241,7 @@ def _score_missing(config: ScorePairsConfig, plan: PairPlan) -> str:
         height, width = config.size
         model = ModelConfig(path=config.model, dtype=config.dtype, height=height, width=width)
         resources = settle(model, resources)
+    _open_run(config, commit, key)  # not before Ray has started: a fault there leaves an empty folder
     constructor = {"config": config.model_copy(update={"resources": resources}).model_dump(mode="json")}
     write_missing(
         "score", config.model, PairActor, constructor, _Shards(plan.shards), folder, config.run_dir, resources, "shard"
