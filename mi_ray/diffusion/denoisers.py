@@ -25,7 +25,7 @@ from mi_ray.diffusion.folder_checks import family_of, folder_parts, has_weights,
 from mi_ray.diffusion.folders import check_adapter, fetch_model
 from mi_ray.diffusion.schedules import Schedule, epsilon_from
 from mi_ray.diffusion.sizes import Sizes
-from mi_ray.diffusion.weights import part_class, quiet_loading, report_faults
+from mi_ray.diffusion.weights import part_class, quiet_loading, report_faults, weight_variant
 
 CHUNK = 32  # images or prompts that the autoencoder or the text encoder takes at a time
 _TOKENIZING = Lock()  # a tokenizer stores how to pad and truncate, and threads need different settings
@@ -282,6 +282,7 @@ def _loaded(folder: Path, index: dict, part: str, dtype: torch.dtype) -> nn.Modu
         ValueError: its loader reports weights that are missing, unexpected or of another shape.
     """
     settings = {"subfolder": part, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    settings["variant"] = weight_variant(folder, index, part)
     model, report = part_class(index, part).from_pretrained(folder, **settings)
     if faults := report_faults(part, report):
         raise ValueError("\n".join(f"{str(folder)!r} {fault}" for fault in faults))

@@ -6,6 +6,9 @@ Only safetensors are read, and no code from the model's repository.
 import hashlib
 import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from mi_ray.diffusion.folder_checks import (
     vocabulary_faults,
 )
 from mi_ray.diffusion.schedules import NoiseSchedule, Schedule
+from mi_ray.diffusion.single_files import SUFFIXES, single_file_fault
 from mi_ray.diffusion.sizes import Sizes
 from mi_ray.diffusion.weights import on_meta, part_class, weight_names
 
@@ -37,7 +41,6 @@ SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
 
 _POSITIONS = 77  # of a CLIP text encoder whose configuration names no number
 _PIECES, _PIECE = 64, 4096  # of a file, evenly from its beginning to its end, and bytes of each
-_SINGLE = (".safetensors", ".ckpt")  # suffixes of checkpoints in a single file
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -128,16 +131,12 @@ def resolve_model(path: str) -> str:
     """
     if path in SHIPPED:
         return str(files("mi_ray") / SHIPPED[path])
-    single = path.endswith(_SINGLE) or (path and Path(path).is_file())
-    if (path and Path(path).is_dir()) or (_HUB_ID.fullmatch(path) and not single):
+    if path and Path(path).is_dir():
         return path
-    if single and path.endswith(_SINGLE):
-        raise ValueError(
-            f"{path!r} is a checkpoint in a single file, and a diffusers folder is needed; convert it once, with the"
-            f" class of its pipeline: StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(FOLDER)"
-        )
-    if single:
-        raise ValueError(f"{path!r} is a file; give the folder of a diffusers pipeline")
+    if path.endswith(SUFFIXES) or (path and Path(path).is_file()):
+        raise ValueError(single_file_fault(path))
+    if _HUB_ID.fullmatch(path):
+        return path
     shipped = ", ".join(SHIPPED)
     raise ValueError(
         f"{path!r} is no model: give a shipped name ({shipped}), an existing folder or a hub id owner/name, or"
@@ -243,11 +242,25 @@ def fetch_model(path: str) -> Path:
         _refuse(path, class_faults(index))  # before gigabytes are fetched
         unused = {part: None for part, value in FAMILIES[index["_class_name"]].unused.items() if value is None}
         pipeline = getattr(diffusers, index["_class_name"])
-        folder = Path(pipeline.download(name, revision=revision, use_safetensors=True, **unused))
+        folder = _downloaded(partial(pipeline.download, name, revision=revision, use_safetensors=True, **unused))
     except OSError as error:
         raise _not_had(path, error) from error
     _refuse(path, folder_faults(folder))
     return folder
+
+
+def _downloaded(download: Callable[..., str]) -> Path:
+    """The folder of a hub model; of a repository that has only fp16 weights, with these.
+
+    Raises:
+        OSError: it cannot be downloaded.
+    """
+    try:
+        return Path(download())
+    except OSError:
+        with suppress(OSError, ValueError):
+            return Path(download(variant="fp16"))
+        raise
 
 
 def _not_had(path: str, error: OSError) -> ValueError:

@@ -17,7 +17,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of the names of files, by library
+_VARIANTS = (None, "fp16", "bf16")  # that are read, in this order
 _SHOWN = 2  # keys in a message
 _ADAPTER_KEYS = ("base_layer.", "lora_", ".lora.")
 # Names of attention layers in files of earlier versions of diffusers; its loader knows them too.
@@ -59,20 +60,32 @@ def quiet_loading() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- files
+def weight_variant(folder: Path, index: Mapping[str, Any], part: str) -> str | None:
+    """The variant of a part's weights, a word in the names of their files, such as model.fp16.safetensors. None: the
+    names have none, and such files come first."""
+    there = (v for v in _VARIANTS if any((folder / part / name).is_file() for name in _file_names(index, part, v)))
+    return next(there, None)
+
+
+def _file_names(index: Mapping[str, Any], part: str, variant: str | None) -> tuple[str, str]:
+    """The name of a part's weights in one file, and the name of the index of several files."""
+    stem, word = _STEMS[index[part][0]], f".{variant}" if variant else ""
+    return f"{stem}{word}.safetensors", f"{stem}.safetensors.index{word}.json"
+
+
 def weight_names(folder: Path, index: Mapping[str, Any], part: str) -> list[str]:
     """The files of a part's weights: several if they have an index.
 
     Raises:
         ValueError: that index is damaged.
     """
-    whole = _FILES[index[part][0]]
-    split = folder / part / f"{whole}.index.json"
-    if not split.is_file():
+    whole, split = _file_names(index, part, weight_variant(folder, index, part))
+    if not (folder / part / split).is_file():
         return [whole]
     try:
-        return sorted(set(json.loads(split.read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted(set(json.loads((folder / part / split).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"has a {part}/{split.name} that is not valid ({error!r}); fetch it again") from error
+        raise ValueError(f"has a {part}/{split} that is not valid ({error!r}); fetch it again") from error
 
 
 def weight_faults(folder: Path, index: Mapping[str, Any], part: str, config: dict | None) -> list[str]:

@@ -10,6 +10,7 @@ import struct
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, features
 
+from mi_ray import storage
 from mi_ray.inputs import text
 from mi_ray.inputs.pair_config import Fit
 
@@ -34,6 +35,17 @@ def thumbnail(image: np.ndarray) -> dict:
         blocks = image[:height, :width].reshape(height // step, step, width // step, step, 3)
         image = blocks.mean((1, 3)).round().astype(np.uint8)
     return encode_png(image)
+
+
+def load_image(uri: str, size: tuple[int, int], fit: Fit) -> np.ndarray:
+    """Read and decode an image file, as `read_image`.
+
+    Raises:
+        OSError: it cannot be read, or its store does not answer within seconds.
+        ValueError: with the reason why it cannot be used.
+    """
+    storage.check_reachable(uri)
+    return read_image(storage.read_bytes(uri), size, fit)
 
 
 def read_image(content: bytes, size: tuple[int, int], fit: Fit) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Writes the input's rows without the pairs that were called wrong, in the input's own form: `jobs/score.py --keep`."""
 
 import gzip
-import io
 import json
+import posixpath
 import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -22,7 +22,8 @@ def check_keep(plan: PairPlan, destination: str) -> tuple[str, str]:
     """The kind and the URI of what the plan reads, if its rows can be written to this file.
 
     Raises:
-        ConfigError: the input has several files with pairs, or the file's type is not the input's.
+        ConfigError: the input has several files with pairs, the file's type is not the input's, or its store does not
+            answer.
     """
     sources = dict.fromkeys((place["kind"], place["uri"]) for place in map(json.loads, (s.source for s in plan)))
     if len(sources) > 1:
@@ -33,6 +34,10 @@ def check_keep(plan: PairPlan, destination: str) -> tuple[str, str]:
         raise ConfigError([f"keep: {text.excerpt(destination)!r} is not of the input's type; end it in {wanted}"])
     if storage.filesystem(destination)[1] == storage.filesystem(uri)[1]:
         raise ConfigError(["keep: it is the input itself; give another file"])
+    try:
+        storage.check_reachable(destination)
+    except OSError as error:
+        raise ConfigError([f"keep: {text.reason(error)}"]) from error
     return kind, uri
 
 
@@ -63,11 +68,12 @@ def write_kept(plan: PairPlan, destination: str, scores: str) -> tuple[int, int]
         if kind == "parquet":
             _write_parquet(uri, destination, {int(key) for key in wrong})
         elif kind == "tar":
-            storage.write_bytes(destination, _tar_without(uri, wrong, _suffix(destination)))
+            _write_tar(uri, destination, wrong)
         else:
             lines = map(_listed, kept) if kind == "folder" else _rows_without(uri, {int(key) for key in wrong})
-            content = "".join(lines).encode(errors="surrogateescape")
-            storage.write_bytes(destination, gzip.compress(content) if _suffix(destination)[-3:] == ".gz" else content)
+            opener = gzip.open if _suffix(destination).endswith(".gz") else open
+            with storage.new_file(destination) as partial, opener(partial, "wb") as file:
+                file.writelines(line.encode(errors="surrogateescape") for line in lines)
     except OSError as error:
         raise ConfigError(
             [f"keep: {destination!r} cannot be written ({text.reason(error)}); give another file"]
@@ -110,16 +116,17 @@ def _rows_without(uri: str, wrong: set[int]) -> Iterator[str]:
             yield line.content.decode(errors="surrogateescape") + "\n"
 
 
-def _tar_without(uri: str, wrong: set[str], suffix: str) -> bytes:
+def _write_tar(uri: str, destination: str, wrong: set[str]):
     system, path = storage.filesystem(uri)
-    sink = io.BytesIO()
+    packing = _suffix(destination).removeprefix(".tar").removeprefix(".")
     with (
         system.open_input_stream(path) as stream,
         tarfile.open(fileobj=stream, mode="r|*") as tar,
-        tarfile.open(fileobj=sink, mode=f"w:{suffix.removeprefix('.tar').removeprefix('.')}") as kept,
+        storage.new_file(destination) as partial,
+        tarfile.open(partial, f"w:{packing}") as kept,
     ):
         for member in tar:
-            if member_stem(member.name)[0] not in wrong:
+            if wrong.isdisjoint((member_stem(member.name)[0], posixpath.splitext(member.name)[0])):
                 kept.addfile(member, tar.extractfile(member) if member.isfile() else None)
             tar.members.clear()
-    return sink.getvalue()
+            kept.members.clear()

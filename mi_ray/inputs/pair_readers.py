@@ -4,20 +4,25 @@ import itertools
 import posixpath
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from typing import TypeVar
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mi_ray import storage
 from mi_ray.inputs import text
-from mi_ray.inputs.layout import IMAGE_SUFFIXES, folder_of, is_litter
+from mi_ray.inputs.layout import IMAGE_SUFFIXES, SIDECARS, folder_of, is_litter
 from mi_ray.inputs.pair import CAPTION_SUFFIXES, Columns, Pair, caption_beside, pair_of
 from mi_ray.inputs.records import Form, first_value, read_records
 
 LONGEST_LINE = 1 << 28  # bytes of a row in text form: it may hold an image as base64
 _ROWS_AT_ONCE = 64
-_UNSORTED = "if the tar's members are out of order, sort it: tar --sort=name"
+_UNSORTED = "; if the files of a sample are not neighbours in this tar, write it again: tar --sort=name"
+Members = list[tuple[str, bytes]]  # of a sample of a tar: what follows the stem in a file's name, and its content
+_T = TypeVar("_T")
 
 
 def as_utf8(pair: Pair) -> Pair:
@@ -104,22 +109,63 @@ def _folder_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
 
 
 def _tar_pairs(place: dict, columns: Columns) -> Iterator[Pair]:
-    """Samples by WebDataset's convention: adjacent files with the same name up to the first dot are one sample."""
-    system, path = storage.filesystem(place["uri"])
+    """Samples by WebDataset's convention: files with the same name up to the first dot are one sample."""
+    uri = place["uri"]
+    system, path = storage.filesystem(uri)
+    if isinstance(system, pafs.LocalFileSystem) and _is_plain_tar(path):
+        samples, advice = _gathered(path, columns), ""
+    else:
+        samples, advice = _in_order(system, path, columns), _UNSORTED
+    for stem, members in samples:
+        yield _sample_pair(uri, stem, members, columns, advice)
+
+
+def _is_plain_tar(path: str) -> bool:
+    """Whether it is a tar without compression, whatever its name says."""
+    with suppress(tarfile.ReadError), tarfile.open(path, "r:"):
+        return True
+    return False
+
+
+def _in_order(system: pafs.FileSystem, path: str, columns: Columns) -> Iterator[tuple[str, Members]]:
+    """The samples of a tar that is read from its start to its end. Files of a sample must be neighbours."""
     with system.open_input_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-        sample = None
-        for member in tar:
-            if not member.isfile() or is_litter(member.name):
-                continue
-            stem, suffix = member_stem(member.name)
-            if sample is None or sample.stem != stem:
-                if sample is not None:
-                    yield sample.pair(columns)
-                sample = _Sample(place["uri"], stem)
-            sample.add(suffix, tar.extractfile(member).read())
-            tar.members.clear()  # otherwise it keeps every header in memory
-        if sample is not None:
-            yield sample.pair(columns)
+        for stem, files in itertools.groupby(_data_files(tar), lambda member: member_stem(member.name)[0]):
+            members = [(member_stem(member.name)[1], tar.extractfile(member).read()) for member in files]
+            yield from _divided(stem, members, columns).items()
+
+
+def _gathered(path: str, columns: Columns) -> Iterator[tuple[str, Members]]:
+    """The samples of a local tar without compression, wherever their files are in it.
+
+    A first pass reads only the headers. The names and the places of the files stay in memory, not their contents.
+    """
+    places: dict[str, list[tuple[str, int]]] = {}
+    cut = None
+    with tarfile.open(path, "r:") as tar:
+
+        def content(place: int) -> bytes:
+            tar.fileobj.seek(place)
+            return tar.extractfile(tar.tarinfo.fromtarfile(tar)).read()
+
+        try:
+            for member in _data_files(tar):
+                stem, suffix = member_stem(member.name)
+                places.setdefault(stem, []).append((suffix, member.offset))
+        except tarfile.TarError as error:  # what comes before is read
+            cut = error
+        for stem, files in places.items():
+            for name, of_name in _divided(stem, files, columns).items():
+                yield name, [(suffix, content(place)) for suffix, place in of_name]
+    if cut:
+        raise cut
+
+
+def _data_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in tar:
+        if member.isfile() and not is_litter(member.name):
+            yield member
+        tar.members.clear()  # otherwise it keeps every header in memory
 
 
 def member_stem(name: str) -> tuple[str, str]:
@@ -129,42 +175,50 @@ def member_stem(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix
 
 
-class _Sample:
-    """The members of a tar with one stem."""
+def _divided(stem: str, members: list[tuple[str, _T]], columns: Columns) -> dict[str, list[tuple[str, _T]]]:
+    """The members of a sample by its stem; or by their names up to the last dot, if all names have several dots and
+    some of these groups have an image and a caption, such as a.v1.png and a.v1.txt."""
+    groups: dict[str, list[tuple[str, _T]]] = {}
+    for suffix, member in members:
+        more, dot, last = suffix.rpartition(".")
+        groups.setdefault(f"{stem}.{more}" if dot else stem, []).append((last, member))
+    named = columns.image or columns.caption
+    return {stem: members} if named or stem in groups or not any(map(_is_pair, groups.values())) else groups
 
-    def __init__(self, uri: str, stem: str):
-        self.uri, self.stem = uri, stem
-        self.files: dict[str, bytes] = {}  # by what follows the stem, in lower case
-        self.names: dict[str, str] = {}  # the same as it is written
-        self.repeated: list[str] = []
 
-    def add(self, suffix: str, content: bytes):
-        name = suffix.lower()
-        if self.files.get(name, content) != content:
-            self.repeated.append(suffix)
-        self.files[name], self.names[name] = content, suffix
+def _is_pair(members: list[tuple[str, _T]]) -> bool:
+    suffixes = {f".{suffix.lower()}" for suffix, _ in members}
+    return not suffixes.isdisjoint(IMAGE_SUFFIXES) and not suffixes.isdisjoint(SIDECARS)
 
-    def pair(self, columns: Columns) -> Pair:
-        key, there = f"{self.uri}#{self.stem}", text.excerpt(", ".join(self.files))
-        wanted = columns.image.lower() if columns.image else None
-        images = [name for name in self.files if f".{name}" in IMAGE_SUFFIXES]
-        image = (wanted if wanted in self.files else None) if wanted else next(iter(images), None)
-        file = image and f"{key}.{self.names[image]}"
-        try:
-            prompt, remark = caption_beside(self.files, columns)
-            if image is None:
-                dotted = [name for name in self.files if f".{name}".endswith(IMAGE_SUFFIXES)]
-                advice = f"set --image-column {dotted[0]}" if dotted and not wanted else _UNSORTED
-                raise ValueError(f"there is no image {wanted or ''} among {there}; {advice}".replace("  ", " "))
-            if prompt is None:
-                texts = [name for name in self.files if name.endswith(CAPTION_SUFFIXES)]
-                advice = f"set --caption-column {texts[0]}" if texts and not columns.caption else _UNSORTED
-                raise ValueError(f"there is no caption among {there}; {advice}")
-        except ValueError as error:
-            return Pair(key, None, None, str(error), file)
-        pair = pair_of(key, self.files[image], prompt, "")
-        repeats = [f"{name} is repeated with another content; the last one is read" for name in self.repeated]
-        return replace(pair, file=file, remark="; ".join([*repeats, *([remark] if remark else [])]) or None)
+
+def _sample_pair(uri: str, stem: str, members: Members, columns: Columns, advice: str) -> Pair:
+    """The pair of a sample. `advice` is what may help if its image or caption is missing."""
+    files: dict[str, bytes] = {}  # by what follows the stem, in lower case
+    names: dict[str, str] = {}  # the same as it is written
+    remarks = []
+    for suffix, content in members:
+        if files.get(suffix.lower(), content) != content:
+            remarks.append(f"{suffix} is repeated with another content; the last one is read")
+        files[suffix.lower()], names[suffix.lower()] = content, suffix
+    key, there = f"{uri}#{stem}", text.excerpt(", ".join(files))
+    wanted = columns.image.lower() if columns.image else None
+    images = [name for name in files if f".{name}" in IMAGE_SUFFIXES]
+    image = (wanted if wanted in files else None) if wanted else next(iter(images), None)
+    file = image and f"{key}.{names[image]}"
+    try:
+        prompt, remark = caption_beside(files, columns)
+        if image is None:
+            dotted = [name for name in files if f".{name}".endswith(IMAGE_SUFFIXES)]
+            advice = f"; set --image-column {dotted[0]}" if dotted and not wanted else advice
+            raise ValueError(f"there is no image {wanted or ''} among {there}{advice}".replace("  ", " "))
+        if prompt is None:
+            texts = [name for name in files if name.endswith(CAPTION_SUFFIXES)]
+            advice = f"; set --caption-column {texts[0]}" if texts and not columns.caption else advice
+            raise ValueError(f"there is no caption among {there}{advice}")
+    except ValueError as error:
+        return Pair(key, None, None, str(error), file)
+    remarks += [remark] if remark else []
+    return replace(pair_of(key, files[image], prompt, ""), file=file, remark="; ".join(remarks) or None)
 
 
 READERS = {"parquet": _parquet_pairs, "table": _table_pairs, "folder": _folder_pairs, "tar": _tar_pairs}

@@ -30,7 +30,7 @@ from mi_ray.inputs.records import Form, Record, first_value, form_of, read_recor
 __all__ = ["Columns", "Pair", "PairPlan", "PairShard", "plan_pairs", "read_pairs"]
 
 _ROWS_LOOKED_AT = 100  # of a table, for its columns
-_VERSION = 2  # of the reading: a part of an earlier version is made again
+_VERSION = 3  # of the reading: a part of an earlier version is made again
 _FORMS = "give .parquet, .jsonl, .json, .csv, .tsv, a WebDataset .tar, or a folder of these or of images"
 Place = dict[str, Any]
 

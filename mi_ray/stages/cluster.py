@@ -44,8 +44,8 @@ def start_ray():
         text = (getattr(error, "stderr", None) or str(error) or type(error).__name__).strip()
         reason = f"no answer in {ANSWER_S} s" if isinstance(error, subprocess.TimeoutExpired) else text.splitlines()[-1]
         fault = f"cannot start with its files in {folder!r}, {variable or 'the default'}"
-        advice = "set RAY_TMPDIR to a folder of your own with a short path"
-        if address:
+        advice = "try again, or set RAY_TMPDIR to a folder of your own with a short path"
+        if address and address != "local":
             fault, advice = f"cannot be reached at {address!r}, the address in {source}", "start Ray there"
             advice += f", or {'unset' if source == 'RAY_ADDRESS' else 'remove'} {source} to start Ray here"
         raise ConfigError([f"Ray {fault} ({reason[:300]}); {advice}"]) from error

@@ -19,7 +19,7 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.folders import check_model, load_sizes, load_tokenizer, model_commit
 from mi_ray.information.maps import upsampled
-from mi_ray.inputs.images import read_image, thumbnail
+from mi_ray.inputs.images import load_image, read_image, thumbnail
 from mi_ray.inputs.keep import check_keep, write_kept
 from mi_ray.inputs.pair_config import ScorePairsConfig
 from mi_ray.inputs.pairs import Pair, PairPlan, PairShard, plan_pairs, read_pairs
@@ -182,8 +182,7 @@ def _checked(config: ScorePairsConfig) -> tuple[ScorePairsConfig, str | None]:
 
 
 def _open_run(config: ScorePairsConfig, commit: str | None, key: str):
-    """Record this run in its folder, or check that the folder belongs to it."""
-    run_folder.check_run_dir(config.run_dir, config.results_config(), commit)
+    """Record this run in its folder."""
     uri = storage.join(config.run_dir, "run.json")
     versions = {"mi_ray": __version__, **{name: metadata.version(name) for name in PACKAGES}}
     content = {"config": config.results_config(), "config_hash": key, "versions": versions}
@@ -201,8 +200,8 @@ def score_pairs(config: ScorePairsConfig) -> str:
     key = began_hash(config.run_dir, config.hash())
     plan = _planned(config, key)
     with run_folder.full_disk_as_config_error(config.run_dir), lease.held(config.run_dir, config.resources.lease_s):
-        _open_run(config, commit, key)
-        return _score_missing(config, plan)
+        run_folder.check_run_dir(config.run_dir, config.results_config(), commit)
+        return _score_missing(config, plan, commit, key)
 
 
 class _Shards:
@@ -233,7 +232,7 @@ def _planned(config: ScorePairsConfig, key: str) -> PairPlan:
     return plan
 
 
-def _score_missing(config: ScorePairsConfig, plan: PairPlan) -> str:
+def _score_missing(config: ScorePairsConfig, plan: PairPlan, commit: str | None, key: str) -> str:
     folder, resources = storage.join(config.run_dir, SCORES), config.resources
     names = [shard.name for shard in plan]
     if run_folder.missing_parts(folder, names):
@@ -242,6 +241,7 @@ def _score_missing(config: ScorePairsConfig, plan: PairPlan) -> str:
         height, width = config.size
         model = ModelConfig(path=config.model, dtype=config.dtype, height=height, width=width)
         resources = settle(model, resources)
+    _open_run(config, commit, key)  # not before Ray has started: a fault there leaves an empty folder
     constructor = {"config": config.model_copy(update={"resources": resources}).model_dump(mode="json")}
     write_missing(
         "score", config.model, PairActor, constructor, _Shards(plan.shards), folder, config.run_dir, resources, "shard"
@@ -280,7 +280,7 @@ def score_one(config: ScorePairsConfig) -> dict:
     config, _ = _checked(config)
     denoiser = load_denoiser(config.model, config.dtype, size=config.size)
     try:
-        image = read_image(storage.read_bytes(config.image), denoiser.image_size, config.fit)
+        image = load_image(config.image, denoiser.image_size, config.fit)
     except (OSError, ValueError) as error:
         raise ConfigError([f"image: {config.image!r} cannot be used: {error}; give another image"]) from error
     count = len(denoiser.token_ids(config.prompt))
@@ -320,7 +320,7 @@ def run_or_describe(config: ScorePairsConfig, dry_run: bool):
         denoiser = load_denoiser(config.model, config.dtype, size=config.size)
         each = try_fitting(denoiser, _batch_size(config)).seconds_per_evaluation
         print(f"images {size_text(denoiser)}")
-        print(f"{len(shards)} shards; up to {evaluations} denoiser evaluations per pair, without those for words:")
+        print(f"shards: {len(shards)}; up to {evaluations} denoiser evaluations per pair, without those for words:")
         print(
             f"{evaluations * each:.3f} s per pair at {1e3 * each:.2f} ms per evaluation, measured here with one actor"
         )

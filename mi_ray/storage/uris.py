@@ -300,23 +300,29 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 
 @contextmanager
-def table_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """Write a Parquet file in pieces, atomically. Until it is complete it has a temporary name, or is on this
-    machine's disk if its destination is an object store."""
+def new_file(uri: str) -> Iterator[Path]:
+    """The place of a file that the caller writes in pieces. It gets its name when it is complete, and never otherwise.
+    Until then it is in a temporary folder beside its destination, or on this machine's disk for an object store."""
     system, path = filesystem(uri)
     local = isinstance(system, pafs.LocalFileSystem)
     if local:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".mi_ray-", dir=Path(path).parent if local else None) as folder:
-        partial = Path(folder) / "table.parquet"
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-            yield writer
+        partial = Path(folder) / "partial"
+        yield partial
         with partial.open("rb+") as file:
             if local:
                 os.fsync(file.fileno())
                 partial.replace(path)
             else:
                 put(uri, file)
+
+
+@contextmanager
+def table_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """Write a Parquet file in pieces, atomically."""
+    with new_file(uri) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        yield writer
 
 
 class ParquetRows:

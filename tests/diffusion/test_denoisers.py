@@ -394,18 +394,6 @@ def test_the_tokenizer_reads_no_more_than_the_text_encoder(copy):
     assert load_tokenizer(str(copy)).model_max_length == longest
 
 
-def test_files_of_another_variant_and_single_files_are_told(copy, tmp_path):
-    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    with pytest.raises(ValueError, match=r"has unet/diffusion_pytorch_model\.fp16\.safetensors.*variant='fp16'"):
-        check_model(str(copy))
-    (tmp_path / "v1.safetensors").touch()
-    with pytest.raises(ValueError, match=r"a checkpoint in a single file.*from_single_file"):
-        check_model(str(tmp_path / "v1.safetensors"))
-    with pytest.raises(ValueError, match="a checkpoint in a single file"):
-        check_model("models/v1.safetensors")
-
-
 def test_zero_snr_is_refused_without_advice_that_changes_the_model(copy):
     _change(copy / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="trained to zero SNR") as error:

@@ -7,7 +7,7 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pair_inputs import CAPTIONS, IMAGES, write_folder, write_gzipped_tar, write_lines, write_parquet, write_tar
+from pair_inputs import CAPTIONS, IMAGES, add, write_folder, write_gzipped_tar, write_lines, write_parquet, write_tar
 
 from mi_ray import storage
 from mi_ray.config.section import ConfigError
@@ -52,6 +52,16 @@ def scored(folder, source):
     return plan, str(folder / "scores")
 
 
+def write_turned(folder):
+    """A tar with all images first, and names with dots."""
+    with tarfile.open(folder / "pairs.tar", "w") as tar:
+        for i, image in enumerate(IMAGES):
+            add(tar, f"a.v{i}.png", image)
+        for i, caption in enumerate(CAPTIONS):
+            add(tar, f"a.v{i}.txt", caption.encode())
+    return folder / "pairs.tar"
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
@@ -61,6 +71,7 @@ def scored(folder, source):
         (write_csv, "kept.csv"),
         (write_array, "kept.json"),
         (write_tar, "kept.tar"),
+        (write_turned, "kept.tar"),
         (write_gzipped_tar, "kept.tgz"),
         (write_folder, "kept.jsonl"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import boto3
@@ -244,6 +245,24 @@ def test_files_cut_short_keep_what_comes_before(tmp_path):
     pairs, _ = read_all(folder)
     assert sum(pair.error is None for pair in pairs) == len(CAPTIONS)
     assert {Path(pair.key).name for pair in pairs if pair.error} == {"broken.parquet"}
+
+
+def test_a_tar_out_of_order_is_not_kept_in_memory(tmp_path):
+    size, count = 1 << 20, 64
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(count):
+            add(tar, f"a.{i}.png", bytes([i]) * size)
+        for i in range(count):
+            add(tar, f"a.{i}.txt", f"caption {i}".encode())
+    (shard,) = plan_pairs(str(tmp_path / "a.tar"), 2, "key", Columns())
+    tracemalloc.start()
+    try:
+        for i, pair in enumerate(read_pairs(shard, Columns())):
+            assert (pair.image, pair.prompt) == (bytes([i]) * size, f"caption {i}")
+        assert i == count - 1
+        assert tracemalloc.get_traced_memory()[1] < 8 * size
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

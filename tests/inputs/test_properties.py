@@ -213,13 +213,20 @@ def test_any_members_of_a_tar(files, cut):
 
 
 @hostile
-@given(st.lists(plain_text, min_size=1, max_size=6))
-def test_a_sorted_tar_is_read_whole(captions):
+@given(
+    st.lists(plain_text, min_size=1, max_size=6), st.randoms(use_true_random=False), st.sampled_from(["{:03}", "a.{}"])
+)
+def test_a_tar_is_read_whole_in_any_order(captions, random, name):
     files = [
-        (f"{i:03}.{suffix}", c) for i, t in enumerate(captions) for suffix, c in (("png", PNG), ("txt", t.encode()))
+        (f"{name.format(i)}.{suffix}", content)
+        for i, caption in enumerate(captions)
+        for suffix, content in (("png", PNG), ("txt", caption.encode()))
     ]
+    random.shuffle(files)
     with folder(**{"a.tar": tarred(files)}) as path:
-        assert [(pair.prompt, pair.image) for pair in pairs_of(path / "a.tar")] == [(clean(t), PNG) for t in captions]
+        found = {pair.key: (pair.prompt, pair.image) for pair in pairs_of(path / "a.tar")}
+        keys = [f"{path}/a.tar#{name.format(i)}" for i in range(len(captions))]
+    assert found == dict(zip(keys, [(clean(caption), PNG) for caption in captions], strict=True))
 
 
 # ------------------------------------------------------------------------------------------ images

@@ -1,17 +1,25 @@
 # ruff: noqa: E501 (one row a situation)
 """What is read of an input and what is told of it: one row a situation, each with the small files that it needs.
 
-A row is (name, files, input, pairs, told). `files` is {path: content}; a dict as content is a tar of members, a list of
-(name, content) a tar with repeats. `pairs` lists, for each pair, its caption, or `Error(part of the reason)`; it is
-`Refused(part of the message)` if the input is refused at once. `told` is a part of what is printed about the input or of
-a pair's remark.
+A row of `PAIRS` is (name, files, input, pairs, told). `files` is {path: content}; a dict as content is a tar of members,
+a list of (name, content) a tar with repeats. `pairs` lists, for each pair, its caption, or `Error(part of the reason)`;
+it is `Refused(part of the message)` if the input is refused at once. `told` is a part of what is printed about the input
+or of a pair's remark.
+
+Each row also goes through the command line of its job with --dry-run: exit code 2 and one message a fault if it is
+refused, else 0. Nothing is written.
 """
 
 import base64
 import csv
+import functools
 import gzip
 import io
 import json
+import runpy
+import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -19,11 +27,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pair_inputs import IMAGES, add
+from safetensors.torch import load_file, save_file
 
-from mi_ray.config.section import ConfigError
+from mi_ray import storage
+from mi_ray.inputs.layout import IMAGE_SUFFIXES
 from mi_ray.inputs.pairs import Columns, plan_pairs, read_pairs
 from mi_ray.inputs.prompts import PromptReader
+from mi_ray.stages import pipeline, preflight, score
 
+ROOT = Path(__file__).parents[2]
 PNG, OTHER = IMAGES[:2]
 BASE64 = base64.b64encode(PNG).decode()
 APPLE = b"\0\5\x16\7" + bytes(60)
@@ -94,6 +106,8 @@ PAIRS = [
     ("an unknown type", {"a.docx": b"x"}, "a.docx", Refused("it has an unknown type; give .parquet"), ""),
     ("an image as input", {"a.png": PNG}, "a.png", Refused("it is a single image; give --image and --prompt"), ""),
     ("other suffixes of images", {"0.jfif": PNG, "0.txt": b"a", "1.JPE": PNG, "1.txt": b"b"}, "", ["a", "b"], ""),
+    ("every suffix of an image", {f"{i}.{end}": PNG if end != "txt" else b"a" for i in range(len(IMAGE_SUFFIXES))
+      for end in (IMAGE_SUFFIXES[i][1:], "txt")}, "", ["a"] * len(IMAGE_SUFFIXES), ""),
     # text
     ("a byte order mark", {**ONE, "0.txt": b"\xef\xbb\xbfa circle"}, "", ["a circle"], ""),
     ("a mark in a tar", {"a.tar": {"0.png": PNG, "0.txt": b"\xef\xbb\xbfa circle"}}, "a.tar", ["a circle"], ""),
@@ -161,9 +175,23 @@ PAIRS = [
      ["a circle", Error("there is no image")], ""),
     ("a struct of Hugging Face", {"a.parquet": table(image=[{"bytes": PNG, "path": "x"}], text=["a"])}, "a.parquet",
      ["a"], "image from `image`, caption from `text`"),
-    ("a tar out of order", {"a.tar": TURNED}, "a.tar", [Error("sort it: tar --sort=name")] * 4, ""),
+    ("a tar out of order", {"a.tar": TURNED}, "a.tar", ["a circle", "a star"], ""),
+    ("a tar out of order that is cut", {"a.tar": tarred(TURNED).partition(b" star")[0]}, "a.tar",
+     ["a circle", Error("the rest cannot be read")], ""),
+    ("a compressed tar out of order", {"a.tgz": tarred(TURNED, "w:gz")}, "a.tgz", [Error("tar --sort=name")] * 4, ""),
+    ("a tar that is compressed, by another name", {"a.tar": tarred(ONE, "w:gz")}, "a.tar", ["a circle"], ""),
+    ("a sample in two places of a tar", {"a.tar": [*TURNED.items(), ("0.txt", b"b")]}, "a.tar", ["b", "a star"],
+     "txt is repeated with another content; the last one is read"),
+    ("names with dots in a tar", {"a.tar": {"a.v1.png": PNG, "a.v2.png": PNG, "a.v1.txt": b"a", "a.v2.txt": b"b"}}, "a.tar",
+     ["a", "b"], ""),
+    ("names with dots in a compressed tar", {"a.tgz": tarred({"a.1.png": PNG, "a.1.txt": b"a"}, "w:gz")}, "a.tgz", ["a"], ""),
+    ("one name with dots without text", {"a.tar": {"a.1.png": PNG, "a.1.txt": b"a", "a.2.png": PNG}}, "a.tar",
+     ["a", Error("there is no caption among png")], ""),
     ("dotted keys of a tar", {"a.tar": {"0.input.png": PNG, "0.outputs.txt": b"a"}}, "a.tar",
      [Error("set --image-column input.png")], ""),
+    ("several images of a sample", {"a.tar": {"0.input.png": PNG, "0.target.png": PNG, "0.txt": b"a"}}, "a.tar",
+     [Error("set --image-column input.png")], ""),
+    ("more files of a sample", {"a.tar": {**ONE, "0.mask.png": OTHER, "0.cls": b"3"}}, "a.tar", ["a circle"], ""),
     ("a tar.gz", {"a.tar.gz": tarred(ONE, "w:gz")}, "a.tar.gz", ["a circle"], ""),
     ("a tgz", {"a.tgz": tarred(ONE, "w:gz")}, "a.tgz", ["a circle"], ""),
     ("a tar.xz", {"a.tar.xz": tarred(ONE, "w:xz")}, "a.tar.xz", ["a circle"], ""),
@@ -173,6 +201,7 @@ PAIRS = [
     ("metadata.parquet", {"0.png": PNG, "metadata.parquet": table(file_name=["0.png"], text=["a"])}, "", ["a"], ""),
     ("a path of a struct", {"0.png": PNG, "a.parquet": table(image=[{"bytes": None, "path": "0.png"}], text=["a"])}, "a.parquet", ["a"], ""),
     ("bytes under a key of a tar", {"a.parquet": table(png=[PNG], txt=["a"])}, "a.parquet", ["a"], "image from `png`, caption from `txt`"),
+    ("the column jpg", {"a.parquet": table(jpg=[PNG], caption=["a"])}, "a.parquet", ["a"], "image from `jpg`"),
     ("image_path and prompt", {"0.png": PNG, "a.jsonl": lines({"image_path": "0.png", "prompt": "a"})}, "a.jsonl", ["a"], ""),
     ("path and text", {"0.png": PNG, "a.jsonl": lines({"path": "0.png", "text": "a"})}, "a.jsonl", ["a"], ""),
     ("a tar that is cut", {"a.tar": tarred(ONE)[:700]}, "a.tar", [Error("the rest cannot be read")], ""),
@@ -187,16 +216,51 @@ def write(folder: Path, files: dict):
         path.write_bytes(content if isinstance(content, bytes) else tarred(content))
 
 
+# ------------------------------------------------------------------------------------------ the command line
+once = {name: functools.cache(getattr(score, name)) for name in ("check_model", "load_denoiser", "try_fitting")}
+
+
+@pytest.fixture
+def dry_run(tmp_path, monkeypatch, capsys):
+    """Runs a job with --dry-run in this process, as its command line does: (exit code, output). It must write nothing.
+    A model that several rows have is loaded and measured once."""
+    for name, function in once.items():
+        monkeypatch.setattr(score, name, function)
+    monkeypatch.setattr(pipeline, "check_model", once["check_model"])
+    monkeypatch.setattr(preflight, "describe", lambda plan, until: "the plan")
+
+    def run(name: str, *arguments: str) -> tuple[int, str]:
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--run-dir", str(tmp_path / "run"), "--dry-run"])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        output, messages = capsys.readouterr()
+        assert sorted(tmp_path.rglob("*")) == before
+        if code:
+            assert all(line.startswith("error: ") for line in messages.splitlines())
+            assert len(messages) < 800 + 3 * len(str(tmp_path))
+        return code, messages if code else output
+
+    return run
+
+
+def check_refused(answer: tuple[int, str], told: str):
+    assert answer[0] == 2
+    assert told in answer[1]
+
+
 @pytest.mark.parametrize(("files", "source", "pairs", "told"), [case[1:] for case in PAIRS], ids=[c[0] for c in PAIRS])
-def test_pairs(tmp_path, files, source, pairs, told):
+def test_pairs(tmp_path, dry_run, files, source, pairs, told):
     write(tmp_path, files)
-    columns = Columns()
+    answer = dry_run("score", "--input", str(tmp_path / source))
     if isinstance(pairs, Refused):
-        with pytest.raises(ConfigError) as caught:
-            plan_pairs(str(tmp_path / source), 2, "key", columns)
-        assert pairs in str(caught.value)
-        assert len(str(caught.value)) < 700 + 2 * len(str(tmp_path))
+        check_refused(answer, pairs)
         return
+    assert answer[0] == 0
+    columns = Columns()
     plan = plan_pairs(str(tmp_path / source), 2, "key", columns)
     read = [pair for shard in plan for pair in read_pairs(shard, columns)]
     assert len(read) == len(pairs), read
@@ -207,7 +271,7 @@ def test_pairs(tmp_path, files, source, pairs, told):
         else:
             assert (pair.error, pair.prompt) == (None, expected)
             assert pair.image == PNG
-    assert told in "\n".join([*plan.found, *(pair.remark or "" for pair in read)])
+    assert told in "\n".join([answer[1], *(pair.remark or "" for pair in read)])
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -234,6 +298,12 @@ PROMPTS = [  # (name, file, content, prompts or Refused, told)
     ("CSV without header", "p.csv", b"a corgi\n", Refused("no column prompt, caption, text, txt among a corgi; set"), ""),
     ("compressed text", "p.txt.gz", gzip.compress(b"a\nb\n"), ["a", "b"], "text, one prompt a line"),
     ("compressed lines", "p.jsonl.gz", gzip.compress(lines({"txt": "a"})), ["a"], "prompts from `txt`"),
+    ("lines in .json", "p.json", lines({"prompt": "a"}), ["a"], "JSON lines"),
+    ("compressed CSV", "p.csv.gz", gzip.compress(b"prompt,category\na,3\n"), ["a"], "CSV, prompts from `prompt`"),
+    ("compressed TSV", "p.tsv.gz", gzip.compress(b"Prompt\tx\na\t3\n"), ["a"], "TSV, prompts from `Prompt`"),
+    ("a compressed array", "p.json.gz", gzip.compress(b'["a"]'), ["a"], "JSON array"),
+    ("Parquet", "p.parquet", table(prompt=["a", "b"], category=[1, None]), ["a", "b"], "Parquet, prompts from `prompt`"),
+    ("UTF-32", "p.txt", "a\ncïrcle\n".encode("utf-32"), ["a", "cïrcle"], ""),
     ("lines as .ndjson", "p.ndjson", lines({"prompt": "a"}), ["a"], "JSON lines"),
     ("a first line that is a name", "p.txt", b"Prompt\na\n", ["a"], "line 1 is the name of a column"),
     ("compressed, but not", "p.txt.gz", b"a\nb\n", Refused("cannot be read"), ""),
@@ -255,18 +325,18 @@ def prompts_of(file: Path, **settings) -> tuple[list[dict], str]:
 
 
 @pytest.mark.parametrize(("name", "content", "prompts", "told"), [c[1:] for c in PROMPTS], ids=[c[0] for c in PROMPTS])
-def test_prompts(tmp_path, name, content, prompts, told):
-    (tmp_path / name).write_bytes(content)
+def test_prompts(tmp_path, dry_run, name, content, prompts, told):
+    write(tmp_path, {name: content, "held-out.txt": b"a held-out prompt\n"})
+    files = ["--prompts.file", str(tmp_path / name), "--evaluation.file", str(tmp_path / "held-out.txt")]
+    answer = dry_run("pipeline", "--model.path", "shapes", *files)
     if isinstance(prompts, Refused):
-        with pytest.raises(ConfigError) as caught:
-            prompts_of(tmp_path / name)
-        assert prompts in str(caught.value)
-        assert "skip" not in str(caught.value) or b'"a"' in content  # skipping would leave nothing
-        assert len(str(caught.value)) < 700
+        check_refused(answer, prompts)
+        assert "skip" not in answer[1] or b'"a"' in content  # skipping would leave nothing
         return
-    rows, found = prompts_of(tmp_path / name)
+    assert answer[0] == 0
+    assert told in answer[1]
+    rows, _ = prompts_of(tmp_path / name)
     assert [row["prompt"] for row in rows] == prompts
-    assert told in found
 
 
 def test_categories_may_be_numbers_and_a_column_may_be_named(tmp_path):
@@ -274,6 +344,106 @@ def test_categories_may_be_numbers_and_a_column_may_be_named(tmp_path):
     ((row,), found) = prompts_of(tmp_path / "p.jsonl", column="alt")
     assert (row["prompt"], row["category"], row["split"]) == ("a", "3", None)
     assert "prompts from `alt`" in found
+
+
+# ------------------------------------------------------------------------------------------ models
+def config(part: str, **values):
+    """Changes values of a part's configuration; None removes them."""
+
+    def change(folder: Path):
+        name = {"tokenizer": "tokenizer_config", "scheduler": "scheduler_config", "": "model_index"}.get(part, "config")
+        file = folder / part / f"{name}.json"
+        changed = json.loads(file.read_text()) | values
+        file.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
+
+    return change
+
+
+def weights(part: str, change):
+    """Writes the weights of a part again, with other names; None leaves one out."""
+
+    def write_again(folder: Path):
+        file = next((folder / part).glob("*.safetensors"))
+        save_file({change(key): value for key, value in load_file(file).items() if change(key)}, file, {"format": "pt"})
+
+    return write_again
+
+
+def content(name: str, data: bytes | None):
+    """Replaces or removes a file."""
+    return lambda folder: (folder / name).unlink() if data is None else (folder / name).write_bytes(data)
+
+
+def halves_only(folder: Path):
+    for file in folder.rglob("*.safetensors"):
+        save_file({key: value.half() for key, value in load_file(file).items()}, file, {"format": "pt"})
+        file.rename(file.with_suffix(".fp16.safetensors"))
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+MODELS = [  # (name, change of a model folder, a part of the message; None: it is accepted)
+    ("as diffusers writes it", lambda folder: None, None),
+    ("only fp16 files", halves_only, None),
+    ("weights with an adapter", weights("text_encoder", lambda key: key.replace("q_proj", "q_proj.base_layer")),
+     "it was saved with an adapter attached"),
+    ("names that the network does not have", weights("unet", lambda key: key.replace("to_q", "query_of")), "in its unet"),
+    ("a weight that is missing", weights("vae", lambda key: None if key == "quant_conv.bias" else key),
+     "lacks 1 weights (quant_conv.bias) in its vae"),
+    ("weights of another shape", config("unet", cross_attention_dim=32), "they are parts of different models"),
+    ("more layers than weights", config("unet", layers_per_block=2), "in its unet; fetch the part again"),
+    ("no sample_size", config("unet", sample_size=None), "sample_size"),
+    ("a file that is cut", content(UNET, b"x" * 100), f"has a {UNET} that cannot be read"),
+    ("a file of git lfs", content(UNET, b"version https://git-lfs.github.com/spec/v1\n"), "whole (git lfs pull?)"),
+    ("no weights", content(UNET, None), f"lacks {UNET}; complete the folder"),
+    ("another variant only", lambda folder: (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.ema.safetensors"),
+     "write it without the variant"),
+    ("no index", content("model_index.json", None), "has no model_index.json"),
+    ("an index that is not JSON", content("model_index.json", b"{"), "model_index.json that is not JSON"),
+    ("another pipeline", config("", _class_name="KandinskyPipeline"), "is a KandinskyPipeline, which is not supported"),
+    ("no vocabulary", content("tokenizer/tokenizer.json", None), "lacks its tokenizer's vocabulary"),
+    ("an unknown prediction", config("scheduler", prediction_type="flow"), "scheduler_config.json"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "told"), [case[1:] for case in MODELS], ids=[case[0] for case in MODELS])
+def test_models(tmp_path, dry_run, tiny_pipeline, change, told):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    change(folder)
+    write(tmp_path, {"in/0.png": PNG, "in/0.txt": b"a circle"})
+    answer = dry_run("score", "--input", str(tmp_path / "in"), "--model", str(folder))
+    if told is None:
+        assert answer[0] == 0
+        return
+    check_refused(answer, told)
+    assert "error: model: " in answer[1]
+
+
+# ------------------------------------------------------------------------------------------ in a process of its own
+SHAPES = ("--config", "jobs/configs/shapes-smoke.yaml")
+COMMANDS = [  # (name, job, arguments, exit code, a part of what is printed)
+    ("pairs that are read", "score", ["--input", "{0}/in", "--run-dir", "{0}/run", "--dry-run"], 0, "input: images with a"),
+    ("an input that is missing", "score", ["--input", "{0}/none", "--run-dir", "{0}/run"], 2, "none' does not exist"),
+    ("a model that is missing", "score", ["--image", "{0}/in/0.png", "--prompt", "a", "--model", "{0}/none"], 2, "is no model"),
+    ("an image that is none", "score", ["--image", "{0}/p.txt", "--prompt", "a"], 2, "error: image: "),
+    ("prompts that are none", "pipeline", [*SHAPES, "--prompts.file", "{0}/in/0.png", "--run-dir", "{0}/run"], 2,
+     "unknown extension '.png'"),
+    ("a store that does not answer", "score", ["--image", "s3://b/0.png?endpoint_override=127.0.0.1:9", "--prompt", "a"],
+     2, "https://127.0.0.1:9 does not answer"),
+    ("a flag that is none", "pipeline", [*SHAPES, "--prompt.file", "{0}/p.txt"], 2, "did you mean 'prompts.file'"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "given", "code", "told"), [c[1:] for c in COMMANDS], ids=[c[0] for c in COMMANDS])
+def test_commands(tmp_path, job, given, code, told):
+    write(tmp_path, {"in/0.png": PNG, "in/0.txt": b"a circle", "p.txt": b"a circle\n"})
+    before = sorted(tmp_path.rglob("*"))
+    command = [sys.executable, f"jobs/{job}.py", *(argument.format(tmp_path) for argument in given)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == code
+    assert told in (done.stderr if code else done.stdout)
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # ------------------------------------------------------------------------------------------ more about pairs
@@ -290,6 +460,24 @@ def test_named_columns_are_read_where_the_usual_ones_are_ambiguous(tmp_path):
     columns = Columns("input.png", "out.txt")
     (pair,) = (p for shard in plan_pairs(str(tmp_path / "d.tar"), 9, "k", columns) for p in read_pairs(shard, columns))
     assert (pair.image, pair.prompt, pair.error) == (PNG, "a", None)
+
+
+def test_named_columns_of_a_table(tmp_path):
+    write(tmp_path, {"0.png": PNG, "a.csv": b"image,caption,photo,alt\nx.png,no,0.png,a circle\n"})
+    columns = Columns("Photo", "alt")
+    (pair,) = (p for shard in plan_pairs(str(tmp_path / "a.csv"), 9, "k", columns) for p in read_pairs(shard, columns))
+    assert (pair.image, pair.prompt, pair.error) == (PNG, "a circle", None)
+
+
+def test_an_image_may_be_a_uri(tmp_path, gcs_server):
+    folder = f"gs://runs/{tmp_path.name}"
+    query = f"?endpoint_override={gcs_server}&scheme=http"
+    storage.write_bytes(f"{folder}/0.png{query}", PNG)
+    write(tmp_path, {"a.jsonl": lines(row(image=f"{folder}/0.png{query}"))})
+    (pair,) = (
+        p for shard in plan_pairs(str(tmp_path / "a.jsonl"), 9, "k", Columns()) for p in read_pairs(shard, Columns())
+    )
+    assert (pair.image, pair.file, pair.error) == (PNG, f"{folder}/0.png{query}", None)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "jsonl.gz", "json"])

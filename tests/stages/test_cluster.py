@@ -76,7 +76,9 @@ def test_start_reports_a_server_that_is_not_ray(environment, monkeypatch):
         assert "(no answer in 1 s)" in fault()
 
 
-def test_start_reports_a_temporary_path_that_is_too_long(environment, monkeypatch):
+@pytest.mark.parametrize("address", ["", "local"])
+def test_start_reports_a_temporary_path_that_is_too_long(environment, monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("RAY_TMPDIR", str(environment / ("d" * 80)))
     message = fault()
     assert "AF_UNIX path length" in message

@@ -382,6 +382,18 @@ def test_scores_of_removed_inputs_are_removed(tiny_pipeline, tmp_path, monkeypat
     assert sound["prompt"].tolist().count(CAPTIONS[0]) == 2
 
 
+def test_a_ray_that_does_not_start_leaves_the_folder_free(tiny_pipeline, tmp_path, monkeypatch):
+    def refuse():
+        raise ConfigError(["Ray cannot start"])
+
+    monkeypatch.setattr(stage, "start_ray", refuse)
+    config = config_of(tiny_pipeline, write_parquet(tmp_path), tmp_path / "run")
+    for seed in (0, 1):  # another run may use the folder
+        with pytest.raises(ConfigError, match="Ray cannot start"):
+            stage.score_pairs(config.model_copy(update={"seed": seed}))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def job(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "jobs/score.py", *arguments]
     environment = {**os.environ, "RAY_ADDRESS": "local"}  # a separate Ray instance
