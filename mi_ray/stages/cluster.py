@@ -39,7 +39,7 @@ def start_ray():
             # be interrupted.
             command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
             subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True)
-        ray.init(logging_level="warning", include_dashboard=False)  # it costs half a minute of one core
+        ray.init(logging_level="warning")  # with its dashboard: Ray Train asks it for the state of its actors
     except Exception as error:  # Ray raises many types
         text = (getattr(error, "stderr", None) or str(error) or type(error).__name__).strip()
         reason = f"no answer in {ANSWER_S} s" if isinstance(error, subprocess.TimeoutExpired) else text.splitlines()[-1]
