@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from mi_ray import storage
 from mi_ray.config import FinetuneConfig, RunConfig
 from mi_ray.config.section import ConfigError
-from mi_ray.diffusion.adapters import adapter_state, attach_adapter, load_adapter_state, save_adapter, save_weighted_sum
+from mi_ray.diffusion.adapter_files import save_adapter, save_weighted_sum
+from mi_ray.diffusion.adapters import adapter_state, attach_adapter, load_adapter_state
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.schedules import NoiseSchedule, epsilon_from, prediction_from, x0_from_epsilon
 from mi_ray.runs import lease
