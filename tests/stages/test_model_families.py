@@ -67,7 +67,7 @@ def ray():
     """One Ray for all runs of this file."""
     import ray
 
-    ray.init(address="local", num_cpus=2, logging_level="error")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error")
     yield
     ray.shutdown()
 
