@@ -1,6 +1,7 @@
 """The model card of a tuned model: what it was made of, how, and what the evaluation found."""
 
 import base64
+import html
 import io
 
 import yaml
@@ -9,7 +10,6 @@ from PIL import Image
 from mi_ray.config import RunConfig, without_revision
 from mi_ray.report.page import alignment_table, headline, plots, side_by_side
 from mi_ray.report.summary import summarise
-from mi_ray.storage import join, read_table
 
 _TITLES = {
     "differences": "Tuned − base",
@@ -54,20 +54,20 @@ def model_card(config: RunConfig, content: dict, arm: str, pipeline: str) -> dic
     facts = {"base model": base + (f", commit or digest `{commit}`; " if commit else "; ") + "its licence applies"}
     facts |= _facts(config, content, report, arm)
     title, verdict = headline(report)
-    held_out = read_table(join(config.run_dir, "prompts", "evaluation.parquet"))["prompt"].to_pylist()
+    cards = side_by_side(config.run_dir, report["guidance"].get("headline"))[:_PROMPTS] if report["alignment"] else []
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         "# " + ("Tuned" if arm == "tuned" else f"Control {arm}: tuned") + f" from {base}",
         f"**{title}.** {verdict}",
         "\n".join(f"- {name}: {text}" for name, text in facts.items()),
-        _USE.format(pipeline=pipeline, prompt=held_out[0]),
+        _USE.format(pipeline=pipeline, prompt=cards[0]["prompt"] if cards else "a prompt"),
     ]
     if report["alignment"]:
         parts.append(f"## Evaluation\n\n```\n{alignment_table(report)}\n```")
     files = {}
-    if arm == "tuned" and (cards := side_by_side(config.run_dir, report["guidance"].get("headline"))[:_PROMPTS]):
+    if cards and arm == "tuned":
         files["figures/samples.png"] = _samples(cards)
-        prompts = "; ".join(f"“{card['prompt']}”" for card in cards)
+        prompts = "; ".join(f"“{html.escape(card['prompt'])}”" for card in cards)
         parts.append(
             f"![Base and tuned model](figures/samples.png)\n\nA row a prompt, base left, tuned right: {prompts}"
         )

@@ -3,6 +3,8 @@
 import tempfile
 from pathlib import Path
 
+from peft import LoraConfig
+
 from mi_ray.config import RunConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.adapter_files import CONFIG, WEIGHTS, convert_adapter
@@ -51,6 +53,9 @@ def _convert(config: RunConfig, folder: Path):
         convert_adapter(_local(place, folder / "download"), folder, pipeline_class(path), load_network_on_meta(path))
     except (ValueError, OSError) as error:
         raise ConfigError([f"finetune.start_from: {error}"]) from error
+    if config.finetune.baseline and LoraConfig.from_pretrained(str(folder)).use_dora:
+        fault = f"finetune.start_from: {place!r} is a DoRA, and updates of DoRA cannot be subtracted"
+        raise ConfigError([f"{fault}: set finetune.baseline: 0"])
 
 
 def _local(place: str, copy: Path) -> str:
