@@ -101,10 +101,10 @@ def save_model(name: str, folder: Path) -> list[str]:
         f"model: {{path: {model}, height: {case.size}, width: {case.size}}}\n"
         "prompts: {limit: 2}\n"
         f"sampler: &sampler {{solver: {case.solver}, num_inference_steps: 4}}\n"
-        "generate: {candidates_per_prompt: 2, preview_prompts: 1}\n"
+        "generate: {candidates_per_prompt: 2, preview_prompts: 1, alignment: []}\n"
         f"score: {{names: [{own}, pmi_contrastive], neighbours: 1}}\n"
         "finetune: {learning_rate: 0.1, rank: 2, alpha: 4, steps: 2, batch_size: 2}\n"
-        "evaluation: {limit: 1, images_per_prompt: 2, sampler: *sampler}\n"
+        "evaluation: {limit: 1, images_per_prompt: 2, alignment: [], sampler: *sampler}\n"
     )
     return [*SMOKE, "--config", str(settings)]
 
