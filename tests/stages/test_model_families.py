@@ -164,8 +164,8 @@ def test_a_run_starts_from_a_users_adapter(updates, job, tmp_path):
             parameter.data += 0.3 * torch.randn_like(parameter)
     save_adapter(model, tmp_path / "mine", "some/model")
     run = tmp_path / "run"
-    online = ["--online.updates", 1, "--finetune.method", "nft", "--online.inner-steps", 1] if updates else []
-    online += ["--online.validation-prompts", 1, "--prompts.limit", 3] if updates else []
+    online = ["--online.updates", 1, "--online.inner-steps", 1, "--online.prompts-per-update", 4] if updates else []
+    online += ["--online.validation-prompts", 4, "--prompts.limit", 8, "--finetune.method", "nft"] if updates else []
     job(
         "pipeline",
         *arguments,
