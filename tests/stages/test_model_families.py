@@ -128,13 +128,19 @@ def of_stock(name: str, folder: Path, run: Path) -> np.ndarray:
     return 255 * pipe(list(rows["prompt"]), latents=(case.given or case.packed)(latents), **settings).images
 
 
+def only_if_asked(request):
+    if not request.config.getoption("--all-families"):
+        pytest.skip("make families")
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_whole_run_from_the_command_line(name, job, tmp_path, request):
-    """Generate, score, select, fine-tune, evaluate, report; then export. The stock pipeline makes the same images."""
-    if name not in IN_EVERY_TEST_RUN and not request.config.getoption("--all-families"):
-        pytest.skip("make families")
+    """Generate, score, select, fine-tune, evaluate, report; then export and rescore. The stock pipeline makes the same
+    images."""
+    if name not in IN_EVERY_TEST_RUN:
+        only_if_asked(request)
     run, out = tmp_path / "run", tmp_path / "exported"
     printed = job("pipeline", *save_model(name, tmp_path), "--run-dir", run)
     assert "tuned − base" in printed
@@ -149,12 +155,22 @@ def test_a_whole_run_from_the_command_line(name, job, tmp_path, request):
     assert str(tmp_path) not in card
     assert (out / "adapter/comfyui.safetensors").exists() == (run / "round-0/adapter/comfyui.safetensors").exists()
 
+    own = FLOW_SCORES if FAMILIES[name].flow else ("mitune", "mitune_eq2")
+    job("rescore", "--run-dir", run, "--score.names", ",".join(own))
+    first, again = (
+        storage.read_tables(str(run / folder)).to_pandas().set_index(["prompt_id", "candidate_index"])
+        for folder in ("round-0/candidates", "rescored/round-0")
+    )
+    np.testing.assert_allclose(again[f"score_{own[0]}"], first.loc[again.index, f"score_{own[0]}"], rtol=1e-5)
+    assert again[f"score_{own[-1]}"].gt(0).all()
+
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("updates", [0, 1])
-def test_a_run_starts_from_a_users_adapter(updates, job, tmp_path):
+def test_a_run_starts_from_a_users_adapter(updates, job, tmp_path, request):
     """Rounds and online: the model with the adapter is evaluated as base, and the adapter is trained further."""
+    only_if_asked(request)
     name = "StableDiffusion3Pipeline"
     arguments = save_model(name, tmp_path)
     network = load_denoiser(str(tmp_path / "model"), device="cpu").network
