@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN_DIR ?= runs/demo
 
-.PHONY: demo demo-paper test lint clean
+.PHONY: demo demo-paper test families lint clean
 
 demo: .venv/installed  ## online fine-tuning of the embedded model, from prompts to a report, on two CPU cores
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes.yaml --run-dir $(RUN_DIR)
@@ -13,6 +13,9 @@ demo-paper: .venv/installed  ## the same with the paper's procedure: keep the be
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
+families: .venv/installed-test  ## a whole run with every model family
+	$(BIN)/python -m pytest -q tests/stages/test_model_families.py --all-families
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

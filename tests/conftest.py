@@ -30,6 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-families", action="store_true", help="whole runs with every model family: five minutes")
+
+
 @pytest.fixture(scope="module")
 def s3_server():
     """The address of an S3 server in this process, without buckets. Its credentials are in the environment."""

@@ -176,6 +176,13 @@ def test_all_rooms_except_stages_import_without_ray():
 
 def test_help_and_status_do_not_import_torch():
     block = "import sys; sys.modules['torch'] = sys.modules['ray'] = None; "
-    names = ("config.command_line", "config", "inputs.pair_config", "inputs.more_prompts_config", "runs.status")
+    names = (
+        "config.command_line",
+        "config",
+        "config.export",
+        "inputs.pair_config",
+        "inputs.more_prompts_config",
+        "runs.status",
+    )
     code = block + "; ".join(f"import mi_ray.{name}" for name in names)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -84,16 +84,36 @@ def ddim(**settings) -> diffusers.DDIMScheduler:
 
 
 # ---------------------------------------------------------------------------------------------- families
-def stable_diffusion_xl(**settings) -> diffusers.StableDiffusionXLPipeline:
-    unet = diffusers.UNet2DConditionModel(
+def unet(width: int, **settings) -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(
         sample_size=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(8, 16),
         layers_per_block=1,
-        cross_attention_dim=2 * WIDTH,
+        cross_attention_dim=width,
         attention_head_dim=2,
         norm_num_groups=4,
+        **settings,
+    ).eval()
+
+
+def stable_diffusion() -> diffusers.StableDiffusionPipeline:
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(scaling_factor=0.5),
+        text_encoder=clip(transformers.CLIPTextModel),
+        tokenizer=build_tokenizer(),
+        unet=unet(WIDTH),
+        scheduler=ddim(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl(**settings) -> diffusers.StableDiffusionXLPipeline:
+    network = unet(
+        2 * WIDTH,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 * 4 + WIDTH,
@@ -104,7 +124,7 @@ def stable_diffusion_xl(**settings) -> diffusers.StableDiffusionXLPipeline:
         text_encoder_2=clip(transformers.CLIPTextModelWithProjection),
         tokenizer=build_tokenizer(),
         tokenizer_2=build_tokenizer(),
-        unet=unet.eval(),
+        unet=network,
         scheduler=ddim(),
         add_watermarker=False,
         **settings,
@@ -471,6 +491,7 @@ def packed_by_row(latents: torch.Tensor) -> torch.Tensor:
 
 
 CASES = {
+    "StableDiffusionPipeline": Case(stable_diffusion),
     "StableDiffusionXLPipeline": Case(stable_diffusion_xl),
     "StableDiffusion3Pipeline": Case(stable_diffusion_3),
     "FluxPipeline": Case(flux, lambda w: {"true_cfg_scale": w, "negative_prompt": [""] * 2}, packed=pack),

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mi_ray.config.paths import SharedPath
 from mi_ray.config.section import Positive, Section, Share
 
 MethodName = Literal["supervised", "nft", "awm", "dgpo", "crd", "gors", "hn-itm"]
@@ -37,6 +38,13 @@ class FinetuneConfig(Section):
     alpha: Positive = Field(32, description="scale of the adapter: its output is multiplied by alpha / rank")
     target_modules: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"), description="layers that get an adapter, by the end of their names"
+    )
+    start_from: SharedPath | None = Field(
+        None,
+        description="a LoRA or DoRA of the model to train further: a folder of PEFT, or a .safetensors file with the"
+        " names of diffusers, kohya or ComfyUI. Its type, rank, alpha and layers are used instead of those above. The"
+        " model with it is the base model of the run: it makes the first candidates, and is evaluated as base; none: a"
+        " new adapter",
     )
     learning_rate: float = Field(1e-4, gt=0, description="learning rate of AdamW")
     lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(

@@ -1,20 +1,13 @@
-"""LoRA and DoRA adapters of a denoiser: attach, load, save for PEFT and for diffusers."""
+"""LoRA and DoRA adapters of a denoiser: attach, load, merge."""
 
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-_PEFT_PREFIX = "base_model.model."  # every module name of a PeftModel starts with it
-_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------- the adapter
@@ -59,6 +52,14 @@ def attach_adapter(
         init_lora_weights="gaussian",  # as in MI-TUNE's released code
     )
     return get_peft_model(network, config)
+
+
+def attach_saved(network: nn.Module, folder: str | Path) -> PeftModel:
+    """Freeze `network` and attach the adapter of a PEFT folder with its weights, to train it further.
+
+    The adapter's parameters are fp32 for any dtype of `network`.
+    """
+    return PeftModel.from_pretrained(network, str(folder), is_trainable=True)
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
@@ -108,51 +109,3 @@ class MergedAdapter:
             layer.merged_adapters = []
         load_adapter_state(self.model, state)
         self.model.merge_adapter()
-
-
-def save_adapter(model: PeftModel, folder: Path, base_model: str):
-    """Write the adapter into `folder`, for PEFT and for unmodified diffusers.
-
-    PEFT reads adapter_config.json and adapter_model.safetensors. `load_lora_weights` of the model's diffusers pipeline
-    reads pytorch_lora_weights.safetensors. The metadata of that file holds the configuration; without it diffusers
-    assumes alpha = rank.
-    """
-    config = LoraConfig(**model.peft_config["default"].to_dict())
-    config.base_model_name_or_path, config.inference_mode = base_model, True
-    network = "unet" if isinstance(model.base_model.model, UNet2DConditionModel) else "transformer"
-    _save(config, adapter_state(model), folder, network)
-
-
-def _save(config: LoraConfig, state: dict[str, Tensor], folder: Path, network: str):
-    config.target_modules = sorted(config.target_modules)  # the order of a set changes from run to run
-    config.save_pretrained(folder)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    layers = {name.removeprefix(_PEFT_PREFIX): value for name, value in state.items()}
-    metadata = {name: value for name, value in config.to_dict().items() if value is not None}
-    if network == "unet":
-        layers = convert_state_dict_to_diffusers(layers)
-        StableDiffusionPipeline.save_lora_weights(folder, layers, unet_lora_adapter_metadata=metadata)
-    else:  # all transformer pipelines have one format
-        StableDiffusion3Pipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
-
-
-def save_weighted_sum(terms: list[tuple[float, Path]], folder: Path):
-    """Write a LoRA adapter whose update is exactly the weighted sum of other adapters' updates.
-
-    Sum_i w_i B_i A_i = [w_1 B_1, w_2 B_2, ...] [A_1; A_2; ...] (task arithmetic: Ilharco et al., ICLR 2023).
-    The rank is the sum of the adapters' ranks.
-
-    Args:
-        terms: weight and folder of each adapter; all have the same rank, alpha and targets.
-    """
-    config = LoraConfig.from_pretrained(str(terms[0][1]))
-    states = [(weight, load_file(source / "adapter_model.safetensors")) for weight, source in terms]
-    summed = {}
-    for name in states[0][1]:
-        down = ".lora_A." in name
-        parts = [state[name] if down else weight * state[name] for weight, state in states]
-        summed[name] = torch.cat(parts, dim=0 if down else 1).contiguous()
-    config.r, config.lora_alpha = config.r * len(terms), config.lora_alpha * len(terms)  # alpha / rank stays the same
-    with safe_open(terms[0][1] / _DIFFUSERS_FILE, framework="pt") as file:
-        network = next(iter(file.keys())).partition(".")[0]
-    _save(config, summed, folder, network)

@@ -106,6 +106,16 @@ def load_network_on_meta(path: str) -> nn.Module:
     return on_meta(part_class(read_index(_folder_with(path, INDEX)), part), part_config(path, part))
 
 
+def pipeline_class(path: str) -> str:
+    """Name of the model's pipeline class in diffusers.
+
+    Raises:
+        ValueError: the model has none that is supported, or the hub cannot be asked.
+    """
+    _family_at(path)
+    return read_index(_folder_with(path, INDEX))["_class_name"]
+
+
 def distilled_reason(path: str) -> str | None:
     """Why a model has no trained unconditional prediction, so that scores against the empty prompt and
     classifier-free guidance mean little; None: it has one.

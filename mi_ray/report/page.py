@@ -271,9 +271,9 @@ def _strips(pool: list[dict], score: str, marking: Column | None = None) -> dict
 
 
 # ------------------------------------------------------------------------------------------ the page
-def _plots(report: dict) -> dict:
+def plots(report: dict) -> dict:
     """Data URIs of the figures for which this run has values."""
-    plots = {}
+    drawn = {}
     comparison = report["comparison"].get("tuned-base", {})
     for column in _primary(report)[:1]:
         groups = {"all": comparison.get(column.name)}
@@ -281,20 +281,20 @@ def _plots(report: dict) -> dict:
             groups |= {name: result.get(column.name) for name, result in comparison.get(grouping, {}).items()}
         groups = {name: result for name, result in groups.items() if result}
         if len(groups) > 1:
-            plots["differences"] = figures.difference_plot(groups, column)
+            drawn["differences"] = figures.difference_plot(groups, column)
     if report["selection"]["auc"]:
         labels = {column.name: label(column) for column in _primary(report)}
-        plots["auc"] = figures.auc_plot({labels[name]: aucs for name, aucs in report["selection"]["auc"].items()})
+        drawn["auc"] = figures.auc_plot({labels[name]: aucs for name, aucs in report["selection"]["auc"].items()})
     if report["selection"]["distributions"]:
-        plots["scores"] = figures.score_plot(report["selection"]["distributions"])
+        drawn["scores"] = figures.score_plot(report["selection"]["distributions"])
     if report["guidance"]:
-        plots["guidance"] = figures.guidance_plot(report["guidance"], _named(report, report["guidance"]["column"]))
+        drawn["guidance"] = figures.guidance_plot(report["guidance"], _named(report, report["guidance"]["column"]))
     if panels := figures.online_panels(report["online"], _validated(report)):
-        plots["online"] = figures.online_plot(panels, {arm: found["kept"] for arm, found in report["online"].items()})
+        drawn["online"] = figures.online_plot(panels, {arm: found["kept"] for arm, found in report["online"].items()})
     curves = {model: result for model, result in report["training"].items() if result["loss"]}
     if curves:
-        plots["training"] = figures.training_plot(curves)
-    return plots
+        drawn["training"] = figures.training_plot(curves)
+    return drawn
 
 
 def _named(report: dict, name: str) -> Column:
@@ -354,7 +354,7 @@ def render(report: dict, config: RunConfig) -> str:
         measured=[column for column in primary if column.name in report["selection"]["auc"]],
         pooled=[column for column in primary if f"kept_{column.name}" in report["selection"]],
         pairs=[pair for pair in pairs if pair in report["comparison"]],
-        plots=_plots(report),
+        plots=plots(report),
         guided=_named(report, report["guidance"]["column"]) if report["guidance"] else None,
         compared_at=compared_at(report),
         side_by_side=side_by_side(run_dir, report["guidance"].get("headline")),

@@ -8,7 +8,7 @@ import torch
 
 from mi_ray.alignment.metric import load_metrics, measure
 from mi_ray.config import RunConfig
-from mi_ray.diffusion.adapters import MergedAdapter, attach_adapter
+from mi_ray.diffusion.adapters import MergedAdapter, adapter_state, attach_adapter, attach_saved
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard
@@ -23,17 +23,26 @@ class PolicySampler:
 
     Scores are always computed with the base model. If the policy computed them, it could get a better score by becoming
     a worse judge.
+
+    Args:
+        start: local folder of the adapter that the run starts from; it is a part of the base model.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, start: str | None = None):
         self.config, tuning = config, config.finetune
-        self.base = load_denoiser(config.model.path, config.model.dtype, size=config.model.size)
+        model, settings = config.model, {"size": config.model.size}
+        self.base = plain = load_denoiser(model.path, model.dtype, **settings)
         batch_size = batch_at_size(self.base, config.resources.batch_size)
-        self.drawing = copy.copy(self.base)
-        self.drawing.network = copy.deepcopy(self.base.network)
-        adapted = attach_adapter(self.drawing.network, **tuning.adapter_settings)
-        self.adapter = MergedAdapter(adapted)
-        self.drawing.network = adapted.base_model.model
+        self.drawing = copy.copy(plain)
+        self.drawing.network = copy.deepcopy(plain.network)
+        if start is None:
+            self.adapter = MergedAdapter(attach_adapter(self.drawing.network, **tuning.adapter_settings))
+        else:
+            self.base = load_denoiser(model.path, model.dtype, adapter=start, beside=plain, **settings)
+            adapted = attach_saved(self.drawing.network, start)
+            self.adapter = MergedAdapter(adapted)
+            self.adapter.load(adapter_state(adapted))
+        self.drawing.network = self.adapter.model.get_base_model()
         for denoiser in (self.base, self.drawing):
             specialise(denoiser, config.model, batch_size)
         self.sampler = Sampler(self.drawing, config.sampler, batch_size, config.model.kernel)

@@ -19,6 +19,7 @@ from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
 from mi_ray.stages.shards import ShardWriter, run_stage
 from mi_ray.storage import tables
+from mi_ray.training.start import local_start
 
 
 class Evaluator:
@@ -32,7 +33,7 @@ class Evaluator:
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.config, self.model = config, model
         evaluation, path, dtype, size = config.evaluation, config.model.path, config.model.dtype, config.model.size
-        self.base = sampled = load_denoiser(path, dtype, size=size)
+        self.base = sampled = load_denoiser(path, dtype, adapter=local_start(config), size=size)
         batch_size = batch_at_size(self.base, config.resources.batch_size)
         if adapter:
             merged = storage.local_folder(adapter)
@@ -44,14 +45,12 @@ class Evaluator:
         self.samplers = {scale: Sampler(sampled, sampler, batch_size, kernel) for scale, sampler in by_scale}
         only_pmi = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, only_pmi, batch_size, config.seed, []) if evaluation.pmi else None
-
-        def calls() -> int:
-            return sum(denoiser.calls for denoiser in models)
-
         self.metrics = load_metrics(evaluation.alignment)
         self.reference = reference_of(self.metrics)
         schema = tables.evaluation_schema(columns_of(self.metrics))
-        self.write = ShardWriter("evaluate", model, folder, schema, config, token, calls)
+        self.write = ShardWriter(
+            "evaluate", model, folder, schema, config, token, lambda: sum(denoiser.calls for denoiser in models)
+        )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         return self.write(batch, self._rows)

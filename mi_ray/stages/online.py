@@ -28,6 +28,7 @@ from mi_ray.storage import tables
 from mi_ray.training.board import Meeting
 from mi_ray.training.loop import loop_settings, remove_checkpoints, train
 from mi_ray.training.online import best_version
+from mi_ray.training.start import local_start, start_adapter
 
 LOOK_S = 30.0  # seconds that an actor waits for a policy before it checks whether an earlier part was lost
 
@@ -79,7 +80,7 @@ class OnlineGenerator:
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.folder, self.candidates, self.board = folder, storage.join(folder, CANDIDATES), board
         self.plan = plan_of(config, source)
-        self.policy, self.loaded = PolicySampler(config), (0, False)
+        self.policy, self.loaded = PolicySampler(config, local_start(config)), (0, False)
         schema = tables.online_schema(config.score.names, columns_of(self.policy.validation_metrics))
         self.write = ShardWriter("online", "policy", self.candidates, schema, config, token, lambda: self.policy.calls)
 
@@ -165,7 +166,7 @@ def online(config: RunConfig, source: str, folder: str, name: str) -> str:
     generation.start()
     try:
         settings = {"prompts": source, "folder": folder, "board": board}
-        summary = train(config, loop_settings(config, None, folder, None, name, settings))
+        summary = train(config, loop_settings(config, None, folder, start_adapter(config), name, settings))
     except BaseException as error:
         board.end()
         interrupted = not isinstance(error, Exception)

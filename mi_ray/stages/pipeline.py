@@ -47,6 +47,7 @@ from mi_ray.training.baseline import subtract_baseline
 from mi_ray.training.log import check_loggers
 from mi_ray.training.loop import check_targets, finetune
 from mi_ray.training.select import select
+from mi_ray.training.start import start_adapter
 
 PACKAGES = ("torch", "ray", "diffusers", "transformers", "peft", "pyarrow", "numpy")
 
@@ -261,7 +262,7 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
     The arm `tuned` selects by `select.by`. A control is an arm with another selection. All arms share the candidates of
     the first round; in later rounds each arm generates with its own adapter. So arms differ only in the selection.
     """
-    config, run_dir = plan.config, plan.config.run_dir
+    config, run_dir, adapter = plan.config, plan.config.run_dir, start_adapter(plan.config)
     if config.online.updates:
         rewards = config.online.rewards if arm == "tuned" else (arm,)
         of_arm = config.model_copy(update={"online": config.online.model_copy(update={"rewards": rewards})})
@@ -270,7 +271,6 @@ def align(plan: Plan, arm: str = "tuned", until: str = "report") -> str | None:
     home, by = home_of(run_dir, arm), selects_by(config, arm)
     suffix = "" if arm == "tuned" else f"_{arm}"
     previews = plan.train.read(0, config.generate.preview_prompts)["prompt_id"].to_pylist()
-    adapter = None
     for r in range(config.rounds):
         candidates = storage.join(run_dir if r == 0 else home, f"round-{r}", "candidates")
         selected, tuned = (storage.join(home, f"round-{r}", name) for name in ("selected.parquet", "adapter"))

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from mi_ray.config import RunConfig
-from mi_ray.diffusion.adapters import save_weighted_sum
+from mi_ray.diffusion.adapter_files import save_weighted_sum
 from mi_ray.runs.layout import SUMMARY
 from mi_ray.storage import exists, join, local_folder, read_json, write_bytes, write_json
 

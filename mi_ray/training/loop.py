@@ -23,17 +23,12 @@ from diffusers.training_utils import EMAModel
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from mi_ray.config import RunConfig, without_revision
 from mi_ray.config.section import ConfigError, flatten
-from mi_ray.diffusion.adapters import (
-    attach_adapter,
-    load_adapter_state,
-    save_adapter,
-    target_faults,
-)
+from mi_ray.diffusion.adapter_files import save_adapter
+from mi_ray.diffusion.adapters import attach_adapter, attach_saved, target_faults
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.folders import load_network_on_meta
 from mi_ray.inputs.online_plan import plan_of
@@ -44,7 +39,7 @@ from mi_ray.storage import (
     exists,
     filesystem,
     join,
-    read_bytes,
+    local_folder,
     read_json,
     write_bytes,
     write_json,
@@ -53,6 +48,7 @@ from mi_ray.training.log import TrainingLog, check_loggers
 from mi_ray.training.losses import Batch, Objective, weights_of
 from mi_ray.training.online import OnlineSource, RunAway
 from mi_ray.training.optimization import Training, learning_rate_at, optimizer_step
+from mi_ray.training.start import check_start
 from mi_ray.training.training_set import KeptCandidates, read_training_set, trained_timesteps
 
 CHECKPOINTS = "checkpoints"  # folder in an adapter's folder, during the training
@@ -109,14 +105,14 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
     if settings["online"] is None:
         drawn = tuning.steps * tuning.gradient_accumulation * tuning.batch_size
         kept = read_training_set(settings["selected"], denoiser, config.seed, drawn)
-    torch.manual_seed(config.seed)  # the adapter's random matrix A must be the same on all workers and after a restart
-    model = attach_adapter(denoiser.network, **tuning.adapter_settings)
+    if settings["previous_adapter"]:
+        model = attach_saved(denoiser.network, local_folder(settings["previous_adapter"]))
+    else:
+        torch.manual_seed(config.seed)  # the random matrix A must be the same on all workers and after a restart
+        model = attach_adapter(denoiser.network, **tuning.adapter_settings)
     half = denoiser.network.dtype if denoiser.network.dtype != torch.float32 else None
     null = denoiser.encode_prompts([""]) if tuning.anchor_guidance > 1 else None
     objective = Objective(model, denoiser.schedule, tuning, half, null, denoiser.family.predict)
-    if settings["previous_adapter"]:
-        weights = read_bytes(join(settings["previous_adapter"], "adapter_model.safetensors"))
-        load_adapter_state(model, load_safetensors(weights))
     objective.start = [p.detach().clone() for p in objective.parameters_trained]
     if settings["online"] is not None:
         objective.old = [p.detach().clone() for p in objective.parameters_trained]
@@ -274,11 +270,14 @@ def _upload_adapter(objective: Objective, base_model: str, destination: str, val
 
 # ---------------------------------------------------------------------------------------------- the stage
 def check_targets(config: RunConfig):
-    """Check that each of `finetune.target_modules` binds to a layer; reads the network's configuration, no weights.
+    """Check that each of `finetune.target_modules` binds to a layer, or that `finetune.start_from` is an adapter of the
+    model; reads the network's configuration, no weights.
 
     Raises:
-        ConfigError: with one message for each target without a matching layer.
+        ConfigError: with one message for each target without a matching layer, or for the adapter.
     """
+    if config.finetune.start_from:
+        return check_start(config)
     if faults := target_faults(load_network_on_meta(config.model.path), config.finetune.target_modules):
         raise ConfigError([f"finetune.target_modules: {fault}" for fault in faults])
 
@@ -321,9 +320,10 @@ def finetune(config: RunConfig, selected: str, destination: str, previous_adapte
     Args:
         selected: URI of a table of schema `tables.SELECTED`.
         destination: URI of the adapter's folder. In the end it contains adapter_config.json, adapter_model.safetensors
-            (PEFT), pytorch_lora_weights.safetensors (diffusers), training.jsonl, tensorboard/ and summary.json; before
-            that also checkpoints/. With several nodes it must be on a shared disk or an object store.
-        previous_adapter: URI of the folder of the adapter to start from, that of an earlier round.
+            (PEFT), pytorch_lora_weights.safetensors (diffusers), comfyui.safetensors, training.jsonl, tensorboard/ and
+            summary.json; before that also checkpoints/. With several nodes it must be on a shared disk or an object
+            store.
+        previous_adapter: URI of the folder of the adapter to start from: of an earlier round, or of the user.
         name: name of the training run in Ray and in the trackers.
 
     Returns:

@@ -192,7 +192,7 @@ class Objective(nn.Module):
     only the model runs in `autocast_dtype`.
 
     Args:
-        model: the denoiser with a new PEFT adapter, whose output equals that of the base model.
+        model: the denoiser with the PEFT adapter that the run starts from: the base model of the losses.
         null: conditioning of one empty prompt, for a guided anchor.
         network_prediction: how the model's family calls its network, `Family.predict`.
     """

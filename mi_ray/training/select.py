@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -80,9 +81,9 @@ def _kept_of_part(uri: str, config: RunConfig, by: str, declared: Sequence[Colum
     rows = np.flatnonzero(pc.is_null(table["error"]).to_numpy())
     table = table.take(rows)
     ids = table["prompt_id"].to_numpy()
-    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]]) if len(ids) else np.empty(0, int)
+    ends = np.flatnonzero(np.r_[ids[1:] != ids[:-1], True]) + 1 if len(ids) else []  # none: all candidates failed
     kept = np.zeros(len(ids), bool)
-    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+    for start, stop in pairwise([0, *ends]):
         of_prompt = table.slice(start, stop - start).to_pydict()
         kept[start:stop] = keeps(of_prompt, ranks(of_prompt, by, config.seed, declared), by, config.select)
     return rows[kept], ids[kept]

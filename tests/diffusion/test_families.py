@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_families import CASES, VARIANTS
 
 from mi_ray.config import FinetuneConfig
-from mi_ray.diffusion.adapters import attach_adapter, save_adapter
+from mi_ray.diffusion.adapter_files import save_adapter
+from mi_ray.diffusion.adapters import attach_adapter
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.families import FAMILIES
 from mi_ray.diffusion.folder_checks import folder_parts, has_weights, read_index

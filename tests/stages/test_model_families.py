@@ -1,8 +1,7 @@
 """The stages of a run on a tiny model of each family: the checks, then candidates with all scores; and a whole run."""
 
 import io
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,18 +10,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_generate import PROMPTS, shard_batch
-from tiny_families import CASES, stable_diffusion_3
+from tiny_families import CASES
 
 from mi_ray import storage
 from mi_ray.config import FLOW_SCORES, RunConfig
 from mi_ray.config.command_line import load_config
+from mi_ray.diffusion.adapter_files import COMFYUI, WEIGHTS, save_adapter
+from mi_ray.diffusion.adapters import attach_adapter
+from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.families import FAMILIES
+from mi_ray.diffusion.folders import load_sizes, part_config
 from mi_ray.stages.generate import CandidateGenerator
 from mi_ray.stages.pipeline import Plan
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", "jobs/configs/shapes-smoke.yaml"]
+# A UNet with a size condition, a transformer, and packed latents with masked text. All families: make families.
+IN_EVERY_TEST_RUN = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -55,43 +61,138 @@ def test_a_run_is_planned_and_its_candidates_are_drawn_and_scored(name, tmp_path
     assert (found.std(0) > 0).all()
 
 
+# ---------------------------------------------------------------------------------------------- whole runs
+@pytest.fixture(scope="module")
+def ray():
+    """One Ray for all runs of this file."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def job(monkeypatch, capsys, ray):
+    """Runs a job of the command line in this process. Returns what it prints."""
+    monkeypatch.chdir(ROOT)
+
+    def run(name: str, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(f"jobs/{name}.py", run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def save_model(name: str, folder: Path) -> list[str]:
+    """A tiny model of the family. Returns the arguments of a short run with it."""
+    torch.manual_seed(0)
+    case, model, settings = CASES[name], folder / "model", folder / "settings.yaml"
+    pipeline = case.build()
+    with torch.no_grad():  # layers that start at zero would hide what goes into them
+        for parameter in getattr(pipeline, FAMILIES[name].network).parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    pipeline.save_pretrained(model)
+    own = "rfmi" if FAMILIES[name].flow else "mitune"
+    settings.write_text(
+        f"model: {{path: {model}, height: {case.size}, width: {case.size}}}\n"
+        "prompts: {limit: 2}\n"
+        f"sampler: &sampler {{solver: {case.solver}, num_inference_steps: 4}}\n"
+        "generate: {candidates_per_prompt: 2, preview_prompts: 1, alignment: []}\n"
+        f"score: {{names: [{own}, pmi_contrastive], neighbours: 1}}\n"
+        "finetune: {learning_rate: 0.1, rank: 2, alpha: 4, steps: 2, batch_size: 2}\n"
+        "evaluation: {limit: 1, images_per_prompt: 2, alignment: [], sampler: *sampler}\n"
+    )
+    return [*SMOKE, "--config", str(settings)]
+
+
+def evaluated(run: Path, model: str) -> np.ndarray:
+    """The two images of the evaluation, (2, height, width, 3)."""
+    rows = storage.read_tables(str(run / "evaluation" / model)).to_pandas()
+    return np.stack([np.array(Image.open(io.BytesIO(image["bytes"]))).astype(float) for image in rows["image"]])
+
+
+def of_stock(name: str, folder: Path, run: Path) -> np.ndarray:
+    """The images that the stock pipeline of a folder makes of the same prompt and seeds."""
+    case, rows = CASES[name], storage.read_tables(str(run / "evaluation/base")).to_pandas()
+    channels = FAMILIES[name].channels(part_config(str(folder), FAMILIES[name].network))
+    shape = (1, channels, *load_sizes(str(folder)).latent((case.size, case.size)))
+    latents = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in rows["seed"]])
+    pipe = getattr(diffusers, name).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"height": case.size, "width": case.size, "num_inference_steps": 4, "output_type": "np"}
+    settings |= case.settings | case.call(3.0)
+    return 255 * pipe(list(rows["prompt"]), latents=(case.given or case.packed)(latents), **settings).images
+
+
+def only_if_asked(request):
+    if not request.config.getoption("--all-families"):
+        pytest.skip("make families")
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_whole_run_of_a_flow_model_ends_with_an_adapter_for_its_stock_pipeline(tmp_path):
-    """Stable Diffusion 3 from the command line: generate, score, select, fine-tune, evaluate, report; then rescore."""
-    torch.manual_seed(0)
-    model, run, settings = tmp_path / "model", tmp_path / "run", tmp_path / "settings.yaml"
-    stable_diffusion_3().save_pretrained(model)
-    settings.write_text(
-        f"model: {{path: {model}, height: 64, width: 64}}\n"
-        "score: {names: [rfmi, pmi_contrastive], num_samples: 2}\n"
-        "sampler: {solver: ddim}\n"
-        "finetune: {learning_rate: 0.1}\n"
-        "evaluation: {sampler: {solver: ddim}}\n"
+@pytest.mark.parametrize("name", CASES)
+def test_a_whole_run_from_the_command_line(name, job, tmp_path, request):
+    """Generate, score, select, fine-tune, evaluate, report; then export and rescore. The stock pipeline makes the same
+    images."""
+    if name not in IN_EVERY_TEST_RUN:
+        only_if_asked(request)
+    run, out = tmp_path / "run", tmp_path / "exported"
+    printed = job("pipeline", *save_model(name, tmp_path), "--run-dir", run)
+    assert "tuned − base" in printed
+    assert (run / "report/index.html").exists()
+    base, tuned = evaluated(run, "base"), evaluated(run, "tuned")
+    assert np.abs(base - of_stock(name, tmp_path / "model", run)).max() <= 1
+    job("export", "--run-dir", run, "--out", out)
+    assert np.abs(tuned - of_stock(name, out, run)).max() <= 1
+    assert np.abs(tuned - base).max() > 5
+    card = (out / "README.md").read_text()
+    assert f"diffusers.{name}.from_pretrained" in card
+    assert str(tmp_path) not in card
+    assert (out / "adapter/comfyui.safetensors").exists() == (run / "round-0/adapter/comfyui.safetensors").exists()
+
+    own = FLOW_SCORES if FAMILIES[name].flow else ("mitune", "mitune_eq2")
+    job("rescore", "--run-dir", run, "--score.names", ",".join(own))
+    first, again = (
+        storage.read_tables(str(run / folder)).to_pandas().set_index(["prompt_id", "candidate_index"])
+        for folder in ("round-0/candidates", "rescored/round-0")
     )
-    environment = os.environ | {"RAY_ADDRESS": "local"}
-    command = [sys.executable, "jobs/pipeline.py", *SMOKE, "--config", str(settings), "--run-dir", str(run)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "tuned − base" in done.stdout
+    np.testing.assert_allclose(again[f"score_{own[0]}"], first.loc[again.index, f"score_{own[0]}"], rtol=1e-5)
+    assert again[f"score_{own[-1]}"].gt(0).all()
 
-    row = storage.read_tables(str(run / "evaluation/tuned")).to_pandas().iloc[0]
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(int(row["seed"])))
-    call = {"num_inference_steps": 6, "guidance_scale": 3.0, "height": 64, "width": 64, "output_type": "np"}
-    base = pipe(row["prompt"], latents=latents, **call).images[0]
-    pipe.load_lora_weights(run / "round-0/adapter", weight_name="pytorch_lora_weights.safetensors")
-    tuned = pipe(row["prompt"], latents=latents, **call).images[0]
-    found = np.array(Image.open(io.BytesIO(row["image"]["bytes"])))
-    assert np.abs(found - 255 * tuned).max() <= 1
-    assert np.abs(255 * (tuned - base)).max() > 5
 
-    scores = ["--score.names", "rfmi,rfmi_guided,flow_difference"]
-    command = [sys.executable, "jobs/rescore.py", "--run-dir", str(run), *scores]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    again = storage.read_tables(str(run / "rescored/round-0")).to_pandas().set_index(["prompt_id", "candidate_index"])
-    first = storage.read_tables(str(run / "round-0/candidates")).to_pandas().set_index(["prompt_id", "candidate_index"])
-    np.testing.assert_allclose(again["score_rfmi"], first.loc[again.index, "score_rfmi"], rtol=1e-5)
-    assert again["score_flow_difference"].gt(0).all()
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("updates", [0, 1])
+def test_a_run_starts_from_a_users_adapter(updates, job, tmp_path, request):
+    """Rounds and online: the model with the adapter is evaluated as base, and the adapter is trained further."""
+    only_if_asked(request)
+    name = "StableDiffusion3Pipeline"
+    arguments = save_model(name, tmp_path)
+    network = load_denoiser(str(tmp_path / "model"), device="cpu").network
+    model = attach_adapter(network, rank=3, alpha=6, target_modules=("to_q", "to_v"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    save_adapter(model, tmp_path / "mine", "some/model")
+    run = tmp_path / "run"
+    online = ["--online.updates", 1, "--online.inner-steps", 1, "--online.prompts-per-update", 4] if updates else []
+    online += ["--online.validation-prompts", 4, "--prompts.limit", 8, "--finetune.method", "nft"] if updates else []
+    job(
+        "pipeline",
+        *arguments,
+        *online,
+        *("--run-dir", run, "--finetune.start-from", tmp_path / "mine" / COMFYUI, "--finetune.learning-rate", 1e-9),
+    )
+    adapter = run / ("online" if updates else "round-0") / "adapter"
+    first, last = (load_file(folder / WEIGHTS) for folder in (run / "start", adapter))
+    assert first.keys() == last.keys()
+    for layer, value in first.items():
+        torch.testing.assert_close(last[layer], value, atol=1e-6, rtol=1e-5)
+    assert np.abs(evaluated(run, "base") - evaluated(run, "tuned")).max() <= 1
+    plain = of_stock(name, tmp_path / "model", run)
+    assert np.abs(evaluated(run, "base") - plain).max() > 5

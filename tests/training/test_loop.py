@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from mi_ray import storage
 from mi_ray.config import FinetuneConfig, RunConfig
 from mi_ray.config.section import ConfigError
-from mi_ray.diffusion.adapters import adapter_state, attach_adapter, load_adapter_state, save_adapter, save_weighted_sum
+from mi_ray.diffusion.adapter_files import WEIGHTS, save_adapter, save_weighted_sum
+from mi_ray.diffusion.adapters import adapter_state, attach_adapter, load_adapter_state
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.schedules import NoiseSchedule, epsilon_from, prediction_from, x0_from_epsilon
 from mi_ray.runs import lease
@@ -290,6 +291,18 @@ def test_later_round_starts_from_the_previous_adapter(tiny_pipeline, selected, t
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, atol=1e-8, rtol=1e-6)
+
+
+def test_training_starts_from_an_adapter_of_another_rank(tiny_pipeline, selected, tmp_path):
+    save_adapter(trained(load_unet(tiny_pipeline), "lora", rank=3, alpha=6), tmp_path / "start", "some/model")
+    idle = run_config(tiny_pipeline, workers=1, steps=1, gradient_accumulation=1, learning_rate=1e-12, weight_decay=0)
+    summary = in_process(idle, selected, tmp_path / "adapter", str(tmp_path / "start"))
+    assert not summary["outputs_changed"]
+    assert summary["trainable_parameters"] == sum(v.numel() for v in load_file(tmp_path / "start" / WEIGHTS).values())
+    first, last = (load_file(tmp_path / name / WEIGHTS) for name in ("start", "adapter"))
+    for name, weight in first.items():
+        torch.testing.assert_close(last[name], weight, atol=1e-8, rtol=1e-6)
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["lora_alpha"] == 6
 
 
 @pytest.mark.ray

@@ -87,6 +87,7 @@ def test_select_writes_kept_candidates_without_error_rows(tmp_path, by):
     ]
     rows.append(blank | {"prompt_id": "bad", "prompt": "bad", "error": "no"})
     storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist(rows, schema=schema))
+    storage.write_table(str(tmp_path / "candidates/part-1.parquet"), pa.Table.from_pylist(rows[-1:], schema=schema))
     config = RunConfig.model_validate(
         {
             "run_dir": str(tmp_path),

@@ -77,4 +77,5 @@ COGVIEW_4 = Family(
     predict=_prediction,
     text_limit=_TEXT_LENGTH,
     flow=FlowTimes(sigmas=_whole_timesteps, mu=_mu, unshifted=True),
+    comfyui=None,  # ComfyUI has no such model
 )

@@ -95,6 +95,8 @@ class Family:
     flow: how a flow model takes its noise levels; None: a variance-preserving model.
     decode, encode_image: the autoencoder, as `decode_scaled` and `encode_scaled`.
     rescale: what the stock pipeline does to a guided prediction before the solver; never part of a score.
+    comfyui: name of a transformer's layer in diffusers -> its name in an adapter for ComfyUI (comfy/lora.py); None:
+        ComfyUI has no such model, or other layers. A UNet has the names of the kohya scripts.
     distilled: (config of the network, model_index.json) -> why there is no trained unconditional prediction; None:
         there is one.
     half: dtype on a GPU if none is asked for. T5, Gemma and Qwen overflow in float16.
@@ -117,6 +119,7 @@ class Family:
     decode: Callable[[nn.Module, Tensor], Tensor] = decode_scaled
     encode_image: Callable[[nn.Module, Tensor], Tensor] = encode_scaled
     rescale: Rescale | None = None
+    comfyui: Callable[[str], str] | None = "transformer.{}".format
     distilled: Callable[[Config, Config], str | None] = lambda network, index: None
     half: str = "bfloat16"
     optional: tuple[str, ...] = ()

@@ -47,6 +47,32 @@ def _distilled(transformer: Config, index: Config) -> str | None:
     return "this Krea 2 is distilled for its steps" if index.get("is_distilled") else None
 
 
+# Names of layers in the authors' code, which ComfyUI has, by their names in diffusers.
+_ORIGINAL_NAMES = {
+    "transformer_blocks.": "blocks.",
+    "text_fusion.": "txtfusion.",
+    ".ff.": ".mlp.",
+    ".to_q": ".wq",
+    ".to_k": ".wk",
+    ".to_v": ".wv",
+    ".to_out.0": ".wo",
+    ".to_gate": ".gate",
+    "img_in": "first",
+    "final_layer.": "last.",
+    "time_embed.linear_1": "tmlp.0",
+    "time_embed.linear_2": "tmlp.2",
+    "time_mod_proj": "tproj.1",
+    "txt_in.linear_1": "txtmlp.1",
+    "txt_in.linear_2": "txtmlp.3",
+}
+
+
+def _comfyui(layer: str) -> str:
+    for ours, original in _ORIGINAL_NAMES.items():
+        layer = layer.replace(ours, original)
+    return f"diffusion_model.{layer}"
+
+
 KREA_2 = Family(
     title="Krea 2",
     network="transformer",
@@ -65,5 +91,6 @@ KREA_2 = Family(
     flow=FlowTimes(sigmas=evenly, mu=_mu, rounds=True),
     decode=QWEN_IMAGE.decode,
     encode_image=QWEN_IMAGE.encode_image,
+    comfyui=_comfyui,
     distilled=_distilled,
 )

@@ -57,4 +57,5 @@ LUMINA_2 = Family(
     # The pipeline takes the number of channels for the number of tokens; it matters only if the config shifts by size.
     flow=FlowTimes(sigmas=evenly, mu=linear_mu, tokens=lambda shape: shape[0]),
     rescale=_to_conditional_norm,
+    comfyui=None,  # ComfyUI joins queries, keys and values in one layer
 )

@@ -92,4 +92,5 @@ QWEN_IMAGE = Family(
     decode=_decode,
     encode_image=_encode_image,
     rescale=_to_conditional_norm,
+    comfyui="diffusion_model.{}".format,
 )

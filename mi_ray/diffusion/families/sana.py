@@ -70,4 +70,5 @@ SANA = Family(
     predict=_prediction,
     text_limit=_TEXT_LENGTH,
     flow=FlowTimes(),
+    comfyui=None,  # ComfyUI has no such model
 )

@@ -49,4 +49,5 @@ Z_IMAGE = Family(
     predict=_prediction,
     text_limit=_TEXT_LENGTH,
     flow=FlowTimes(sigmas=evenly, mu=linear_mu),
+    comfyui="diffusion_model.{}".format,
 )

@@ -1,0 +1,55 @@
+"""A tuned model as a folder of diffusers: the parts of the base model, and its network with the adapter merged in."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+
+from mi_ray.diffusion.adapter_files import COMFYUI, CONFIG, DIFFUSERS, WEIGHTS
+from mi_ray.diffusion.folder_checks import INDEX, family_of, read_index
+from mi_ray.diffusion.weights import part_class, quiet_loading, weight_names
+
+
+def check_out(out: Path):
+    """
+    Raises:
+        ValueError: the folder has files, or is a file.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{str(out)!r} exists and is not empty; give another folder")
+
+
+def export(model: Path, adapter: Path, out: Path, card: dict[str, bytes]):
+    """Write the model with its adapter merged in.
+
+    All parts but the network are copied as they are. The adapter is merged in float32, and the network is written in
+    the dtype of its own files. The adapter's files are copied into `adapter/`.
+
+    Args:
+        model: checked folder of the base model.
+        adapter: folder of the adapter, with the files of `save_adapter`.
+        out: folder that is missing or empty.
+        card: {path in the folder: content} of the model card.
+    """
+    index, part = read_index(model), family_of(model).network
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(model / INDEX, out / INDEX)
+    for name in index:
+        if name != part and (model / name).is_dir():
+            shutil.copytree(model / name, out / name)
+    with safe_open(model / part / weight_names(model, index, part)[0], framework="pt") as file:
+        dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    with quiet_loading():
+        settings = {"subfolder": part, "dtype": torch.float32, "use_safetensors": True}
+        network = part_class(index, part).from_pretrained(model, **settings)
+        merged = PeftModel.from_pretrained(network, str(adapter), torch_device="cpu").merge_and_unload()
+        merged.to(dtype).save_pretrained(out / part)
+    (out / "adapter").mkdir()
+    for name in (CONFIG, WEIGHTS, DIFFUSERS, COMFYUI):
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, out / "adapter" / name)
+    for name, content in card.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(content)

@@ -1,0 +1,117 @@
+"""A run that starts from a user's adapter, and the export of its result."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_loop import run_config, trained
+
+from mi_ray.config.section import ConfigError
+from mi_ray.diffusion.adapter_files import COMFYUI, WEIGHTS, save_adapter
+from mi_ray.scoring.policy import PolicySampler
+from mi_ray.stages.evaluate import Evaluator
+from mi_ray.training.export import check_out, export
+from mi_ray.training.loop import check_targets
+from mi_ray.training.start import local_start, start_adapter
+
+
+@pytest.fixture
+def mine(tiny_pipeline, tmp_path) -> Path:
+    """A file of ComfyUI: a LoRA of another rank than the configuration's."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
+    save_adapter(trained(unet, "lora", rank=3, alpha=6), tmp_path / "mine", "some/model")
+    return tmp_path / "mine" / COMFYUI
+
+
+@pytest.fixture
+def merged(tiny_pipeline, mine) -> dict[str, torch.Tensor]:
+    """The weights of the UNet with this adapter."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
+    return PeftModel.from_pretrained(unet, mine.parent).merge_and_unload().state_dict()
+
+
+def starting(tiny_pipeline, tmp_path, mine, **finetune):
+    config = run_config(tiny_pipeline, workers=1, start_from=str(mine), **finetune)
+    return config.model_copy(update={"run_dir": str(tmp_path / "run")})
+
+
+def same(found: dict, expected: dict):
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_the_adapter_is_kept_in_the_run_folder(tiny_pipeline, tmp_path, mine, merged):
+    config = starting(tiny_pipeline, tmp_path, mine)
+    check_targets(config)
+    assert not (tmp_path / "run").exists()
+    folder = start_adapter(config)
+    mine.unlink()
+    assert start_adapter(config) == folder
+    check_targets(config)  # a run that continues does not need the user's file
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
+    same(PeftModel.from_pretrained(unet, local_start(config)).merge_and_unload().state_dict(), merged)
+    assert start_adapter(run_config(tiny_pipeline, workers=1)) is None
+
+
+def test_the_model_with_the_adapter_is_the_base_model(tiny_pipeline, tmp_path, mine, merged):
+    """Of the evaluation, and of the rewards of an online run, whose first policy it is."""
+    config = starting(tiny_pipeline, tmp_path, mine)
+    start_adapter(config)
+    evaluator = Evaluator(config.model_dump(mode="json"), "base", str(tmp_path / "images"), None)
+    same(evaluator.base.network.state_dict(), merged)
+    policy = PolicySampler(config, local_start(config))
+    same(policy.base.network.state_dict(), merged)
+    drawn = policy.drawing.network.state_dict()
+    same({name.replace(".base_layer", ""): value for name, value in drawn.items() if "lora_" not in name}, merged)
+
+
+@pytest.mark.parametrize(
+    ("change", "finetune", "message"),
+    [
+        ("remove", {}, r"finetune\.start_from: .*does not exist"),
+        ("other model", {}, r"finetune\.start_from: .*layers that the model does not have"),
+        ("dora", {"baseline": 0.5, "adapter": "lora"}, r"finetune\.start_from: .*is a DoRA.*finetune\.baseline"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_refused_before_the_start(
+    tiny_pipeline, tmp_path, mine, change, finetune, message
+):
+    if change == "remove":
+        mine.unlink()
+    elif change == "dora":
+        unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
+        save_adapter(trained(unet, "dora"), mine.parent, "some/model")
+        mine = mine.parent
+    else:
+        unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
+        config = dict(unet.config) | {"down_block_types": ("CrossAttnDownBlock2D",) * 2}
+        save_adapter(trained(UNet2DConditionModel.from_config(config), "lora"), mine.parent, "some/model")
+    with pytest.raises(ConfigError, match=message):
+        check_targets(starting(tiny_pipeline, tmp_path, mine, **finetune))
+
+
+# ---------------------------------------------------------------------------------------------- export
+def test_an_exported_folder_is_the_stock_pipeline_with_the_adapter(tiny_pipeline, tmp_path, mine, merged):
+    half = tmp_path / "half"
+    shutil.copytree(tiny_pipeline, half)
+    UNet2DConditionModel.from_pretrained(half, subfolder="unet").half().save_pretrained(half / "unet")
+    for model, dtype in ((tiny_pipeline, torch.float32), (half, torch.float16)):
+        out = tmp_path / f"out-{dtype}"
+        check_out(out)
+        export(Path(model), mine.parent, out, {"README.md": b"card", "figures/a.svg": b"figure"})
+        pipe = StableDiffusionPipeline.from_pretrained(out)
+        if dtype == torch.float32:
+            same(pipe.unet.state_dict(), merged)
+        stored = load_file(out / "unet/diffusion_pytorch_model.safetensors")
+        assert {value.dtype for value in stored.values()} == {dtype}
+        before = StableDiffusionPipeline.from_pretrained(model)
+        same(pipe.vae.state_dict(), before.vae.state_dict())
+        assert (out / "README.md").read_text() == "card"
+        assert (out / "figures/a.svg").exists()
+        assert load_file(out / "adapter" / WEIGHTS).keys() == load_file(mine.parent / WEIGHTS).keys()
+        with pytest.raises(ValueError, match="not empty"):
+            check_out(out)
