@@ -19,7 +19,7 @@ from mi_ray.config import RunConfig, pinned
 from mi_ray.config.section import ConfigError, collecting
 from mi_ray.diffusion.folders import check_model, load_sizes, load_tokenizer, model_commit
 from mi_ray.inputs.prompts import PromptReader
-from mi_ray.inputs.shard_plan import Holdout, ShardPlan, write_prompts
+from mi_ray.inputs.shard_plan import Holdout, ShardPlan, with_details, write_prompts
 from mi_ray.report.page import alignment_table, write_report
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs.layout import (
@@ -211,7 +211,7 @@ def _check_alignment(config: RunConfig, *prompts: storage.ParquetRows | None) ->
             metrics = load_metrics(getattr(config, section).alignment)
             schema(columns_of(metrics))
             if metrics and table is not None:
-                batches = (batch["prompt"].to_pylist() for batch in table.batches(["prompt"]))
+                batches = map(with_details, table.batches(["prompt", "details"]))
                 check_prompts(metrics, chain.from_iterable(batches))
     if faults:
         raise ConfigError(faults)
