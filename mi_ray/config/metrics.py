@@ -8,9 +8,10 @@ from pydantic import AfterValidator, BeforeValidator
 from mi_ray.config.paths import model_place
 
 METRIC_NAMES = (
-    "oracle (only for prompts of the embedded world), clip-score, pick-score, hps-v2.1, blip-vqa, vqa-score,"
-    " soft-tifa@QUESTIONS, or your own package.module:Class (see README). name@MODEL takes another model than the"
-    " default one: a local folder, or owner/name or owner/name@revision of the hub; soft-tifa@QUESTIONS@MODEL"
+    "oracle (only for prompts of the embedded world), clip-score, pick-score, hps-v2.1, blip-vqa, vqa-score, soft-tifa"
+    " or soft-tifa@QUESTIONS, spatial-proxy, numeracy-proxy, 3-in-1-proxy, geneval-port, or your own"
+    " package.module:Class (see README). name@MODEL takes another model than the default one: a local folder, or"
+    " owner/name or owner/name@revision of the hub; soft-tifa@QUESTIONS@MODEL; name@A+B for several models"
 )
 
 
@@ -21,6 +22,8 @@ def metric_place(name: str) -> str:
         ValueError: as `model_place` does.
     """
     metric, at, places = name.partition("@")
+    if "+" in places and not os.path.exists(places):  # several models
+        return metric + at + "+".join(metric_place(f"@{place}")[1:] for place in places.split("+"))
     first, *rest = places.split("@")
     first = model_place(first) if first else first
     if os.path.isfile(first) and rest:  # a file of questions, then a model

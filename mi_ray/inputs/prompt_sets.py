@@ -1,7 +1,8 @@
 """Published prompt sets: what a file says about a prompt besides its text.
 
 - T2I-CompBench: `<category>_<part>.txt`. The name of the file is the category.
-- GenEval: JSON lines with `tag`, `include` and `exclude`. GenEval 2: JSON lines with `vqa_list`, `skills`, `atom_count`.
+- GenEval: JSON lines with `tag`, `include` and `exclude`.
+- GenEval 2: JSON lines with `vqa_list`, `skills` and `atom_count`.
 - PartiPrompts: TSV with `Category` and `Challenge`. DiffusionDB: Parquet with `prompt`.
 - DPG-Bench and DSG: CSV with one question a row; the rows of one `item_id` are one prompt.
 

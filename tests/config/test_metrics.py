@@ -16,7 +16,15 @@ def test_a_local_model_becomes_absolute_and_a_hub_model_stays(tmp_path, monkeypa
     (tmp_path / "questions.jsonl").touch()
     assert metric_place("soft-tifa@questions.jsonl@judges") == f"soft-tifa@{tmp_path}/questions.jsonl@{tmp_path}/judges"
     assert metric_place("soft-tifa@questions.jsonl@a/b@v1") == f"soft-tifa@{tmp_path}/questions.jsonl@a/b@v1"
-    for name in ("clip-score", "clip-score@owner/name", "clip-score@owner/name@v1", "mine:Metric", "random"):
+    assert metric_place("geneval-port@judges+a/b@v1") == f"geneval-port@{tmp_path}/judges+a/b@v1"
+    for name in (
+        "clip-score",
+        "3-in-1-proxy@a/b+c/d@v1+e/f",
+        "clip-score@owner/name",
+        "clip-score@owner/name@v1",
+        "mine:Metric",
+        "random",
+    ):
         assert metric_place(name) == name
 
 

@@ -1,4 +1,4 @@
-"""Published prompt sets: small files in their published forms, and the real files of T2I-CompBench where there are any."""
+"""Published prompt sets: small files in their published forms, and the real files of T2I-CompBench."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_geneval_2(tmp_path):
 
 def test_parti_prompts(tmp_path):
     (tmp_path / "PartiPrompts.tsv").write_text(
-        "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tmany\na \"quoted\" cat\tAnimals\tImagination\t\n"
+        'Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tmany\na "quoted" cat\tAnimals\tImagination\t\n'
     )
     assert found(tmp_path / "PartiPrompts.tsv") == [
         ("bond", "Abstract", None, {"challenge": "Basic"}),
@@ -61,7 +61,8 @@ def test_diffusion_db(tmp_path):
     assert found(tmp_path / "metadata.parquet", duplicates="drop") == [("a cat", None, None, {})]
 
 
-DPG = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
+DPG = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,\
+question_natural_language
 partiprompts7,"A red car, and a dog.",,1,0,entity,whole,entity - whole (car),Is there a car?
 partiprompts7,"A red car, and a dog.",,2,1,attribute,color,"attribute - color (car, red)",Is the car red?
 partiprompts7,"A red car, and a dog.",,4,"1, 2",relation,spatial,"relation (car, dog)",Is the car beside the dog?
@@ -78,7 +79,7 @@ def test_questions_of_dpg_are_joined_by_item(tmp_path):
         ("A red car, and a dog.", "partiprompts", None, details),
         ("Two cats.", None, None, one),
     ]
-    (tmp_path / "dpg_bench.csv").write_text(DPG.replace(',1,0,entity,whole,entity - whole (cats)', ',x,0,e,w,c'))
+    (tmp_path / "dpg_bench.csv").write_text(DPG.replace(",1,0,entity,whole,entity - whole (cats)", ",x,0,e,w,c"))
     with pytest.raises(ConfigError, match=r"line 5 is not a question .*; write a number as proposition_id"):
         found(tmp_path / "dpg_bench.csv")
 
