@@ -1,6 +1,7 @@
 """Names of metrics in a configuration. `alignment.metric` loads them."""
 
 import os
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
@@ -31,6 +32,18 @@ def metric_place(name: str) -> str:
     return metric + at + "@".join([first, *rest])
 
 
+def reward_place(text: str) -> str:
+    """A reward, name or name:weight, with the local paths of a metric's name made absolute.
+
+    Raises:
+        ValueError: as `metric_place` does.
+    """
+    name, colon, weight = text.rpartition(":")
+    if "@" in name and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", weight, re.IGNORECASE):
+        return metric_place(name) + colon + weight
+    return metric_place(text)
+
+
 def _listed(value: object) -> object:
     """A single name means a list with this name."""
     return (value,) if isinstance(value, str) else value
@@ -43,4 +56,5 @@ def _once(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 MetricName = Annotated[str, AfterValidator(metric_place)]  # also a name that is no metric, such as that of a score
+RewardName = Annotated[str, AfterValidator(reward_place)]
 MetricNames = Annotated[tuple[MetricName, ...], BeforeValidator(_listed), AfterValidator(_once)]

@@ -117,8 +117,31 @@ def prompt_aucs(candidates: pd.DataFrame, column: str, truth: Column) -> pd.Data
     return pd.DataFrame({"prompt_id": ids[pairs > 0], "auc": right[pairs > 0] / pairs[pairs > 0]})
 
 
+def prompt_correlations(candidates: pd.DataFrame, column: str, truth: Column) -> pd.DataFrame:
+    """Spearman's rank correlation of a score and a metric over the candidates of each prompt and round.
+
+    It is positive if the score is higher for better candidates. A constant score has the correlation 0.
+
+    Args:
+        candidates: as `prompt_aucs`.
+
+    Returns:
+        Columns prompt_id and correlation, one row per prompt and round in which the metric differs.
+    """
+    measured = candidates[candidates[column].notna() & candidates[truth.name].notna()]
+    keys = [measured["round"], measured["prompt_id"]]
+    ranks = measured[[column, truth.name]].astype(float).groupby(keys).rank()
+    ranks -= ranks.groupby(keys).transform("mean")
+    x, y = ranks[column], truth.sign * ranks[truth.name]
+    sums = pd.DataFrame({"xy": x * y, "xx": x * x, "yy": y * y}).groupby(keys).sum()
+    sums = sums[sums["yy"] > 0]
+    found = (sums["xy"] / np.sqrt(sums["xx"] * sums["yy"])).where(sums["xx"] > 0, 0.0)
+    return pd.DataFrame({"prompt_id": found.index.get_level_values("prompt_id"), "correlation": found.to_numpy()})
+
+
 def within_prompt_auc(aucs: PromptAverage) -> dict | None:
-    """{value, low, high, n_prompts} of `prompt_aucs`, averaged over the rounds of a prompt first. None without rows."""
+    """{value, low, high, n_prompts} of `prompt_aucs` or `prompt_correlations`, averaged over the rounds of a prompt
+    first. None without rows."""
     result = aucs.result()
     return result and {key: result[key] for key in ("value", "low", "high", "n_prompts")}
 

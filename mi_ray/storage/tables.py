@@ -48,7 +48,7 @@ def score_columns(names: tuple[str, ...]) -> list[pa.Field]:
 Metrics = Mapping[str, Sequence[Column]]  # {name of a metric in the configuration: its columns}
 _NO_METRICS: Metrics = MappingProxyType({})
 # Columns that readers of the tables add.
-_RESERVED_NAMES = {"update", "advantage", "pmi", "by_category", "by_split", "round", "lot", "value"}
+_RESERVED_NAMES = {"update", "advantage", "pmi", "by_category", "by_split", "round", "lot", "value", "judged"}
 
 
 def _with_metrics(before: list[pa.Field], metrics: Metrics, after: list[pa.Field]) -> pa.Schema:
