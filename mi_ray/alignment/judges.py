@@ -59,18 +59,22 @@ class Model:
                 f"names the model {self.model!r}, which is neither an existing folder nor a hub id: write"
                 " name@FOLDER, name@owner/name or name@owner/name@revision"
             )
+        config = self._fetched(known[1], self.config_file, known[2])
+        self._check_type(config.parent)
+        return config.parent, known[1], config.parent.name
+
+    def _fetched(self, hub_id: str, name: str, revision: str | None = None) -> Path:
+        """A file of a hub repository. The name of its folder is the commit; without a network it is the cached one."""
         from huggingface_hub import hf_hub_download
 
         try:
-            config = Path(hf_hub_download(known[1], self.config_file, revision=known[2]))
+            return Path(hf_hub_download(hub_id, name, revision=revision))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise Unusable(
-                f"needs the model {self.model!r}, which cannot be had from the hub: check the name and the network, or"
+                f"needs the model {hub_id!r}, which cannot be had from the hub: check the name and the network, or"
                 f" fetch it elsewhere and write name@FOLDER ({reason})"
             ) from error
-        self._check_type(config.parent)
-        return config.parent, known[1], config.parent.name
 
     def _check(self, folder: Path):
         """Check a local folder without loading the model."""
