@@ -88,3 +88,33 @@ def test_guidance_benchmark_compares_the_same_prompts_and_seeds(guidance):
 def test_guidance_benchmark_refuses_a_folder_without_a_run(guidance, tmp_path):
     with pytest.raises(ValueError, match=r"holds no run"):
         guidance.finished_run(str(tmp_path))
+
+
+@pytest.fixture
+def selection(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import selection
+
+    return selection
+
+
+def test_selection_benchmark_ranks_any_selector_by_a_graded_metric(selection):
+    """Two prompts with four candidates; the selector puts the second best first in `a` and is missing once in `b`."""
+    nan = float("nan")
+    candidates = pd.DataFrame(
+        {
+            "prompt_id": ["a"] * 4 + ["b"] * 4,
+            "category": ["color"] * 4 + ["shape"] * 4,
+            "right": [0.1, 0.4, 0.6, 0.9, 0.2, 0.2, 0.5, 0.8],
+            "judge": [1.0, 2.0, 4.0, 3.0, 1.0, 1.0, 2.0, nan],
+        }
+    )
+    cost = selection.Cost(total=48, spent=0.4, candidates=8)
+    truth = Column("right", "share of what is right", "share", 0, 1)
+    row = selection.findings(candidates, "judge", "judge", cost, 0.5, truth, 2)
+    assert (row["evaluations"], row["milliseconds"], row["mixed_prompts"]) == (6, 50.0, 2)
+    assert row["auc"] == pytest.approx((5 / 6 + 1) / 2)
+    assert row["correlation"] == pytest.approx((0.8 + 1) / 2)
+    assert row["top1_right"] == pytest.approx((0.6 + 0.5) / 2)
+    assert row["top2_right"] == pytest.approx(((0.6 + 0.9) / 2 + (0.5 + 0.2) / 2) / 2)
+    assert (row["auc_color"], row["auc_shape"]) == (pytest.approx(5 / 6), 1)

@@ -26,7 +26,7 @@ ARROWS = {
     "information": ("diffusion.schedules", "diffusion.conditioning"),
     "shapes": (),
     "language": ("shapes",),
-    "alignment": ("shapes",),
+    "alignment": ("shapes", "language.nouns"),
     "scoring": ("config", "inputs", "diffusion", "information", "language", "alignment.metric"),
     "report": ("config", "storage", "alignment.metric"),
     "training": (*DATA, "diffusion", "information", "shapes", "alignment.metric", "scoring"),

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mi_ray.alignment.english import load_parser
 from mi_ray.alignment.judges import Judge, device, normalised, resized
-from mi_ray.alignment.metric import Column, Unusable
+from mi_ray.alignment.metric import Column
 from mi_ray.shapes.grammar import noun_phrase, parse
 
 SIZE = 480  # height and width of the images in pixels; positions of models for other sizes are interpolated
 MAX_CHUNKS, MAX_TOKENS = 8, 35
-PARSER = "en_core_web_sm"
 _NO_OBJECTS = ("top", "the side", "the left", "the right")  # noun chunks that are parts of relations
 
 
@@ -117,16 +117,7 @@ def spacy_chunks() -> Callable[[str], list[str]]:
     """The texts of spaCy's noun chunks in a prompt, with their determiners.
 
     Raises:
-        Unusable: spaCy or its English model is not installed.
+        Unusable: as `load_parser`.
     """
-    try:
-        import spacy
-    except ImportError as error:
-        raise Unusable('blip-vqa needs spaCy, which is not installed; run: pip install "mi-ray[nlp]"') from error
-    try:
-        parser = spacy.load(PARSER)
-    except OSError as error:
-        raise Unusable(
-            f"blip-vqa needs the spaCy model {PARSER}, which is not installed; run: python -m spacy download {PARSER}"
-        ) from error
+    parser = load_parser("blip-vqa")
     return lambda prompt: [chunk.text for chunk in parser(prompt).noun_chunks]

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from mi_ray.alignment.judges import Judge, cropped, normalised
+from mi_ray.alignment.judges import Judge, Model, cropped, normalised
 
 
-class ClipJudge(Judge):
-    """A metric by transformers' CLIPModel and its tokenizer. A subclass turns the cosine into its value."""
+class Clip(Model):
+    """transformers' CLIPModel and its tokenizer."""
 
     model_types = ("clip",)
     clip = None  # CLIPModel, loaded by `prepare`
@@ -19,6 +19,10 @@ class ClipJudge(Judge):
 
             self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
             self.clip = self.load(CLIPModel)
+
+
+class ClipJudge(Clip, Judge):
+    """A metric by CLIP. A subclass turns the cosine into its value."""
 
     def fitted(self, image: np.ndarray, size: int) -> np.ndarray:
         """An image (h, w, 3) uint8 as the (size, size, 3) that the vision model reads."""

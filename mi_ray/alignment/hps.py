@@ -1,5 +1,6 @@
 """Human Preference Score v2.1 (Wu et al., 2023, arXiv 2306.09341)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,15 @@ class HpsV21(ClipJudge):
     weights = (CHECKPOINT,)
     config_file = "README.md"  # the hub repository of the weights has no config.json
 
+    def __init__(self, model: str = ""):
+        super().__init__(model)
+        self.built_from = {"pretrained_model_name_or_path": str(self.folder)}  # architecture and tokenizer
+        if self.hub_id:
+            commit = self._fetched(ARCHITECTURE, "config.json").parent.name
+            self.built_from = {"pretrained_model_name_or_path": ARCHITECTURE, "revision": commit}
+            revision = f"{self.revision}; {ARCHITECTURE}@{commit}"
+            self.columns = tuple(replace(column, revision=revision) for column in self.columns)
+
     def _check_type(self, folder: Path):
         if Path(self.model).is_dir():
             super()._check_type(folder)
@@ -65,18 +75,16 @@ class HpsV21(ClipJudge):
             import torch
             from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-            place, checkpoint = str(self.folder), self.folder / CHECKPOINT
+            checkpoint = self.folder / CHECKPOINT
             if self.hub_id:
-                from huggingface_hub import hf_hub_download
-
-                place, checkpoint = ARCHITECTURE, hf_hub_download(self.hub_id, CHECKPOINT, revision=self.revision)
+                checkpoint = self._fetched(self.hub_id, CHECKPOINT, self.revision)
             published = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            clip = CLIPModel(CLIPConfig.from_pretrained(place))
+            clip = CLIPModel(CLIPConfig.from_pretrained(**self.built_from))
             try:
                 clip.load_state_dict(clip_weights(published.get("state_dict", published)))
             except (KeyError, RuntimeError) as error:
                 raise Unusable(f"cannot use {checkpoint}: {' '.join(str(error).split())[:300]}") from error
-            self.tokenizer, self.clip = AutoTokenizer.from_pretrained(place), clip.eval().to(device())
+            self.tokenizer, self.clip = AutoTokenizer.from_pretrained(**self.built_from), clip.eval().to(device())
 
     def fitted(self, image: np.ndarray, size: int) -> np.ndarray:
         return padded(image, size)

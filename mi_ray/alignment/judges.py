@@ -26,10 +26,8 @@ _PIECES, _PIECE = 64, 4096  # of a file, evenly from its beginning to its end, a
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, used by BLIP too
 
 
-class Judge(Metric):
-    """A metric that a transformers model computes. Its columns carry the model, revision, template and library.
-
-    A subclass declares the fields below and implements `measure`. It loads its model with `load`.
+class Model:
+    """A transformers model that a metric uses: where it is found, how it is checked, loaded and named.
 
     Args:
         model: a local folder, or owner/name or owner/name@revision of the hub; empty: `default`.
@@ -40,8 +38,7 @@ class Judge(Metric):
 
     default: str  # hub id of the model that the metric was published with
     model_types: tuple[str, ...] = ()  # values of model_type in the model's config.json; empty: any
-    template: str  # text that the model gets for a prompt
-    declared: tuple[Column, ...]  # the columns without their model
+    template: str | None = None  # text that the model gets for a prompt; None: it reads no text
     weights: tuple[str, ...] = WEIGHTS  # names of files; the model has one of them
     config_file: str = "config.json"  # file of the hub repository that names the commit
     batch_size = 32  # images that the model reads at once
@@ -51,11 +48,6 @@ class Judge(Metric):
         self.folder, self.hub_id, self.revision = self._find()
         if not self.hub_id:
             self._check(self.folder)
-        library = f"transformers {version('transformers')}"
-        self.columns = tuple(
-            replace(column, model=self.model, revision=self.revision, template=self.template, library=library)
-            for column in self.declared
-        )
 
     def _find(self) -> tuple[Path, str, str]:
         """The local folder (of a hub model: with its configuration only), the hub id or "", and the revision."""
@@ -67,18 +59,22 @@ class Judge(Metric):
                 f"names the model {self.model!r}, which is neither an existing folder nor a hub id: write"
                 " name@FOLDER, name@owner/name or name@owner/name@revision"
             )
+        config = self._fetched(known[1], self.config_file, known[2])
+        self._check_type(config.parent)
+        return config.parent, known[1], config.parent.name
+
+    def _fetched(self, hub_id: str, name: str, revision: str | None = None) -> Path:
+        """A file of a hub repository. The name of its folder is the commit; without a network it is the cached one."""
         from huggingface_hub import hf_hub_download
 
         try:
-            config = Path(hf_hub_download(known[1], self.config_file, revision=known[2]))
+            return Path(hf_hub_download(hub_id, name, revision=revision))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise Unusable(
-                f"needs the model {self.model!r}, which cannot be had from the hub: check the name and the network, or"
+                f"needs the model {hub_id!r}, which cannot be had from the hub: check the name and the network, or"
                 f" fetch it elsewhere and write name@FOLDER ({reason})"
             ) from error
-        self._check_type(config.parent)
-        return config.parent, known[1], config.parent.name
 
     def _check(self, folder: Path):
         """Check a local folder without loading the model."""
@@ -127,6 +123,40 @@ class Judge(Metric):
         yield from (slice(start, start + self.batch_size) for start in range(0, count, self.batch_size))
 
 
+class Judge(Model, Metric):
+    """A metric that a transformers model computes. Its columns carry the model, revision, template and library.
+
+    A subclass declares the fields of `Model` and `declared`, and implements `measure`. It loads its model with `load`.
+    """
+
+    declared: tuple[Column, ...]  # the columns without their model
+
+    def __init__(self, model: str = ""):
+        super().__init__(model)
+        self.columns = tuple(described(column, self) for column in self.declared)
+
+
+def several(argument: str, count: int) -> list[str]:
+    """The models of a metric that has `count` of them, from the text after @: A+B+C. Empty: the default one.
+
+    Raises:
+        Unusable: there are more.
+    """
+    models = argument.split("+")
+    if len(models) > count:
+        raise Unusable(f"takes {count} models, but {argument!r} names {len(models)}: write at most {count}, A+B")
+    return models + [""] * (count - len(models))
+
+
+def described(column: Column, *models: Model) -> Column:
+    """A column with the model, revision and template of each of its models, and the version of transformers."""
+    known = {
+        key: "; ".join(filter(None, (getattr(model, key) for model in models))) or None
+        for key in ("model", "revision", "template")
+    }
+    return replace(column, **known, library=f"transformers {version('transformers')}")
+
+
 def device() -> str:
     """The device of all judges in this process."""
     import torch
@@ -134,21 +164,29 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def normalised(images: list[np.ndarray]) -> "torch.Tensor":
-    """Images (h, w, 3) uint8 as the input of CLIP and BLIP, (n, 3, h, w) fp32."""
+def normalised(
+    images: list[np.ndarray], mean: tuple[float, ...] = _MEAN, std: tuple[float, ...] = _STD
+) -> "torch.Tensor":
+    """Images (h, w, 3) uint8 as the input of a model, by default of CLIP and BLIP: (n, 3, h, w) fp32."""
     import torch
 
-    scaled = (np.stack(images).astype(np.float32) / 255 - np.float32(_MEAN)) / np.float32(_STD)
+    scaled = (np.stack(images).astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
     return torch.from_numpy(scaled).permute(0, 3, 1, 2).to(device())
 
 
-def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """An image (h, w, 3) uint8 at another size, bicubic with antialiasing."""
+def resized(image: np.ndarray, height: int, width: int, how: str = "bicubic") -> np.ndarray:
+    """An image (h, w, 3) uint8 at another size, bicubic or bilinear, with antialiasing."""
     from PIL import Image
 
     if image.shape[:2] == (height, width):
         return image
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[how.upper()]))
+
+
+def fitted_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+    """The (height, width) with the short side `short`, or less if the long side would be longer than `long`."""
+    scale = min(short / min(height, width), long / max(height, width))
+    return round(height * scale), round(width * scale)
 
 
 def cropped(image: np.ndarray, size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,10 @@ METRICS = {
     "blip-vqa": "mi_ray.alignment.blip_vqa:BlipVqa",
     "vqa-score": "mi_ray.alignment.vqa_score:VqaScore",
     "soft-tifa": "mi_ray.alignment.soft_tifa:SoftTifa",
+    "spatial-proxy": "mi_ray.alignment.spatial_proxy:SpatialProxy",
+    "numeracy-proxy": "mi_ray.alignment.numeracy_proxy:NumeracyProxy",
+    "3-in-1-proxy": "mi_ray.alignment.three_in_one_proxy:ThreeInOneProxy",
+    "geneval-port": "mi_ray.alignment.geneval_port:GenEvalPort",
 }
 SHOWN_PROMPTS = 3  # number of prompts in a message
 
@@ -74,12 +79,14 @@ class Metric(ABC):
 
     columns: tuple[Column, ...]  # the first is the primary one: headline, AUC and calibration use it
     reads_only: str = ""  # the prompts that it can read, for the message that refuses others
+    reads_all: bool = True  # False: a prompt that it cannot read has no value; it must read at least one prompt
     image_size: tuple[int, int] | None = None  # (height, width) of the images that it can read; None: any size
     # Real images for the quality measures, if they exist: (prompt, seed) -> (h, w, 3) uint8.
     reference: Callable[[str, int], np.ndarray] | None = None
 
     def reads(self, prompt: str) -> bool:
-        """Whether the metric can read a prompt. A run with a prompt that it cannot read is refused at the start."""
+        """Whether the metric can read a prompt. A run with a prompt that it cannot read is refused at the start, or
+        without `reads_all`, a run with no prompt that it can read. `details_of(prompt)` has the prompt's columns."""
         return True
 
     @abstractmethod
@@ -150,7 +157,7 @@ def reference_of(metrics: Mapping[str, Metric]) -> Callable[[str, int], np.ndarr
 
 
 def check_prompts(metrics: Mapping[str, Metric], prompts: Iterable[str]):
-    """Check that every metric can read every prompt.
+    """Check that every metric can read every prompt, or without `reads_all` at least one.
 
     Raises:
         ValueError: with one line for each metric that cannot, with the first prompts that it cannot read.
@@ -163,15 +170,19 @@ def check_prompts(metrics: Mapping[str, Metric], prompts: Iterable[str]):
                 counts[name] += 1
                 if len(shown[name]) < SHOWN_PROMPTS:
                     shown[name].append(repr(prompt))
-    if counts:
-        raise ValueError(
-            "\n".join(
-                f"the {name} reads only {metrics[name].reads_only or 'some prompts'}, not {', '.join(shown[name])}"
-                f" ({count} of {total}); {'set it to none' if len(metrics) == 1 else f'remove {name}'} for your own"
-                " prompts"
-                for name, count in counts.items()
-            )
-        )
+    faults = [
+        f"the {name} reads only {metrics[name].reads_only or 'some prompts'}, not {', '.join(shown[name])}"
+        f" ({count} of {total}); {'set it to none' if len(metrics) == 1 else f'remove {name}'} for your own prompts"
+        for name, count in counts.items()
+        if metrics[name].reads_all or count == total
+    ]
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def details_of(prompt: str) -> Mapping[str, Any]:
+    """What the file of a prompt says about it: {column: value}, such as its questions. Empty for a plain text."""
+    return getattr(prompt, "details", {})
 
 
 def check_image_size(metrics: Mapping[str, Metric], size: tuple[int, int]):

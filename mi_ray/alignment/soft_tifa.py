@@ -1,4 +1,4 @@
-"""Soft-TIFA of GenEval 2 (Kamath et al., 2025, arXiv 2512.16853), with questions from a file."""
+"""Soft-TIFA of GenEval 2 (Kamath et al., 2025, arXiv 2512.16853), with the questions of a prompt set or of a file."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mi_ray.alignment.chat_judge import ChatJudge
-from mi_ray.alignment.metric import Column, Unusable
+from mi_ray.alignment.metric import Column, Unusable, details_of
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -20,9 +20,13 @@ class SoftTifa(ChatJudge):
     space. Any other question counts Yes, yes and both after a space, whatever its answer, as in the released code
     (a6e82d2). There, first tokens that two spellings share count twice; here once.
 
+    The questions are the column `vqa_list` of the prompt set, a list of [question, answer], as in geneval2_data.jsonl.
+    Those of DPG-Bench and DSG have the answer yes; what a question depends on is not used, so the value is no score of
+    these benchmarks.
+
     Args:
-        argument: FILE or FILE@MODEL. The file has one JSON object per line with `prompt` and `vqa_list`, a list of
-            [question, answer], as geneval2_data.jsonl.
+        argument: nothing, MODEL, FILE or FILE@MODEL. The file has the questions of prompts that have none: one JSON
+            object per line with `prompt` and `vqa_list`.
 
     Raises:
         Unusable: the file is missing or has another form, or as `Judge`.
@@ -33,25 +37,36 @@ class SoftTifa(ChatJudge):
         Column("soft_tifa_gm", "Soft-TIFA GM: geometric mean over questions", "share", 0, 1, nullable=True),
         Column("soft_tifa_am", "Soft-TIFA AM: arithmetic mean over questions", "share", 0, 1, nullable=True),
     )
-    reads_only = "prompts with questions in its file"
+    reads_only = "prompts with questions: the column `vqa_list`, or soft-tifa@FILE with a file that has it"
+    file_questions: dict[str, list[tuple[str, str]]]  # of the file, by prompt
 
     def __init__(self, argument: str = ""):
         file, _, model = argument.partition("@")
+        if not Path(file).is_file() and not file.endswith(".jsonl"):
+            self.file_questions = {}
+            super().__init__(argument)
+            return
         if not Path(file).is_file():
             raise Unusable(
                 f"needs a file of questions, and {file!r} is none: write soft-tifa@FILE or soft-tifa@FILE@MODEL"
             )
         content = Path(file).read_bytes()
-        self.questions = _questions(file, content)
+        self.file_questions = _questions(file, content)
         super().__init__(model)
         source = f"; questions: {Path(file).name}, {hashlib.sha256(content).hexdigest()[:16]}"
         self.columns = tuple(replace(column, meaning=column.meaning + source) for column in self.columns)
 
     def reads(self, prompt: str) -> bool:
-        return prompt in self.questions
+        return bool(self.questions(prompt))
+
+    def questions(self, prompt: str) -> list[tuple[str, str]]:
+        """The questions about a prompt with their answers: those of the file, else of the prompt set."""
+        given = details_of(prompt).get("vqa_list", ())
+        pairs = [(str(pair[0]), str(pair[1])) for pair in given if isinstance(pair, list) and len(pair) == 2]
+        return self.file_questions.get(prompt) or pairs
 
     def measure(self, images: np.ndarray, prompts: list[str]) -> dict[str, list[float | None]]:
-        asked = [(row, *pair) for row, prompt in enumerate(prompts) for pair in self.questions.get(prompt, ())]
+        asked = [(row, *pair) for row, prompt in enumerate(prompts) for pair in self.questions(prompt)]
         found: list[list[float]] = [[] for _ in prompts]
         if asked:
             owners, questions, answers = zip(*asked, strict=True)

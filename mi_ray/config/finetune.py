@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mi_ray.config.metrics import RewardName
 from mi_ray.config.paths import SharedPath
 from mi_ray.config.section import Positive, Section, Share
 
@@ -121,7 +122,7 @@ class OnlineConfig(Section):
     )
     held_weight: float = Field(5.0, gt=0, description="weight of such a row in the loss; that of others is 1")
     shared_noise: bool = Field(True, description="true: all candidates of a prompt get the same noise and noise level")
-    rewards: tuple[str, ...] = Field(
+    rewards: tuple[RewardName, ...] = Field(
         (),
         description="rewards: scores, metrics of generate.alignment (their first column) or columns of these metrics."
         " A weight is optional (pmi_negatives, pmi:0.5). random: a control; none: select.by",

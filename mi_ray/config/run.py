@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from mi_ray.config.finetune import FinetuneConfig, OnlineConfig
 from mi_ray.config.generation import (
@@ -17,7 +17,7 @@ from mi_ray.config.generation import (
     SelectConfig,
 )
 from mi_ray.config.metrics import METRIC_NAMES, MetricName, MetricNames
-from mi_ray.config.paths import LocalOrUri, SharedPath, hashed_fields, without_revision
+from mi_ray.config.paths import LocalOrUri, ModelPath, SharedPath, hashed_fields, without_revision
 from mi_ray.config.section import Positive, Section, config_hash
 
 
@@ -55,6 +55,17 @@ class EvaluationConfig(Section):
         (), description="other selections to fine-tune on and evaluate: random, or metrics of generate.alignment"
     )
     pmi: bool = Field(True, description="compute the pmi score of every image, at every guidance scale")
+    encoder: ModelPath | None = Field(
+        None,
+        description="image encoder of transformers for the kernel distance and the diversity, such as"
+        " facebook/dinov2-base: a local folder or a hub id; none: the autoencoder of the model",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_unset_encoder(self, serialize: SerializerFunctionWrapHandler) -> dict:
+        """Leave out the encoder if it is not set: then the hash of other runs is stable."""
+        values = serialize(self)
+        return {name: value for name, value in values.items() if value is not None or name != "encoder"}
 
     @property
     def samplers(self) -> dict[float, SamplerConfig]:

@@ -1,6 +1,6 @@
 """Reads prompt files into prompt tables, one chunk in memory at a time, and writes prompt files.
 
-A prompt table has the columns prompt_id, prompt, category and split (the last two may be null).
+A prompt table has the columns prompt_id, prompt, category, split and details (the last three may be null).
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 
 from mi_ray import storage
 from mi_ray.config.section import ConfigError
-from mi_ray.inputs import text
+from mi_ray.inputs import prompt_sets, text
 from mi_ray.inputs.places import Kinds, Places, Seen
 from mi_ray.inputs.records import (
     PROMPT_COLUMNS,
@@ -30,14 +30,14 @@ from mi_ray.inputs.records import (
     read_records,
 )
 
-PROMPTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "category", "split")])
+PROMPTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "category", "split", "details")])
 
 ROWS_AT_ONCE = 1 << 14
 LONGEST_LINE = 1 << 20  # bytes
-_LABELS = ("category", "split")
+_LABELS = ("category", "split", "tag", "atom_count", *prompt_sets.DETAILS)
 _EXTENSIONS = ".txt, .jsonl, .json, .csv, .tsv (each also as .gz) or .parquet"
 _OPTION = re.compile(r"(?:^|\s)--[a-z]{1,12}(?:\s|$)")  # of a tool's command line
-_Row = tuple[int, str, str | None, str | None]  # line (from 1), prompt, category, split
+_Row = tuple[int, str, str | None, str | None, str | None]  # line (from 1), prompt, category, split, details
 
 
 def prompt_id(text: str) -> str:
@@ -51,8 +51,9 @@ class PromptReader:
 
     .txt: one prompt a line; text after a tab, lines that begin with `#`, and a first line that is only the name of a
     column are ignored. .jsonl, .json, .csv, .tsv and .parquet: column `prompt`, `caption` or `text`, optional columns
-    `category` and `split`. All but .parquet may be compressed as .gz. Blank lines are ignored. The rules for
-    encodings and characters are those of `inputs.text`.
+    `category` and `split`, and those of `inputs.prompt_sets`. All but .parquet may be compressed as .gz. A `*` in the
+    name of a .txt file means all files that match. Blank lines are ignored. The rules for encodings and characters are
+    those of `inputs.text`.
 
     Args:
         field: config field, for messages.
@@ -204,12 +205,13 @@ class PromptReader:
         return rows
 
     def _look(self) -> tuple[str, int]:
-        """The file's path and size."""
+        """The path and size of the file, or of the first one that matches."""
         try:
             storage.check_reachable(self.file)
-            system, path = storage.filesystem(self.file)
+            system, _ = storage.filesystem(self.file)
         except ValueError as error:
             raise OSError(error) from error
+        _, path = storage.filesystem(prompt_sets.matching(self.file)[0])
         info = system.get_file_info(path)
         if info.type == pafs.FileType.NotFound:
             raise ValueError("does not exist; give a file with prompts")
@@ -218,8 +220,9 @@ class PromptReader:
         return path, info.size
 
     def _text_rows(self) -> Iterator[_Row]:
-        blank, header = True, True  # whether the next line may be a header
-        for line in text.lines(self.file, LONGEST_LINE):
+        blank = header = True  # whether the next line may be a header
+        for line, first, labels in prompt_sets.text_lines(self.file, LONGEST_LINE):
+            header |= first
             content, fault = text.shown_line(line)
             if not fault and not content.strip():
                 continue
@@ -232,7 +235,7 @@ class PromptReader:
             elif header and prompt.casefold() in PROMPT_COLUMNS:
                 self._remark(line.number, content, "the name of a column, and is left out")
             else:
-                yield from self._row(line.number, content, prompt, None, None)
+                yield from self._row(line.number, content, prompt, labels)
             header = False
         if blank:
             raise ValueError("is empty; give a file with prompts")
@@ -244,7 +247,7 @@ class PromptReader:
         if form.kind == "csv":
             self._columns(form.header)  # raises at once
         blank = True
-        for record in read_records(self.file, form, LONGEST_LINE):
+        for record in prompt_sets.joined(read_records(self.file, form, LONGEST_LINE), form.header):
             blank = False
             if record.fields is None:
                 self._break(record.number, record.text, record.fault)
@@ -260,8 +263,7 @@ class PromptReader:
         except ValueError as error:
             self._break(record.number, record.text, f"without a prompt: it {error}")
             return
-        prompt, labels = first_value(fields, columns), (_value(fields, name) for name in _LABELS)
-        yield from self._row(record.number, record.text, prompt, *labels)
+        yield from self._row(record.number, record.text, first_value(fields, columns), fields)
 
     def _columns(self, names: Iterable[str]) -> list[str]:
         try:
@@ -289,12 +291,13 @@ class PromptReader:
             for fields in batch.to_pylist():
                 number += 1
                 prompt = first_value(fields, columns)
-                yield from self._row(number, str(prompt or ""), prompt, *(_value(fields, name) for name in _LABELS))
+                yield from self._row(number, str(prompt or ""), prompt, fields)
 
-    def _row(self, number: int, shown: str, prompt: Any, category: Any, split: Any) -> Iterator[_Row]:
-        """One row, or none if the line is broken."""
+    def _row(self, number: int, shown: str, prompt: Any, known: dict | prompt_sets.Labels) -> Iterator[_Row]:
+        """One row, or none if the line is broken. `known`: its columns, or what the name of its file says."""
         try:
             prompt, remark = as_caption(prompt)
+            category, split, details = prompt_sets.labels(known) if isinstance(known, dict) else known
             category, split = _label(category), _label(split)
         except ValueError as error:
             fault = str(error).partition(":")[0].replace("the caption", "the prompt")
@@ -307,7 +310,7 @@ class PromptReader:
             self._remark(number, shown, "with a list of prompts; the first is read")
         if _OPTION.search(prompt):
             self._remark(number, shown, "with an option such as --w 512, which is read as text")
-        yield number, prompt, category, split
+        yield number, prompt, category, split, details
 
     def _break(self, number: int, shown: str, fault: str):
         if fault == text.BINARY and self.on_broken == "error":
@@ -341,16 +344,11 @@ def read_prompts(
 def write_prompts(uri: str, rows: list[dict[str, str]]):
     """Write rows {"prompt", optional "category" and "split"} atomically. The extension chooses the format."""
     if uri.lower().endswith(".parquet"):
-        storage.write_table(uri, pa.Table.from_pylist(rows, pa.schema(list(PROMPTS)[1:])))
+        storage.write_table(uri, pa.Table.from_pylist(rows, pa.schema(list(PROMPTS)[1:4])))
         return
     plain = uri.lower().endswith(".txt")
     lines = (row["prompt"] if plain else json.dumps(row, ensure_ascii=False) for row in rows)
     storage.write_bytes(uri, "".join(f"{line}\n" for line in lines).encode())
-
-
-def _value(fields: dict, name: str) -> Any:
-    """The value of a column; capitals do not matter."""
-    return next((value for key, value in fields.items() if key.casefold() == name), None)
 
 
 def _label(value: Any) -> str | None:
@@ -375,8 +373,8 @@ def _holds_text(kind: pa.DataType) -> bool:
 
 def _batch(rows: list[_Row]) -> tuple[pa.RecordBatch, np.ndarray]:
     """Rows as a batch with the schema `PROMPTS`, and their line numbers."""
-    lines, prompts, categories, splits = zip(*rows, strict=True)
-    columns = [[prompt_id(prompt) for prompt in prompts], prompts, categories, splits]
+    lines, prompts, *labels = zip(*rows, strict=True)
+    columns = [[prompt_id(prompt) for prompt in prompts], prompts, *labels]
     arrays = [pa.array(column, pa.string()) for column in columns]
     return pa.record_batch(arrays, schema=PROMPTS), np.array(lines, np.int64)
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from mi_ray import storage
 from mi_ray.config.section import ConfigError
+from mi_ray.inputs.prompt_sets import Prompt
 from mi_ray.inputs.prompts import PROMPTS, ROWS_AT_ONCE
 
 _ROWS_IN_GROUP = 1024  # rows in a row group of a stored table: the smallest part that a shard reads
@@ -23,7 +24,7 @@ class Shard:
     index: int
     name: str
     prompt_ids: list[str]
-    prompts: list[str]
+    prompts: list[Prompt] | list[str]
     categories: list[str | None]
     splits: list[str | None]
 
@@ -97,7 +98,9 @@ def _difference(stored: storage.ParquetRows, given: storage.ParquetRows) -> str 
     for start in range(0, min(len(stored), len(given)), ROWS_AT_ONCE):
         then, now = (table.read(start, start + ROWS_AT_ONCE).to_pylist() for table in (stored, given))
         for number, (before, after) in enumerate(zip(then, now, strict=False), start + 1):
-            if name := next((name for name in ("prompt", "category", "split") if before[name] != after[name]), None):
+            # A run of an earlier version has no column details.
+            names = (name for name in PROMPTS.names[1:] if name in before)
+            if name := next((name for name in names if before[name] != after[name]), None):
                 return f"{name} {number} was {before[name]!r} and is {after[name]!r}"
     return f"there were {len(stored)} and now there are {len(given)}" if len(stored) != len(given) else None
 
@@ -112,8 +115,15 @@ def write_prompts(uri: str, batches: Iterable[pa.RecordBatch]):
 
 def read_shard(row: dict, table: storage.ParquetRows) -> Shard:
     """Read the shard that a `ShardPlan.row` describes from its source."""
-    columns = table.read(row["start"], row["stop"]).to_pydict()
-    return Shard(row["index"], row["name"], *(columns[name] for name in PROMPTS.names))
+    read = table.read(row["start"], row["stop"])
+    ids, categories, splits = (read[name].to_pylist() for name in ("prompt_id", "category", "split"))
+    return Shard(row["index"], row["name"], ids, with_details(read), categories, splits)
+
+
+def with_details(table: pa.Table | pa.RecordBatch) -> list[Prompt]:
+    """The prompts of a prompt table, with their details. A table of an earlier version has no column details."""
+    details = table["details"].to_pylist() if "details" in table.schema.names else [None] * len(table)
+    return list(map(Prompt, table["prompt"].to_pylist(), details))
 
 
 class Holdout:

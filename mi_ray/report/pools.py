@@ -8,7 +8,7 @@ import pandas as pd
 
 from mi_ray.alignment.metric import Column
 from mi_ray.report.columns import label
-from mi_ray.report.statistics import PromptAverage, prompt_aucs, within_prompt_auc
+from mi_ray.report.statistics import PromptAverage, prompt_aucs, prompt_correlations, within_prompt_auc
 from mi_ray.storage import ParquetRows, join, list_names, list_tables, read_table
 from mi_ray.storage.tables import metric_columns
 
@@ -40,30 +40,43 @@ def count_error(errors: Counter, prompt: str, stage: str, message: str, count: i
 
 
 class Selection:
-    """For the first column of each metric: the AUC of each score, and the means of all and of the kept candidates."""
+    """For the first column of each metric: the AUC and the rank correlation of each score and of each other metric,
+    and the means of all and of the kept candidates."""
 
     def __init__(self, score_names: tuple[str, ...], truths: list[Column]):
         self.truths = truths
-        self.aucs = {truth.name: {name: PromptAverage() for name in score_names} for truth in truths}
+        self.columns = {truth.name: {n: f"score_{n}" for n in score_names} for truth in truths}  # {name: column}
+        for truth in truths:
+            self.columns[truth.name] |= {label(other): other.name for other in truths if other != truth}
+        self.signs = {truth.name: truth.sign for truth in truths}
+        self.aucs, self.correlations = (
+            {truth: {name: PromptAverage() for name in names} for truth, names in self.columns.items()}
+            for _ in range(2)
+        )
         self.means = {f"{part}_{truth.name}": PromptAverage() for truth in truths for part in ("pool", "kept")}
 
     def add(self, candidates: pd.DataFrame):
         """Add the complete pools of new prompts, from all rounds."""
         kept = candidates[candidates["kept"].eq(True)]
         for truth in self.truths:
-            for name, average in self.aucs[truth.name].items():
-                average.add(prompt_aucs(candidates, f"score_{name}", truth), "auc")
+            for name, column in self.columns[truth.name].items():
+                judged = candidates.assign(judged=self.signs.get(column, 1) * candidates[column])
+                self.aucs[truth.name][name].add(prompt_aucs(judged, "judged", truth), "auc")
+                self.correlations[truth.name][name].add(prompt_correlations(judged, "judged", truth), "correlation")
             self.means[f"pool_{truth.name}"].add(candidates, truth.name)
             self.means[f"kept_{truth.name}"].add(kept, truth.name)
 
     def result(self) -> dict:
-        """{auc: {column: {score: result}}, pool_<column>, kept_<column>}; keys without a value are left out."""
-        aucs = {
-            truth: present({name: within_prompt_auc(average) for name, average in of_truth.items()})
-            for truth, of_truth in self.aucs.items()
-        }
-        means = {name: average.result() for name, average in self.means.items()}
-        return {"auc": {truth: found for truth, found in aucs.items() if found}, **present(means)}
+        """{auc and correlation: {column: {score: result}}, pool_<column>, kept_<column>}; keys without a value are
+        left out."""
+        found: dict[str, dict] = {}
+        for kind, averages in (("auc", self.aucs), ("correlation", self.correlations)):
+            by_truth = {
+                truth: present({name: within_prompt_auc(average) for name, average in of_truth.items()})
+                for truth, of_truth in averages.items()
+            }
+            found[kind] = {truth: of_truth for truth, of_truth in by_truth.items() if of_truth}
+        return found | present({name: average.result() for name, average in self.means.items()})
 
 
 class Thinned:

@@ -117,8 +117,31 @@ def prompt_aucs(candidates: pd.DataFrame, column: str, truth: Column) -> pd.Data
     return pd.DataFrame({"prompt_id": ids[pairs > 0], "auc": right[pairs > 0] / pairs[pairs > 0]})
 
 
+def prompt_correlations(candidates: pd.DataFrame, column: str, truth: Column) -> pd.DataFrame:
+    """Spearman's rank correlation of a score and a metric over the candidates of each prompt and round.
+
+    It is positive if the score is higher for better candidates. A constant score has the correlation 0.
+
+    Args:
+        candidates: as `prompt_aucs`.
+
+    Returns:
+        Columns prompt_id and correlation, one row per prompt and round in which the metric differs.
+    """
+    measured = candidates[candidates[column].notna() & candidates[truth.name].notna()]
+    keys = [measured["round"], measured["prompt_id"]]
+    ranks = measured[[column, truth.name]].astype(float).groupby(keys).rank()
+    ranks -= ranks.groupby(keys).transform("mean")
+    x, y = ranks[column], truth.sign * ranks[truth.name]
+    sums = pd.DataFrame({"xy": x * y, "xx": x * x, "yy": y * y}).groupby(keys).sum()
+    sums = sums[sums["yy"] > 0]
+    found = (sums["xy"] / np.sqrt(sums["xx"] * sums["yy"])).where(sums["xx"] > 0, 0.0)
+    return pd.DataFrame({"prompt_id": found.index.get_level_values("prompt_id"), "correlation": found.to_numpy()})
+
+
 def within_prompt_auc(aucs: PromptAverage) -> dict | None:
-    """{value, low, high, n_prompts} of `prompt_aucs`, averaged over the rounds of a prompt first. None without rows."""
+    """{value, low, high, n_prompts} of `prompt_aucs` or `prompt_correlations`, averaged over the rounds of a prompt
+    first. None without rows."""
     result = aucs.result()
     return result and {key: result[key] for key in ("value", "low", "high", "n_prompts")}
 
@@ -133,13 +156,14 @@ def standardise(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return standard.clip(-MAX_DEVIATIONS, MAX_DEVIATIONS)
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float | None:
+def kernel_distance(features: np.ndarray, reference: np.ndarray, standard: bool = True) -> float | None:
     """Unbiased MMD^2 with the kernel (x.y / d + 1)^3: KID (Binkowski et al., ICLR 2018, section 4) on any features.
 
     Near 0, and possibly negative, for samples of the same distribution. None for fewer than two images.
 
     Args:
-        features, reference: (n, d) and (m, d); both are standardised with the reference.
+        features, reference: (n, d) and (m, d).
+        standard: standardise both with the reference. False: as KID does with the features of its network.
     """
     size = min(len(features), len(reference), KERNEL_SUBSET_SIZE)
     if size < 2:
@@ -148,8 +172,8 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float | None
         warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns that it keeps all features in memory
         torch.manual_seed(0)  # for the random subsets
         distance = KernelInceptionDistance(torch.nn.Identity(), subsets=KERNEL_SUBSETS, subset_size=size)
-        distance.update(torch.from_numpy(standardise(reference, reference)), real=True)
-        distance.update(torch.from_numpy(standardise(features, reference)), real=False)
+        for part, real in ((reference, True), (features, False)):
+            distance.update(torch.from_numpy(standardise(part, reference) if standard else part), real=real)
         return float(distance.compute()[0])
 
 
@@ -163,9 +187,22 @@ def diversity(features: np.ndarray, prompt_ids: np.ndarray, reference: np.ndarra
         prompt_ids: (n,).
         reference: (m, d).
     """
-    standard = standardise(features, reference) / np.sqrt(features.shape[1])
-    groups = (standard[index] for index in pd.Series(prompt_ids).groupby(prompt_ids).indices.values())
-    distances = [pdist(group).mean() for group in groups if len(group) > 1]
+    return _mean_distance(standardise(features, reference) / np.sqrt(features.shape[1]), prompt_ids, "euclidean")
+
+
+def cosine_diversity(features: np.ndarray, prompt_ids: np.ndarray) -> float | None:
+    """Mean of 1 - cosine between two images of the same prompt, over pairs, then over prompts. None without pairs.
+
+    Args:
+        features: (n, d).
+        prompt_ids: (n,).
+    """
+    return _mean_distance(features, prompt_ids, "cosine")
+
+
+def _mean_distance(features: np.ndarray, prompt_ids: np.ndarray, metric: str) -> float | None:
+    groups = (features[index] for index in pd.Series(prompt_ids).groupby(prompt_ids).indices.values())
+    distances = [pdist(group, metric).mean() for group in groups if len(group) > 1]
     return float(np.mean(distances)) if distances else None
 
 
@@ -173,13 +210,16 @@ def is_collapsed(quality: dict, base: dict) -> bool:
     """Whether a model's images are so bad, compared with the base model, that its alignment values mean little.
 
     This holds if the diversity is less than 0.6 times that of the base model, or if the kernel distance is larger than
-    twice that of the base model plus 0.1.
+    twice that of the base model plus 0.1. The margin is for standardised features: with those of a named encoder only
+    the diversity counts.
 
     Args:
-        quality, base: kernel_distance and diversity of the model and of the base model.
+        quality, base: kernel_distance, diversity and encoder of the model and of the base model.
     """
     lost_diversity = None not in (quality["diversity"], base["diversity"]) and (
         quality["diversity"] < MIN_DIVERSITY_RATIO * base["diversity"]
     )
+    if quality.get("encoder"):
+        return lost_diversity
     limit = MAX_KERNEL_RATIO * max(base["kernel_distance"] or 0, 0) + KERNEL_MARGIN
     return lost_diversity or (quality["kernel_distance"] or 0) > limit

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from mi_ray.alignment.metric import Column
 from mi_ray.config import RunConfig
@@ -16,6 +17,7 @@ from mi_ray.report.guidance import SCALE, at_scale, guidance_section
 from mi_ray.report.online import online_folders, read_online
 from mi_ray.report.pools import count_error, declared_in, numeric, present, read_pools, round_numbers
 from mi_ray.report.statistics import (
+    cosine_diversity,
     diversity,
     is_collapsed,
     kernel_distance,
@@ -122,6 +124,14 @@ def read_features(run_dir: str, model: str, scale: float | None = None) -> tuple
         if len(ids) >= QUALITY_IMAGES:
             break
     return (np.stack(features).astype(np.float64), np.array(ids)) if ids else None
+
+
+def encoder_of(folder: str) -> str | None:
+    """The named encoder of the features in a folder's tables, with its revision. None: the model's autoencoder."""
+    schema = next((ParquetRows(join(folder, name)).schema for name in list_tables(folder)), pa.schema([]))
+    texts = (schema.field("features").metadata or {}) if "features" in schema.names else {}
+    model, revision = (texts.get(key, b"").decode() for key in (b"model", b"revision"))
+    return f"{model} ({revision[:16]})" if model else None
 
 
 # ------------------------------------------------------------------------------------------ sections
@@ -232,22 +242,28 @@ def _quality(run_dir: str, models: list[str], scale: float | None) -> dict:
     """Kernel distance to the reference images, and diversity within a prompt, of each model.
 
     The reference images are real images of a metric, or those of the base model. relative_diversity is the diversity
-    divided by that of the base model, both in standard deviations of the base model's features.
+    divided by that of the base model, both in standard deviations of the base model's features. With the features of a
+    named encoder, the kernel distance is that of KID, and the diversity is the mean of 1 - cosine.
     """
     found = present({model: read_features(run_dir, model, scale) for model in models})
     if "base" not in found:
         return {}
     real = read_features(run_dir, REFERENCE)
     reference, _ = real or found["base"]
-    quality, base = {}, found["base"][0]
-    whole = diversity(base, found["base"][1], base)
+    quality, base, encoder = {}, found["base"][0], encoder_of(join(run_dir, "evaluation", "base"))
+
+    def spread(features: np.ndarray, ids: np.ndarray, of: np.ndarray) -> float | None:
+        return cosine_diversity(features, ids) if encoder else diversity(features, ids, of)
+
+    whole = spread(*found["base"], base)
     for model, (features, ids) in found.items():
         is_reference = model == "base" and not real
         quality[model] = {
-            "kernel_distance": 0.0 if is_reference else kernel_distance(features, reference),
-            "diversity": diversity(features, ids, reference),
-            "relative_diversity": diversity(features, ids, base) / whole if whole else None,
+            "kernel_distance": 0.0 if is_reference else kernel_distance(features, reference, standard=not encoder),
+            "diversity": spread(features, ids, reference),
+            "relative_diversity": spread(features, ids, base) / whole if whole else None,
             "reference": "real" if real else "base",
+            "encoder": encoder,
             "n_images": len(features),
         }
     for result in quality.values():

@@ -108,7 +108,7 @@ class PolicySampler:
         began, metrics = time.perf_counter(), self.metrics
         if validation:
             measuring = self.validation_metrics.items()
-            metrics = {name: metric for name, metric in measuring if all(map(metric.reads, prompts))}
+            metrics = {name: m for name, m in measuring if not m.reads_all or all(map(m.reads, prompts))}
         firsts = [i for i, number in enumerate(columns["candidate_index"]) if number == 0] if validation else []
         wanted = list(range(len(prompts))) if metrics else firsts
         if not wanted:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from mi_ray import storage
+from mi_ray.alignment.encoder import load_encoder
 from mi_ray.alignment.metric import columns_of, load_metrics, measure, reference_of
-from mi_ray.alignment.quality import latent_features
 from mi_ray.config import RunConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.images import encode_png
@@ -41,13 +41,14 @@ class Evaluator:
         models = {id(d): d for d in (self.base, sampled)}.values()
         for denoiser in models:
             specialise(denoiser, config.model, batch_size)
-        kernel, by_scale = config.model.kernel, evaluation.samplers.items()
-        self.samplers = {scale: Sampler(sampled, sampler, batch_size, kernel) for scale, sampler in by_scale}
+        kernel, samplers = config.model.kernel, evaluation.samplers
+        self.samplers = {w: Sampler(sampled, samplers[w], batch_size, kernel) for w in samplers}
         only_pmi = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, only_pmi, batch_size, config.seed, []) if evaluation.pmi else None
         self.metrics = load_metrics(evaluation.alignment)
         self.reference = reference_of(self.metrics)
-        schema = tables.evaluation_schema(columns_of(self.metrics))
+        self.encoder = load_encoder(evaluation.encoder, self.base.encode_images)
+        schema = tables.evaluation_schema(columns_of(self.metrics), self.encoder.column)
         self.write = ShardWriter(
             "evaluate", model, folder, schema, config, token, lambda: sum(denoiser.calls for denoiser in models)
         )
@@ -97,7 +98,7 @@ class Evaluator:
             "guidance_scale": [scale] * len(prompt_of),
             **scores,
             **measure(self.metrics, images, prompt_of),
-            "features": list(latent_features(self.base.encode_images(images)).cpu().numpy()),
+            "features": list(self.encoder.features(images)),
             "image": [encode_png(image) for image in images],
         }
 

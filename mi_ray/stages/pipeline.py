@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from mi_ray import __version__, storage
+from mi_ray.alignment.encoder import check_encoder
 from mi_ray.alignment.metric import check_image_size, check_prompts, columns_of, load_metrics, reference_of
 from mi_ray.config import RunConfig, pinned
 from mi_ray.config.section import ConfigError, collecting
 from mi_ray.diffusion.folders import check_model, load_sizes, load_tokenizer, model_commit
 from mi_ray.inputs.prompts import PromptReader
-from mi_ray.inputs.shard_plan import Holdout, ShardPlan, write_prompts
+from mi_ray.inputs.shard_plan import Holdout, ShardPlan, with_details, write_prompts
 from mi_ray.report.page import alignment_table, write_report
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs.layout import (
@@ -212,8 +213,9 @@ def _check_alignment(config: RunConfig, *prompts: storage.ParquetRows | None) ->
             metrics = load_metrics(getattr(config, section).alignment)
             schema(columns_of(metrics))
             if metrics and table is not None:
-                batches = (batch["prompt"].to_pylist() for batch in table.batches(["prompt"]))
-                check_prompts(metrics, chain.from_iterable(batches))
+                check_prompts(metrics, chain.from_iterable(map(with_details, table.batches(["prompt", "details"]))))
+    with collecting(faults, "evaluation.encoder"):
+        check_encoder(config.evaluation.encoder)
     if faults:
         raise ConfigError(faults)
     return reference_of(metrics) is not None
@@ -239,8 +241,7 @@ def timed(config: RunConfig, stage: str):
 def open_run(plan: Plan):
     """Write run.json, so that the folder belongs to this run. Store the prompts; log what was read and skipped."""
     config = plan.config
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    versions = {"mi_ray": __version__, "python": platform.python_version(), **versions}
+    versions = {"mi_ray": __version__, "python": platform.python_version()} | {n: metadata.version(n) for n in PACKAGES}
     content = {"config": config.results_config(), "config_hash": plan.hash, "versions": versions}
     content |= {"model_commit": plan.model_commit, "has_reference": plan.has_reference}
     content |= {"resources": config.resources.model_dump(mode="json")}

@@ -48,7 +48,7 @@ def score_columns(names: tuple[str, ...]) -> list[pa.Field]:
 Metrics = Mapping[str, Sequence[Column]]  # {name of a metric in the configuration: its columns}
 _NO_METRICS: Metrics = MappingProxyType({})
 # Columns that readers of the tables add.
-_RESERVED_NAMES = {"update", "advantage", "pmi", "by_category", "by_split", "round", "lot", "value"}
+_RESERVED_NAMES = {"update", "advantage", "pmi", "by_category", "by_split", "round", "lot", "value", "judged"}
 
 
 def _with_metrics(before: list[pa.Field], metrics: Metrics, after: list[pa.Field]) -> pa.Schema:
@@ -146,12 +146,16 @@ SELECTED = pa.schema(
 )
 
 
-def evaluation_schema(metrics: Metrics = _NO_METRICS) -> pa.Schema:
+def evaluation_schema(metrics: Metrics = _NO_METRICS, features: Column | None = None) -> pa.Schema:
     """One row per image of one model.
+
+    Args:
+        features: the encoder of the features; None: the autoencoder of the model.
 
     Raises:
         ValueError: a metric declares a column whose name is already used.
     """
+    features = features or Column("features", "image features by the model's autoencoder, for the quality measures")
     return _with_metrics(
         [
             _field("prompt_id", pa.string(), "hash of the prompt's text"),
@@ -167,7 +171,7 @@ def evaluation_schema(metrics: Metrics = _NO_METRICS) -> pa.Schema:
         ],
         metrics,
         [
-            _field("features", pa.list_(pa.float32()), "image features, for the quality measures"),
+            pa.field("features", pa.list_(pa.float32()), metadata=features.as_metadata()),
             _field("image", _IMAGE, "encoded as PNG"),
             _field("error", pa.string(), "reason why there is no result"),
         ],

@@ -1,6 +1,6 @@
 """A metric of a user, in its own file. The tests name it dark_pixels:DarkPixels."""
 
-from mi_ray.alignment.metric import Column, Metric
+from mi_ray.alignment.metric import Column, Metric, details_of
 
 
 class DarkPixels(Metric):
@@ -30,3 +30,16 @@ class Exact(Metric):
 
     def measure(self, images, prompts):
         return {"exact": [1.0] * len(prompts)}
+
+
+class Wanted(Metric):
+    """A metric that needs a column of the prompt set: the number of objects in `include`."""
+
+    columns = (Column("wanted", "number of objects that the prompt set names"),)
+    reads_only = "prompts with the column `include`"
+
+    def reads(self, prompt):
+        return "include" in details_of(prompt)
+
+    def measure(self, images, prompts):
+        return {"wanted": [len(details_of(prompt)["include"]) for prompt in prompts]}

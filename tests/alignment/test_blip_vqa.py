@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_judges import BLIP_WORDS, save_blip
 from transformers import BlipForQuestionAnswering
 
-from mi_ray.alignment import blip_vqa
+from mi_ray.alignment import blip_vqa, english
 from mi_ray.alignment.metric import Unusable, check_prompts, load_metrics, measure
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -68,7 +68,7 @@ def test_at_most_eight_chunks_count(metric):
 
 
 def test_a_missing_parser_is_told_before_a_run(folder, monkeypatch):
-    monkeypatch.setattr(blip_vqa, "PARSER", "en_core_web_none")
+    monkeypatch.setattr(english, "PARSER", "en_core_web_none")
     metrics = load_metrics([f"blip-vqa@{folder}"])
     check_prompts(metrics, PROMPTS[:2])  # the grammar parses these
     with pytest.raises(Unusable, match=r"needs the spaCy model en_core_web_none.*spacy download"):

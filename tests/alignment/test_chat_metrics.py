@@ -12,6 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mi_ray.alignment.metric import check_prompts, load_metrics, measure
 from mi_ray.alignment.soft_tifa import spellings
+from mi_ray.inputs.prompt_sets import Prompt
 
 PROMPTS = ["two cars", "a red car and a dog", "two cars"]
 PAIRS = {"two cars": [["How many cars?", "two"], ["Are there cars?", "Yes"]], "a red car and a dog": [["Red?", "No"]]}
@@ -68,8 +69,20 @@ def test_soft_tifa_is_both_means_over_the_questions(folder, images, tmp_path):
     ]
     assert found["soft_tifa_am"] == [pytest.approx(sum(ps) / 2, abs=1e-5), pytest.approx(yes, abs=1e-5), None]
     check_prompts(metrics, PROMPTS)
-    with pytest.raises(ValueError, match=r"reads only prompts with questions in its file, not 'a cat' \(1 of 2\)"):
+    with pytest.raises(ValueError, match=r"prompts with questions: the column `vqa_list`, .* not 'a cat' \(1 of 2\)"):
         check_prompts(metrics, [PROMPTS[0], "a cat"])
+
+
+def test_soft_tifa_finds_the_questions_of_a_prompt_set(folder, images, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"prompt": PROMPTS[0], "vqa_list": PAIRS[PROMPTS[0]]}))
+    from_file = measure(load_metrics([f"soft-tifa@{file}@{folder}"]), images[:1], PROMPTS[:1])
+    prompt = Prompt(PROMPTS[0], json.dumps({"vqa_list": PAIRS[PROMPTS[0]]}))
+    metrics = load_metrics([f"soft-tifa@{folder}"])
+    assert measure(metrics, images[:1], [prompt]) == from_file
+    check_prompts(metrics, [prompt])
+    with pytest.raises(ValueError, match=r"prompts with questions: .* not 'two cars' \(1 of 1\); set it to none"):
+        check_prompts(metrics, [PROMPTS[0]])
 
 
 def test_spellings_of_answers():

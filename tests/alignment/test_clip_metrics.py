@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_judges import OpenClip, clip_config, save_clip
 
-from mi_ray.alignment.hps import CHECKPOINT
+from mi_ray.alignment.hps import ARCHITECTURE, CHECKPOINT
 from mi_ray.alignment.judges import cropped, padded
 from mi_ray.alignment.metric import Column, Unusable, load_metrics, measure
 from mi_ray.shapes.model import build_tokenizer
@@ -151,6 +151,37 @@ def test_a_missing_or_wrong_model_gives_one_message(folder, tmp_path, monkeypatc
         with pytest.raises(ValueError, match=message) as refused:
             load_metrics([name])
         assert len(str(refused.value).splitlines()) == 1
+
+
+def cached(cache: Path, hub_id: str, commit: str, *files: Path):
+    """Put files into a hub cache as the newest commit of a repository."""
+    folder = cache / f"models--{hub_id.replace('/', '--')}"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    for file in files:
+        (folder / "snapshots" / commit / file.name).write_bytes(file.read_bytes())
+
+
+def test_a_hub_model_is_pinned_to_the_commit_in_the_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    first, second = "1" * 40, "2" * 40
+    for commit in (first, second):
+        cached(tmp_path, "owner/judge", commit, folder / "config.json")
+    newest, older = (
+        load_metrics([name])[name] for name in ("clip-score@owner/judge", f"clip-score@owner/judge@{first}")
+    )
+    assert newest.columns[0].revision == newest.source["revision"] == second
+    assert (older.columns[0].revision, older.source["pretrained_model_name_or_path"]) == (first, "owner/judge")
+    (tmp_path / "README.md").write_text("weights")
+    cached(tmp_path, "xswu/HPSv2", first, tmp_path / "README.md")
+    with pytest.raises(ValueError, match=f"needs the model '{ARCHITECTURE}', which cannot be had from the hub"):
+        load_metrics(["hps-v2.1"])
+    cached(tmp_path, ARCHITECTURE, second, folder / "config.json")
+    metric = load_metrics(["hps-v2.1"])["hps-v2.1"]
+    assert metric.columns[0].revision == f"{first}; {ARCHITECTURE}@{second}"
+    assert metric.built_from["revision"] == second
 
 
 def test_weights_that_do_not_fit_are_refused(folder, tmp_path, images):

@@ -79,6 +79,7 @@ def test_distribution_by_a_metric_with_a_unit_splits_at_the_prompts_mean(tmp_pat
     drawn = found.distributions["mitune"]
     assert (sum(drawn["better by dark"]), sum(drawn["worse by dark"])) == (1, 6)  # one has no value
     assert found.selection["auc"]["dark"]["mitune"]["value"] == 1  # only prompt a counts
+    assert found.selection["correlation"]["dark"]["mitune"]["value"] == 1
     assert found.selection["pool_dark"]["value"] == pytest.approx((4 + 7) / 2)
     assert found.selection["kept_dark"]["value"] == pytest.approx((1 + 7) / 2)
 
@@ -104,3 +105,22 @@ def test_further_errors_are_counted_by_stage(monkeypatch):
         count_error(errors, prompt, "generate", "broken")
     assert list(errors.values()) == [2, 1, 2]
     assert errors["", "generate", pools.FURTHER_ERRORS] == 2
+
+
+def test_another_metric_is_compared_like_a_score(tmp_path):
+    """A judge beside the scores on the same candidates; its sign is that of its column."""
+    truth = Column("right", "share of what is right", "share", 0, 1)
+    judge = Column("faults", "number of faults", higher_is_better=False)
+    schema = candidates_schema(("mitune",), {"truth": (truth,), "judge": (judge,)})
+    rows = [
+        {"prompt_id": "a", "prompt": "a", "score_mitune": score, "right": right, "faults": faults, "kept": False}
+        for score, right, faults in ((0.0, 0.2, 5.0), (3.0, 0.5, 3.0), (2.0, 0.9, 1.0))
+    ]
+    write_table(str(tmp_path / "round-0" / "candidates" / "part-0.parquet"), pa.Table.from_pylist(rows, schema))
+    selection = read_pools(str(tmp_path), ("mitune",)).selection
+    assert {name: found["value"] for name, found in selection["auc"]["right"].items()} == {
+        "mitune": pytest.approx(2 / 3),
+        "faults": 1,
+    }
+    assert selection["correlation"]["right"]["mitune"]["value"] == pytest.approx(0.5)
+    assert selection["correlation"]["faults"]["right"]["value"] == 1

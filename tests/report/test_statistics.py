@@ -12,6 +12,7 @@ from mi_ray.report.statistics import (
     kernel_distance,
     paired_difference,
     prompt_aucs,
+    prompt_correlations,
     prompt_mean,
 )
 
@@ -186,3 +187,20 @@ def test_diversity_and_collapse():
     assert is_collapsed(quality(narrow), good)
     assert is_collapsed(quality(base + 1), good)
     assert diversity(base[:2], np.array(["a", "b"]), base) is None
+
+
+def test_rank_correlation_within_prompts_equals_scipy_s():
+    rng = np.random.default_rng(3)
+    rows = pd.DataFrame({"prompt_id": np.repeat(["a", "b", "c", "d"], 8), "round": 0})
+    rows["error"] = rng.integers(0, 5, 32).astype(float)  # with ties; lower is better
+    rows["score"] = rng.integers(0, 6, 32) - 0.5 * rows["error"]
+    rows.loc[3, "score"] = np.nan
+    rows.loc[8:15, "error"] = 2.0  # no better candidate of prompt b
+    rows.loc[16:23, "score"] = 1.0  # the score says nothing of prompt c
+    found = prompt_correlations(rows, "score", Column("error", "number of errors", higher_is_better=False))
+    found = found.set_index("prompt_id")["correlation"]
+    assert list(found.index) == ["a", "c", "d"]
+    assert found["c"] == 0
+    for name in ("a", "d"):
+        pool = rows[(rows["prompt_id"] == name) & rows["score"].notna()]
+        assert found[name] == pytest.approx(-stats.spearmanr(pool["score"], pool["error"]).statistic)

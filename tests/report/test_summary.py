@@ -115,7 +115,7 @@ def test_report_of_an_empty_folder(tmp_path):
     report = summarise(str(tmp_path), config_of(tmp_path))
     assert report["timing"] == {"total_s": 0}
     assert report["alignment"] == report["comparison"] == report["quality"] == report["training"] == {}
-    assert report["selection"] == {"auc": {}, "rounds": 0, "distributions": {}}
+    assert report["selection"] == {"auc": {}, "correlation": {}, "rounds": 0, "distributions": {}}
     assert report["errors"] == []
     json.dumps(report, allow_nan=False)
 

@@ -92,6 +92,34 @@ def test_reward_of_a_metric_is_its_first_column_with_sign():
     assert rewards_of(OnlineConfig(updates=1), "dark:Pixels", metrics) == (Reward("dark", -1.0),)
 
 
+def test_reward_of_a_metric_with_a_model_or_a_file(tmp_path, monkeypatch):
+    """The name of generate.alignment, also relative to the working directory and with a weight."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "questions.jsonl").touch()
+    written = {
+        "run_dir": "x",
+        "prompts": {"file": "x"},
+        "generate": {"alignment": ["soft-tifa@questions.jsonl@judge", "clip-score@judge", "geneval-port@judge+a/b@v1"]},
+        "finetune": {"method": "nft"},
+        "online": {
+            "updates": 1,
+            "rewards": ["soft-tifa@questions.jsonl@judge", "clip-score@judge:0.5", "geneval-port@judge+a/b@v1:2"],
+        },
+    }
+    config = RunConfig.model_validate(written)
+    names = [("soft_tifa_gm", "soft_tifa_am"), ("clip_score",), ("geneval_port",)]
+    columns = {
+        metric: tuple(Column(name, "a metric") for name in of_metric)
+        for metric, of_metric in zip(config.generate.alignment, names, strict=True)
+    }
+    assert rewards_of(config.online, "pmi", columns) == (
+        Reward("soft_tifa_gm", 1.0),
+        Reward("clip_score", 0.5),
+        Reward("geneval_port", 2.0),
+    )
+
+
 def test_raw_rewards_are_the_weighted_sum():
     online = OnlineConfig(updates=1, rewards=("pmi:0.5", "exact"))
     columns = {"score_pmi": [1.0, 2.0], "exact": [0.0, 1.0]}

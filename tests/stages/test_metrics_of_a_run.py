@@ -18,7 +18,7 @@ from mi_ray.alignment.oracle import Oracle
 from mi_ray.config import RunConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.inputs.prompts import prompt_id
-from mi_ray.inputs.shard_plan import Shard
+from mi_ray.inputs.shard_plan import Shard, read_shard
 from mi_ray.report.page import alignment_table, write_report
 from mi_ray.runs.status import run_status
 from mi_ray.scoring.work import Work
@@ -167,6 +167,31 @@ def test_invalid_metrics_are_reported_before_the_start(tmp_path):
         ConfigError, match=r"evaluation\.alignment: the oracle reads only prompts of the shapes grammar"
     ):
         Plan(config_of(tmp_path / "c", FOREIGN, ["oracle"]))
+
+
+def test_metrics_find_the_columns_of_a_prompt_set_and_others_are_refused(tmp_path):
+    config, wanted = config_of(tmp_path / "run", SHAPES, []), "dark_pixels:Wanted"
+    rows = [{"prompt": p, "tag": f"t{i}", "include": [{"class": p}] * (i + 1)} for i, p in enumerate(SHAPES)]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sections = config.model_dump(mode="json")
+    for section in ("generate", "evaluation"):
+        sections[section]["alignment"] = [wanted]
+    with pytest.raises(
+        ConfigError, match=r"generate\.alignment: the dark_pixels:Wanted reads only prompts with the col"
+    ):
+        Plan(RunConfig.model_validate(sections))
+    sections["prompts"]["file"] = sections["evaluation"]["file"] = str(tmp_path / "evaluation_metadata.jsonl")
+    plan = Plan(RunConfig.model_validate(sections))
+    open_run(plan)
+    shard = read_shard(plan.shards.row(0), storage.ParquetRows(plan.shards.source))
+    dumped = plan.config.model_dump(mode="json")
+    actors = [
+        Evaluator(dumped, "base", config.run_dir, None),
+        CandidateGenerator(dumped, 0, config.run_dir, None, ["mitune"], [], SHAPES),
+    ]
+    for actor in actors:
+        found = actor._rows(shard, [0, 1], Work())
+        assert {(row["category"], row["wanted"]) for row in found} == {("t0", 1), ("t1", 2)}
 
 
 @pytest.mark.parametrize(("metrics", "evaluated"), [(["oracle", MINE], True), ([MINE], False)])
