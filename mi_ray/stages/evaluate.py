@@ -36,13 +36,11 @@ class Evaluator:
         self.base = sampled = load_denoiser(path, dtype, adapter=local_start(config), size=size)
         batch_size = batch_at_size(self.base, config.resources.batch_size)
         if adapter:
-            merged = storage.local_folder(adapter)
-            sampled = load_denoiser(path, dtype, adapter=merged, beside=self.base, size=size)
+            sampled = load_denoiser(path, dtype, adapter=storage.local_folder(adapter), beside=self.base, size=size)
         models = {id(d): d for d in (self.base, sampled)}.values()
         for denoiser in models:
             specialise(denoiser, config.model, batch_size)
-        kernel, samplers = config.model.kernel, evaluation.samplers
-        self.samplers = {w: Sampler(sampled, samplers[w], batch_size, kernel) for w in samplers}
+        self.samplers = {w: Sampler(sampled, s, batch_size, config.model.kernel) for w, s in evaluation.samplers.items()}
         only_pmi = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, only_pmi, batch_size, config.seed, []) if evaluation.pmi else None
         self.metrics = load_metrics(evaluation.alignment)
