@@ -40,7 +40,8 @@ class Evaluator:
         models = {id(d): d for d in (self.base, sampled)}.values()
         for denoiser in models:
             specialise(denoiser, config.model, batch_size)
-        self.samplers = {w: Sampler(sampled, s, batch_size, config.model.kernel) for w, s in evaluation.samplers.items()}
+        by_scale, kernel = evaluation.samplers, config.model.kernel
+        self.samplers = {w: Sampler(sampled, by_scale[w], batch_size, kernel) for w in by_scale}
         only_pmi = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, only_pmi, batch_size, config.seed, []) if evaluation.pmi else None
         self.metrics = load_metrics(evaluation.alignment)
@@ -55,12 +56,9 @@ class Evaluator:
         return self.write(batch, self._rows)
 
     def _rows(self, shard: Shard, positions: list[int], work: Work) -> list[dict]:
-        each = self.config.evaluation.images_per_prompt
+        seed, each = self.config.seed, self.config.evaluation.images_per_prompt
         owner = [p for p in positions for _ in range(each)]
-        seeds = [
-            [derived_seed(self.config.seed, "evaluation", shard.prompt_ids[p], i) for i in range(each)]
-            for p in positions
-        ]
+        seeds = [[derived_seed(seed, "evaluation", shard.prompt_ids[p], i) for i in range(each)] for p in positions]
         columns = {
             "prompt_id": [shard.prompt_ids[p] for p in owner],
             "prompt": [shard.prompts[p] for p in owner],

@@ -60,9 +60,9 @@ def run_config(model: Path, run_dir: Path, **settings: dict) -> RunConfig:
 
 def stored_prompts(folder: Path) -> str:
     prompts = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
-    nothing = [None] * len(prompts)
     uri = str(folder / "prompts.parquet")
-    write_prompts(uri, [pa.record_batch([[prompt_id(p) for p in prompts], prompts, nothing, nothing], PROMPTS)])
+    rows = [{"prompt_id": prompt_id(prompt), "prompt": prompt} for prompt in prompts]
+    write_prompts(uri, [pa.RecordBatch.from_pylist(rows, PROMPTS)])
     return uri
 
 

@@ -49,9 +49,9 @@ def config_for(model, **resources) -> RunConfig:
 
 def shard_batch(prompts: list[str], folder: Path, index: int = 0) -> dict[str, np.ndarray]:
     """The input row of a shard, as from Ray Data."""
-    source, nothing = str(folder / f"prompts-{index}" / "prompts.parquet"), [None] * len(prompts)
-    columns = [[prompt_id(p) for p in prompts], prompts, nothing, nothing]
-    write_prompts(source, [pa.record_batch(columns, PROMPTS_SCHEMA)])
+    source = str(folder / f"prompts-{index}" / "prompts.parquet")
+    rows = [{"prompt_id": prompt_id(prompt), "prompt": prompt} for prompt in prompts]
+    write_prompts(source, [pa.RecordBatch.from_pylist(rows, PROMPTS_SCHEMA)])
     return {
         "index": np.array([index]),
         "name": np.array([f"part-{index:05d}.parquet"], object),

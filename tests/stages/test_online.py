@@ -9,14 +9,13 @@ from diffusers import UNet2DConditionModel
 from online_run import COLORS, FakeBoard, batch_of, generator_of, moved, run_config, some_policy, stored_prompts
 
 from mi_ray import storage
-from mi_ray.diffusion.adapters import MergedAdapter, adapter_state, attach_adapter
+from mi_ray.diffusion.adapters import MergedAdapter, adapter_state, attach_adapter, load_adapter_state
 from mi_ray.inputs.online_plan import plan_of
 from mi_ray.inputs.prompts import prompt_id
 from mi_ray.inputs.shard_plan import Shard
 from mi_ray.scoring.policy import PolicySampler
 from mi_ray.scoring.work import Work
 from mi_ray.stages import online as stage
-from mi_ray.training import loop
 
 
 # ---------------------------------------------------------------------------------------------- who draws
@@ -39,7 +38,7 @@ def test_merged_adapter_equals_the_adapter_and_can_be_replaced(tiny_pipeline, ad
     for seed in (1, 2, 1):
         unmerged = adapted()
         state = moved(fresh, seed)
-        loop.load_adapter_state(unmerged, state)
+        load_adapter_state(unmerged, state)
         merged.load(state)
         outputs.append(output(model))
         torch.testing.assert_close(outputs[-1], output(unmerged), atol=1e-5, rtol=1e-4)

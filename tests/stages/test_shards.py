@@ -61,10 +61,9 @@ def stage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shards, "stream", inline)
     monkeypatch.setattr(Writer, "made", [])
-    nothing = [None] * len(TEXTS)
-    columns = [[prompt_id(text) for text in TEXTS], TEXTS, nothing, nothing]
+    rows = [{"prompt_id": prompt_id(text), "prompt": text} for text in TEXTS]
     source, folder = str(tmp_path / "prompts.parquet"), str(tmp_path / "candidates")
-    write_prompts(source, [pa.record_batch(columns, PROMPTS)])
+    write_prompts(source, [pa.RecordBatch.from_pylist(rows, PROMPTS)])
     given = {"run_dir": str(tmp_path), "prompts": {"file": "unused"}, "score": {"names": ["mitune"]}}
     config = RunConfig.model_validate(given)
     constructor = {"config": config.model_dump(mode="json"), "folder": folder}
