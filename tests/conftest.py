@@ -22,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # each worker has one core
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     """With several workers (pytest -n), all tests that start Ray run on one worker, first: two Ray instances on two
     cores are slower than one after the other. The other tests of a file stay together, for the fixtures of the file."""
