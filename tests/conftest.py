@@ -18,18 +18,6 @@ from mi_ray.shapes.model import MAX_TOKENS, build_tokenizer
 
 WIDTH = 16
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # each worker has one core
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """With several workers (pytest -n), all tests that start Ray run on one worker, first: two Ray instances on two
-    cores are slower than one after the other. The other tests of a file stay together, for the fixtures of the file."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-
 
 def pytest_addoption(parser):
     parser.addoption("--all-families", action="store_true", help="whole runs with every model family: five minutes")
