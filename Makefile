@@ -11,11 +11,8 @@ demo: .venv/installed  ## online fine-tuning of the embedded model, from prompts
 demo-paper: .venv/installed  ## the same with the paper's procedure: keep the best candidates, supervised fine-tuning
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes-paper.yaml --run-dir $(RUN_DIR)-paper
 
-# Two processes at the same time: one core each is enough for the other tests while the tests with Ray run one by one.
 test: .venv/installed-test
-	@$(BIN)/python -m pytest -q -m ray > .pytest-ray.log 2>&1 & with_ray=$$!; status=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not ray" || status=1; \
-	echo "waiting for the tests with Ray"; wait $$with_ray || status=1; cat .pytest-ray.log; exit $$status
+	$(BIN)/python -m pytest -q
 
 families: .venv/installed-test  ## a whole run with every model family
 	$(BIN)/python -m pytest -q tests/stages/test_model_families.py --all-families

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "spot_notice.py"
-WAIT_S = 100
+WAIT_S = 300
 
 
 @pytest.fixture
