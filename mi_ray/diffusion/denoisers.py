@@ -243,7 +243,7 @@ def load_denoiser(
     image_size = sizes.image(*size)
     of_network = getattr(torch, dtype)
     with quiet_loading():
-        network = _loaded(folder, index, family.network, of_network if adapter is None else torch.float32)
+        network = load_part(folder, index, family.network, of_network if adapter is None else torch.float32)
         if adapter is not None:  # merged in fp32
             check_adapter(adapter)
             network = PeftModel.from_pretrained(network.float(), str(adapter), torch_device="cpu").merge_and_unload()
@@ -270,12 +270,12 @@ def _pipeline(folder: Path, network: nn.Module, dtype: torch.dtype) -> Diffusion
     given = {part: None for part in family.optional if part not in folder_parts(index)}
     for part in folder_parts(index):
         if has_weights(part) and part != family.network:
-            given[part] = _loaded(folder, index, part, torch.float32 if part == "vae" else dtype)
+            given[part] = load_part(folder, index, part, torch.float32 if part == "vae" else dtype)
     given |= {**family.unused, "scheduler": None, family.network: network}
     return getattr(diffusers, index["_class_name"]).from_pretrained(folder, **given)
 
 
-def _loaded(folder: Path, index: dict, part: str, dtype: torch.dtype) -> nn.Module:
+def load_part(folder: Path, index: dict, part: str, dtype: torch.dtype) -> nn.Module:
     """A part of a model folder, with all its weights and no others.
 
     Raises:

@@ -8,8 +8,9 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from mi_ray.diffusion.adapter_files import COMFYUI, CONFIG, DIFFUSERS, WEIGHTS
+from mi_ray.diffusion.denoisers import load_part
 from mi_ray.diffusion.folder_checks import INDEX, family_of, read_index
-from mi_ray.diffusion.weights import part_class, quiet_loading, weight_names
+from mi_ray.diffusion.weights import quiet_loading, weight_names
 
 
 def check_out(out: Path):
@@ -42,8 +43,7 @@ def export(model: Path, adapter: Path, out: Path, card: dict[str, bytes]):
     with safe_open(model / part / weight_names(model, index, part)[0], framework="pt") as file:
         dtype = file.get_tensor(next(iter(file.keys()))).dtype
     with quiet_loading():
-        settings = {"subfolder": part, "dtype": torch.float32, "use_safetensors": True}
-        network = part_class(index, part).from_pretrained(model, **settings)
+        network = load_part(model, index, part, torch.float32)
         merged = PeftModel.from_pretrained(network, str(adapter), torch_device="cpu").merge_and_unload()
         merged.to(dtype).save_pretrained(out / part)
     (out / "adapter").mkdir()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_judges import save_word_tokenizer
 from transformers import (
     BertConfig,
     Dinov2Config,
@@ -15,7 +15,6 @@ from transformers import (
     Mask2FormerForUniversalSegmentation,
     Owlv2Config,
     Owlv2ForObjectDetection,
-    PreTrainedTokenizerFast,
     SwinConfig,
 )
 
@@ -48,11 +47,7 @@ def _swin() -> SwinConfig:
 
 
 def save_grounding_dino(folder: Path) -> Path:
-    ids = {word: index for index, word in enumerate(WORDS)}
-    inside = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    inside.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    inside.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(tokenizer_object=inside, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    ids = save_word_tokenizer(WORDS, folder)
     text = BertConfig(
         vocab_size=len(ids), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
         max_position_embeddings=32,

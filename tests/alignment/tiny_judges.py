@@ -130,12 +130,18 @@ BLIP_WORDS = [
 ]
 
 
-def save_blip(folder: Path) -> Path:
-    ids = {word: index for index, word in enumerate(BLIP_WORDS)}
+def save_word_tokenizer(words: list[str], folder: Path) -> dict[str, int]:
+    """Write a tokenizer of whole words that begin with [PAD], [UNK], [CLS], [SEP]. Returns the number of each word."""
+    ids = {word: index for index, word in enumerate(words)}
     inside = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     inside.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     inside.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     PreTrainedTokenizerFast(tokenizer_object=inside, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    return ids
+
+
+def save_blip(folder: Path) -> Path:
+    ids = save_word_tokenizer(BLIP_WORDS, folder)
     both = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     both |= {"initializer_range": 0.25}
     special = {"pad_token_id": 0, "sep_token_id": ids["[SEP]"], "bos_token_id": ids["[DEC]"]}
