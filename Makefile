@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN_DIR ?= runs/demo
 
-.PHONY: demo demo-paper test families lint clean
+.PHONY: demo demo-paper test test-long families lint clean
 
 demo: .venv/installed  ## online fine-tuning of the embedded model, from prompts to a report, on two CPU cores
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes.yaml --run-dir $(RUN_DIR)
@@ -11,11 +11,16 @@ demo: .venv/installed  ## online fine-tuning of the embedded model, from prompts
 demo-paper: .venv/installed  ## the same with the paper's procedure: keep the best candidates, supervised fine-tuning
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes-paper.yaml --run-dir $(RUN_DIR)-paper
 
+# Two tests at a time with one thread each. A test with Ray uses several processes: one at a time.
 test: .venv/installed-test
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not ray" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -m ray
+
+test-long: .venv/installed-test  ## the tests that make test leaves out: more stores, faults and model families
+	$(BIN)/python -m pytest -q -m long --long
 
 families: .venv/installed-test  ## a whole run with every model family
-	$(BIN)/python -m pytest -q tests/stages/test_model_families.py --all-families
+	$(BIN)/python -m pytest -q tests/stages/test_model_families.py --long
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -20,7 +20,14 @@ WIDTH = 16
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-families", action="store_true", help="whole runs with every model family: five minutes")
+    parser.addoption("--long", action="store_true", help="also the tests marked long: half an hour more")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="make test-long"))
 
 
 @pytest.fixture(scope="module")

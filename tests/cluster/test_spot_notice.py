@@ -233,6 +233,7 @@ print(json.dumps(found))
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_node_is_drained_with_token_authentication(metadata, tmp_path):
     """Also after the signal that Kubernetes sends to a pod, with Ray started like by KubeRay."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -203,6 +203,7 @@ def test_status_includes_the_evaluation_of_real_images(tmp_path, metrics, evalua
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_complete_run_with_a_metric_of_the_user_that_selects(tmp_path):
     """The actors import the metric. The arm that it selects has its name in the folder and in the report."""
     command = [sys.executable, "jobs/pipeline.py", "--config", "jobs/configs/shapes-smoke.yaml"]

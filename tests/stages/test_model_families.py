@@ -27,7 +27,7 @@ from mi_ray.stages.pipeline import Plan
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", "jobs/configs/shapes-smoke.yaml"]
-IN_EVERY_TEST_RUN = ("StableDiffusion3Pipeline",)  # all families: make families
+SHORT = ("StableDiffusion3Pipeline",)  # in every test run
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -127,19 +127,12 @@ def of_stock(name: str, folder: Path, run: Path) -> np.ndarray:
     return 255 * pipe(list(rows["prompt"]), latents=(case.given or case.packed)(latents), **settings).images
 
 
-def only_if_asked(request):
-    if not request.config.getoption("--all-families"):
-        pytest.skip("make families")
-
-
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_a_whole_run_from_the_command_line(name, job, tmp_path, request):
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.long) for n in CASES])
+def test_a_whole_run_from_the_command_line(name, job, tmp_path):
     """Generate, score, select, fine-tune, evaluate, report; then export and rescore. The stock pipeline makes the same
     images."""
-    if name not in IN_EVERY_TEST_RUN:
-        only_if_asked(request)
     run, out = tmp_path / "run", tmp_path / "exported"
     printed = job("pipeline", *save_model(name, tmp_path), "--run-dir", run)
     assert "tuned − base" in printed
@@ -166,10 +159,10 @@ def test_a_whole_run_from_the_command_line(name, job, tmp_path, request):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("updates", [0, 1])
-def test_a_run_starts_from_a_users_adapter(updates, job, tmp_path, request):
+def test_a_run_starts_from_a_users_adapter(updates, job, tmp_path):
     """Rounds and online: the model with the adapter is evaluated as base, and the adapter is trained further."""
-    only_if_asked(request)
     name = "StableDiffusion3Pipeline"
     arguments = save_model(name, tmp_path)
     network = load_denoiser(str(tmp_path / "model"), device="cpu").network

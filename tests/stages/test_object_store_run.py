@@ -20,11 +20,7 @@ SMALL += ["--evaluation.limit", "2"]
 WAIT_S = 400
 
 
-# All that is gs://'s own is tested elsewhere, the fine-tuning there too: this one only where there is time for it.
-on_request = pytest.mark.skipif(not os.environ.get("ALL_STORES"), reason="80 seconds more; set ALL_STORES=1 to run it")
-
-
-@pytest.fixture(params=["s3", pytest.param("gs", marks=on_request)])
+@pytest.fixture(params=["s3", pytest.param("gs", marks=pytest.mark.long)])
 def run_dir(request, monkeypatch):
     """The URI of a run on a local server; the processes of the job get its address from the environment."""
     if request.param == "s3":

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -27,12 +28,16 @@ from mi_ray.stages.pipeline import Plan, open_run, run_pipeline
 ROOT = Path(__file__).parents[2]
 SMOKE = ["--config", "jobs/configs/shapes-smoke.yaml"]
 TOTAL, HOURS, COST = r"total .* ([\d.]+) min", r"cost +([\d.]+) GPU-hours", r"at 4 each: ([\d.]+)"  # in the plan
+MINE = "dark_pixels:DarkPixels"  # a metric of the user
 CONTROLLED = ["--evaluation.controls", "random", "--finetune.baseline", "0.5"]
+CONTROLLED += [f"--{section}.alignment=oracle,{MINE}" for section in ("generate", "evaluation")]
 
 
 def job(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, f"jobs/{name}.py", *SMOKE, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    path = os.pathsep.join([str(ROOT / "tests" / "alignment"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, **options)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,7 @@ def run_dir(tmp_path_factory):
     done = job("pipeline", "--run-dir", str(folder), *CONTROLLED)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tuned − base" in done.stdout
+    assert re.search(r"^dark pixels, pixels +[\d.]+", done.stdout, re.MULTILINE)
     assert str(folder / "report" / "index.html") in done.stdout
     return folder
 
@@ -57,6 +63,7 @@ class TestWholeRun:
             assert exact["n_images"] == 12
             assert "low" in exact
             assert "value" in report["alignment"][model]["pmi"]
+            assert report["alignment"][model]["dark_pixels"]["n_images"] == 12
         assert {"generate_s", "finetune_s", "finetune_random_s", "evaluate_base_s", "total_s"} <= set(report["timing"])
         assert report["throughput"]["candidates_per_s"] > 0
         assert report["denoiser_evaluations"]["generate"] == 12 * 4 * 6 * 2
@@ -93,6 +100,7 @@ class TestWholeRun:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_run_continues_after_its_driver_was_killed(run_dir, tmp_path):
     """Committed parts are kept. The result equals that of the complete run, although its shards have another size."""
     small, killed = ["--generate.prompts-per-shard", "1"], tmp_path / "killed"

@@ -67,6 +67,7 @@ def test_settle_without_auto_runs_no_trial(monkeypatch):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_settle_shares_a_gpu_if_it_is_faster(tiny_pipeline, capsys):
     ray.init(address="local", num_cpus=4, num_gpus=1, logging_level="error")  # a declared GPU; the model is on the CPU
     try:

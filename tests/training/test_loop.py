@@ -307,6 +307,7 @@ def test_training_starts_from_an_adapter_of_another_rank(tiny_pipeline, selected
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_finetuning_on_google_cloud_storage_continues_from_its_checkpoint(
     tiny_pipeline, selected, tmp_path, gcs_server, monkeypatch
 ):

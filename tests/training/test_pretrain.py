@@ -34,6 +34,7 @@ def registered(folder: Path) -> bool:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_pretraining_continues_after_a_kill_with_the_same_model(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True)
