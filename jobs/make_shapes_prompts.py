@@ -34,8 +34,8 @@ def draw(split: str, count: int, *seed: int, without: frozenset[str] = frozenset
 class Command(BaseSettings):
     """Write shapes-train.jsonl, shapes-test.jsonl and shapes-online.jsonl, in which all categories alternate.
 
-    In the test file, two prompts of the held-out split test alternate with one prompt of the split ood. In the online
-    file, prompts of the splits train and ood alternate; none of them is in another file.
+    In the test file, two prompts of the held-out split test alternate with one prompt of the split ood. The online file
+    has the kind of prompts that the embedded model fails on: those of the split ood. None of them is in another file.
     """
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
@@ -44,7 +44,7 @@ class Command(BaseSettings):
     seed: int = 0
     train_per_category: PositiveInt = 100
     ood_per_category: PositiveInt = 20  # and twice as many of the split test
-    online_per_category: PositiveInt = 100  # of each of the two splits
+    online_per_category: PositiveInt = 120
 
     def cli_cmd(self):
         train = draw("train", self.train_per_category, self.seed)
@@ -52,8 +52,7 @@ class Command(BaseSettings):
         in_turn = zip(test[0::2], test[1::2], ood, strict=True)
         files = {"train": list(chain(*train)), "test": [row for rounds in in_turn for rows in rounds for row in rows]}
         others = frozenset(row["prompt"] for rows in files.values() for row in rows)
-        kinds = [draw(kind, self.online_per_category, self.seed, 1, without=others) for kind in ("train", "ood")]
-        files["online"] = [row for rounds in zip(*kinds, strict=True) for rows in rounds for row in rows]
+        files["online"] = list(chain(*draw("ood", self.online_per_category, self.seed, 1, without=others)))
         if len({row["prompt"] for rows in files.values() for row in rows}) < sum(map(len, files.values())):
             raise ValueError(f"seed is {self.seed}, and with it two categories have the same prompt; use another seed")
         for name, rows in files.items():

@@ -104,6 +104,7 @@ def test_pruning_evaluations_equal_a_count_by_hand(pruning, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_pruning_benchmark_runs(tiny_pipeline, tmp_path):
     out, figure = tmp_path / "pruning.json", tmp_path / "pruning.png"
     done = run("pruning.py", "--smoke", "--model", str(tiny_pipeline), "--out", str(out), "--figure", str(figure))
@@ -116,6 +117,7 @@ def test_pruning_benchmark_runs(tiny_pipeline, tmp_path):
 
 # ------------------------------------------------------------------------------------------ throughput
 @pytest.mark.slow
+@pytest.mark.long
 def test_throughput_benchmark_compares_equal_work(tiny_pipeline, tmp_path):
     out, figure = tmp_path / "throughput.json", tmp_path / "throughput.png"
     done = run("throughput.py", "--smoke", "--model", str(tiny_pipeline), "--out", str(out), "--figure", str(figure))

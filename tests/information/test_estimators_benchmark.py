@@ -14,6 +14,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_estimators_table_has_every_option(tmp_path):
     done = run("--smoke", "--out", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
