@@ -1,8 +1,13 @@
 """Tiny models for all tests: real classes and files with random weights; a step takes milliseconds."""
 
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +58,30 @@ def gcs_server():
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         yield server.stdout.readline().strip()
         server.kill()
+
+
+@pytest.fixture(scope="session")
+def ray_head():
+    """The environment of a process that uses one Ray of two CPUs, which several tests share. It was started in `/`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = str(Path(__file__).parents[1])
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: it contains sockets
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": root, "RAY_ADDRESS": ""}
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
+    command += [f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd="/", env=environment, **silent, start_new_session=True) as head:
+        try:
+            check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", f"127.0.0.1:{port}"]
+            until = time.monotonic() + 300
+            while subprocess.run(check, env=environment, capture_output=True).returncode and time.monotonic() < until:
+                time.sleep(1)
+            yield environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+        finally:
+            os.killpg(head.pid, signal.SIGKILL)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save_pipeline(folder: Path, prediction_type: str) -> Path:

@@ -35,20 +35,15 @@ LOOK_S = 30.0  # seconds that an actor waits for a policy before it checks wheth
 GRACE_S, INTERRUPTED_S = 60.0, 10.0  # seconds to finish parts after the training failed, and after Ctrl-C
 
 
-class _Meeting(Meeting):
-    """The actor of the board. It owns the weights in the object store: objects of a worker are lost with the worker."""
-
-    async def publish(self, version: int, policy: dict[str, Tensor]):
-        await super().publish(version, [ray.put(policy)])  # in a list, Ray does not resolve the reference
-
-
 class Board:
     """The handle of the board for workers and actors, a `training.online.Board`. The actor is on the driver's node:
-    without this node the run ends anyway."""
+    without this node the run ends anyway. It owns the weights in the object store: objects of a worker are lost with
+    the worker."""
 
     def __init__(self, keep: int):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor = ray.remote(_Meeting).options(num_cpus=0, max_restarts=0, scheduling_strategy=here).remote(keep)
+        meeting = ray.remote(Meeting).options(num_cpus=0, max_restarts=0, scheduling_strategy=here)
+        self.actor = meeting.remote(keep, ray.put)
 
     def wait(self, indices: Sequence[int], deadline_s: float | None) -> list[int] | None:
         return ray.get(self.actor.wait.remote(list(indices), deadline_s))
@@ -58,7 +53,7 @@ class Board:
 
     def policy(self, version: int, timeout: float) -> tuple[str, dict[str, Tensor] | None]:
         word, reference = ray.get(self.actor.policy.remote(version, timeout))
-        return word, ray.get(reference[0]) if reference else None
+        return word, ray.get(reference) if reference else None
 
     def finished(self, indices: Sequence[int]):
         ray.get(self.actor.finished.remote(list(indices)))

@@ -1,11 +1,12 @@
 """The shared state of generation and training in an online run: committed parts, and the newest policies.
 
-This file does not need Ray: `stages.online` keeps a `Meeting` in an asynchronous actor, where many callers can wait.
+This file does not need Ray: `stages.online` keeps a `Meeting` in an asynchronous actor, where many callers can wait. It
+imports little, so that this actor starts quickly and needs little memory.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 Policy = TypeVar("Policy")
@@ -20,10 +21,11 @@ class Meeting(Generic[Policy]):
 
     Args:
         keep: number of versions that are kept.
+        put: what is done with a policy before it is kept, such as moving it to an object store.
     """
 
-    def __init__(self, keep: int):
-        self.keep, self.ended = keep, False
+    def __init__(self, keep: int, put: Callable[[Policy], Policy] = lambda policy: policy):
+        self.keep, self.put, self.ended = keep, put, False
         self.done: dict[int, float] = {}  # index of a part: when it was reported
         self.closed: dict[tuple[int, ...], list[int]] = {}
         self.policies: dict[int, Policy] = {}
@@ -35,7 +37,7 @@ class Meeting(Generic[Policy]):
 
     async def publish(self, version: int, policy: Policy):
         """Store a version of the policy. Only the last `keep` versions are kept."""
-        self.policies[version] = policy
+        self.policies[version] = self.put(policy)
         self.policies = {v: self.policies[v] for v in sorted(self.policies)[-self.keep :]}
 
     async def end(self):

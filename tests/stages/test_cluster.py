@@ -1,12 +1,8 @@
 """Start of Ray and check of the cluster's resources: messages for each fault, within a time limit."""
 
-import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -176,26 +172,11 @@ def test_check_room_of_an_online_run_adds_actors_and_workers(nodes, resources, f
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_run_on_a_ray_with_another_working_directory(tmp_path, free_port):
+def test_run_on_a_ray_with_another_working_directory(tmp_path, ray_head):
     """A relative run folder is resolved in the driver's working directory."""
     root = Path(__file__).parents[2]
-    base = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(root), "RAY_ADDRESS": ""}
-    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
-    short = tempfile.mkdtemp(prefix="ray-")  # short: it contains sockets
-    start += [f"--port={free_port}", "--include-dashboard=false", f"--temp-dir={short}"]
-    with subprocess.Popen(
-        start, cwd="/", env=base, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as head:
-        try:
-            job = [sys.executable, f"{root}/jobs/score.py", "--input", "pairs", "--run-dir", "runs/here"]
-            (tmp_path / "pairs").symlink_to(f"{root}/jobs/configs/pairs")
-            environment = base | {"RAY_ADDRESS": f"127.0.0.1:{free_port}"}
-            for _ in range(60):
-                done = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True)
-                if done.returncode == 0 or "refused" not in done.stderr:
-                    break
-            assert done.returncode == 0, done.stderr
-            assert (tmp_path / "runs" / "here" / "audit" / "index.html").is_file()
-        finally:
-            os.killpg(head.pid, signal.SIGKILL)
-            shutil.rmtree(short, ignore_errors=True)
+    job = [sys.executable, f"{root}/jobs/score.py", "--input", "pairs", "--run-dir", "runs/here"]
+    (tmp_path / "pairs").symlink_to(f"{root}/jobs/configs/pairs")
+    done = subprocess.run(job, cwd=tmp_path, env=ray_head, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "here" / "audit" / "index.html").is_file()

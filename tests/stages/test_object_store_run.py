@@ -20,7 +20,7 @@ SMALL += ["--evaluation.limit", "2"]
 WAIT_S = 400
 
 
-@pytest.fixture(params=["s3", pytest.param("gs", marks=pytest.mark.long)])
+@pytest.fixture(params=["s3", "gs"])
 def run_dir(request, monkeypatch):
     """The URI of a run on a local server; the processes of the job get its address from the environment."""
     if request.param == "s3":
@@ -43,6 +43,7 @@ def receipts(run_dir: str) -> dict[str, bytes]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_run_on_an_object_store_continues_after_a_kill(run_dir, tmp_path):
     with (tmp_path / "killed.log").open("wb") as log:
         first = start(run_dir, log)
