@@ -32,6 +32,14 @@ def sampler_of(
     return BestOf(sampler, judging, config.score, config.seed, pool or []) if settings.best_of.candidates else sampler
 
 
+def evaluation_samplers(
+    config: RunConfig, drawing: PipelineDenoiser, judging: PipelineDenoiser, batch_size: int
+) -> "dict[float, Sampler | BestOf]":
+    """The sampler of an evaluation at each guidance scale."""
+    by_scale = config.evaluation.samplers.items()
+    return {scale: sampler_of(config, settings, drawing, judging, batch_size) for scale, settings in by_scale}
+
+
 class BestOf:
     """Samples the best of N candidates for each image. It is called like a `Sampler`.
 

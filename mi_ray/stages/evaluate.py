@@ -13,7 +13,7 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
 from mi_ray.runs.layout import REFERENCE
-from mi_ray.scoring.best_of import sampler_of
+from mi_ray.scoring.best_of import evaluation_samplers
 from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.sampler import batch_at_size, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
@@ -41,8 +41,7 @@ class Evaluator:
         models = {id(d): d for d in (self.base, sampled)}.values()
         for denoiser in models:
             specialise(denoiser, config.model, batch_size)
-        settings = evaluation.samplers.items()
-        self.samplers = {w: sampler_of(config, of, sampled, self.base, batch_size) for w, of in settings}
+        self.samplers = evaluation_samplers(config, sampled, self.base, batch_size)
         only_pmi = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, only_pmi, batch_size, config.seed, []) if evaluation.pmi else None
         self.metrics = load_metrics(evaluation.alignment)

@@ -49,8 +49,7 @@ class CandidateGenerator:
         specialise(self.denoiser, config.model, batch_size)
         self.sampler = sampler_of(config, config.sampler, self.denoiser, self.denoiser, batch_size, pool)
         self.scorer = Scorer(self.denoiser, config.score, batch_size, config.seed, pool)
-        each = config.generate.candidates_per_prompt
-        self.cuts = config.prune.cuts(config.sampler.num_inference_steps, each)
+        self.cuts = config.prune.cuts(config.sampler.num_inference_steps, config.generate.candidates_per_prompt)
         self.cut_scorer = cut_scorer(config, self.scorer, pool) if self.cuts else None
         self.metrics = load_metrics(config.generate.alignment)
         self.declared = columns_of(self.metrics)
