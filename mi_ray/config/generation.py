@@ -194,7 +194,7 @@ class SamplerConfig(Section):
         " guidance), semantic (semantic-aware guidance), perturbed-attention, cfg-zero-star, contrastive (away from"
         " hard negatives of the prompt); none: classifier-free guidance alone",
     )
-    guidance: GuidanceConfig = GuidanceConfig()
+    guidance_settings: GuidanceConfig = GuidanceConfig()
     best_of: BestOfConfig = BestOfConfig()
 
     @property
@@ -205,7 +205,7 @@ class SamplerConfig(Section):
     @property
     def evaluations(self) -> float:
         """Denoiser evaluations per step and candidate; see `GuidanceConfig.extra_evaluations`."""
-        return self.branches + self.guidance.extra_evaluations(self.guidance_method)
+        return self.branches + self.guidance_settings.extra_evaluations(self.guidance_method)
 
     @model_validator(mode="after")
     def _guided(self):
@@ -225,7 +225,7 @@ class SamplerConfig(Section):
     def _without_unset_methods(self, serialize: SerializerFunctionWrapHandler) -> dict:
         """Leave out what is not used: then the hash of runs without a method or best-of-N is stable."""
         values = serialize(self)
-        unused = set() if self.guidance_method else {"guidance_method", "guidance"}
+        unused = set() if self.guidance_method else {"guidance_method", "guidance_settings"}
         unused |= set() if self.best_of.candidates else {"best_of"}
         return {name: value for name, value in values.items() if name not in unused}
 

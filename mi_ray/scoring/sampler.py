@@ -108,7 +108,7 @@ class Sampler:
         self.guidance_interval = config.guidance_interval if config.branches == 2 else NOWHERE
         self.guided = self.plan.guided(self.guidance_interval)
         self.null = denoiser.encode_prompts([""])
-        setting = Setting(denoiser, self.plan, self.null, config.guidance_scale, config.guidance)
+        setting = Setting(denoiser, self.plan, self.null, config.guidance_scale, config.guidance_settings)
         self.guide_of = guide_maker(config.guidance_method, setting) if config.guidance_method else None
 
     def __call__(

@@ -274,11 +274,13 @@ def test_hash_includes_the_image_size_only_if_set():
 
 
 def test_hash_includes_guidance_methods_only_if_set():
-    base, same = load(*LEAST), load(*LEAST, "--sampler.guidance.contrastive-scale", "2")
+    base, same = load(*LEAST), load(*LEAST, "--sampler.guidance-settings.contrastive-scale", "2")
     assert same.hash() == base.hash()
-    assert not {"guidance_method", "guidance", "best_of"} & base.results_config()["sampler"].keys()
+    assert not {"guidance_method", "guidance_settings", "best_of"} & base.results_config()["sampler"].keys()
     contrastive = load(*LEAST, "--sampler.guidance-method", "contrastive")
-    other = load(*LEAST, "--sampler.guidance-method", "contrastive", "--sampler.guidance.contrastive-scale", "2")
+    other = load(
+        *LEAST, "--sampler.guidance-method", "contrastive", "--sampler.guidance-settings.contrastive-scale", "2"
+    )
     best = load(*LEAST, "--evaluation.sampler.best-of.candidates", "4")
     assert len({config.hash() for config in (base, contrastive, other, best)}) == 4
     for config in (contrastive, best):

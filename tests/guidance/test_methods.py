@@ -33,7 +33,11 @@ def denoiser(tiny_pipeline) -> PipelineDenoiser:
 def settings(method=None, **guidance) -> SamplerConfig:
     guidance = {"refine_steps": 2} | guidance
     return SamplerConfig(
-        solver="ddim", num_inference_steps=STEPS, guidance_scale=SCALE, guidance_method=method, guidance=guidance
+        solver="ddim",
+        num_inference_steps=STEPS,
+        guidance_scale=SCALE,
+        guidance_method=method,
+        guidance_settings=guidance,
     )
 
 
