@@ -9,6 +9,7 @@ guidance scale. For this reason the base model at the effective guidance times t
 The results are files in one folder. The same command continues an interrupted run; a finished part is not repeated.
 """
 
+import shlex
 import subprocess
 import sys
 import time
@@ -91,6 +92,9 @@ class AlignmentBenchmark(Benchmark):
     rounds_config: LocalPath = Field(
         CONFIGS / "shapes-paper.yaml", description="config of the trainings of `supervised`, which has rounds"
     )
+    flags: str = Field(
+        "", description="further flags of the config and of all trainings, such as '--evaluation.file FILE'"
+    )
     run_dir: LocalPath = Field(ROOT / "runs" / "alignment", description="folder of all results")
     methods: tuple[GuidanceMethod, ...] = Field(GUIDANCE_METHODS, description="inference-time methods")
     best_of: bool = Field(True, description="best-of-N by pmi_negatives, with and without pruning")
@@ -138,7 +142,8 @@ class AlignmentBenchmark(Benchmark):
     # ------------------------------------------------------------------------------------------ what is compared
     @cached_property
     def run(self) -> RunConfig:
-        config, _ = load_config(["--config", str(self.config)])
+        place = ["--config", str(self.config), "--run-dir", str(self.run_dir / "unused")]
+        config, _ = load_config([*place, *shlex.split(self.flags)])
         if not config.evaluation.alignment or not config.evaluation.file:
             raise ValueError("config: set evaluation.file and evaluation.alignment; their prompts and metric are used")
         return config
@@ -199,7 +204,7 @@ class AlignmentBenchmark(Benchmark):
                 folder = str(self.run_dir / "training" / f"{method}-{seed}")
                 rounds = method == "supervised"
                 command = ["--config", self.rounds_config if rounds else self.config, "--run-dir", folder]
-                command += ["--seed", str(seed), "--evaluation.controls", "none"]
+                command += ["--seed", str(seed), "--evaluation.controls", "none", *shlex.split(self.flags)]
                 command += [] if rounds else ["--finetune.method", method]
                 command += (SMOKE_ROUNDS if rounds else SMOKE_ONLINE).split() if smoke else []
                 done = subprocess.run([sys.executable, "jobs/finetune.py", *map(str, command)], cwd=ROOT)

@@ -168,10 +168,8 @@ def test_alignment_benchmark_tabulates_gains_over_trainings(alignment, monkeypat
     )
     benchmark.__dict__["real_features"] = features
     name = benchmark.column.name
-    base, one, two = (
-        alignment.Arm("base", benchmark._sampler(4.0)),
-        *(_trained(alignment, benchmark, s) for s in (0, 1)),
-    )
+    base = alignment.Arm("base", benchmark._sampler(4.0))
+    one, two = (alignment.Arm("nft", base.settings, f"adapter-{seed}", seed) for seed in (0, 1))
     frames = {
         base: images.assign(**{name: [1.0, 0.0, 0.0, 0.0]}),
         one: images.assign(**{name: [1.0, 1.0, 0.0, 0.0]}),
