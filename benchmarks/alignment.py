@@ -32,7 +32,7 @@ from mi_ray.alignment.encoder import load_encoder
 from mi_ray.alignment.metric import Column, check_prompts, load_metrics, measure, reference_of
 from mi_ray.config import GUIDANCE_METHODS, GuidanceMethod, MethodName, RunConfig, SamplerConfig
 from mi_ray.config.command_line import load_config
-from mi_ray.config.section import config_hash
+from mi_ray.config.section import ConfigError, config_hash
 from mi_ray.diffusion.denoisers import PipelineDenoiser, load_denoiser
 from mi_ray.guidance.methods import family_fault
 from mi_ray.inputs.images import encode_png
@@ -143,7 +143,10 @@ class AlignmentBenchmark(Benchmark):
     @cached_property
     def run(self) -> RunConfig:
         place = ["--config", str(self.config), "--run-dir", str(self.run_dir / "unused")]
-        config, _ = load_config([*place, *shlex.split(self.flags)])
+        try:
+            config, _ = load_config([*place, *shlex.split(self.flags)])
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         if not config.evaluation.alignment or not config.evaluation.file:
             raise ValueError("config: set evaluation.file and evaluation.alignment; their prompts and metric are used")
         return config
