@@ -312,9 +312,9 @@ class AlignmentBenchmark(Benchmark):
         row[column.name] = times * prompt_mean(images, column.name)["value"]
         groups = {"gain": images} | {f"gain_{k}": f for key in ("split", "category") for k, f in images.groupby(key)}
         for label, some in groups.items() if arms[0] != base else ():
-            found = paired_difference(some, reference, column.name)
-            row |= {f"{label}{end}": times * found[k] for end, k in (("", "difference"), ("_half", "high"))}
-            row[f"{label}_half"] -= row[label]
+            if found := paired_difference(some, reference, column.name):
+                half = None if found["high"] is None else times * (found["high"] - found["low"]) / 2
+                row |= {label: times * found["difference"], f"{label}_half": half}
         if len(seeds) > 1:  # the gain of each training
             each = [paired_difference(frames[arm], reference, column.name)["difference"] for arm in arms]
             row |= {"lowest_gain_of_a_seed": times * min(each), "highest_gain_of_a_seed": times * max(each)}
