@@ -62,7 +62,7 @@ class GuidanceBenchmark(Benchmark):
             draw(rows, self.figure, column)
         return Findings(rows, {})
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _draw(
         self, config: RunConfig, metric: Metric, table, each: int, scale: float, adapter: str | None
     ) -> pd.DataFrame:
@@ -75,7 +75,8 @@ class GuidanceBenchmark(Benchmark):
             some = table.slice(start, PROMPTS_AT_A_TIME)
             prompts, ids = some["prompt"].to_pylist(), some["prompt_id"].to_pylist()
             seeds = [[derived_seed(config.seed, "evaluation", i, k) for k in range(each)] for i in ids]
-            images = denoiser.decode(sampler(denoiser.encode_prompts(prompts), seeds, Work()).latents)
+            latents = sampler(denoiser.encode_prompts(prompts), seeds, Work(), prompts=prompts).latents
+            images = denoiser.decode(latents)
             values = metric.measure(images, [p for p in prompts for _ in range(each)])[name]
             columns = {"prompt_id": np.repeat(ids, each), "seed": [s for of in seeds for s in of], name: values}
             parts.append(pd.DataFrame(columns))

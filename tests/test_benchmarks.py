@@ -1,12 +1,15 @@
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from mi_ray.alignment.metric import Column
+from mi_ray.diffusion.denoisers import load_denoiser
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,3 +121,68 @@ def test_selection_benchmark_ranks_any_selector_by_a_graded_metric(selection):
     assert row["top1_right"] == pytest.approx((0.6 + 0.5) / 2)
     assert row["top2_right"] == pytest.approx(((0.6 + 0.9) / 2 + (0.5 + 0.2) / 2) / 2)
     assert (row["auc_color"], row["auc_shape"]) == (pytest.approx(5 / 6), 1)
+
+
+@pytest.fixture
+def alignment(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import alignment
+
+    return alignment
+
+
+def test_alignment_benchmark_measures_effective_guidance(alignment, tiny_pipeline, monkeypatch):
+    """A model whose prediction is u + 1.5 (c - u) has the effective guidance 1.5; so has guidance with a factor 1.5."""
+    monkeypatch.setattr(sys, "argv", ["alignment.py"])
+    benchmark = alignment.AlignmentBenchmark(steps=4)
+    base = load_denoiser(str(tiny_pipeline), device="cpu")
+    null = base.encode_prompts([""])
+    benchmark.__dict__["base"] = base
+
+    def stronger(x_t, timesteps, conditioning):
+        c, u = (base.predict(x_t, timesteps, given) for given in (conditioning, null.expand(len(x_t))))
+        return u + 1.5 * (c - u)
+
+    tuned = copy.copy(base)
+    tuned.predict = stronger
+    monkeypatch.setattr(type(benchmark), "_model", lambda self, arm: tuned if arm.adapter else base)
+    latents = list(np.random.default_rng(0).normal(size=(2, 4 * 8 * 8)).astype(np.float32))
+    images = pd.DataFrame({"prompt_id": ["a", "b"], "prompt": ["a red circle", "a star"], "latents": latents})
+    arm = alignment.Arm("nft", benchmark._sampler(4.0), "adapter", 0)
+    assert benchmark._gamma(arm, images) == pytest.approx(1.5, rel=1e-3)
+    assert benchmark._gamma(alignment.Arm("base", benchmark._sampler(4.0)), images) == 1
+    scaled = benchmark._sampler(4.0, guidance_method="semantic", guidance_settings={"rate_min": 1.5, "rate_max": 1.5})
+    assert benchmark._gamma(alignment.Arm("semantic", scaled), images) == pytest.approx(1.5, rel=1e-3)
+
+
+def test_alignment_benchmark_tabulates_gains_over_trainings(alignment, monkeypatch):
+    """Two prompts in two splits, two trainings: one gains one image of four, the other two."""
+    from alignment_page import main_table
+
+    monkeypatch.setattr(sys, "argv", ["alignment.py"])
+    benchmark = alignment.AlignmentBenchmark()
+    features = np.random.default_rng(0).normal(size=(4, 8))
+    images = pd.DataFrame(
+        {"prompt_id": ["a", "a", "b", "b"], "split": ["test", "test", "ood", "ood"], "category": "color"}
+        | {"seed": [1, 2, 3, 4], "pmi": 1.0, "evaluations": 24.0, "seconds": 0.5, "features": list(features)}
+    )
+    benchmark.__dict__["real_features"] = features
+    name = benchmark.column.name
+    base = alignment.Arm("base", benchmark._sampler(4.0))
+    one, two = (alignment.Arm("nft", base.settings, f"adapter-{seed}", seed) for seed in (0, 1))
+    frames = {
+        base: images.assign(**{name: [1.0, 0.0, 0.0, 0.0]}),
+        one: images.assign(**{name: [1.0, 1.0, 0.0, 0.0]}),
+        two: images.assign(**{name: [1.0, 1.0, 1.0, 0.0]}),
+    }
+    row = benchmark._row("nft at 4", [one, two], frames, base, {one: 1.1, two: 1.3})
+    assert (row["training_seeds"], row["evaluations"], row["seconds"]) == (2, 24, 0.5)
+    assert (row[name], row["gain"]) == (62.5, 37.5)
+    assert (row["gain_test"], row["gain_ood"], row["gain_color"]) == (50, 25, 37.5)
+    assert (row["lowest_gain_of_a_seed"], row["highest_gain_of_a_seed"]) == (25, 50)
+    assert (row["gamma"], row["diversity"]) == (pytest.approx(1.2), pytest.approx(100))
+    own = benchmark._row("base at 4", [base], frames, base, {base: 1.0})
+    assert "gain" not in own
+    lines = main_table([own, row], benchmark.column)
+    assert len({len(line) for line in lines}) == 1
+    assert "+25.0 to +50.0" in lines[2]

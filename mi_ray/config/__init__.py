@@ -12,6 +12,7 @@ from mi_ray.config.generation import (
     POINTWISE_SCORES,
     TRAJECTORY_SCORES,
     WIDTH,
+    BestOfConfig,
     GenerateConfig,
     ModelConfig,
     PromptsConfig,
@@ -21,21 +22,26 @@ from mi_ray.config.generation import (
     ScoreName,
     SelectConfig,
 )
+from mi_ray.config.guidance import GUIDANCE_METHODS, GuidanceConfig, GuidanceMethod
 from mi_ray.config.paths import pinned, without_revision
 from mi_ray.config.run import EvaluationConfig, ResourcesConfig, RunConfig
 
 __all__ = [
     "BETA",
     "FLOW_SCORES",
+    "GUIDANCE_METHODS",
     "HEIGHT",
     "MODEL",
     "ON_TRAJECTORY",
     "POINTWISE_SCORES",
     "TRAJECTORY_SCORES",
     "WIDTH",
+    "BestOfConfig",
     "EvaluationConfig",
     "FinetuneConfig",
     "GenerateConfig",
+    "GuidanceConfig",
+    "GuidanceMethod",
     "MethodName",
     "ModelConfig",
     "OnlineConfig",

@@ -47,6 +47,8 @@ class CalibrationConfig(Section):
     @model_validator(mode="after")
     def _consistent(self):
         check_band(self.log_snr_min, self.log_snr_max)
+        if self.sampler.best_of.candidates:
+            raise ValueError("sampler.best_of is set, but a calibration needs all candidates; set candidates to none")
         if self.alignment and self.labels:
             raise ValueError(
                 "alignment and labels are both set, and only one can label the candidates; remove one of them"

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from mi_ray.config.guidance import GuidanceConfig, GuidanceMethod
 from mi_ray.config.metrics import METRIC_NAMES, MetricName, MetricNames
 from mi_ray.config.paths import LocalOrUri, ModelPath
 from mi_ray.config.section import Positive, Section, Share, check_band
@@ -95,6 +96,75 @@ class ModelConfig(Section):
         return {name: value for name, value in values.items() if value is not None or name not in ("height", "width")}
 
 
+class PruneConfig(Section):
+    """Successive halving: candidates with a low score are dropped during sampling. It is off if `by` is none."""
+
+    by: ScoreName | None = Field(
+        None,
+        description="score that ranks the candidates: an on-trajectory score of the steps so far, or pmi or"
+        " pmi_contrastive of the predicted clean latents; none: no pruning",
+    )
+    # METHOD: after a fifth of the steps the contrastive score ranks nearly as well as at the end
+    after: tuple[Share, ...] = Field(
+        (0.2,), description="shares of the sampling steps after which candidates are dropped"
+    )
+    keep: tuple[Share, ...] = Field(
+        (0.25,), description="share of all candidates of a prompt that is kept after each cut"
+    )
+    num_samples: Positive = Field(6, description="number of noise samples per candidate at a cut, for pointwise scores")
+
+    @model_validator(mode="after")
+    def _schedule(self):
+        faults = []
+        if not self.after or len(self.after) != len(self.keep):
+            faults.append(
+                f"after has {len(self.after)} values and keep has {len(self.keep)}; give one of each for every cut"
+            )
+        if any(a >= b for a, b in zip((0, *self.after), (*self.after, 1), strict=True)):
+            faults.append(f"after is {self.after}; give shares between 0 and 1 in rising order")
+        if any(a <= b for a, b in zip((1, *self.keep), (*self.keep, 0), strict=True)):
+            faults.append(f"keep is {self.keep}; give shares between 0 and 1 in falling order")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def cuts(self, steps: int, pool: int) -> dict[int, int]:
+        """{number of steps before a cut: number of candidates kept after it}; empty if pruning is off."""
+        if self.by is None:
+            return {}
+        after = [min(max(1, round(share * steps)), steps) for share in self.after]
+        keep = [math.ceil(share * pool - 1e-9) for share in self.keep]
+        return {step: count for step, count in zip(after, keep, strict=True) if step < steps and count < pool}
+
+    def candidate_steps(self, steps: int, pool: int) -> int:
+        """Total number of sampling steps of all candidates of one prompt."""
+        cuts = self.cuts(steps, pool)
+        bounds, counts = [0, *cuts, steps], [pool, *cuts.values()]
+        return sum(count * (end - start) for count, start, end in zip(counts, bounds, bounds[1:], strict=False))
+
+
+class BestOfConfig(Section):
+    """Best-of-N: of several candidates for each image, the one with the best score is used. It is off by default."""
+
+    candidates: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="number of candidates of which the best is used; none: no best-of-N"
+    )
+    by: ScoreName = Field(
+        "pmi_negatives", description="score that finds the best candidate, with the settings of the section score"
+    )
+    prune: PruneConfig = PruneConfig()
+
+    @model_validator(mode="after")
+    def _pool(self):
+        if self.prune.by and not self.candidates:
+            raise ValueError("prune.by is set, but candidates is none; set candidates, or prune.by: none")
+        return self
+
+    def candidate_steps(self, steps: int) -> int:
+        """Total number of sampling steps for one image."""
+        return self.prune.candidate_steps(steps, self.candidates) if self.candidates else steps
+
+
 class SamplerConfig(Section):
     """How candidates are sampled. Defaults: the paper's (DDPM, 100 steps, guidance_scale 7.5)."""
 
@@ -118,17 +188,46 @@ class SamplerConfig(Section):
         description="(lower, upper) log SNR of the steps with guidance; other steps cost one evaluation instead of"
         " two; none: guidance at all steps",
     )  # Kynkaanniemi et al. 2024, arXiv 2404.07724
+    guidance_method: GuidanceMethod | None = Field(
+        None,
+        description="method that changes the steps with guidance: attend-and-excite, structured (structured diffusion"
+        " guidance), semantic (semantic-aware guidance), perturbed-attention, cfg-zero-star, contrastive (away from"
+        " hard negatives of the prompt); none: classifier-free guidance alone",
+    )
+    guidance_settings: GuidanceConfig = GuidanceConfig()
+    best_of: BestOfConfig = BestOfConfig()
 
     @property
     def branches(self) -> int:
-        """Number of denoiser evaluations per step: 1 without guidance, 2 with guidance."""
+        """Number of predictions per step: 1 without guidance, 2 with guidance."""
         return 1 if self.guidance_scale == 1 else 2
 
+    @property
+    def evaluations(self) -> float:
+        """Denoiser evaluations per step and candidate; see `GuidanceConfig.extra_evaluations`."""
+        return self.branches + self.guidance_settings.extra_evaluations(self.guidance_method)
+
     @model_validator(mode="after")
-    def _interval(self):
+    def _guided(self):
+        faults = []
         if self.guidance_interval and self.guidance_interval[0] >= self.guidance_interval[1]:
-            raise ValueError(f"guidance_interval is {self.guidance_interval}, but it must be (lower, upper); swap them")
+            faults.append(f"guidance_interval is {self.guidance_interval}, but it must be (lower, upper); swap them")
+        if self.guidance_method and self.branches == 1:
+            faults.append(
+                f"guidance_method is {self.guidance_method}, but it needs guidance and guidance_scale is 1: raise"
+                " guidance_scale, or set guidance_method to none"
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset_methods(self, serialize: SerializerFunctionWrapHandler) -> dict:
+        """Leave out what is not used: then the hash of runs without a method or best-of-N is stable."""
+        values = serialize(self)
+        unused = set() if self.guidance_method else {"guidance_method", "guidance_settings"}
+        unused |= set() if self.best_of.candidates else {"best_of"}
+        return {name: value for name, value in values.items() if name not in unused}
 
 
 class ScoreConfig(Section):
@@ -232,53 +331,6 @@ class GenerateConfig(Section):
     preview_prompts: Annotated[int, Field(ge=0)] = Field(
         12, description="number of prompts whose candidates are all stored as images, for the report"
     )
-
-
-class PruneConfig(Section):
-    """Successive halving: candidates with a low score are dropped during sampling. It is off if `by` is none."""
-
-    by: ScoreName | None = Field(
-        None,
-        description="score that ranks the candidates: an on-trajectory score of the steps so far, or pmi or"
-        " pmi_contrastive of the predicted clean latents; none: no pruning",
-    )
-    # METHOD: after a fifth of the steps the contrastive score ranks nearly as well as at the end
-    after: tuple[Share, ...] = Field(
-        (0.2,), description="shares of the sampling steps after which candidates are dropped"
-    )
-    keep: tuple[Share, ...] = Field(
-        (0.25,), description="share of all candidates of a prompt that is kept after each cut"
-    )
-    num_samples: Positive = Field(6, description="number of noise samples per candidate at a cut, for pointwise scores")
-
-    @model_validator(mode="after")
-    def _schedule(self):
-        faults = []
-        if not self.after or len(self.after) != len(self.keep):
-            faults.append(
-                f"after has {len(self.after)} values and keep has {len(self.keep)}; give one of each for every cut"
-            )
-        if any(a >= b for a, b in zip((0, *self.after), (*self.after, 1), strict=True)):
-            faults.append(f"after is {self.after}; give shares between 0 and 1 in rising order")
-        if any(a <= b for a, b in zip((1, *self.keep), (*self.keep, 0), strict=True)):
-            faults.append(f"keep is {self.keep}; give shares between 0 and 1 in falling order")
-        if faults:
-            raise ValueError("\n".join(faults))
-        return self
-
-    def cuts(self, steps: int, pool: int) -> dict[int, int]:
-        """{number of steps before a cut: number of candidates kept after it}; empty if pruning is off."""
-        if self.by is None:
-            return {}
-        after = [min(max(1, round(share * steps)), steps) for share in self.after]
-        keep = [math.ceil(share * pool - 1e-9) for share in self.keep]
-        return {step: count for step, count in zip(after, keep, strict=True) if step < steps and count < pool}
-
-    def candidate_steps(self, steps: int, pool: int) -> int:
-        """Total number of sampling steps of all candidates of one prompt."""
-        cuts = self.cuts(steps, pool)
-        bounds, counts = [0, *cuts, steps], [pool, *cuts.values()]
-        return sum(count * (end - start) for count, start, end in zip(counts, bounds, bounds[1:], strict=False))
 
 
 class SelectConfig(Section):

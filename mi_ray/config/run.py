@@ -16,6 +16,7 @@ from mi_ray.config.generation import (
     ScoreConfig,
     SelectConfig,
 )
+from mi_ray.config.guidance import OTHER_CONDITIONAL, READS_ATTENTION
 from mi_ray.config.metrics import METRIC_NAMES, MetricName, MetricNames
 from mi_ray.config.paths import LocalOrUri, ModelPath, SharedPath, hashed_fields, without_revision
 from mi_ray.config.section import Positive, Section, config_hash
@@ -60,6 +61,16 @@ class EvaluationConfig(Section):
         description="image encoder of transformers for the kernel distance and the diversity, such as"
         " facebook/dinov2-base: a local folder or a hub id; none: the autoencoder of the model",
     )
+
+    @model_validator(mode="after")
+    def _guided(self):
+        method = self.sampler.guidance_method
+        if method and 1 in self.guidance_scales:
+            raise ValueError(
+                f"guidance_scales has 1, but sampler.guidance_method is {method}, which needs guidance: remove 1, or"
+                " set the method to none"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _without_unset_encoder(self, serialize: SerializerFunctionWrapHandler) -> dict:
@@ -250,22 +261,70 @@ class RunConfig(Section):
                     f"model.{option} is {chosen}, but it needs a CUDA GPU and resources.gpus_per_actor is 0: raise"
                     f" resources.gpus_per_actor, or set model.{option}: {other}"
                 )
-        interval, score = self.sampler.guidance_interval, self.score
-        named = {*score.names, self.prune.by} & set(ON_TRAJECTORY) if interval else set()
+        faults += self._sampler_faults("sampler", self.sampler, {*self.score.names, self.prune.by})
+        for sampler in self.evaluation.samplers.values():
+            found = self._sampler_faults("evaluation.sampler", sampler, set())
+            faults += [fault for fault in found if fault not in faults]
+        if self.sampler.best_of.candidates and self.prune.by:
+            faults.append(
+                f"prune.by is {self.prune.by} and sampler.best_of is set, but a pool is cut by one of them only: set"
+                " prune.by to none, or use sampler.best_of.prune"
+            )
+        if (best_of := self.evaluation.sampler.best_of).candidates and "pmi_contrastive" in (
+            best_of.by,
+            best_of.prune.by,
+        ):
+            faults.append(
+                "evaluation.sampler.best_of uses pmi_contrastive, but an evaluation has no list of prompts to compare"
+                " with: use pmi_negatives"
+            )
+        if self.sampler.best_of.candidates and self.online.updates:
+            faults.append(
+                "sampler.best_of is set, but an online update learns from all its candidates: set"
+                " sampler.best_of.candidates to none"
+            )
+        return faults
+
+    def _sampler_faults(self, field: str, sampler: SamplerConfig, asked: set[str | None]) -> list[str]:
+        """Settings of a sampler that do not allow the scores `asked` of it, or a compiled network."""
+        interval, score, best_of = sampler.guidance_interval, self.score, sampler.best_of
+        places, faults = "score.names and prune.by", []
+        if best_of.candidates:
+            asked = asked | {best_of.by, best_of.prune.by}
+            places = f"score.names, prune.by and {field}.best_of"
+        recorded = asked & set(ON_TRAJECTORY)
+        named = set(recorded) if interval else set()
         if "trajectory_banded" in named and interval[0] <= score.log_snr_min and score.log_snr_max <= interval[1]:
             named.remove("trajectory_banded")  # all steps in its band have guidance
         faults += [
-            f"sampler.guidance_interval is {interval}, but {name} needs both branches at all its steps: remove {name}"
-            " from score.names and prune.by, or set the interval to none"
+            f"{field}.guidance_interval is {interval}, but {name} needs both branches at all its steps: remove {name}"
+            f" from {places}, or set the interval to none"
             + (", or widen it to the band" if name == "trajectory_banded" else "")
             for name in sorted(named)
         ]
-        unguided = {*score.names, self.prune.by} & set(ON_TRAJECTORY) if self.sampler.branches == 1 else set()
         faults += [
-            f"sampler.guidance_scale is 1, but {name} needs both branches: remove {name} from score.names and prune.by,"
-            " or raise sampler.guidance_scale"
-            for name in sorted(unguided)
+            f"{field}.guidance_scale is 1, but {name} needs both branches: remove {name} from {places}, or raise"
+            f" {field}.guidance_scale"
+            for name in sorted(recorded if sampler.branches == 1 else ())
         ]
+        method = sampler.guidance_method
+        if method in OTHER_CONDITIONAL:
+            faults += [
+                f"{field}.guidance_method is {method}, but {name} needs the model's own prediction for the prompt,"
+                f" which this method replaces: remove {name} from {places}, or take another method"
+                for name in sorted(recorded)
+            ]
+        banded = score.banded if "trajectory_banded" in recorded else None
+        if method and "rfmi_guided" in {*recorded, banded}:
+            faults.append(
+                f"{field}.guidance_method is {method}, but rfmi_guided assumes classifier-free guidance: remove it from"
+                f" {places}, or set the method to none"
+            )
+        if method in READS_ATTENTION and self.model.compile:
+            faults.append(
+                f"{field}.guidance_method is {method}, but it reads the attention layers and model.compile is"
+                f" {self.model.compile}: set model.compile to none"
+            )
         return faults
 
     def results_config(self) -> dict:

@@ -133,6 +133,11 @@ class PipelineDenoiser:
         with _TOKENIZING:
             return self.tokenizer(prompt, verbose=False).input_ids
 
+    def token_offsets(self, prompt: str) -> list[tuple[int, int]]:
+        """The characters [start, end) of each of the `token_ids`; (0, 0) of the tokens of start and end."""
+        with _TOKENIZING:
+            return self.tokenizer(prompt, verbose=False, return_offsets_mapping=True).offset_mapping
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """The empty prompt stands for no prompt: the family encodes it as its pipeline does without one."""

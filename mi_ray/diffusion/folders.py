@@ -54,7 +54,7 @@ def load_schedule(path: str, size: tuple[int | None, int | None] = (None, None))
     Raises:
         ValueError: if the model has none that is supported, or the hub cannot be asked.
     """
-    family, config = _family_at(path), part_config(path, "scheduler")
+    family, config = model_family(path), part_config(path, "scheduler")
     if family.flow is None:
         return NoiseSchedule.from_config(config)
     sizes, channels = load_sizes(path), family.channels(part_config(path, family.network))
@@ -68,7 +68,7 @@ def load_sizes(path: str) -> Sizes:
     Raises:
         ValueError: the model lacks one of them, or the hub cannot be asked.
     """
-    family = _family_at(path)
+    family = model_family(path)
     network, vae = part_config(path, family.network), part_config(path, "vae")
     try:
         return family.sizes(network, vae)
@@ -83,7 +83,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if the model has none, or the hub cannot be asked.
     """
-    family = _family_at(path)
+    family = model_family(path)
     name = family.tokenizer
     folder = _folder_with(path, f"{name}/*")
     _refuse(path, vocabulary_faults(folder, name))
@@ -102,7 +102,7 @@ def load_network_on_meta(path: str) -> nn.Module:
     Raises:
         ValueError: the model has none, or the hub cannot be asked.
     """
-    part = _family_at(path).network
+    part = model_family(path).network
     return on_meta(part_class(read_index(_folder_with(path, INDEX)), part), part_config(path, part))
 
 
@@ -112,7 +112,7 @@ def pipeline_class(path: str) -> str:
     Raises:
         ValueError: the model has none that is supported, or the hub cannot be asked.
     """
-    _family_at(path)
+    model_family(path)
     return read_index(_folder_with(path, INDEX))["_class_name"]
 
 
@@ -123,11 +123,16 @@ def distilled_reason(path: str) -> str | None:
     Raises:
         ValueError: the model lacks a configuration, or the hub cannot be asked.
     """
-    family = _family_at(path)
+    family = model_family(path)
     return family.distilled(part_config(path, family.network), read_index(_folder_with(path, INDEX)))
 
 
-def _family_at(path: str) -> Family:
+def model_family(path: str) -> Family:
+    """The family of a model; reads model_index.json alone.
+
+    Raises:
+        ValueError: the model has no supported pipeline class, or the hub cannot be asked.
+    """
     folder = _folder_with(path, INDEX)
     _refuse(path, index_faults(folder))
     return family_of(folder)

@@ -4,12 +4,14 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
+from mi_ray.diffusion.families.family import Rescale
 from mi_ray.diffusion.kernels import Kernel, guided_step, statistics_parts
 from mi_ray.diffusion.schedules import FLOW, PREDICTION_TYPES, NoiseSchedule, Schedule
 
@@ -172,6 +174,21 @@ class State:
         return self.statistics[:, 1].sum(-1).T
 
 
+class StepGuide(Protocol):
+    """What changes the steps with guidance, for the n candidates of one batch: a guidance method."""
+
+    raw: bool  # whether both predictions are the model's own, so that the statistics of the step are those of scores
+
+    def moved(self, step: int, x_t: Tensor) -> Tensor:
+        """The latents that the step starts from, (n, *latent_shape) fp32."""
+
+    def predictions(self, step: int, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """The conditional and the unconditional prediction, each (n, *latent_shape)."""
+
+    def combined(self, step: int, guided: Tensor, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """The prediction that the solver follows, (n, *latent_shape) fp32; guided: that of classifier-free guidance."""
+
+
 @torch.no_grad()
 def sampling_steps(
     denoiser: Denoiser,
@@ -187,6 +204,7 @@ def sampling_steps(
     steps: range | None = None,
     previous_x0: Tensor | None = None,
     x0_at: Container[int] | None = None,
+    guide: StepGuide | None = None,
 ) -> Iterator[State]:
     """Denoise with classifier-free guidance, and yield the state after each step. See `sample` for other arguments.
 
@@ -196,6 +214,7 @@ def sampling_steps(
         steps: the steps of the plan to do; None: all. A later call can continue, also in a batch with other candidates:
             the state of a candidate is its latents, its previous_x0 (if the plan is multistep) and its noise generator.
         x0_at: steps after which x0 is needed; None: all. A multistep plan always returns it.
+        guide: changes the steps with guidance, which then use the eager kernel; None: classifier-free guidance.
 
     Raises:
         ValueError: the plan is stochastic and step_noise is None.
@@ -212,17 +231,23 @@ def sampling_steps(
     if kernel == "triton" and not isinstance(guidance_scale, Tensor):
         guidance_scale = torch.full((1,), guidance_scale, device=device)
     x_t, x0 = latents.to(device, torch.float32), previous_x0
-    kernel = kernel if denoiser.rescale is None else "eager"
+    kernel = kernel if denoiser.rescale is None and guide is None else "eager"
     parts = statistics_parts(x_t.shape[1:], kernel)
     statistics = torch.full((count, 2, n, parts), torch.nan, device=device)
     for i in range(count) if steps is None else steps:
-        branches = 2 if guided[i] else 1
-        prediction = denoiser.predict(
-            torch.cat([x_t] * branches), timesteps[i].expand(branches * n), both if guided[i] else conditional
-        )
+        branches, rescale = 2 if guided[i] else 1, denoiser.rescale
+        if guide is not None and guided[i]:
+            x_t = guide.moved(i, x_t)
+            predictions = guide.predictions(i, x_t)
+            rescale = _guided_by(guide, i, predictions[1], rescale)
+        else:
+            prediction = denoiser.predict(
+                torch.cat([x_t] * branches), timesteps[i].expand(branches * n), both if guided[i] else conditional
+            )
+            predictions = prediction.chunk(2) if guided[i] else (prediction, None)
         x_t, x0 = guided_step(
-            *(prediction.chunk(2) if guided[i] else (prediction, None)),
-            latents=_like(x_t, prediction),
+            *predictions,
+            latents=_like(x_t, predictions[0]),
             previous_x0=x0 if plan.multistep else None,
             noise=_to_device(step_noise(i), device) if noisy[i] else None,
             coefficients=table[i : i + 1],
@@ -231,9 +256,21 @@ def sampling_steps(
             converted=prediction_type not in ("epsilon", FLOW),
             with_x0=plan.multistep or x0_at is None or i in x0_at,
             kernel=kernel,
-            rescale=denoiser.rescale,
+            rescale=rescale,
         )
+        if guide is not None and not guide.raw:
+            statistics[i] = torch.nan
         yield State(i, x_t, x0, statistics)
+
+
+def _guided_by(guide: StepGuide, step: int, unconditional: Tensor, then: Rescale | None) -> Rescale:
+    """The combination of a guide as the `rescale` of a step, followed by that of the model's family."""
+
+    def combined(guided: Tensor, conditional: Tensor) -> Tensor:
+        followed = guide.combined(step, guided, conditional, unconditional)
+        return followed if then is None else then(followed, conditional)
+
+    return combined
 
 
 def sample(

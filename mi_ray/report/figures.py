@@ -166,7 +166,7 @@ def _of_updates(updates: list[dict], key: str, relative: bool) -> list[dict]:
     return [point | {"value": point["value"] / first} for point in points] if first else []
 
 
-def difference_plot(groups: dict[str, dict], column: Column) -> str:
+def difference_plot(groups: dict[str, dict], column: Column, difference: str = "tuned − base") -> str:
     """Paired differences of a column with their intervals, one line per group. A clear difference is coloured."""
     colors = {"better": GOOD, "worse": BAD, "unclear": COLORS["base"]}
     with styled_figure(5.4, 0.6 + 0.3 * len(groups)) as figure:
@@ -178,7 +178,7 @@ def difference_plot(groups: dict[str, dict], column: Column) -> str:
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(f"tuned − base,{unit_of_change(column)} of {label(column)}")
+        axes.set_xlabel(f"{difference},{unit_of_change(column)} of {label(column)}")
         return data_uri(figure)
 
 

@@ -1,6 +1,6 @@
 """The cost of a run in denoiser evaluations, from its config and the number of prompts."""
 
-from mi_ray.config import POINTWISE_SCORES, RunConfig, ScoreConfig
+from mi_ray.config import POINTWISE_SCORES, RunConfig, SamplerConfig, ScoreConfig
 from mi_ray.runs.layout import baselines
 
 TRAINING_COST = 3  # denoiser evaluations of a training pass: forward (1) and backward (2)
@@ -10,13 +10,14 @@ ONLINE_TRAINING_COST = TRAINING_COST + 2  # plus forward passes of the sampling 
 def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int]:
     """Number of denoiser evaluations of each stage. A training pass in `finetune` counts as `TRAINING_COST`.
 
-    Steps outside sampler.guidance_interval cost half of what is counted here.
+    Steps outside sampler.guidance_interval cost half of what is counted here. Repeated gradient steps of
+    attend-and-excite are not counted.
     """
     arms = 1 + len(config.evaluation.controls)
     images = held_out * config.evaluation.images_per_prompt * (1 + arms)
     judged = 2 * config.score.num_samples * config.evaluation.pmi
     # For one prompt and seed: the sum over its images at all guidance scales.
-    per_image = sum(s.branches * s.num_inference_steps + judged for s in config.evaluation.samplers.values())
+    per_image = sum(_per_candidate(s, config.score) + judged for s in config.evaluation.samplers.values())
     if config.online.updates:
         return _online(config, arms) | {"evaluate": images * per_image}
     pools = 1 + (config.rounds - 1) * arms  # all arms share the candidates of the first round
@@ -25,10 +26,13 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
     left = [each, *cuts.values()]
     at_cuts = sum(left[:-1]) * score_evaluations(config.score, {config.prune.by}, config.prune.num_samples)
     at_the_end = left[-1] * score_evaluations(config.score, set(config.score.names), config.score.num_samples)
+    generate = round(config.sampler.evaluations * config.prune.candidate_steps(steps, each))
+    if config.sampler.best_of.candidates:
+        generate = each * _per_candidate(config.sampler, config.score)
     finetune = config.finetune
     samples = finetune.steps * finetune.batch_size * finetune.gradient_accumulation
     return {
-        "generate": prompts * pools * config.sampler.branches * config.prune.candidate_steps(steps, each),
+        "generate": prompts * pools * generate,
         "score": prompts * pools * (at_cuts + at_the_end),
         "finetune": samples * TRAINING_COST * (config.rounds * arms + len(baselines(config))),
         "evaluate": images * per_image,
@@ -44,10 +48,22 @@ def _online(config: RunConfig, arms: int) -> dict[str, int]:
     drawn = prompts * each + checkpoints * online.validation_prompts * online.validation_candidates
     score = score_evaluations(config.score, set(config.score.names), config.score.num_samples)
     return {
-        "generate": drawn * config.sampler.branches * config.sampler.num_inference_steps * arms,
+        "generate": drawn * _per_candidate(config.sampler, config.score) * arms,
         "score": drawn * score * arms,
         "finetune": trained * online.inner_steps * online.noise_levels * ONLINE_TRAINING_COST * arms,
     }
+
+
+def _per_candidate(sampler: SamplerConfig, score: ScoreConfig) -> int:
+    """Number of denoiser evaluations for one sampled candidate. With best-of-N: for all N, with their scores."""
+    steps, best_of = sampler.num_inference_steps, sampler.best_of
+    spent = round(sampler.evaluations * best_of.candidate_steps(steps))
+    if best_of.candidates:
+        cuts = best_of.prune.cuts(steps, best_of.candidates)
+        left = [best_of.candidates, *cuts.values()]
+        spent += sum(left[:-1]) * score_evaluations(score, {best_of.prune.by}, best_of.prune.num_samples)
+        spent += left[-1] * score_evaluations(score, {best_of.by}, score.num_samples)
+    return spent
 
 
 def score_evaluations(score: ScoreConfig, names: set[str], samples: int) -> int:

@@ -26,7 +26,7 @@ PROMPTS_AT_A_TIME = 8
 Keep = Callable[[np.ndarray, list[str], list[tuple[str, int]]], None]  # images, prompts, (prompt_id, candidate_index)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: some guidance methods need gradients
 def probed_pool(
     config: CalibrationConfig, prompts: list[str], ids: list[str], keep: Keep | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -48,7 +48,7 @@ def probed_pool(
         some = slice(start, start + PROMPTS_AT_A_TIME)
         conditioning = denoiser.encode_prompts(prompts[some])
         seeds = [[derived_seed(config.seed, "calibration", i, c) for c in range(each)] for i in ids[some]]
-        latents = sampler(conditioning, seeds, Work()).latents
+        latents = sampler(conditioning, seeds, Work(), prompts=prompts[some]).latents
         nearest = scorer.neighbours(prompts[some], conditioning)
         texts = Conditioning.cat([conditioning, scorer.pool_conditioning.rows(nearest.flatten())])
         own, others = torch.arange(len(texts)).split([len(conditioning), nearest.numel()])

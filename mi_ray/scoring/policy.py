@@ -77,7 +77,7 @@ class PolicySampler:
         seeds = [[derived_seed(config.seed, purpose, i, c) for c in range(each)] for i in ids]
         conditioning = self.base.encode_prompts(prompts)
         index = torch.arange(len(prompts)).repeat_interleave(each)
-        sampled = self.sampler(conditioning, seeds, work)
+        sampled = self.sampler(conditioning, seeds, work, prompts=prompts)
         latents = sampled.latents.cpu().numpy()
         owner = index.tolist()
         columns = {

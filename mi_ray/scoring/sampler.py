@@ -17,6 +17,8 @@ from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.kernels import choose_kernel
 from mi_ray.diffusion.sampling import CandidateNoise, State, Trajectory, sampling_steps, solver_plan
+from mi_ray.guidance.guide import Guide, Setting
+from mi_ray.guidance.methods import guide_maker
 from mi_ray.scoring.work import Work
 
 NOWHERE = (math.inf, -math.inf)  # an empty interval of log SNR: no guidance at any step
@@ -106,9 +108,16 @@ class Sampler:
         self.guidance_interval = config.guidance_interval if config.branches == 2 else NOWHERE
         self.guided = self.plan.guided(self.guidance_interval)
         self.null = denoiser.encode_prompts([""])
+        setting = Setting(denoiser, self.plan, self.null, config.guidance_scale, config.guidance_settings)
+        self.guide_of = guide_maker(config.guidance_method, setting) if config.guidance_method else None
 
     def __call__(
-        self, conditioning: Conditioning, seeds: list[list[int]], work: Work, cuts: Cuts | None = None
+        self,
+        conditioning: Conditioning,
+        seeds: list[list[int]],
+        work: Work,
+        cuts: Cuts | None = None,
+        prompts: list[str] | None = None,
     ) -> Trajectory:
         """Sample seeds[p] for each of P prompts: N candidates, the sum of len(seeds[p]).
 
@@ -116,21 +125,29 @@ class Sampler:
             conditioning: of the prompts, P rows.
             cuts: after each cut, the remaining candidates of all prompts are packed into full batches again. A pruned
                 candidate has the latents of its last step, and its curves are NaN after that.
+            prompts: P texts; a guidance method needs them.
+
+        Raises:
+            ValueError: there is a guidance method, but prompts is None.
         """
+        if self.guide_of and prompts is None:
+            raise ValueError(f"guidance_method {self.config.guidance_method} reads the prompts; give their texts")
         noise = CandidateNoise([seed for of_prompt in seeds for seed in of_prompt], self.denoiser.latent_shape)
         latents = noise.draw().to(self.denoiser.device)
         curve = torch.full((len(latents), len(self.plan.timesteps)), torch.nan, device=latents.device)
         owner = torch.arange(len(seeds)).repeat_interleave(torch.tensor([len(s) for s in seeds]))
         scale = self.config.guidance_scale
         pool = Pool(owner, self.plan.timesteps, latents, None, curve, curve.clone(), scale)
+        guide = self.guide_of and self.guide_of(prompts, conditioning)
         rows, start = torch.arange(len(latents)), 0
         for stop in (*(cuts.after if cuts else ()), len(self.plan.timesteps)):
             began = time.perf_counter()
             left = rows
             while len(left):
-                advance = partial(self._advance, pool, left, range(start, stop), conditioning, noise)
-                done = fitting(self, advance, work)
+                advance = partial(self._advance, pool, left, range(start, stop), conditioning, noise, guide)
+                done, spent = fitting(self, advance, work)
                 left = left[done:]
+                work.denoiser_evaluations += spent
             work.denoiser_evaluations += len(rows) * sum(1 + guided for guided in self.guided[start:stop])
             work.timed("sample", began)
             if stop < len(self.plan.timesteps):
@@ -138,12 +155,23 @@ class Sampler:
         return pool.finished()
 
     def _advance(
-        self, pool: Pool, rows: Tensor, steps: range, conditioning: Conditioning, noise: CandidateNoise
-    ) -> int:
-        """Run the first batch of the candidates `rows` through `steps`. Returns the number of candidates in it."""
+        self,
+        pool: Pool,
+        rows: Tensor,
+        steps: range,
+        conditioning: Conditioning,
+        noise: CandidateNoise,
+        guide: Guide | None,
+    ) -> tuple[int, int]:
+        """Run the first batch of the candidates `rows` through `steps`.
+
+        Returns:
+            The number of candidates in the batch, and of denoiser evaluations besides one per branch and step.
+        """
         rows = even_batches(rows, self.batch_size)[0]
         on_device = rows.to(pool.latents.device)
         chosen = rows.tolist()
+        guide = guide and guide.rows(pool.owner[rows])
         states = sampling_steps(
             self.denoiser,
             self.plan,
@@ -157,8 +185,9 @@ class Sampler:
             steps=steps,
             previous_x0=pool.x0[on_device] if self.plan.multistep and steps.start else None,
             x0_at=(steps.stop - 1,) if steps.stop < len(self.plan.timesteps) else (),
+            guide=guide,
         )
         with noise.restored_on_error(chosen):
             last = deque(states, maxlen=1).pop()
         pool.put(rows, steps, last)
-        return len(rows)
+        return len(rows), guide.evaluations if guide else 0

@@ -3,9 +3,11 @@
 import logging
 
 from mi_ray.config import FLOW_SCORES, ON_TRAJECTORY, RunConfig, ScoreConfig
-from mi_ray.diffusion.folders import distilled_reason, load_schedule
+from mi_ray.config.section import ConfigError
+from mi_ray.diffusion.folders import distilled_reason, load_schedule, model_family
 from mi_ray.diffusion.sampling import solver_plan
 from mi_ray.diffusion.schedules import FLOW, Schedule
+from mi_ray.guidance.methods import family_fault
 from mi_ray.scoring.scorer import probed_band
 
 DIFFUSION_SCORES = ("mitune", "mitune_eq2")  # of variance-preserving models; FLOW_SCORES are of flows
@@ -17,7 +19,8 @@ def check_suitability(config: RunConfig):
     """Check the noise levels, the solver and the scores of a run against its model. Warn of a distilled model.
 
     Raises:
-        ValueError: one line for each score, band or step count that the model does not allow.
+        ConfigError: the model does not allow a score, a band, a number of steps or a guidance method.
+        ValueError: the model lacks a configuration, or the hub cannot be asked.
     """
     schedule = load_schedule(config.model.path, config.model.size)
     faults = score_faults(config, schedule)
@@ -34,8 +37,9 @@ def check_suitability(config: RunConfig):
             check()
         except ValueError as error:
             faults += str(error).split("\n")
+    faults = [f"score: {fault}" for fault in faults] + method_faults(config)
     if faults:
-        raise ValueError("\n".join(faults))
+        raise ConfigError(faults)
     if warning := distillation_warning(config):
         log.warning(warning)
 
@@ -49,6 +53,16 @@ def check_pairs(model: str, size: tuple[int | None, int | None], score: ScoreCon
     probed_band(score, load_schedule(model, size))
     if reason := distilled_reason(model):
         log.warning("model: %s, but pmi compares with one; the log odds against hard negatives do not", reason)
+
+
+def method_faults(config: RunConfig) -> list[str]:
+    """One error message for each guidance method that does not work with the model's family."""
+    faults = []
+    for field, sampler in (("sampler", config.sampler), ("evaluation.sampler", config.evaluation.sampler)):
+        if sampler.guidance_method:
+            fault = family_fault(sampler.guidance_method, model_family(config.model.path))
+            faults += [f"{field}: {fault}"] if fault else []
+    return faults
 
 
 def score_faults(config: RunConfig, schedule: Schedule) -> list[str]:

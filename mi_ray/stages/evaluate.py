@@ -13,8 +13,9 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
 from mi_ray.runs.layout import REFERENCE
+from mi_ray.scoring.best_of import evaluation_samplers
 from mi_ray.scoring.machine import take_share
-from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed, specialise
+from mi_ray.scoring.sampler import batch_at_size, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
 from mi_ray.stages.shards import ShardWriter, run_stage
@@ -40,8 +41,7 @@ class Evaluator:
         models = {id(d): d for d in (self.base, sampled)}.values()
         for denoiser in models:
             specialise(denoiser, config.model, batch_size)
-        by_scale, kernel = evaluation.samplers, config.model.kernel
-        self.samplers = {w: Sampler(sampled, by_scale[w], batch_size, kernel) for w in by_scale}
+        self.samplers = evaluation_samplers(config, sampled, self.base, batch_size)
         only_pmi = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, only_pmi, batch_size, config.seed, []) if evaluation.pmi else None
         self.metrics = load_metrics(evaluation.alignment)
@@ -83,7 +83,7 @@ class Evaluator:
             images = np.stack([self.reference(p, seed) for p, seed in zip(prompt_of, flat, strict=True)])
         else:
             conditioning = self.base.encode_prompts(prompts)
-            sampled = self.samplers[scale](conditioning, seeds, work)
+            sampled = self.samplers[scale](conditioning, seeds, work, prompts=prompts)
             index = torch.arange(len(prompts)).repeat_interleave(len(seeds[0]))
             if self.scorer:
                 scores = self.scorer(prompts, conditioning, index, sampled, work)

@@ -13,9 +13,10 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
+from mi_ray.scoring.best_of import sampler_of
 from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.pruning import Halving, cut_scorer
-from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed, specialise
+from mi_ray.scoring.sampler import batch_at_size, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
 from mi_ray.stages.shards import ShardWriter, run_stage
@@ -46,10 +47,9 @@ class CandidateGenerator:
         self.denoiser = load_denoiser(model.path, model.dtype, adapter=adapter, size=model.size)
         batch_size = batch_at_size(self.denoiser, config.resources.batch_size)
         specialise(self.denoiser, config.model, batch_size)
-        self.sampler = Sampler(self.denoiser, config.sampler, batch_size, config.model.kernel)
+        self.sampler = sampler_of(config, config.sampler, self.denoiser, self.denoiser, batch_size, pool)
         self.scorer = Scorer(self.denoiser, config.score, batch_size, config.seed, pool)
-        each = config.generate.candidates_per_prompt
-        self.cuts = config.prune.cuts(config.sampler.num_inference_steps, each)
+        self.cuts = config.prune.cuts(config.sampler.num_inference_steps, config.generate.candidates_per_prompt)
         self.cut_scorer = cut_scorer(config, self.scorer, pool) if self.cuts else None
         self.metrics = load_metrics(config.generate.alignment)
         self.declared = columns_of(self.metrics)
@@ -71,7 +71,7 @@ class CandidateGenerator:
         conditioning = self.denoiser.encode_prompts(prompts)
         index = torch.arange(len(prompts)).repeat_interleave(each)
         halving = self._halving(prompts, ids, conditioning, work) if self.cuts else None
-        sampled = self.sampler(conditioning, seeds, work, halving)
+        sampled = self.sampler(conditioning, seeds, work, halving, prompts)
         rows = torch.arange(len(index)) if halving is None else torch.from_numpy(halving.finished).nonzero()[:, 0]
         scores = self.scorer(prompts, conditioning, index[rows], sampled.of(rows), work)
         scores = {name: _spread(values, rows.tolist(), len(index)) for name, values in scores.items()}

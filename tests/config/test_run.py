@@ -273,6 +273,44 @@ def test_hash_includes_the_image_size_only_if_set():
     assert wide.hash() != alone.hash()
 
 
+def test_hash_includes_guidance_methods_only_if_set():
+    base, same = load(*LEAST), load(*LEAST, "--sampler.guidance-settings.contrastive-scale", "2")
+    assert same.hash() == base.hash()
+    assert not {"guidance_method", "guidance_settings", "best_of"} & base.results_config()["sampler"].keys()
+    contrastive = load(*LEAST, "--sampler.guidance-method", "contrastive")
+    other = load(
+        *LEAST, "--sampler.guidance-method", "contrastive", "--sampler.guidance-settings.contrastive-scale", "2"
+    )
+    best = load(*LEAST, "--evaluation.sampler.best-of.candidates", "4")
+    assert len({config.hash() for config in (base, contrastive, other, best)}) == 4
+    for config in (contrastive, best):
+        assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sampler.guidance-method", "structured"), "structured, but mitune needs the model's own prediction"),
+        (("--sampler.guidance-method", "semantic", "--model.compile", "default"), "reads the attention layers"),
+        (
+            (
+                "--sampler.guidance-method",
+                "cfg-zero-star",
+                "--score.names",
+                "rfmi_guided",
+                "--select.by",
+                "rfmi_guided",
+            ),
+            "rfmi_guided assumes classifier-free guidance",
+        ),
+        (("--evaluation.sampler.guidance-method", "semantic", "--evaluation.guidance-scales", "1"), "remove 1"),
+        (("--sampler.guidance-method", "contrastive", "--sampler.guidance-scale", "1"), "but it needs guidance"),
+    ],
+)
+def test_guidance_methods_that_do_not_suit_a_run_are_refused(flags, message):
+    assert any(message in fault for fault in faults(*LEAST, *flags))
+
+
 def test_hash_is_equal_after_a_yaml_round_trip(config_file):
     config = load(*LEAST, "--score.names", "pmi,mitune", "--finetune.learning-rate", "3e-5")
     file = config_file(yaml.safe_dump(config.model_dump(mode="json")))

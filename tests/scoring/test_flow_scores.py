@@ -8,6 +8,7 @@ import torch
 from tiny_families import flux, stable_diffusion_3
 
 from mi_ray.config import FLOW_SCORES, RunConfig, SamplerConfig, ScoreConfig
+from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.scoring.sampler import Sampler
 from mi_ray.scoring.scorer import Scorer
@@ -90,18 +91,26 @@ def test_scores_of_a_flow_are_the_sums_over_its_velocities(denoiser):
 
 
 def test_scores_that_a_model_does_not_have_are_refused(folder, tiny_pipeline):
-    with pytest.raises(ValueError, match=r"mitune is not defined for a flow model; use rfmi") as error:
+    with pytest.raises(ConfigError, match=r"mitune is not defined for a flow model; use rfmi") as error:
         check_suitability(run_config(folder))
     assert len(str(error.value).split("\n")) == 2  # mitune and mitune_eq2
     score, select = {"names": ["rfmi", "trajectory_banded"]}, {"by": "rfmi"}
-    with pytest.raises(ValueError, match="mitune is not defined for a flow model"):  # the default of score.banded
+    with pytest.raises(ConfigError, match="mitune is not defined for a flow model"):  # the default of score.banded
         check_suitability(run_config(folder, score=score, select=select))
     check_suitability(run_config(folder, score=score | {"banded": "rfmi"}, select=select))
-    with pytest.raises(ValueError, match=r"rfmi is not defined for a variance-preserving model; use mitune"):
+    with pytest.raises(ConfigError, match=r"rfmi is not defined for a variance-preserving model; use mitune"):
         check_suitability(run_config(tiny_pipeline, score={"names": ["rfmi"]}, select=select))
     spaced = {"solver": "ddim", "num_inference_steps": STEPS, "guidance_scale": SCALE, "timestep_spacing": "leading"}
-    with pytest.raises(ValueError, match="timestep_spacing"):
+    with pytest.raises(ConfigError, match="timestep_spacing"):
         check_suitability(run_config(folder, score={"names": ["rfmi"]}, select=select, sampler=spaced))
+
+
+def test_guidance_methods_that_a_family_does_not_have_are_refused(folder, tiny_pipeline):
+    sampler = {"solver": "ddim", "num_inference_steps": STEPS, "guidance_scale": SCALE, "guidance_method": "semantic"}
+    score, select = {"names": ["pmi"]}, {"by": "pmi"}
+    check_suitability(run_config(tiny_pipeline, score=score, select=select, sampler=sampler))
+    with pytest.raises(ConfigError, match=r"^sampler: guidance_method semantic needs attention layers .*it works with"):
+        check_suitability(run_config(folder, score=score, select=select, sampler=sampler))
 
 
 def test_a_distilled_model_is_warned_of_where_its_unconditional_prediction_counts(folder, tmp_path, caplog):
