@@ -111,7 +111,7 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
         torch.manual_seed(config.seed)  # the random matrix A must be the same on all workers and after a restart
         model = attach_adapter(denoiser.network, **tuning.adapter_settings)
     half = denoiser.network.dtype if denoiser.network.dtype != torch.float32 else None
-    null = denoiser.encode_prompts([""]) if tuning.anchor_guidance > 1 else None
+    null = denoiser.encode_prompts([""]) if tuning.anchor_guidance > 1 or config.sampler.branches > 1 else None
     objective = Objective(model, denoiser.schedule, tuning, half, null, denoiser.family.predict)
     objective.start = [p.detach().clone() for p in objective.parameters_trained]
     if settings["online"] is not None:
