@@ -21,7 +21,7 @@ from mi_ray.config.generation import (
     ScoreName,
     SelectConfig,
 )
-from mi_ray.config.paths import pinned, without_revision
+from mi_ray.config.paths import folder_name, pinned, without_revision
 from mi_ray.config.run import EvaluationConfig, ResourcesConfig, RunConfig
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "ScoreConfig",
     "ScoreName",
     "SelectConfig",
+    "folder_name",
     "pinned",
     "without_revision",
 ]
