@@ -1,4 +1,4 @@
-"""Utilisation of the GPUs of a cluster: python benchmarks/scaling.py [--out FILE.json] [--check] [--smoke]"""
+"""Utilisation of the GPUs of a cluster: python benchmarks/scaling.py [--online] [--out FILE] [--check] [--smoke]"""
 
 import os
 import tempfile
@@ -9,12 +9,16 @@ from itertools import pairwise
 
 import pyarrow as pa
 import ray
-from gates import Benchmark, Findings, Gate, main
+from gates import ROOT, Benchmark, Findings, Gate, main
 from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import CliToggleFlag
 from ray.cluster_utils import Cluster
+from simulated_run import Times, simulate
 
 from mi_ray import storage
 from mi_ray.config import RunConfig
+from mi_ray.config.command_line import load_config
+from mi_ray.inputs.online_plan import OnlinePlan
 from mi_ray.inputs.prompts import PROMPTS as PROMPT_TABLE
 from mi_ray.inputs.prompts import prompt_id
 from mi_ray.inputs.shard_plan import Shard, ShardPlan, write_prompts
@@ -32,6 +36,9 @@ class ScalingBenchmark(Benchmark):
 
     The GPUs are simulated: the denoiser sleeps for the time of a real one. Ray, Ray Data, the actors, the commits and
     the events are those of a real run. Every simulated GPU is a process, so the memory limits their number.
+
+    With --online: an online run on the largest number of GPUs, in simulated time, without Ray. The plan of the parts
+    and the board are those of a real run.
     """
 
     gpus: list[int] = Field([1, 8, 32, 64], description="numbers of simulated GPUs")
@@ -40,7 +47,25 @@ class ScalingBenchmark(Benchmark):
     )
     shards_per_gpu: PositiveInt = Field(12, description="number of shards of a run, per GPU")
 
+    online: CliToggleFlag[bool] = Field(False, description="simulate an online run")
+    updates: PositiveInt = Field(40, description="with --online: number of updates")
+    seconds_per_prompt: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        None,
+        description="with --online: time of the generation and of the training of one prompt's candidates on one GPU;"
+        " none: those of the demo, measured on a CPU core of this machine",
+    )
+    parts_per_actor: PositiveInt = Field(1, description="with --online: number of parts that an actor makes per update")
+    overheads: tuple[float, float, float] = Field(
+        (0.2, 1.0, 2.0),
+        description="with --online: seconds between two parts of an actor, per update, and per checkpoint",
+    )
+    spread: float = Field(
+        0.1, ge=0, description="with --online: standard deviation of the logarithm of the time of a part"
+    )
+
     def answer(self) -> Findings:
+        if self.online:
+            return self.answer_online()
         evaluations = 2 * STEPS * CANDIDATES * PROMPTS
         each = self.seconds_per_evaluation or (SMOKE_SHARD_S / evaluations if self.smoke else measured_here())
         seconds = each * evaluations
@@ -56,6 +81,46 @@ class ScalingBenchmark(Benchmark):
             "duplicated": Gate(sum(row["duplicated"] for row in rows), maximum=0),
         }
         return Findings(rows, gates)
+
+    def answer_online(self) -> Findings:
+        """Every division of the GPUs near the one at which generation and training take the same time, with lag 1; and
+        the best of them with lag 0."""
+        config, _ = load_config(["--config", str(ROOT / "jobs" / "configs" / "shapes.yaml")])
+        gpus = 8 if self.smoke else max(self.gpus)
+        generation, training = self.seconds_per_prompt or ((2.0, 1.0) if self.smoke else measured_update(config))
+        times = Times(generation, training, *self.overheads, self.spread)
+        ideal = round(gpus * training / (generation + training))
+        with tempfile.TemporaryDirectory() as folder:
+
+            def row(workers: int, lag: int) -> dict:
+                actors, updates = gpus - workers, 8 if self.smoke else self.updates
+                of_plan = online_plan(config, folder, self.parts_per_actor * actors, updates, lag)
+                division = {"lag": lag, "actors": actors, "training_gpus": workers}
+                division |= {"prompts_per_update": of_plan.config.prompts_per_update}
+                return division | simulate(of_plan, times, actors, workers, config.generate.candidates_per_prompt)
+
+            rows = [row(workers, 1) for workers in range(max(1, ideal - 2), min(gpus, ideal + 5))]
+            best = max(rows, key=lambda found: found["busy_share"])
+            rows.append(row(best["training_gpus"], 0))
+        of_prompt = {"generation_s": generation, "training_s": training}
+        return Findings([of_prompt | found for found in rows], {"busy_share": Gate(best["busy_share"], minimum=0.9)})
+
+
+def measured_update(config: RunConfig) -> tuple[float, float]:
+    """Seconds of generation and of training per prompt of an update, on one device."""
+    from online import time_of_updates  # imported here: it loads the models' code
+
+    times, prompts = time_of_updates(config, 2), config.online.prompts_per_update
+    return times["generation"]["seconds"] / prompts, times["training"]["seconds"] / prompts
+
+
+def online_plan(config: RunConfig, folder: str, parts: int, updates: int, lag: int) -> OnlinePlan:
+    """The plan of an online run with this number of parts in each update."""
+    per_shard = config.generate.prompts_per_shard
+    held = -(-config.online.validation_prompts // per_shard)
+    shards = plan(parts + held, folder, per_shard)
+    changed = {"updates": updates, "lag": lag, "prompts_per_update": parts * per_shard}
+    return OnlinePlan(shards, config.online.model_copy(update=changed), config.seed)
 
 
 def measured_here() -> float:
@@ -91,14 +156,15 @@ class SleepingGenerator:
         return rows
 
 
-def plan(count: int, run_dir: str) -> ShardPlan:
+def plan(count: int, run_dir: str, per_shard: int = PROMPTS) -> ShardPlan:
     """Shards of artificial prompts."""
-    prompts = [f"prompt {number}" for number in range(count * PROMPTS)]
+    prompts = [f"prompt {number}" for number in range(count * per_shard)]
     nothing = [None] * len(prompts)
     source = storage.join(run_dir, "prompts.parquet")
-    columns = [[prompt_id(prompt) for prompt in prompts], prompts, nothing, nothing]
+    known = {"prompt_id": [prompt_id(prompt) for prompt in prompts], "prompt": prompts}
+    columns = [known.get(name, nothing) for name in PROMPT_TABLE.names]
     write_prompts(source, [pa.record_batch(columns, PROMPT_TABLE)])
-    return ShardPlan(source, PROMPTS, "scaling")
+    return ShardPlan(source, per_shard, "scaling")
 
 
 def measure(gpus: int, count: int, seconds: float, kill: bool) -> dict:

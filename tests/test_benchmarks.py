@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from mi_ray.alignment.metric import Column
+from mi_ray.config import OnlineConfig
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.inputs.online_plan import OnlinePlan
+from mi_ray.inputs.prompts import PROMPTS, prompt_id
+from mi_ray.inputs.shard_plan import ShardPlan, write_prompts
 
 ROOT = Path(__file__).parents[1]
 
@@ -186,3 +191,48 @@ def test_alignment_benchmark_tabulates_gains_over_trainings(alignment, monkeypat
     lines = main_table([own, row], benchmark.column)
     assert len({len(line) for line in lines}) == 1
     assert "+25.0 to +50.0" in lines[2]
+
+
+def simulated_run(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import simulated_run
+
+    return simulated_run
+
+
+def online_plan(folder: Path, parts: int, updates: int, lag: int) -> OnlinePlan:
+    """A plan with this number of parts in each update, without validations."""
+    prompts = [f"prompt {number}" for number in range(2 * parts)]
+    rows = [{"prompt_id": prompt_id(prompt), "prompt": prompt} for prompt in prompts]
+    source = str(folder / "prompts.parquet")
+    write_prompts(source, [pa.RecordBatch.from_pylist(rows, PROMPTS)])
+    config = OnlineConfig(updates=updates, lag=lag, prompts_per_update=2 * parts, validation_prompts=0)
+    return OnlinePlan(ShardPlan(source, 2, "key"), config, 0)
+
+
+@pytest.mark.parametrize(("lag", "cycle"), [(1, 12.0), (0, 12.0 + 6.0)])
+def test_simulated_online_run_has_the_time_of_the_longer_part_or_of_both(simulated_run, tmp_path, lag, cycle):
+    """Six actors with one part each, of 2 prompts times 6 s; two training GPUs with 12 prompts times 1 s. With lag 1
+    they work at the same time, with lag 0 one after the other."""
+    times, plan = simulated_run.Times(prompt=6.0, training=1.0), online_plan(tmp_path, 6, 8, lag)
+    found = simulated_run.simulate(plan, times, 6, 2, 4)
+    assert found["seconds_per_update"] == pytest.approx(cycle, rel=0.01)
+    assert found["busy_share"] == pytest.approx((6 * 12 + 2 * 6) / (8 * cycle), rel=0.01)
+
+
+def test_simulated_online_run_pays_for_the_overheads(simulated_run, tmp_path):
+    """The training is longer than the generation: its overheads are in every update, those of the actors in none."""
+    times = simulated_run.Times(prompt=1.0, training=1.0, part=0.5, update=1.0)
+    found = simulated_run.simulate(online_plan(tmp_path, 6, 8, 1), times, 6, 2, 4)
+    assert found["seconds_per_update"] == pytest.approx(6.0 + 1.0, rel=0.01)
+
+
+def test_online_scaling_benchmark_holds_its_gate(simulated_run, monkeypatch):
+    pytest.importorskip("ray")
+    import scaling
+
+    findings = scaling.ScalingBenchmark(online=True, smoke=True, _cli_parse_args=[]).answer()
+    assert findings.gates["busy_share"].holds
+    best = max((row for row in findings.rows if row["lag"] == 1), key=lambda row: row["busy_share"])
+    assert findings.rows[-1]["lag"] == 0
+    assert findings.rows[-1]["busy_share"] < best["busy_share"] - 0.2

@@ -23,7 +23,7 @@ from mi_ray.config.generation import (
     SelectConfig,
 )
 from mi_ray.config.guidance import GUIDANCE_METHODS, GuidanceConfig, GuidanceMethod
-from mi_ray.config.paths import pinned, without_revision
+from mi_ray.config.paths import folder_name, pinned, without_revision
 from mi_ray.config.run import EvaluationConfig, ResourcesConfig, RunConfig
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "ScoreConfig",
     "ScoreName",
     "SelectConfig",
+    "folder_name",
     "pinned",
     "without_revision",
 ]

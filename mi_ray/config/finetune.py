@@ -8,7 +8,7 @@ from mi_ray.config.metrics import RewardName
 from mi_ray.config.paths import SharedPath
 from mi_ray.config.section import Positive, Section, Share
 
-MethodName = Literal["supervised", "nft", "awm", "dgpo", "crd", "gors", "hn-itm"]
+MethodName = Literal["supervised", "nft", "awm", "dgpo", "crd", "gors", "hn-itm", "dpok"]
 BETA = {"nft": 0.5, "dgpo": 100.0, "crd": 1.0}  # used if finetune.beta is none
 
 
@@ -18,7 +18,8 @@ class FinetuneConfig(Section):
     method: MethodName = Field(
         "supervised",
         description="fine-tuning loss. supervised: denoising loss on the kept candidates (the paper's). The others need"
-        " online.updates: nft (DiffusionNFT), awm (advantage-weighted matching), dgpo (group DPO), crd, gors, hn-itm",
+        " online.updates: nft (DiffusionNFT), awm (advantage-weighted matching), dgpo (group DPO), crd, gors, hn-itm,"
+        " dpok (policy gradient of sampling steps)",
     )
     beta: float | None = Field(
         None, gt=0, description="beta of nft, dgpo or crd, as defined in their papers; none: nft 0.5, dgpo 100, crd 1"
@@ -32,6 +33,9 @@ class FinetuneConfig(Section):
         description="guidance_scale of the base model's prediction in anchor. 1: no guidance; above 1: the student"
         " learns to work without guidance",
     )
+    ratio_clip: float = Field(
+        1e-4, gt=0, description="dpok: largest distance of the likelihood ratio from 1 that has a gradient"
+    )  # DPOK's released code
     adapter: Literal["lora", "dora"] = Field(
         "lora", description="type of adapter; DoRA: Liu et al. 2024, arXiv 2402.09353"
     )
@@ -139,6 +143,9 @@ class OnlineConfig(Section):
         None,
         description="number of candidates per prompt to train on: one half the best, one half the worst; none: all"
         " candidates",
+    )
+    stored_steps: Positive = Field(
+        4, description="dpok: number of sampling steps of each trained candidate that are stored and trained on"
     )
     lag: Annotated[int, Field(ge=0, le=1)] = Field(
         1, description="1: draw the candidates of an update while the previous update is trained; 0: after it"

@@ -13,6 +13,7 @@ from mi_ray.config.section import Positive, Section, Share, check_band
 TRAJECTORY_SCORES = ("mitune", "mitune_eq2", "asd", "trajectory_banded")
 FLOW_SCORES = ("rfmi", "rfmi_guided", "flow_difference")  # of flow models, in place of the mitune ones
 ON_TRAJECTORY = (*TRAJECTORY_SCORES, *FLOW_SCORES)
+STOCHASTIC = ("ddpm", "dpm++2m-sde")  # solvers that add noise at their steps
 POINTWISE_SCORES = ("pmi", "pmi_orthogonal", "pmi_contrastive", "pmi_negatives")
 ScoreName = Literal[
     "mitune",

@@ -1,6 +1,8 @@
 """Paths of a configuration. They are made absolute when it is read, so they mean the same in every process of a run."""
 
+import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +28,15 @@ def absolute(path: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"{path!r} cannot be expanded, because the user after ~ does not exist; give an absolute path")
     return str(Path(expanded).absolute())
+
+
+def folder_name(name: str) -> str:
+    """The name of a folder for a control or a model. A name with a slash, such as that of a metric name@PATH, gets its
+    last part and a hash instead of the path. Other names are unchanged."""
+    if "/" not in name:
+        return name
+    start, end = re.match(r"[\w.-]*", name)[0], re.sub(r"[^\w.:-]", "-", name.rpartition("/")[2])
+    return "-".join(part for part in (start, end, hashlib.sha256(name.encode()).hexdigest()[:8]) if part)
 
 
 def shared(path: str) -> str:

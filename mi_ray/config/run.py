@@ -8,6 +8,7 @@ from mi_ray.config.finetune import FinetuneConfig, OnlineConfig
 from mi_ray.config.generation import (
     ON_TRAJECTORY,
     POINTWISE_SCORES,
+    STOCHASTIC,
     GenerateConfig,
     ModelConfig,
     PromptsConfig,
@@ -207,6 +208,8 @@ class RunConfig(Section):
                 "finetune.method is supervised, but online.updates needs a method that also learns from bad candidates:"
                 " set finetune.method: nft"
             )
+        if tuning.method == "dpok":
+            faults += self._dpok_faults()
         if self.rounds > 1:
             faults.append(
                 f"rounds is {self.rounds}, but an online run has no rounds: set rounds: 1, or online.updates: 0"
@@ -220,6 +223,31 @@ class RunConfig(Section):
         if self.prune.by:
             faults.append(
                 f"prune.by is {self.prune.by}, but an online update uses all its candidates: set prune.by to none"
+            )
+        return faults
+
+    def _dpok_faults(self) -> list[str]:
+        """Settings with which the likelihood ratio of DPOK is not defined, or is not 1 before the first step."""
+        online, anchored, faults = self.online, self.finetune.anchor_guidance, []
+        if self.sampler.solver not in STOCHASTIC:
+            faults.append(
+                f"sampler.solver is {self.sampler.solver}, but finetune.method dpok needs the probability of a sampling"
+                f" step, and this solver adds no noise: use {' or '.join(STOCHASTIC)}"
+            )
+        if online.lag:
+            faults.append(
+                f"online.lag is {online.lag}, but finetune.method dpok needs candidates of the current policy: set"
+                " online.lag: 0"
+            )
+        if any(online.decay):
+            faults.append(
+                f"online.decay is {online.decay}, but finetune.method dpok samples with the trained weights, not with"
+                " an average: set online.decay: [0, 0, 0]"
+            )
+        if anchored != 1:
+            faults.append(
+                f"finetune.anchor_guidance is {anchored}, but the anchor of finetune.method dpok has the guidance of"
+                " the sampler: set finetune.anchor_guidance: 1"
             )
         return faults
 

@@ -1,5 +1,6 @@
 """Solvers as tables of linear coefficients, and the sampling loop with classifier-free guidance."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,30 @@ class SolverPlan:
         alpha, sigma = self.coefficients[:, 4:].unbind(1)
         log_snr = 2 * (alpha / sigma).log()
         return ((log_snr >= interval[0]) & (log_snr <= interval[1])).tolist()
+
+    def noisy(self, log_snr_max: float | None) -> Tensor:
+        """Indices of the steps that add noise, at log SNRs up to log_snr_max; None: at all. (K,) long."""
+        low = self.guided((-math.inf, math.inf if log_snr_max is None else log_snr_max))
+        return (torch.tensor(low) & (self.coefficients[:, 3] != 0)).nonzero()[:, 0]
+
+    def target(self, step: int, latents: Tensor, previous_x0: Tensor | None, following: Tensor) -> Tensor:
+        """The x0 with which a step would give `following` without noise: y = x0 + (D / B) noise, of any shape.
+
+        The log-probability of the step is -(B / D)^2 ||y - x0||^2 / 2 and a constant, with the x0 of the policy.
+
+        Args:
+            previous_x0: of the step before; None if C is 0.
+            following: the latents after the step.
+        """
+        keep, clean, momentum = self.coefficients[step, :3].tolist()
+        rest = following - keep * latents
+        return (rest if momentum == 0 else rest - momentum * previous_x0) / clean
+
+    def precision(self, prediction_type: str) -> Tensor:
+        """(B kp / D)^2 of each step, (S,) float64; infinite without noise. The log-probability of a step is -1/2 of it
+        times the squared distance of the prediction to the one that gives x0 = `target`."""
+        table = self.table(prediction_type)
+        return (table[:, 1] * table[:, 5] / table[:, 3]).square()
 
     def table(self, prediction_type: str) -> Tensor:
         """The steps as `kernels.guided_step` takes them, (S, 8) float64: the columns of `kernels.Coefficients`.
@@ -146,6 +171,7 @@ class Trajectory:
     delta_sq: Tensor  # (n, S) fp32: ||conditional - unconditional prediction||^2 at each step
     cross: Tensor  # (n, S) fp32: <conditional prediction, conditional - unconditional prediction> at each step
     guidance_scale: float | Tensor = 1.0  # that they were sampled with; (n,) if each had its own
+    transitions: Tensor | None = None  # (n, K, 2, *latent_shape): K steps, latents before and `SolverPlan.target`
 
     def of(self, rows: Tensor) -> "Trajectory":
         """Of some candidates."""

@@ -45,10 +45,14 @@ def kappa(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     return weights.float().to(timesteps.device)
 
 
+def retained(timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Which steps count for `mitune`, (S,) bool."""
+    return timesteps > DROPPED_SHARE * schedule.num_train_timesteps
+
+
 def mitune(delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The score of the released code: mean over steps t > T/20 of kappa_t ||Delta||^2."""
-    retained = timesteps > DROPPED_SHARE * schedule.num_train_timesteps
-    return (delta_sq * kappa(schedule, timesteps).to(delta_sq.device))[:, retained].mean(1)
+    return (delta_sq * kappa(schedule, timesteps).to(delta_sq.device))[:, retained(timesteps, schedule)].mean(1)
 
 
 def mitune_eq2(delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -69,7 +73,7 @@ def rfmi(cross: Tensor, times: Tensor) -> Tensor:
     Args:
         times: (S,) in (0, 1], where 1 is pure noise: diffusers' timesteps / 1000.
     """
-    return (cross * _flow_weight(times, cross))[:, _flow_retained(times)].mean(1)
+    return (cross * _flow_weight(times, cross))[:, flow_retained(times)].mean(1)
 
 
 def rfmi_guided(cross: Tensor, delta_sq: Tensor, times: Tensor, guidance_scale: float) -> Tensor:
@@ -87,17 +91,18 @@ def flow_difference(delta_sq: Tensor, times: Tensor) -> Tensor:
     d log SNR = 2 dt / (t (1 - t)). Each step represents the interval up to half the distance to its neighbours, limited
     to t = 0.05 and 1.
     """
-    retained = _flow_retained(times)
-    kept = times[retained].double()
+    inside = flow_retained(times)
+    kept = times[inside].double()
     middles = (kept[1:] + kept[:-1]) / 2
     edges = torch.cat([kept.new_ones(1), middles, kept.new_full((1,), DROPPED_SHARE)])
     widths = (edges[:-1] - edges[1:]).to(delta_sq.device, delta_sq.dtype)
-    return (delta_sq * _flow_weight(times, delta_sq))[:, retained] @ widths
+    return (delta_sq * _flow_weight(times, delta_sq))[:, inside] @ widths
 
 
 def _flow_weight(times: Tensor, like: Tensor) -> Tensor:
     return ((1 - times) / times).to(like.device, like.dtype)
 
 
-def _flow_retained(times: Tensor) -> Tensor:
+def flow_retained(times: Tensor) -> Tensor:
+    """Which steps count for the scores of a flow, (S,) bool."""
     return (times > DROPPED_SHARE) & (times < 1)

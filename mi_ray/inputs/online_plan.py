@@ -10,6 +10,31 @@ from mi_ray.config.section import ConfigError
 from mi_ray.inputs.shard_plan import ShardPlan
 
 
+def too_few_prompts(config: RunConfig, prompts: int) -> list[str]:
+    """One error message for each part of a run that needs more prompts than there are."""
+    per_shard = config.generate.prompts_per_shard
+    faults = _too_short(config.online, prompts, per_shard) if config.online.updates else []
+    if prompts == 1 and "pmi_contrastive" in {*config.score.names, config.prune.by}:
+        faults.append("score.names: pmi_contrastive compares prompts, but there is only one; give more prompts")
+    return faults
+
+
+def _shards_of(config: OnlineConfig, per_shard: int) -> tuple[int, int]:
+    """Number of shards of one update, and of held-out shards."""
+    return -(-config.prompts_per_update // per_shard), -(-config.validation_prompts // per_shard)
+
+
+def _too_short(config: OnlineConfig, prompts: int, per_shard: int) -> list[str]:
+    """An error message if the list is too short for one update."""
+    groups, held = _shards_of(config, per_shard)
+    if -(-prompts // per_shard) - held >= groups:
+        return []
+    return [
+        f"prompts.file: {prompts} prompts are too few: one update needs {groups * per_shard} and {held * per_shard} are"
+        " held out; give more, or lower online.prompts_per_update"
+    ]
+
+
 class OnlinePlan:
     """The parts of the candidate table, in the order in which they are made.
 
@@ -27,17 +52,10 @@ class OnlinePlan:
 
     def __init__(self, shards: ShardPlan, config: OnlineConfig, seed: int):
         self.shards, self.config, self.seed = shards, config, seed
-        per_shard = shards.prompts_per_shard
-        self.groups = -(-config.prompts_per_update // per_shard)
-        self.held = -(-config.validation_prompts // per_shard)
+        if faults := _too_short(config, shards.prompts, shards.prompts_per_shard):
+            raise ConfigError(faults)
+        self.groups, self.held = _shards_of(config, shards.prompts_per_shard)
         self.trained = len(shards) - self.held
-        if self.trained < self.groups:
-            raise ConfigError(
-                [
-                    f"prompts.file: {shards.prompts} prompts are too few: one update needs {self.groups * per_shard}"
-                    f" and {self.held * per_shard} are held out; give more, or lower online.prompts_per_update"
-                ]
-            )
         # A version is scored just before the first update that it draws. So no part waits for a version that it does
         # not need.
         parts, versions = [], [v for v in range(config.updates + 1) if self.is_checkpoint(v)]

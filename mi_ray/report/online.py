@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from mi_ray.config import folder_name
 from mi_ray.report.pools import VALIDATION, declared_in, numeric, present
 from mi_ray.report.statistics import prompt_mean
 from mi_ray.storage import ParquetRows, exists, join, list_tables, read_json, read_lines, read_table
@@ -9,10 +10,15 @@ from mi_ray.storage import ParquetRows, exists, join, list_tables, read_json, re
 GUARDS = ("latent_std", "diversity", "distance_to_base", "effective_guidance")  # values of an update that are watched
 
 
+def arm_folders(run_dir: str, models: list[str]) -> dict[str, str]:
+    """The folder of each arm."""
+    controls = [model for model in models if model not in ("base", "tuned")]
+    return {"tuned": run_dir} | {arm: join(run_dir, "controls", folder_name(arm)) for arm in controls}
+
+
 def online_folders(run_dir: str, models: list[str]) -> dict[str, str]:
     """The folder of each arm of an online run."""
-    homes = {"tuned": run_dir} | {m: join(run_dir, "controls", m) for m in models if m not in ("base", "tuned")}
-    return {model: join(home, "online") for model, home in homes.items()}
+    return {model: join(home, "online") for model, home in arm_folders(run_dir, models).items()}
 
 
 def read_updates(folder: str) -> list[dict]:

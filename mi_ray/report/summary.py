@@ -11,10 +11,10 @@ import pandas as pd
 import pyarrow as pa
 
 from mi_ray.alignment.metric import Column
-from mi_ray.config import RunConfig
+from mi_ray.config import RunConfig, folder_name
 from mi_ray.report.columns import PMI
 from mi_ray.report.guidance import SCALE, at_scale, guidance_section
-from mi_ray.report.online import online_folders, read_online
+from mi_ray.report.online import arm_folders, online_folders, read_online
 from mi_ray.report.pools import count_error, declared_in, numeric, present, read_pools, round_numbers
 from mi_ray.report.statistics import (
     cosine_diversity,
@@ -96,7 +96,7 @@ def declared(metrics: dict[str, list[dict]]) -> dict[str, list[Column]]:
 
 def read_evaluation(run_dir: str, model: str) -> pd.DataFrame | None:
     """The evaluation table of a model or `REFERENCE`, without images and features. None if it does not exist."""
-    folder = join(run_dir, "evaluation", model)
+    folder = join(run_dir, "evaluation", folder_name(model))
     if not (parts := list_tables(folder)):
         return None
     measured = ["score_pmi", *(c.name for columns in declared_in(folder).values() for c in columns)]
@@ -113,7 +113,7 @@ def read_features(run_dir: str, model: str, scale: float | None = None) -> tuple
     Args:
         scale: guidance_scale of the images; None: all images.
     """
-    folder, only = join(run_dir, "evaluation", model), [] if scale is None else [SCALE]
+    folder, only = join(run_dir, "evaluation", folder_name(model)), [] if scale is None else [SCALE]
     features, ids = [], []
     for name in list_tables(folder):
         frame = read_table(join(folder, name), ["prompt_id", "features", "error", *only]).to_pandas()
@@ -299,8 +299,7 @@ def _training_of(folders: list[tuple[str, str]]) -> dict | None:
 
 
 def _training(run_dir: str, models: list[str]) -> dict:
-    homes = {model: join(run_dir, "controls", model) for model in models if model != "base"} | {"tuned": run_dir}
-    online = online_folders(run_dir, models)
+    homes, online = arm_folders(run_dir, models), online_folders(run_dir, models)
     folders = {
         model: [(join(home, f"round-{number}", "adapter"),) * 2 for number in round_numbers(home)]
         or [(online[model], join(online[model], "adapter"))]
@@ -357,7 +356,7 @@ def summarise(run_dir: str, config: RunConfig) -> dict:
     events, work = _events(run_dir)
     pools, models = read_pools(run_dir, config.score.names), models_of(config)
     evaluation = present({model: read_evaluation(run_dir, model) for model in models})
-    evaluated = [declared_in(join(run_dir, "evaluation", model)) for model in evaluation]
+    evaluated = [declared_in(join(run_dir, "evaluation", folder_name(model))) for model in evaluation]
     metrics = {**(evaluated[0] if evaluated else {})}
     metrics |= {name: columns for name, columns in pools.metrics.items() if name not in metrics}
     sound = {model: frame[frame["error"].isna()] for model, frame in evaluation.items()}

@@ -3,7 +3,7 @@
 from pydantic import ValidationError
 
 from mi_ray import storage
-from mi_ray.config import RunConfig, pinned, without_revision
+from mi_ray.config import RunConfig, folder_name, pinned, without_revision
 from mi_ray.config.section import ConfigError
 
 REFERENCE = "reference"  # real images, evaluated like a model
@@ -66,7 +66,7 @@ def pinned_at_start(run_dir: str, model: str) -> str:
 
 def home_of(run_dir: str, arm: str) -> str:
     """The folder of an arm, with its rounds."""
-    return run_dir if arm == "tuned" else storage.join(run_dir, "controls", arm)
+    return run_dir if arm == "tuned" else storage.join(run_dir, "controls", folder_name(arm))
 
 
 def selects_by(config: RunConfig, arm: str) -> str:

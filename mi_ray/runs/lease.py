@@ -146,6 +146,13 @@ class Lease:
             if not superseded(self.run_dir, self.token):
                 storage.write_bytes(_uri(self.run_dir, self.token), self.content(released=True))
 
+    def remove(self):
+        """Remove the lease of a run that was not started, and its local folder. A failure is as in `release`."""
+        with suppress(OSError):
+            storage.delete(_uri(self.run_dir, self.token))
+            if "://" not in self.run_dir:
+                Path(_folder(self.run_dir)).rmdir()
+
 
 def latest(run_dir: str) -> tuple[int, dict | None]:
     """The highest token and its holder; (0, None) if there was no lease yet."""
@@ -183,7 +190,7 @@ def _refuse_if_alive(run_dir: str, token: int, holder: dict, seconds: float):
     while time.monotonic() < deadline:
         time.sleep(min(1.0, patience / 20))
         now, successor = latest(run_dir)
-        if now == token and successor["released"]:
+        if not successor or (now == token and successor["released"]):
             return
         if now != token or successor["beat"] != holder["beat"]:
             raise ConfigError([f"run_dir: {run_dir!r} {_holder_text(run_dir)}; {advice}"])
@@ -212,11 +219,14 @@ def acquire(run_dir: str, seconds: float) -> Lease:
 def held(run_dir: str, seconds: float) -> Iterator[Lease]:
     """Hold the lease of a run folder, with `BEATS` heartbeats in `seconds`. An exception in the block is logged.
 
+    If it is raised before the folder has a run.json, nothing was started: then nothing is logged, and the lease is
+    removed.
+
     Raises:
         ConfigError: another driver holds the lease.
         Lost: another driver has taken over the run; raised in place of the exception that this caused.
     """
-    lease = acquire(run_dir, seconds)
+    lease, started = acquire(run_dir, seconds), True
     heart = threading.Thread(target=lease.keep, name="lease", daemon=True)
     heart.start()
     _held[run_dir] = lease
@@ -226,13 +236,14 @@ def held(run_dir: str, seconds: float) -> Iterator[Lease]:
         lease.lost = lease.lost or superseded(run_dir, lease.token)
         lease.confirm()
         with suppress(OSError):  # the disk may be full, or the store unreachable
-            run_folder.log_event(run_dir, "run_failed", error=f"{type(error).__name__}: {error}"[:MAX_ERROR])
+            if started := storage.exists(storage.join(run_dir, "run.json")):
+                run_folder.log_event(run_dir, "run_failed", error=f"{type(error).__name__}: {error}"[:MAX_ERROR])
         raise
     finally:
         del _held[run_dir]
         lease.stop()
         heart.join(timeout=seconds)
-        lease.release()
+        lease.release() if started else lease.remove()
 
 
 def confirm(run_dir: str):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from mi_ray import storage
-from mi_ray.config import RunConfig
+from mi_ray.config import RunConfig, folder_name
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs.cost import evaluations
 from mi_ray.runs.layout import (
@@ -186,7 +186,7 @@ def _stages(config: RunConfig, events: _Events, has_reference: bool) -> list[Sta
         stages.append(_finetune(storage.join(folder, "adapter"), model, config.finetune.steps))
     reference = [REFERENCE] if has_reference else []
     for model in (*reference, "base", "tuned", *config.evaluation.controls):
-        folder = storage.join(run_dir, "evaluation", model)
+        folder = storage.join(run_dir, "evaluation", folder_name(model))
         stages.append(_shards(folder, "evaluate", model, planned.get("evaluation"), events, run_dir))
     written = storage.exists(storage.join(run_dir, "report", "index.html"))
     return [*stages, StageStatus("report", "all", "page", int(written), int(not written))]

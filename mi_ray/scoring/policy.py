@@ -77,7 +77,8 @@ class PolicySampler:
         seeds = [[derived_seed(config.seed, purpose, i, c) for c in range(each)] for i in ids]
         conditioning = self.base.encode_prompts(prompts)
         index = torch.arange(len(prompts)).repeat_interleave(each)
-        sampled = self.sampler(conditioning, seeds, work, prompts=prompts)
+        recorded = () if validation else self.recorded_steps(update)
+        sampled = self.sampler(conditioning, seeds, work, prompts=prompts, recorded=recorded)
         latents = sampled.latents.cpu().numpy()
         owner = index.tolist()
         columns = {
@@ -101,7 +102,24 @@ class PolicySampler:
             half = latents.astype(np.float16).reshape(len(latents), -1)
             trained = [advantage is not None for advantage in columns["advantage"]]
             columns["latents"] = [row if kept else None for row, kept in zip(half, trained, strict=True)]
+            if recorded:
+                half = sampled.transitions.cpu().numpy().astype(np.float16).reshape(len(latents), -1)
+                columns["transition_steps"] = [list(recorded)] * len(owner)
+                columns["transitions"] = [row if kept else None for row, kept in zip(half, trained, strict=True)]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def recorded_steps(self, update: int) -> tuple[int, ...]:
+        """The sampling steps that are stored in an update: one in each of `online.stored_steps` equal parts of those
+        that add noise, at log SNRs up to finetune.log_snr_max. Empty unless the method is dpok."""
+        tuning, most = self.config.finetune, self.config.online.stored_steps
+        if tuning.method != "dpok":
+            return ()
+        steps = self.sampler.plan.noisy(tuning.log_snr_max)
+        if len(steps) > most:
+            generator = torch.Generator().manual_seed(derived_seed(self.config.seed, "online steps", update))
+            places = (torch.arange(most) + torch.rand(most, generator=generator)) / most
+            steps = steps[(places * len(steps)).long().clamp(max=len(steps) - 1)]
+        return tuple(steps.tolist())
 
     def _measured(self, latents, prompts: list[str], validation: bool, columns: dict, work: Work) -> dict[str, list]:
         """The columns of the metrics; in a validation also the first image of each prompt."""

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import time
-from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -57,6 +56,8 @@ class Pool:
     delta_sq: Tensor  # (N, S) fp32, NaN for steps that a candidate has not done
     cross: Tensor  # (N, S) fp32, likewise
     guidance_scale: float
+    recorded: tuple[int, ...] = ()  # steps that are stored in `transitions`
+    transitions: Tensor | None = None  # as in Trajectory
 
     def put(self, rows: Tensor, steps: range, state: State):
         """Store the state of the candidates `rows` after `steps`."""
@@ -75,7 +76,8 @@ class Pool:
         return Trajectory(self.x0[rows], self.timesteps[:steps], *curves, self.guidance_scale)
 
     def finished(self) -> Trajectory:
-        return Trajectory(self.latents, self.timesteps, self.delta_sq, self.cross, self.guidance_scale)
+        curves = self.delta_sq, self.cross
+        return Trajectory(self.latents, self.timesteps, *curves, self.guidance_scale, self.transitions)
 
 
 class Cuts(Protocol):
@@ -118,6 +120,7 @@ class Sampler:
         work: Work,
         cuts: Cuts | None = None,
         prompts: list[str] | None = None,
+        recorded: tuple[int, ...] = (),
     ) -> Trajectory:
         """Sample seeds[p] for each of P prompts: N candidates, the sum of len(seeds[p]).
 
@@ -126,6 +129,7 @@ class Sampler:
             cuts: after each cut, the remaining candidates of all prompts are packed into full batches again. A pruned
                 candidate has the latents of its last step, and its curves are NaN after that.
             prompts: P texts; a guidance method needs them.
+            recorded: steps whose transitions are returned; each must add noise.
 
         Raises:
             ValueError: there is a guidance method, but prompts is None.
@@ -137,7 +141,9 @@ class Sampler:
         curve = torch.full((len(latents), len(self.plan.timesteps)), torch.nan, device=latents.device)
         owner = torch.arange(len(seeds)).repeat_interleave(torch.tensor([len(s) for s in seeds]))
         scale = self.config.guidance_scale
-        pool = Pool(owner, self.plan.timesteps, latents, None, curve, curve.clone(), scale)
+        pool = Pool(owner, self.plan.timesteps, latents, None, curve, curve.clone(), scale, recorded)
+        if recorded:
+            pool.transitions = latents.new_empty(len(latents), len(recorded), 2, *latents.shape[1:])
         guide = self.guide_of and self.guide_of(prompts, conditioning)
         rows, start = torch.arange(len(latents)), 0
         for stop in (*(cuts.after if cuts else ()), len(self.plan.timesteps)):
@@ -172,22 +178,28 @@ class Sampler:
         on_device = rows.to(pool.latents.device)
         chosen = rows.tolist()
         guide = guide and guide.rows(pool.owner[rows])
+        latents = pool.latents[on_device]
+        x0 = pool.x0[on_device] if self.plan.multistep and steps.start else None
         states = sampling_steps(
             self.denoiser,
             self.plan,
             conditioning.rows(pool.owner[rows]),
             self.null,
-            pool.latents[on_device],
+            latents,
             self.config.guidance_scale,
             (lambda step: noise.draw(chosen)) if self.plan.stochastic else None,
             guidance_interval=self.guidance_interval,
             kernel=self.kernel,
             steps=steps,
-            previous_x0=pool.x0[on_device] if self.plan.multistep and steps.start else None,
+            previous_x0=x0,
             x0_at=(steps.stop - 1,) if steps.stop < len(self.plan.timesteps) else (),
             guide=guide,
         )
         with noise.restored_on_error(chosen):
-            last = deque(states, maxlen=1).pop()
-        pool.put(rows, steps, last)
+            for state in states:
+                if state.step in pool.recorded:
+                    target = self.plan.target(state.step, latents, x0, state.latents)
+                    pool.transitions[on_device, pool.recorded.index(state.step)] = torch.stack([latents, target], 1)
+                latents, x0 = state.latents, state.x0
+        pool.put(rows, steps, state)
         return len(rows), guide.evaluations if guide else 0

@@ -2,12 +2,15 @@
 
 import logging
 
+from torch import Tensor
+
 from mi_ray.config import FLOW_SCORES, ON_TRAJECTORY, RunConfig, ScoreConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.folders import distilled_reason, load_schedule, model_family
 from mi_ray.diffusion.sampling import solver_plan
 from mi_ray.diffusion.schedules import FLOW, Schedule
 from mi_ray.guidance.methods import family_fault
+from mi_ray.information.trajectory import flow_retained, retained
 from mi_ray.scoring.scorer import probed_band
 
 DIFFUSION_SCORES = ("mitune", "mitune_eq2")  # of variance-preserving models; FLOW_SCORES are of flows
@@ -23,21 +26,22 @@ def check_suitability(config: RunConfig):
         ValueError: the model lacks a configuration, or the hub cannot be asked.
     """
     schedule = load_schedule(config.model.path, config.model.size)
-    faults = score_faults(config, schedule)
-    for check in (
-        lambda: probed_band(config.score, schedule),
-        lambda: solver_plan(
-            schedule,
-            config.sampler.solver,
-            config.sampler.num_inference_steps,
-            timestep_spacing=config.sampler.timestep_spacing,
-        ),
-    ):
-        try:
-            check()
-        except ValueError as error:
-            faults += str(error).split("\n")
-    faults = [f"score: {fault}" for fault in faults] + method_faults(config)
+    faults, sampler, tuning, others = score_faults(config, schedule), config.sampler, config.finetune, []
+    try:
+        probed_band(config.score, schedule)
+    except ValueError as error:
+        faults += str(error).split("\n")
+    try:
+        plan = solver_plan(schedule, sampler.solver, sampler.num_inference_steps, sampler.timestep_spacing)
+        faults += _step_faults(config, schedule, plan.timesteps)
+        if tuning.method == "dpok" and schedule.prediction_type == FLOW:
+            others.append("finetune.method: dpok is not available for a flow model; use nft, awm, dgpo or crd")
+        elif tuning.method == "dpok" and not len(plan.noisy(tuning.log_snr_max)):
+            lowest = f"no sampling step that adds noise has a log SNR of at most {tuning.log_snr_max}"
+            others.append(f"finetune.log_snr_max: {lowest}, so finetune.method dpok has nothing to train: raise it")
+    except ValueError as error:
+        faults += str(error).split("\n")
+    faults = [f"score: {fault}" for fault in faults] + others + method_faults(config)
     if faults:
         raise ConfigError(faults)
     if warning := distillation_warning(config):
@@ -79,6 +83,22 @@ def score_faults(config: RunConfig, schedule: Schedule) -> list[str]:
     return [
         f"{name} is not defined for {kind}; use {', '.join(right)}, asd or a pmi score"
         for name in sorted(asked & set(wrong))
+    ]
+
+
+def _step_faults(config: RunConfig, schedule: Schedule, timesteps: Tensor) -> list[str]:
+    """One error message for each on-trajectory score that drops all steps of the sampler."""
+    if schedule.prediction_type == FLOW:
+        names, counted = FLOW_SCORES, flow_retained(schedule.alpha_sigma(timesteps)[1])
+    else:
+        names, counted = DIFFUSION_SCORES, retained(timesteps, schedule)
+    asked = {*config.score.names, config.prune.by}
+    of_banded = {"trajectory_banded"} if config.score.banded in names else set()
+    return [
+        f"{name} does not count the least noisy steps and steps of pure noise, and sampler.num_inference_steps"
+        f" {len(timesteps)} leaves no other step; raise it"
+        for name in sorted(asked & {*names, *of_banded})
+        if not counted.any()
     ]
 
 

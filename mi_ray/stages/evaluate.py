@@ -8,7 +8,7 @@ import torch
 from mi_ray import storage
 from mi_ray.alignment.encoder import load_encoder
 from mi_ray.alignment.metric import columns_of, load_metrics, measure, reference_of
-from mi_ray.config import RunConfig
+from mi_ray.config import RunConfig, folder_name
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.images import encode_png
 from mi_ray.inputs.shard_plan import Shard, ShardPlan
@@ -106,6 +106,6 @@ def evaluate(config: RunConfig, shards: ShardPlan, model: str, adapter: str | No
         model: base, tuned, a control, or `REFERENCE`: real images from a metric, for the quality measures.
         adapter: folder of the model's adapter; None: the base model.
     """
-    folder = storage.join(config.run_dir, "evaluation", model)
+    folder = storage.join(config.run_dir, "evaluation", folder_name(model))
     constructor = {"config": config.model_dump(mode="json"), "model": model, "folder": folder, "adapter": adapter}
     return run_stage("evaluate", model, Evaluator, constructor, shards, folder, config)

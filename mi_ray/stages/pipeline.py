@@ -19,6 +19,7 @@ from mi_ray.alignment.metric import check_image_size, check_prompts, columns_of,
 from mi_ray.config import RunConfig, pinned
 from mi_ray.config.section import ConfigError, collecting
 from mi_ray.diffusion.folders import check_model, load_sizes, load_tokenizer, model_commit
+from mi_ray.inputs.online_plan import too_few_prompts
 from mi_ray.inputs.prompts import PromptReader
 from mi_ray.inputs.shard_plan import Holdout, ShardPlan, with_details, write_prompts
 from mi_ray.report.page import alignment_table, write_report
@@ -101,8 +102,7 @@ class Plan:
                 self.train, self.held_out = self._split(self.train)
         with collecting(faults):
             self.has_reference = _check_alignment(config, self.train, self.held_out)
-        if "pmi_contrastive" in {*config.score.names, config.prune.by} and self.train and len(self.train) == 1:
-            faults.append("score.names: pmi_contrastive compares prompts, but there is only one; give more prompts")
+        faults += [] if self.train is None else too_few_prompts(config, len(self.train))
         if faults:
             raise ConfigError(faults)
         self.hash, per_shard = began_hash(config.run_dir, config.hash()), config.generate.prompts_per_shard

@@ -131,7 +131,14 @@ def online_schema(score_names: tuple[str, ...], metrics: Metrics = _NO_METRICS) 
     advantage = _field(
         "advantage", pa.float32(), "advantage of the candidate within its prompt, -1 to 1; null: not trained"
     )
-    return candidates_schema(score_names, metrics).append(version).append(advantage)
+    steps = _field(
+        "transition_steps", pa.list_(pa.int32()), "the K stored sampling steps, from 0; null: the method needs none"
+    )
+    transitions = _field(
+        "transitions", _LATENTS, "K times the latents before a step, and the clean latents that it aimed at, flattened"
+    )
+    schema = candidates_schema(score_names, metrics)
+    return pa.schema([*schema, version, advantage, steps, transitions], metadata=schema.metadata)
 
 
 SELECTED = pa.schema(

@@ -5,7 +5,6 @@ imports little, so that this actor starts quickly and needs little memory.
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
@@ -31,7 +30,7 @@ class Meeting(Generic[Policy]):
         self.policies: dict[int, Policy] = {}
 
     async def finished(self, indices: Iterable[int]):
-        now = time.monotonic()
+        now = _now()
         for index in indices:
             self.done.setdefault(index, now)
 
@@ -50,7 +49,7 @@ class Meeting(Generic[Policy]):
             (state, policy). The state is here, past (the version is no longer kept), ended (the run ended), or wait
             (timeout). The policy is None unless the state is here.
         """
-        until = time.monotonic() + timeout_s
+        until = _now() + timeout_s
         while True:
             if version in self.policies:
                 return "here", self.policies[version]
@@ -58,7 +57,7 @@ class Meeting(Generic[Policy]):
                 return "past", None
             if self.ended:
                 return "ended", None
-            if time.monotonic() >= until:
+            if _now() >= until:
                 return "wait", None
             await asyncio.sleep(POLL_S)
 
@@ -73,7 +72,7 @@ class Meeting(Generic[Policy]):
             if self.ended:
                 return None
             here = sorted(self.done.keys() & set(key))
-            late = deadline_s is not None and here and time.monotonic() - self._first(here) >= deadline_s
+            late = deadline_s is not None and here and _now() - self._first(here) >= deadline_s
             if len(here) == len(key) or late:
                 self.closed[key] = here
             else:
@@ -82,3 +81,8 @@ class Meeting(Generic[Policy]):
 
     def _first(self, indices: list[int]) -> float:
         return min(self.done[index] for index in indices)
+
+
+def _now() -> float:
+    """The time of the event loop, in seconds."""
+    return asyncio.get_running_loop().time()

@@ -25,7 +25,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import Tensor
 
-from mi_ray.config import RunConfig, without_revision
+from mi_ray.config import RunConfig, folder_name, without_revision
 from mi_ray.config.section import ConfigError, flatten
 from mi_ray.diffusion.adapter_files import save_adapter
 from mi_ray.diffusion.adapters import attach_adapter, attach_saved, target_faults
@@ -111,7 +111,7 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
         torch.manual_seed(config.seed)  # the random matrix A must be the same on all workers and after a restart
         model = attach_adapter(denoiser.network, **tuning.adapter_settings)
     half = denoiser.network.dtype if denoiser.network.dtype != torch.float32 else None
-    null = denoiser.encode_prompts([""]) if tuning.anchor_guidance > 1 else None
+    null = denoiser.encode_prompts([""]) if tuning.anchor_guidance > 1 or config.sampler.branches > 1 else None
     objective = Objective(model, denoiser.schedule, tuning, half, null, denoiser.family.predict)
     objective.start = [p.detach().clone() for p in objective.parameters_trained]
     if settings["online"] is not None:
@@ -305,7 +305,7 @@ def loop_settings(
         "config": config.model_dump(mode="json"),
         "model": config.model.path,
         "destination": destination,
-        "run": f"{name}-{key}",
+        "run": f"{folder_name(name)}-{key}",
         "run_dir": config.run_dir,
         "token": lease.current_token(config.run_dir),
         "online": online,

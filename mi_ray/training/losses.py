@@ -32,6 +32,9 @@ class Batch:
     rewards: Tensor | None = None  # (n,) in [0, 1]
     group: Tensor | None = None  # (n,) long, from 0: rows of one prompt at one noise level have the same number
     held: Tensor | None = None  # (n,) bool: rows that are trained towards the reference prediction alone
+    # Rows that are sampling steps, see `training.transitions`:
+    guidance: Tensor | None = None  # (n,) guidance_scale of the step; None: no guidance
+    precision: Tensor | None = None  # (n,) the log-probability is -1/2 of it times the squared error, and a constant
 
     def to(self, device: torch.device) -> "Batch":
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -110,6 +113,17 @@ def hn_itm(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
     return value[batch.group]
 
 
+def dpok(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
+    """DPOK (arXiv 2305.16381, section 4.2): -A times the ratio of the likelihoods of a sampling step under new and old.
+
+    As in the released code, log(ratio) is the mean over the latent elements, and the ratio is clamped to 1 +-
+    `ratio_clip`, where it has no gradient. `anchor` is the KL regularisation, with the guidance of the step. A replaces
+    the reward minus its learnt value: A is centred within the prompt.
+    """
+    ratio = (batch.precision / 2 * (p.error(p.old) - p.error(p.new))).exp()
+    return -batch.advantages * ratio.clamp(1 - config.ratio_clip, 1 + config.ratio_clip)
+
+
 @dataclass(frozen=True)
 class Method:
     """A loss (predictions, batch, config) -> (n,), and whether it needs the predictions of `old` and `reference`."""
@@ -127,6 +141,7 @@ METHODS = {
     "crd": Method(crd, old=True),
     "gors": Method(gors),
     "hn-itm": Method(hn_itm),
+    "dpok": Method(dpok, old=True),
 }
 
 
@@ -193,7 +208,7 @@ class Objective(nn.Module):
 
     Args:
         model: the denoiser with the PEFT adapter that the run starts from: the base model of the losses.
-        null: conditioning of one empty prompt, for a guided anchor.
+        null: conditioning of one empty prompt, for predictions with guidance.
         network_prediction: how the model's family calls its network, `Family.predict`.
     """
 
@@ -237,16 +252,21 @@ class Objective(nn.Module):
             prediction = self.network_prediction(self.model, x_t, batch.timesteps, conditioning)
         return prediction.float()
 
+    def guided(self, batch: Batch, scale: float) -> Tensor:
+        """The prediction with the guidance_scale of the rows, or with `scale` if they have none: Ho & Salimans 2022,
+        eq. 6."""
+        prediction = self.predict(batch)
+        w = scale if batch.guidance is None else batch.guidance.view(-1, *[1] * (prediction.ndim - 1))
+        if batch.guidance is None and scale == 1:
+            return prediction
+        null = self.predict(batch, self.null.expand(len(batch.x0)))
+        return null + w * (prediction - null)
+
     @torch.no_grad()
     def reference(self, batch: Batch) -> Tensor:
-        """The base model's prediction with guidance_scale `anchor_guidance` (Ho & Salimans 2022, eq. 6)."""
-        w = self.config.anchor_guidance
+        """The base model's prediction, with guidance_scale `anchor_guidance` or that of the rows."""
         with weights_of(self.base, self.parameters_trained):
-            prediction = self.predict(batch)
-            if w == 1:
-                return prediction
-            null = self.predict(batch, self.null.expand(len(batch.x0)))
-        return null + w * (prediction - null)
+            return self.guided(batch, self.config.anchor_guidance)
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss: mean over rows of weight * min-SNR weight * (value of the method + anchor)."""
@@ -256,10 +276,10 @@ class Objective(nn.Module):
         old = None
         if method.old:
             with torch.no_grad(), weights_of(self.old, self.parameters_trained):
-                old = self.predict(batch)
+                old = self.guided(batch, 1)
         needed = anchored or method.reference or batch.held is not None
         reference = self.reference(batch) if needed else None
-        p = Predictions(target, self.predict(batch), old, reference)
+        p = Predictions(target, self.guided(batch, 1), old, reference)
         values = method.loss(p, batch, config)
         if reference is not None:
             distance = _mean_square(p.new - reference)

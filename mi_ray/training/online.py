@@ -7,7 +7,7 @@ receives the policy after each update.
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ from mi_ray.runs import folder as run_folder
 from mi_ray.runs.layout import CANDIDATES, policy_folder
 from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, run_rewards, validation_rewards_of
 from mi_ray.training.losses import Batch, Objective, weights_of
+from mi_ray.training.transitions import Rows, Transitions
 
 GUARDED = ("latent_std", "diversity")  # values of the candidates; a large change stops the training
 PROBE_ROWS = 32  # number of rows that the effective guidance is measured on
@@ -49,6 +50,8 @@ class Group:
     prompt: str
     latents: Tensor  # (m, *latent_shape) fp32
     advantages: Tensor  # (m,)
+    steps: Tensor | None = None  # (K,) stored sampling steps, of dpok
+    transitions: Tensor | None = None  # (m, K, 2, *latent_shape), see `training.transitions`
 
 
 class RunAway(Exception):
@@ -88,6 +91,8 @@ class OnlineSource:
         self.candidates = storage.join(folder, CANDIDATES)
         self.denoiser, self.objective, self.timesteps, self.average = denoiser, objective, timesteps, average
         self.rewards: tuple[Reward, ...] = run_rewards(config)
+        of_steps = config.finetune.method == "dpok"
+        self.transitions = Transitions(denoiser.schedule, config.sampler) if of_steps else None
         self.steps = config.online.updates * config.online.inner_steps
         self.save: Callable[[str, list[Tensor]], None] | None = None  # on rank 0: writes an adapter folder
         self.recent: dict[int, dict[str, Tensor]] = {}  # the last lag + 1 versions; a restart publishes them again
@@ -112,23 +117,28 @@ class OnlineSource:
         if arrived is None:
             return False
         tables = [storage.read_table(storage.join(self.candidates, self.plan.name(i))) for i in sorted(arrived)]
-        rows = {name: [value for table in tables for value in table[name].to_pylist()] for name in READ}
-        scores = [
-            name for name in tables[0].column_names if any(name in reward.columns([name]) for reward in self.rewards)
-        ]
-        rows |= {name: [value for table in tables for value in table[name].to_pylist()] for name in scores}
+        read = READ if self.transitions is None else (*READ, "transition_steps", "transitions")
+        present = tables[0].column_names
+        scores = [name for name in present if any(name in reward.columns([name]) for reward in self.rewards)]
+        rows = {name: [value for table in tables for value in table[name].to_pylist()] for name in (*read, *scores)}
         self.groups = []
         for start, stop in prompts_of(rows["prompt_id"]):
             kept = [i for i in range(start, stop) if rows["advantage"][i] is not None]
             if kept:
-                latents = np.stack([rows["latents"][i] for i in kept]).astype(np.float32)
-                x0 = torch.from_numpy(latents).view(-1, *self.denoiser.latent_shape)
-                advantage = torch.tensor([rows["advantage"][i] for i in kept], dtype=torch.float32)
-                self.groups.append(Group(rows["prompt_id"][start], rows["prompt"][start], x0, advantage))
+                self.groups.append(self._group({name: [rows[name][i] for i in kept] for name in read}))
         self.update = update
         values = raw_rewards(self.rewards, rows) if scores else np.full(1, np.nan)
         self._look(values[np.isfinite(values)], len(prompts_of(rows["prompt_id"])))
         return True
+
+    def _group(self, rows: dict[str, list]) -> Group:
+        shape, advantage = self.denoiser.latent_shape, torch.tensor(rows["advantage"], dtype=torch.float32)
+        x0 = torch.from_numpy(np.stack(rows["latents"]).astype(np.float32)).view(-1, *shape)
+        group = Group(rows["prompt_id"][0], rows["prompt"][0], x0, advantage)
+        if self.transitions is None:
+            return group
+        steps, stored = torch.tensor(rows["transition_steps"][0]), np.stack(rows["transitions"]).astype(np.float32)
+        return replace(group, steps=steps, transitions=torch.from_numpy(stored).view(len(x0), len(steps), 2, *shape))
 
     def _look(self, rewards: np.ndarray, prompts: int):
         """Compute the logged values of an update, and check them.
@@ -213,21 +223,27 @@ class OnlineSource:
             empty = held & ((empty < 0.5) | (drawn >= self.timesteps.start))
             for level in range(levels):
                 noise = torch.randn(1 if online.shared_noise else m, *group.latents.shape[1:], generator=generator)
-                parts.append((group, drawn[level], noise.expand_as(group.latents), held[level], empty[level]))
+                rows = Rows(group.latents, noise.expand_as(group.latents), drawn[level])
+                if self.transitions and not held[level]:
+                    rows = self.transitions.rows(group.steps, group.transitions, float(places[level]))
+                parts.append((group, rows, held[level], empty[level]))
         sizes = torch.tensor([len(group.latents) for group, *_ in parts])
         held = torch.stack([held for *_, held, _ in parts]).repeat_interleave(sizes)
         prompts = ["" if empty else group.prompt for group, *_, empty in parts]
         advantage = torch.cat([group.advantages for group, *_ in parts])
+        guidance, precision = torch.tensor([(rows.guidance, rows.precision) for _, rows, *_ in parts]).T
         batch = Batch(
-            x0=torch.cat([group.latents for group, *_ in parts]),
-            noise=torch.cat([noise for _, _, noise, *_ in parts]),
-            timesteps=torch.stack([level for _, level, *_ in parts]).repeat_interleave(sizes),
+            x0=torch.cat([rows.x0 for _, rows, *_ in parts]),
+            noise=torch.cat([rows.noise for _, rows, *_ in parts]),
+            timesteps=torch.stack([rows.timestep for _, rows, *_ in parts]).repeat_interleave(sizes),
             conditioning=self._encoded(prompts, sizes),
             weights=torch.where(held, online.held_weight, 1.0),
             advantages=advantage,
             rewards=(advantage + 1) / 2,
             group=torch.arange(len(parts)).repeat_interleave(sizes),
             held=held if online.held_share else None,
+            guidance=guidance.repeat_interleave(sizes) if self.transitions else None,
+            precision=precision.repeat_interleave(sizes),
         )
         return batch.to(self.denoiser.device)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from mi_ray.config import RunConfig, pinned, without_revision
+from mi_ray.config import RunConfig, folder_name, pinned, without_revision
 from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.config.paths import SHIPPED
@@ -228,6 +228,17 @@ def test_run_of_a_version_with_relative_paths_continues(place):
     open_run(again)
     assert json.loads(file.read_text())["config_hash"] == "0123456789ab"
     assert plan().hash == "0123456789ab"
+
+
+def test_folder_of_a_control_has_no_path_in_its_name():
+    for name in ("tuned", "random", "oracle", "clip-score", "dark_pixels:DarkPixels"):
+        assert folder_name(name) == name
+    names = ["blip-vqa@/models/blip", "blip-vqa@/other/blip", "pick-score@owner/name", "soft-tifa@/a b/q.jsonl@/m/x"]
+    folders = [folder_name(name) for name in names]
+    assert len(set(folders)) == 4
+    assert all(re.fullmatch(r"[\w.:-]+", folder) for folder in folders)
+    assert folders[0].startswith("blip-vqa-blip-")
+    assert folder_name(names[0]) == folders[0]
 
 
 def test_audit_with_another_input_is_refused(tmp_path, monkeypatch):

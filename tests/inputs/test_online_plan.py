@@ -5,9 +5,9 @@ from collections import Counter
 import pyarrow as pa
 import pytest
 
-from mi_ray.config import OnlineConfig
+from mi_ray.config import OnlineConfig, RunConfig
 from mi_ray.config.section import ConfigError
-from mi_ray.inputs.online_plan import OnlinePlan
+from mi_ray.inputs.online_plan import OnlinePlan, too_few_prompts
 from mi_ray.inputs.prompts import PROMPTS
 from mi_ray.inputs.shard_plan import ShardPlan, write_prompts
 
@@ -58,3 +58,16 @@ def test_too_few_prompts_are_refused(tmp_path):
         ConfigError, match=r"prompts.file: 12 prompts are too few: one update needs 8 and 8 are held out"
     ):
         plan_of(tmp_path, prompts=12)
+
+
+def test_too_few_prompts_are_faults_of_an_online_run_only(tmp_path):
+    online = {"updates": 8, "prompts_per_update": 8, "validation_prompts": 8}
+    given = {"run_dir": str(tmp_path), "prompts": {"file": "a.txt"}, "generate": {"prompts_per_shard": 4}}
+    config = RunConfig.model_validate(given | {"online": online, "finetune": {"method": "nft"}})
+    assert too_few_prompts(config, 16) == []
+    for count in (1, 12):
+        (fault,) = too_few_prompts(config, count)
+        assert fault.startswith(f"prompts.file: {count} prompts are too few: one update needs 8 and 8 are held out")
+    assert too_few_prompts(RunConfig.model_validate(given), 12) == []
+    compared = {"score": {"names": ["pmi_contrastive"]}, "select": {"by": "pmi_contrastive"}}
+    assert "there is only one" in too_few_prompts(RunConfig.model_validate(given | compared), 1)[0]

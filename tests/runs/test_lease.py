@@ -140,10 +140,23 @@ def test_driver_that_lost_the_run_cannot_commit(run_dir):
 
 
 def test_errors_are_in_the_events(run_dir):
+    storage.write_json(storage.join(run_dir, "run.json"), {})
     with pytest.raises(ValueError, match="no hearts"), lease.held(run_dir, 40):
         raise ValueError("no hearts")
     [event] = storage.read_lines(storage.join(run_dir, "events.jsonl"))
     assert (event["event"], event["error"]) == ("run_failed", "ValueError: no hearts")
+
+
+def test_run_that_did_not_start_leaves_nothing(run_dir):
+    def refuse():
+        assert len(os.listdir(os.path.join(run_dir, "lease"))) == 1
+        raise ConfigError(["Ray cannot start"])
+
+    with pytest.raises(ConfigError, match="Ray cannot start"), lease.held(run_dir, 40):
+        refuse()
+    assert os.listdir(run_dir) == []
+    with lease.held(run_dir, 40) as mine:
+        assert mine.token == 1
 
 
 def test_slow_heartbeat_does_not_take_the_run_again(run_dir, monkeypatch):

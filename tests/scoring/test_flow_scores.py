@@ -113,6 +113,20 @@ def test_guidance_methods_that_a_family_does_not_have_are_refused(folder, tiny_p
         check_suitability(run_config(folder, score=score, select=select, sampler=sampler))
 
 
+def test_sampler_without_a_counted_step_is_refused(folder, tiny_pipeline):
+    """Two steps of a flow are at t = 1 and t = 0.001, which RFMI drops: the mean over no step would be NaN."""
+    few = {"solver": "ddim", "num_inference_steps": 2, "guidance_scale": SCALE}
+    for names in (["rfmi", "flow_difference"], ["rfmi", "trajectory_banded"]):
+        score, select = {"names": names, "banded": "rfmi"}, {"by": "rfmi"}
+        with pytest.raises(ValueError, match=r"rfmi does not count .* 2 leaves no other step") as error:
+            check_suitability(run_config(folder, score=score, select=select, sampler=few))
+        assert names[1] in str(error.value)
+        check_suitability(run_config(folder, score=score, select=select, sampler=few | {"num_inference_steps": 3}))
+    one = few | {"num_inference_steps": 1, "timestep_spacing": "leading"}
+    with pytest.raises(ValueError, match=r"mitune does not count .* 1 leaves no other step"):
+        check_suitability(run_config(tiny_pipeline, score={"names": ["mitune"]}, select={"by": "mitune"}, sampler=one))
+
+
 def test_a_distilled_model_is_warned_of_where_its_unconditional_prediction_counts(folder, tmp_path, caplog):
     path, select = saved(flux, tmp_path), {"by": "pmi_contrastive"}
     unguided = {"solver": "ddim", "num_inference_steps": STEPS, "guidance_scale": 1.0}

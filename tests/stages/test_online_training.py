@@ -108,6 +108,27 @@ def test_restarted_source_has_the_same_batches_and_versions(drawn):
         assert torch.equal(getattr(batch, name), getattr(expected, name)), name
 
 
+def test_random_rewards_need_no_scores_and_depend_only_on_the_seeds(tiny_pipeline, tmp_path):
+    config = run_config(tiny_pipeline, tmp_path, online={"rewards": ["random"], "validation_prompts": 0})
+    source, board = stored_prompts(tmp_path), FakeBoard()
+    plan, generator = plan_of(config, source), generator_of(config, source, tmp_path, board)
+    board.publish(0, some_policy(config, 0))
+    rows = []
+    for index in plan.of_update(0):
+        generator(batch_of(plan.row(index)))
+        rows += storage.read_table(str(tmp_path / "candidates" / plan.name(index))).to_pylist()
+    assert [row["score_mitune"] for row in rows] == [None] * 12
+    drawn = np.array([np.random.default_rng(row["seed"]).standard_normal() for row in rows]).reshape(4, 3)
+    scaled = (drawn - drawn.mean(1, keepdims=True)) / drawn.std(1, ddof=1, keepdims=True)
+    assert [row["advantage"] for row in rows] == pytest.approx((scaled / 2).ravel().tolist(), rel=1e-5)
+    learned, objective = source_of(config, source, tmp_path, board)
+    learned.load({}, [])
+    assert learned.open(0)
+    assert len(learned.groups) == 4
+    assert "reward" not in learned.figures
+    assert gradient(learned, objective, 0, 0, 1).norm() > 0
+
+
 def test_held_rows_are_empty_prompts_and_levels_that_are_not_trained(drawn):
     config, prompts, folder = drawn
     source, _ = source_of(config, prompts, folder, board_of(plan_of(config, prompts), folder))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.distributions import Normal
 from torch.nn.functional import logsigmoid
 
 from mi_ray.config import FinetuneConfig
@@ -100,6 +101,23 @@ def test_hn_itm_gradient_of_the_worst_candidate_is_limited(batch, predictions):
     assert gradient[0].abs().max() > 0
 
 
+def test_dpok_gradient_is_that_of_the_log_probability_of_a_step(batch, predictions):
+    """A step with noise of standard deviation s around the prediction. The mean over elements replaces the sum."""
+    s, p, advantages = 0.7, predictions, batch.advantages
+    steps = Batch(**(vars(batch) | {"precision": torch.full((6,), s**-2, dtype=torch.float64)}))
+    new = p.old.clone().requires_grad_()
+    log_probability = Normal(new, s).log_prob(p.target).flatten(1).mean(1)
+    (expected,) = torch.autograd.grad(-(advantages * log_probability).sum(), new)
+    loss = METHODS["dpok"].loss(Predictions(p.target, new, p.old, None), steps, config("dpok"))
+    (ours,) = torch.autograd.grad(loss.sum(), new)
+    torch.testing.assert_close(ours, expected)
+    assert loss.tolist() == pytest.approx((-advantages).tolist())
+    ratio = (Normal(p.new, s).log_prob(p.target) - Normal(p.old, s).log_prob(p.target)).flatten(1).mean(1).exp()
+    far = METHODS["dpok"].loss(p, steps, config("dpok", ratio_clip=0.5))
+    torch.testing.assert_close(far, -advantages * ratio.clamp(0.5, 1.5))
+    assert ((ratio < 0.5) | (ratio > 1.5)).any()
+
+
 # ---------------------------------------------------------------------------------------------- the module
 @pytest.fixture
 def denoiser(tiny_pipeline):
@@ -127,6 +145,7 @@ def rows(denoiser, count: int = 4) -> Batch:
         advantages,
         (advantages + 1) / 2,
         group,
+        precision=torch.ones(count),
     )
 
 
@@ -176,7 +195,7 @@ def test_held_rows_train_towards_the_base_model(denoiser, anchor):
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"supervised"}))
 def test_every_method_prefers_the_better_candidates(denoiser, method):
     """The error of the better candidates decreases relative to that of the worse ones, on one batch."""
-    objective, batch = objective_of(denoiser, method=method, anchor=0.0), rows(denoiser)
+    objective, batch = objective_of(denoiser, method=method, anchor=0.0, ratio_clip=1.0), rows(denoiser)
     batch = Batch(**(vars(batch) | {"timesteps": torch.full((4,), 600)}))
     optimizer = torch.optim.Adam(objective.parameters_trained, lr=5e-3)
 

@@ -1,0 +1,87 @@
+"""The sampling steps that DPOK trains on, from the actor's table to the rows of the loss."""
+
+import pytest
+import torch
+from online_run import INNER, FakeBoard, batch_of, generator_of, run_config, some_policy, stored_prompts
+
+from mi_ray import storage
+from mi_ray.config import RunConfig
+from mi_ray.diffusion.adapters import attach_adapter, load_adapter_state
+from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.sampling import CandidateNoise
+from mi_ray.inputs.online_plan import plan_of
+from mi_ray.training.losses import Objective
+from mi_ray.training.online import OnlineSource
+
+ONLINE = {
+    "lag": 0,
+    "decay": (0, 0, 0),
+    "stored_steps": 2,
+    "held_share": 0.0,
+    "noise_levels": 1,
+    "validation_prompts": 0,
+}
+BY_PMI = {"score": {"names": ["pmi"], "num_samples": 2}, "select": {"by": "pmi"}}  # defined without guidance, too
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m-sde"])
+def test_error_of_the_sampling_policy_is_the_noise_of_its_steps(tiny_pipeline, tmp_path, solver):
+    """precision * sum of (prediction - target)^2 = ||z||^2 with the noise z of the candidate's own generator, with
+    guidance at some of the steps."""
+    config = run_config(tiny_pipeline, tmp_path, finetune={"method": "dpok"}, online=ONLINE)
+    sampler = {"solver": solver, "num_inference_steps": 6, "guidance_scale": 3.0, "guidance_interval": (-20.0, -1.0)}
+    config = RunConfig.model_validate(config.model_dump() | {"sampler": sampler} | BY_PMI)
+    source, board, policy = stored_prompts(tmp_path), FakeBoard(), some_policy(config, 1)
+    plan, generator = plan_of(config, source), generator_of(config, source, tmp_path, board)
+    board.publish(1, policy)
+    for index in plan.of_update(1):
+        generator(batch_of(plan.row(index)))
+    tables = [storage.read_table(str(tmp_path / "candidates" / plan.name(index))) for index in plan.of_update(1)]
+    rows = [row for table in tables for row in table.to_pylist() if row["advantage"] is not None]
+    assert {len(row["transition_steps"]) for row in rows} == {2}
+
+    tuning, denoiser = config.finetune, load_denoiser(config.model.path)
+    model = attach_adapter(denoiser.network, rank=tuning.rank, alpha=tuning.alpha, target_modules=tuning.target_modules)
+    objective = Objective(model, denoiser.schedule, tuning, null=denoiser.encode_prompts([""]))
+    load_adapter_state(model, policy)
+    objective.old = [p.detach().clone() for p in objective.parameters_trained]
+    learned = OnlineSource(config, plan, str(tmp_path), board, denoiser, objective, range(10, 900))
+    assert learned.open(INNER)
+    steps, numbers = learned.transitions.plan, []
+    assert steps.noisy(None).tolist() == list(range(5))
+    for inner in range(12):
+        batch = learned._draw(learned.groups, inner)
+        with torch.no_grad():
+            error = (objective.guided(batch, 1) - target_of(objective, batch)).square().flatten(1).sum(1)
+        found = batch.precision * error
+        for row, timestep, guidance, value in zip(rows, batch.timesteps, batch.guidance, found.tolist(), strict=True):
+            number = steps.timesteps.tolist().index(int(timestep))
+            assert number in row["transition_steps"]
+            noise = CandidateNoise([row["seed"]], denoiser.latent_shape)
+            z = [noise.draw() for _ in range(number + 2)][-1]  # the first one is the initial latents
+            assert value == pytest.approx(z.square().sum().item(), rel=1e-2)
+            numbers.append((number, guidance.item()))
+    assert {guidance for _, guidance in numbers} <= {1.0, 3.0}
+    assert len({number for number, _ in numbers}) == 2
+    loss = objective(batch)
+    assert loss.item() == pytest.approx(-batch.advantages.mean().item(), abs=1e-3), (
+        "the ratio is 1 before the first step"
+    )
+    loss.backward()
+    assert sum(p.grad.norm() for p in objective.parameters_trained) > 0
+
+
+def target_of(objective: Objective, batch) -> torch.Tensor:
+    """The noise that a model of epsilon would predict for the rows."""
+    assert objective.prediction_type == "epsilon"
+    return batch.noise
+
+
+def test_dpok_refuses_settings_without_a_likelihood_ratio(tiny_pipeline, tmp_path):
+    config = run_config(tiny_pipeline, tmp_path).model_dump()
+    config["finetune"] |= {"method": "dpok", "anchor_guidance": 4}
+    config["sampler"] |= {"solver": "dpm++2m"}
+    with pytest.raises(ValueError, match=r"sampler\.solver is dpm") as refused:
+        RunConfig.model_validate(config)
+    for field in ("online.lag is 1", "online.decay is", "finetune.anchor_guidance is 4"):
+        assert field in str(refused.value)
