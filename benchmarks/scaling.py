@@ -48,13 +48,15 @@ class ScalingBenchmark(Benchmark):
     shards_per_gpu: PositiveInt = Field(12, description="number of shards of a run, per GPU")
 
     online: CliToggleFlag[bool] = Field(False, description="simulate an online run")
-    updates: PositiveInt = Field(40, description="with --online: number of updates")
+    updates: PositiveInt = Field(20, description="with --online: number of updates")
     seconds_per_prompt: tuple[PositiveFloat, PositiveFloat] | None = Field(
         None,
         description="with --online: time of the generation and of the training of one prompt's candidates on one GPU;"
         " none: those of the demo, measured on a CPU core of this machine",
     )
-    parts_per_actor: PositiveInt = Field(1, description="with --online: number of parts that an actor makes per update")
+    parts_per_actor: list[PositiveInt] = Field(
+        [1, 2, 4], description="with --online: numbers of parts that an actor makes per update"
+    )
     overheads: tuple[float, float, float] = Field(
         (0.2, 1.0, 2.0),
         description="with --online: seconds between two parts of an actor, per update, and per checkpoint",
@@ -83,25 +85,30 @@ class ScalingBenchmark(Benchmark):
         return Findings(rows, gates)
 
     def answer_online(self) -> Findings:
-        """Every division of the GPUs near the one at which generation and training take the same time, with lag 1; and
-        the best of them with lag 0."""
+        """For each number of parts per actor, the best division of the GPUs near the one where generation and training
+        take the same time. The last of them also with lag 0."""
         config, _ = load_config(["--config", str(ROOT / "jobs" / "configs" / "shapes.yaml")])
-        gpus = 8 if self.smoke else max(self.gpus)
+        gpus, updates = (12, 8) if self.smoke else (max(self.gpus), self.updates)
         generation, training = self.seconds_per_prompt or ((2.0, 1.0) if self.smoke else measured_update(config))
         times = Times(generation, training, *self.overheads, self.spread)
         ideal = round(gpus * training / (generation + training))
         with tempfile.TemporaryDirectory() as folder:
 
-            def row(workers: int, lag: int) -> dict:
-                actors, updates = gpus - workers, 8 if self.smoke else self.updates
-                of_plan = online_plan(config, folder, self.parts_per_actor * actors, updates, lag)
-                division = {"lag": lag, "actors": actors, "training_gpus": workers}
-                division |= {"prompts_per_update": of_plan.config.prompts_per_update}
-                return division | simulate(of_plan, times, actors, workers, config.generate.candidates_per_prompt)
+            def row(parts: int, workers: int, lag: int) -> dict:
+                actors = gpus - workers
+                of_plan = online_plan(config, folder, parts * actors, updates, lag)
+                found = {"lag": lag, "parts_per_actor": parts, "actors": actors, "training_gpus": workers}
+                found |= {"prompts_per_update": of_plan.config.prompts_per_update}
+                return found | simulate(of_plan, times, actors, workers, config.generate.candidates_per_prompt)
 
-            rows = [row(workers, 1) for workers in range(max(1, ideal - 2), min(gpus, ideal + 5))]
-            best = max(rows, key=lambda found: found["busy_share"])
-            rows.append(row(best["training_gpus"], 0))
+            def best_of(found: list[dict]) -> dict:
+                return max(found, key=lambda of_row: of_row["busy_share"])
+
+            near = range(max(1, ideal - 1), min(gpus, ideal + 2))
+            several = self.parts_per_actor[-1:] if self.smoke else self.parts_per_actor
+            rows = [best_of([row(parts, workers, 1) for workers in near]) for parts in several]
+            best = best_of(rows)
+            rows.append(row(rows[-1]["parts_per_actor"], rows[-1]["training_gpus"], 0))
         of_prompt = {"generation_s": generation, "training_s": training}
         return Findings([of_prompt | found for found in rows], {"busy_share": Gate(best["busy_share"], minimum=0.9)})
 

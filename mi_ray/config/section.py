@@ -80,7 +80,7 @@ class Section(BaseModel):
                 )
         lists = {name for name, field in cls.model_fields.items() if isinstance(field.default, tuple)}
         nothing = {name for name, value in values.items() if isinstance(value, str) and value.lower() == "none"}
-        nothing |= {name for name in lists if name in values and values[name] in (None, [None])}
+        nothing |= {name for name, value in values.items() if value == [None] or (value is None and name in lists)}
         values = values | {name: () if name in lists else None for name in nothing}
         # A section that is set in part keeps the other values of its field's default, not of its class's defaults.
         defaults = {name: cls.model_fields[name].default for name in values if name in cls.model_fields}

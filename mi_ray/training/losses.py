@@ -114,7 +114,7 @@ def hn_itm(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
 
 
 def dpok(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
-    """DPOK (arXiv 2305.16381, section 4.2): -A times the ratio of the likelihoods of a sampling step under new and old.
+    """DPOK (arXiv 2305.16381): -A times the ratio of the likelihoods of a sampling step under new and old.
 
     As in the released code, log(ratio) is the mean over the latent elements, and the ratio is clamped to 1 +-
     `ratio_clip`, where it has no gradient. `anchor` is the KL regularisation, with the guidance of the step. A replaces

@@ -242,7 +242,7 @@ class OnlineSource:
             rewards=(advantage + 1) / 2,
             group=torch.arange(len(parts)).repeat_interleave(sizes),
             held=held if online.held_share else None,
-            guidance=guidance.repeat_interleave(sizes) if self.transitions else None,
+            guidance=guidance.repeat_interleave(sizes) if (guidance != 1).any() else None,
             precision=precision.repeat_interleave(sizes),
         )
         return batch.to(self.denoiser.device)

@@ -99,6 +99,21 @@ def test_none_empties_a_list(config_file):
     assert (config.evaluation.controls, config.finetune.log_to) == ((), ())
 
 
+def test_none_replaces_a_pair_of_a_file(config_file):
+    file = config_file("run_dir: a\nprompts: {file: p}\nsampler: {guidance_interval: [-20, -1]}\n")
+    assert load("--config", file).sampler.guidance_interval == (-20, -1)
+    assert load("--config", file, "--sampler.guidance-interval", "none").sampler.guidance_interval is None
+
+
+def test_the_student_is_the_demo_without_guidance():
+    files = [str(Path(__file__).parents[2] / "jobs" / "configs" / f"shapes{name}.yaml") for name in ("", "-student")]
+    demo = load("--config", files[0])
+    config = load("--config", files[0], "--config", files[1])
+    assert (config.sampler.branches, config.finetune.anchor_guidance) == (1, demo.evaluation.sampler.guidance_scale)
+    assert config.evaluation.samplers.keys() == {1.0, 1.5, 4.0}
+    assert config.finetune.target_modules == demo.finetune.target_modules
+
+
 def test_later_config_file_overrides_earlier_ones(config_file, tmp_path):
     first = config_file("run_dir: a\nprompts: {file: p.txt, limit: 8}\nscore: {log_snr_min: -4, num_samples: 3}\n")
     second = tmp_path / "calibration.yaml"

@@ -24,12 +24,12 @@ ONLINE = {
 BY_PMI = {"score": {"names": ["pmi"], "num_samples": 2}, "select": {"by": "pmi"}}  # defined without guidance, too
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m-sde"])
-def test_error_of_the_sampling_policy_is_the_noise_of_its_steps(tiny_pipeline, tmp_path, solver):
+@pytest.mark.parametrize(("solver", "scale"), [("ddpm", 3.0), ("ddpm", 1.0), ("dpm++2m-sde", 3.0)])
+def test_error_of_the_sampling_policy_is_the_noise_of_its_steps(tiny_pipeline, tmp_path, solver, scale):
     """precision * sum of (prediction - target)^2 = ||z||^2 with the noise z of the candidate's own generator, with
     guidance at some of the steps."""
     config = run_config(tiny_pipeline, tmp_path, finetune={"method": "dpok"}, online=ONLINE)
-    sampler = {"solver": solver, "num_inference_steps": 6, "guidance_scale": 3.0, "guidance_interval": (-20.0, -1.0)}
+    sampler = {"solver": solver, "num_inference_steps": 6, "guidance_scale": scale, "guidance_interval": (-20.0, -1.0)}
     config = RunConfig.model_validate(config.model_dump() | {"sampler": sampler} | BY_PMI)
     source, board, policy = stored_prompts(tmp_path), FakeBoard(), some_policy(config, 1)
     plan, generator = plan_of(config, source), generator_of(config, source, tmp_path, board)
@@ -42,31 +42,31 @@ def test_error_of_the_sampling_policy_is_the_noise_of_its_steps(tiny_pipeline, t
 
     tuning, denoiser = config.finetune, load_denoiser(config.model.path)
     model = attach_adapter(denoiser.network, rank=tuning.rank, alpha=tuning.alpha, target_modules=tuning.target_modules)
-    objective = Objective(model, denoiser.schedule, tuning, null=denoiser.encode_prompts([""]))
+    null = denoiser.encode_prompts([""]) if scale > 1 else None
+    objective = Objective(model, denoiser.schedule, tuning, null=null)
     load_adapter_state(model, policy)
     objective.old = [p.detach().clone() for p in objective.parameters_trained]
     learned = OnlineSource(config, plan, str(tmp_path), board, denoiser, objective, range(10, 900))
     assert learned.open(INNER)
-    steps, numbers = learned.transitions.plan, []
+    steps, seen = learned.transitions.plan, set()
     assert steps.noisy(None).tolist() == list(range(5))
     for inner in range(12):
         batch = learned._draw(learned.groups, inner)
         with torch.no_grad():
             error = (objective.guided(batch, 1) - target_of(objective, batch)).square().flatten(1).sum(1)
         found = batch.precision * error
-        for row, timestep, guidance, value in zip(rows, batch.timesteps, batch.guidance, found.tolist(), strict=True):
+        guidance = [1.0] * len(rows) if batch.guidance is None else batch.guidance.tolist()
+        for row, timestep, w, value in zip(rows, batch.timesteps, guidance, found.tolist(), strict=True):
             number = steps.timesteps.tolist().index(int(timestep))
             assert number in row["transition_steps"]
             noise = CandidateNoise([row["seed"]], denoiser.latent_shape)
             z = [noise.draw() for _ in range(number + 2)][-1]  # the first one is the initial latents
             assert value == pytest.approx(z.square().sum().item(), rel=1e-2)
-            numbers.append((number, guidance.item()))
-    assert {guidance for _, guidance in numbers} <= {1.0, 3.0}
-    assert len({number for number, _ in numbers}) == 2
-    loss = objective(batch)
-    assert loss.item() == pytest.approx(-batch.advantages.mean().item(), abs=1e-3), (
-        "the ratio is 1 before the first step"
-    )
+            assert w == (scale if steps.guided((-20.0, -1.0))[number] else 1)
+            seen.add(number)
+    assert len(seen) == 2
+    loss = objective(batch)  # the ratio is 1 before the first step
+    assert loss.item() == pytest.approx(-batch.advantages.mean().item(), abs=1e-3)
     loss.backward()
     assert sum(p.grad.norm() for p in objective.parameters_trained) > 0
 
