@@ -4,6 +4,7 @@ import resource
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Protocol
 
 import torch
 
@@ -68,7 +69,23 @@ def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
         raise ConfigError([message]) from error
 
 
-def size_text(denoiser: Denoiser) -> str:
+def swept_text(trials: list[Trial]) -> str:
+    """The speed for each batch size, and the memory of the largest."""
+    if not trials:
+        return "the smallest batch does not fit"
+    speeds = ", ".join(f"{trial.batch_size}: {1e3 * trial.seconds_per_evaluation:.2f}" for trial in trials)
+    return f"{speeds} ms; up to {trials[-1].memory_gib:.1f} GiB"
+
+
+class Sized(Protocol):
+    """A denoiser, or the sizes of a model without weights."""
+
+    image_size: tuple[int, int]
+    latent_shape: tuple[int, ...]
+    own_latent_shape: tuple[int, ...]
+
+
+def size_text(denoiser: Sized) -> str:
     """The sizes of images and latents. If they are not the model's own, also how batches are counted."""
     height, width = denoiser.image_size
     sizes = f"{height} x {width} pixels, latents of {' x '.join(map(str, denoiser.latent_shape))}"

@@ -60,20 +60,27 @@ class Plan:
 
     Raises:
         ConfigError: with every fault of the model, the prompt files and the run folder.
+    Args:
+        dry_run: the model may be an architecture without weights; then prompts are not compared with its tokenizer.
+
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, dry_run: bool = False):
         self.config = config
         faults: list[str] = []
         tokenizer = self.model_commit = None
         with collecting(faults, "model.path"):
-            check_model(config.model.path)
+            if sizes_only:
+                resolve_model(config.model.path)
+            else:
+                check_model(config.model.path)
+        sizes_only = dry_run and is_architecture(config.model.path)
             path = pinned_at_start(config.run_dir, config.model.path)
             self.model_commit = model_commit(path)
             # All actors load this commit, even if the hub has a newer one when they start.
             model = config.model.model_copy(update={"path": pinned(path, self.model_commit)})
             self.config = config = config.model_copy(update={"model": model})
-            tokenizer = load_tokenizer(config.model.path)
+            tokenizer = None if sizes_only else load_tokenizer(config.model.path)
         with collecting(faults):
             check_loggers(config.finetune.log_to)
         if tokenizer:
