@@ -5,6 +5,9 @@ code from the model's repository.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import Tensor, nn
 
+from mi_ray.diffusion.compiling import WORTH_PADDING, compile_blocks
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.families import Family
 from mi_ray.diffusion.families.family import Rescale
@@ -111,21 +115,31 @@ class PipelineDenoiser:
         self.latent_shape = (channels, *sizes.latent(image_size))
         self.own_latent_shape = (channels, *sizes.latent(sizes.own))
         self.max_tokens = family.max_tokens(pipeline)
-        self._compiled, self._rows = None, ()
+        self._compiled, self._rows, self._least = None, (), 0.0
         self.calls = 0
 
-    def specialise(self, *, channels_last: bool, compiled: str | None, rows: tuple[int, ...]):
+    def specialise(
+        self, *, channels_last: bool, compiled: str | None, rows: tuple[int, ...], backend: str = "inductor"
+    ):
         """Trade generality for speed; what is computed stays the same.
 
         Args:
             channels_last: memory layout of the network's weights and activations.
-            compiled: "default": torch.compile; "cuda-graphs": and replayed as one launch, on a CUDA GPU; None: neither.
+            compiled: "blocks": the repeated blocks of the network; "auto": the same on a CUDA GPU with Triton, else
+                nothing; "default": the whole network; "cuda-graphs": and replayed as one launch, on a CUDA GPU; None:
+                nothing.
             rows: the batch sizes that are compiled, rising; another is filled up to the next of them, or, beyond the
-                last, runs uncompiled.
+                last, runs uncompiled. With blocks a batch that would be mostly filling runs uncompiled too.
+            backend: of torch.compile, for blocks.
         """
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
-        if compiled:
+        if compiled == "auto":
+            compiled = "blocks" if self.device.type == "cuda" and find_spec("triton") else None
+        if compiled == "blocks":
+            compile_blocks(self.network, backend)
+            self._compiled, self._rows, self._least = self.network, rows, WORTH_PADDING
+        elif compiled:
             mode = {"default": "default", "cuda-graphs": "reduce-overhead"}[compiled]
             self._compiled, self._rows = torch.compile(self.network, mode=mode, dynamic=False), rows
 
@@ -161,8 +175,9 @@ class PipelineDenoiser:
         self.calls += 1
         count, x_t, conditioning = len(x_t), x_t.to(self.dtype), conditioning.to(dtype=self.dtype)
         size = next((size for size in self._rows if size >= count), None)
-        if size is None:
-            return self.family.predict(self.network, x_t, timesteps, conditioning)
+        if size is None or count < self._least * size:
+            with torch.compiler.set_stance("force_eager") if self._least else nullcontext():
+                return self.family.predict(self.network, x_t, timesteps, conditioning)
 
         def filled(rows: Tensor) -> Tensor:
             if size == count:
