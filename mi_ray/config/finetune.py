@@ -90,6 +90,11 @@ class FinetuneConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = Field(
         3, description="maximum number of worker restarts, not counting preempted nodes; -1: no limit"
     )
+    shard: Literal["fsdp"] | None = Field(
+        None,
+        description="fsdp: divide the frozen weights among resources.train_workers, for a model that one GPU does not"
+        " hold; none: every worker has the whole model",
+    )
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         ("tensorboard",),
         description="where losses are logged, besides training.jsonl; wandb and mlflow need an extra of the package",

@@ -63,7 +63,7 @@ def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
     """
     tried = SimpleNamespace(batch_size=batch_size)
     try:
-        return fitting(tried, lambda: try_batch(denoiser, tried.batch_size))
+        return fitting(tried, lambda: try_batch(denoiser, tried.batch_size), make_room=denoiser.make_room)
     except torch.OutOfMemoryError as error:
         message = "model.path: the model does not fit into memory with a batch of one candidate; use a larger GPU"
         raise ConfigError([message]) from error
@@ -100,7 +100,7 @@ def sweep(denoiser: Denoiser) -> list[Trial]:
     trials: list[Trial] = []
     for batch_size in BATCH_SIZES:
         try:
-            trials.append(try_batch(denoiser, batch_size))
+            trials.append(_with_room(denoiser, batch_size))
         except torch.OutOfMemoryError:
             break
         if len(trials) > 2 and min(t.seconds_per_evaluation for t in trials[-2:]) > min(
@@ -108,6 +108,16 @@ def sweep(denoiser: Denoiser) -> list[Trial]:
         ):
             break
     return trials
+
+
+def _with_room(denoiser: Denoiser, batch_size: int) -> Trial:
+    """`try_batch`. If the smallest batch does not fit, text encoders leave the device; larger ones are not worth it."""
+    try:
+        return try_batch(denoiser, batch_size)
+    except torch.OutOfMemoryError:
+        if batch_size > BATCH_SIZES[0] or not denoiser.make_room():
+            raise
+    return try_batch(denoiser, batch_size)
 
 
 def best(trials: list[Trial]) -> Trial:
