@@ -237,6 +237,11 @@ class RunConfig(Section):
             )
         if tuning.baseline:
             faults.append("finetune.baseline is set, but an online run does not use it: remove it")
+        if tuning.timestep_density != "uniform":
+            faults.append(
+                f"finetune.timestep_density is {tuning.timestep_density}, but an online run draws its timesteps"
+                " uniformly: set uniform"
+            )
         if tuning.prompt_dropout:
             faults.append(
                 "finetune.prompt_dropout is set, but an online run does not use it: remove it (see online.held_share)"
@@ -309,6 +314,8 @@ class RunConfig(Section):
         reading = {"prompts": {"broken"}}  # a run that starts reads the same prompts with either value
         results = self.model_dump(mode="json", exclude={"run_dir": True, "resources": True, **speed, **reading})
         results["model"]["path"] = without_revision(self.model.path)  # run.json holds the commit
+        if self.finetune.timestep_density == "uniform":  # the hash of runs that began before this option stays
+            del results["finetune"]["timestep_density"]
         return results
 
     def hash(self) -> str:

@@ -21,6 +21,8 @@ def check_suitability(config: RunConfig):
     """
     schedule = load_schedule(config.model.path, config.model.size)
     faults = score_faults(config, schedule)
+    if config.finetune.timestep_density != "uniform" and schedule.prediction_type != FLOW:
+        faults.append("finetune.timestep_density is for flow models only; set uniform")
     for check in (
         lambda: probed_band(config.score, schedule),
         lambda: solver_plan(

@@ -50,7 +50,7 @@ from mi_ray.training.online import OnlineSource, RunAway
 from mi_ray.training.optimization import Training, learning_rate_at, optimizer_step
 from mi_ray.training.sharding import shard
 from mi_ray.training.start import check_start
-from mi_ray.training.training_set import KeptCandidates, read_training_set, trained_timesteps
+from mi_ray.training.training_set import KeptCandidates, read_training_set, trained_timesteps, weighted_levels
 
 CHECKPOINTS = "checkpoints"  # folder in an adapter's folder, during the training
 CHANGED = 1e-6  # relative change of an output that floating-point rounding can cause
@@ -130,7 +130,8 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
     training = Training(model, optimizer, scaler, average, objective.old)
     timesteps = trained_timesteps(2 * torch.log(objective.alpha / objective.sigma), tuning.log_snr_max)
     if kept is not None:
-        return training, objective, KeptCandidates(kept, config, timesteps, device)
+        levels = weighted_levels(denoiser.schedule, timesteps, tuning.timestep_density)
+        return training, objective, KeptCandidates(kept, config, timesteps, device, levels)
     online = settings["online"]
     plan = plan_of(config, online["prompts"])
     places = online["folder"], online["board"]
