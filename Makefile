@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN_DIR ?= runs/demo
 
-.PHONY: demo demo-paper test test-long families lint clean
+.PHONY: demo demo-paper test test-long families gpu lint clean
 
 demo: .venv/installed  ## online fine-tuning of the embedded model, from prompts to a report, on two CPU cores
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes.yaml --run-dir $(RUN_DIR)
@@ -21,6 +21,9 @@ test-long: .venv/installed-test  ## the tests that make test leaves out: more st
 
 families: .venv/installed-test  ## a whole run with every model family
 	$(BIN)/python -m pytest -q tests/stages/test_model_families.py --long
+
+gpu: .venv/installed-test  ## on a machine with a GPU: all that a GPU must show, ten minutes a part at most; writes gpu.json
+	$(BIN)/python benchmarks/gpu.py --out gpu.json
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -43,10 +43,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class Findings:
-    """The results of a benchmark: table rows, and gates by name."""
+    """The results of a benchmark: table rows, gates by name, and what the JSON file has besides them."""
 
     rows: list[dict[str, str | int | float]]
     gates: dict[str, Gate]
+    details: dict = field(default_factory=dict)
 
 
 class Benchmark(BaseSettings):
@@ -81,7 +82,7 @@ class Benchmark(BaseSettings):
         print("\n" + ", ".join(f"{name} {value}" for name, value in surroundings.items() if name != "versions"))
         if self.out:
             content = {"question": question, "results": findings.rows, "gates": gates, "environment": surroundings}
-            write_json(str(self.out), content)
+            write_json(str(self.out), content | findings.details)
         if self.check and not all(gate.holds for gate in findings.gates.values()):
             sys.exit(1)
 

@@ -1,5 +1,7 @@
 """Speed of generation and training: python benchmarks/throughput.py [--out FILE.json] [--figure FILE.png] [--check]
 
+`--architecture sd15|sdxl|sd35-medium`: a published architecture with random weights instead of the embedded model.
+
 All implementations do the same work: the same prompts, candidates, solver, steps and guidance scale. They run in turn,
 and the median time is reported. Ours run like actors and training workers. On a CPU these are separate processes, for
 generation one per core with one thread each.
@@ -12,11 +14,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
+from architecture_speed import compare
 from gates import Findings, Gate, main  # imports mi_ray, which keeps diffusers quiet
+from measuring import SCHEDULERS, alternate
 from workers import (
     OURS,
     PAPER,
@@ -33,7 +36,6 @@ from workers import (
     half_of,
     peak_memory_gib,
     share_inside,
-    synchronise,
 )
 
 import diffusers  # isort: skip
@@ -46,14 +48,14 @@ from mi_ray.inputs.prompts import read_prompts
 from mi_ray.scoring.sampler import derived_seed
 from mi_ray.training.training_set import TrainingSet
 
-SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
-
 
 class ThroughputBenchmark(ThroughputSettings):
     """How fast are scored generation and fine-tuning, compared with unmodified diffusers, a naive score and the bare
     denoiser?"""
 
     def answer(self) -> Findings:
+        if self.architecture:
+            return compare(self)
         if self.smoke:
             small = {"prompts": 2, "candidates": 4, "repeats": 2, "training_steps": 2, "sweep": (1, 8)}
             sampler = self.sampler.model_copy(update={"num_inference_steps": 4})
@@ -85,21 +87,6 @@ class ThroughputBenchmark(ThroughputSettings):
             "finetuning_over_plain_loop": Gate(ratio(training, "plain loop", "fine-tuning"), minimum=1.1),
         }
         return Findings(rows, gates)
-
-
-# ---------------------------------------------------------------------------------------------- measuring
-def alternate(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each implementation. They run in turn, after one warm-up round."""
-    seconds = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, run in ways.items():
-            synchronise()
-            began = time.perf_counter()
-            run()
-            synchronise()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: median(values) for name, values in seconds.items()}
 
 
 # ---------------------------------------------------------------------------------------------- the others

@@ -53,6 +53,11 @@ class ThroughputSettings(Benchmark):
     """The settings of the throughput benchmark."""
 
     model: ModelPath = Field("shapes", description="the embedded model (shapes) or a diffusers folder")
+    architecture: str | None = Field(
+        None,
+        description="sd15, sdxl or sd35-medium: this architecture with random weights, at its own image size, or a"
+        " diffusers folder; ours and stock diffusers, both eager and both with compiled blocks; none: `model`",
+    )
     dtype: str = Field("auto", description="float32, float16 or bfloat16; auto: as model.dtype")
     channels_last: bool = Field(True, description="memory layout of our UNet only, as `model.channels_last`")
     compile: Literal["default", "cuda-graphs"] | None = Field(None, description="for our UNet, as `model.compile`")

@@ -86,8 +86,18 @@ class FinetuneConfig(Section):
         description="highest log SNR that is trained (lower ones are noisier, the prompt matters more there); none:"
         " train all",
     )
+    timestep_density: Literal["uniform", "logit-normal"] = Field(
+        "uniform",
+        description="density of the trained timesteps of a flow model, in rounds. logit-normal: more at medium noise,"
+        " with mean 0 and deviation 1 of the logit, over the noise levels of the model's scheduler",
+    )  # Esser et al. 2024, arXiv 2403.03206, eq. 19; MI-TUNE's released code for Stable Diffusion 3.5
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, about a third more time"
+    )
+    shard: Literal["fsdp"] | None = Field(
+        None,
+        description="fsdp: divide the frozen weights among resources.train_workers, for a model that one GPU does not"
+        " hold; none: every worker has the whole model",
     )
     prompt_dropout: Share = Field(0.0, description="share of the rows that are trained without their prompt")
     checkpoint_every: Positive = Field(100, description="number of optimiser steps between two checkpoints")

@@ -79,10 +79,17 @@ class ModelConfig(Section):
     channels_last: bool = Field(
         False, description="use the channels-last memory layout in a UNet: faster convolutions on tensor cores"
     )
-    compile: Literal["default", "cuda-graphs"] | None = Field(
+    compile: Literal["auto", "blocks", "default", "cuda-graphs"] | None = Field(
+        "auto",
+        description="what torch.compile compiles of the denoiser; it pads partial batches. blocks: the repeated blocks;"
+        " auto: blocks on a GPU, nothing on a CPU; default: the whole network, minutes at the start; cuda-graphs: also"
+        " replayed as one launch; none: nothing",
+    )
+
+    quantize: Literal["bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8", "torchao-fp8"] | None = Field(
         None,
-        description="mode of torch.compile for the denoiser: costs minutes at the start, pads partial batches; none:"
-        " not compiled",
+        description="quantised weights of the frozen model under the adapter: less memory in fine-tuning. Generation"
+        " and scores use the weights as they are. Needs the extra `quantize` of the package; none: not quantised",
     )
 
     @property
@@ -91,10 +98,10 @@ class ModelConfig(Section):
         return self.height, self.width
 
     @model_serializer(mode="wrap")
-    def _without_unset_size(self, serialize: SerializerFunctionWrapHandler) -> dict:
-        """Leave out height and width if they are not set: then the hash of runs at the model's own size is stable."""
-        values = serialize(self)
-        return {name: value for name, value in values.items() if value is not None or name not in ("height", "width")}
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict:
+        """Leave out height, width and quantize if they are not set: then the hash of runs without them is stable."""
+        values, later = serialize(self), ("height", "width", "quantize")
+        return {name: value for name, value in values.items() if value is not None or name not in later}
 
 
 class PruneConfig(Section):

@@ -189,9 +189,44 @@ class RunConfig(Section):
                 f"finetune.gradient_accumulation is {self.finetune.gradient_accumulation}, so some of the"
                 f" {self.resources.train_workers[1]} workers get no batch: raise it or lower resources.train_workers"
             )
+        faults += self._memory_faults()
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _memory_faults(self) -> list[str]:
+        """Settings that quantised or sharded training does not allow."""
+        tuning, (least, most), faults = self.finetune, self.resources.train_workers, []
+        of_bitsandbytes = bool(self.model.quantize) and self.model.quantize.startswith("bitsandbytes")
+        if of_bitsandbytes and not self.resources.train_gpus:
+            faults.append(
+                f"model.quantize is {self.model.quantize}, but it needs a GPU and resources.train_gpus is 0: set it to"
+                " 1, or quantise with torchao"
+            )
+        for option, value in (("model.quantize", self.model.quantize), ("finetune.shard", tuning.shard)):
+            if value and tuning.adapter == "dora":
+                faults.append(
+                    f"{option} is {value} and finetune.adapter is dora, but DoRA needs the whole weights: set"
+                    " finetune.adapter: lora"
+                )
+        if tuning.shard is None:
+            return faults
+        if least != most:
+            faults.append(
+                f"finetune.shard is {tuning.shard}, but resources.train_workers is ({least}, {most}): shards need a"
+                " fixed number of workers; set one number"
+            )
+        elif not self.online.updates and tuning.gradient_accumulation % most:
+            faults.append(
+                f"finetune.shard is {tuning.shard}, but finetune.gradient_accumulation, {tuning.gradient_accumulation},"
+                f" is not a multiple of the {most} workers: all must run the same number of batches; change one of them"
+            )
+        if of_bitsandbytes:
+            faults.append(
+                f"finetune.shard is {tuning.shard} and model.quantize is {self.model.quantize}, but weights of"
+                " bitsandbytes cannot be divided: set one of them to none"
+            )
+        return faults
 
     def _online_faults(self) -> list[str]:
         """Settings that online training needs or does not allow."""
@@ -216,6 +251,11 @@ class RunConfig(Section):
             )
         if tuning.baseline:
             faults.append("finetune.baseline is set, but an online run does not use it: remove it")
+        if tuning.timestep_density != "uniform":
+            faults.append(
+                f"finetune.timestep_density is {tuning.timestep_density}, but an online run draws its timesteps"
+                " uniformly: set uniform"
+            )
         if tuning.prompt_dropout:
             faults.append(
                 "finetune.prompt_dropout is set, but an online run does not use it: remove it (see online.held_share)"
@@ -357,10 +397,12 @@ class RunConfig(Section):
 
     def results_config(self) -> dict:
         """The fields that the results depend on: all except run_dir, resources and speed options."""
-        speed = {"model": {"kernel", "channels_last", "compile"}, "finetune": {"activation_checkpointing"}}
+        speed = {"model": {"kernel", "channels_last", "compile"}, "finetune": {"activation_checkpointing", "shard"}}
         reading = {"prompts": {"broken"}}  # a run that starts reads the same prompts with either value
         results = self.model_dump(mode="json", exclude={"run_dir": True, "resources": True, **speed, **reading})
         results["model"]["path"] = without_revision(self.model.path)  # run.json holds the commit
+        if self.finetune.timestep_density == "uniform":  # the hash of runs that began before this option stays
+            del results["finetune"]["timestep_density"]
         return results
 
     def hash(self) -> str:

@@ -5,6 +5,9 @@ code from the model's repository.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -17,12 +20,15 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import Tensor, nn
 
+from mi_ray.diffusion.compiling import WORTH_PADDING, compile_blocks
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.families import Family
 from mi_ray.diffusion.families.family import Rescale
 from mi_ray.diffusion.fitting import fitting
 from mi_ray.diffusion.folder_checks import family_of, folder_parts, has_weights, read_config, read_index, schedule_of
 from mi_ray.diffusion.folders import check_adapter, fetch_model
+from mi_ray.diffusion.quantisation import is_placed, quantisation_of
+from mi_ray.diffusion.residence import Residence
 from mi_ray.diffusion.schedules import Schedule, epsilon_from
 from mi_ray.diffusion.sizes import Sizes
 from mi_ray.diffusion.weights import part_class, quiet_loading, report_faults, weight_variant
@@ -64,6 +70,9 @@ class Denoiser(Protocol):
     def predict_epsilon(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Predicted noise (n, *latent_shape) fp32, whatever the model predicts; the arguments are `predict`'s."""
 
+    def make_room(self) -> bool:
+        """Free memory of the device: text encoders are on it only while they encode. False: none to free."""
+
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, *latent_shape) fp32 -> images (n, *image_size, 3) uint8."""
 
@@ -81,6 +90,8 @@ class PipelineDenoiser:
         network: the UNet or transformer.
         pipeline: has the other parts as attributes.
         image_size: height and width of the images in pixels.
+        beside: another denoiser with the same pipeline; None: none.
+        placed: move the network to the device; false: its user does.
     """
 
     def __init__(
@@ -93,39 +104,53 @@ class PipelineDenoiser:
         image_size: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
+        beside: "PipelineDenoiser | None" = None,
+        placed: bool = True,
     ):
-        beside = torch.float32 if device.type == "cpu" else dtype
+        around = torch.float32 if device.type == "cpu" else dtype
         self.family, self.pipeline, self.schedule = family, pipeline, schedule
         self.rescale = family.rescale
-        self.network = _placed(network, device, dtype)
+        in_place = is_placed(network) or not placed
+        self.network = network.eval().requires_grad_(False) if in_place else _placed(network, device, dtype)
         self.tokenizer = getattr(pipeline, family.tokenizer)
         self.vae = pipeline.vae
-        for name in family.parts:
-            module = getattr(pipeline, name, None)
-            if isinstance(module, nn.Module) and name != family.network:
-                full = name == "vae" and getattr(module.config, "force_upcast", False)
-                _placed(module, device, torch.float32 if full else beside)
+        upcast = getattr(pipeline.vae.config, "force_upcast", False)
+        _placed(pipeline.vae, device, torch.float32 if upcast else around)
+        names = [name for name in family.parts if name not in ("vae", family.network)]
+        modules = [part for part in (getattr(pipeline, name, None) for name in names) if isinstance(part, nn.Module)]
+        encoders = [_placed(module, module.device, around) for module in modules]
+        self.encoders = Residence(encoders, device) if beside is None else beside.encoders
         self.dtype, self.device = dtype, device
         self._autoencoder = SimpleNamespace(batch_size=CHUNK)
         self.image_size, channels = image_size, family.channels(network.config)
         self.latent_shape = (channels, *sizes.latent(image_size))
         self.own_latent_shape = (channels, *sizes.latent(sizes.own))
         self.max_tokens = family.max_tokens(pipeline)
-        self._compiled, self._rows = None, ()
+        self._compiled, self._rows, self._least = None, (), 0.0
         self.calls = 0
 
-    def specialise(self, *, channels_last: bool, compiled: str | None, rows: tuple[int, ...]):
+    def specialise(
+        self, *, channels_last: bool, compiled: str | None, rows: tuple[int, ...], backend: str = "inductor"
+    ):
         """Trade generality for speed; what is computed stays the same.
 
         Args:
             channels_last: memory layout of the network's weights and activations.
-            compiled: "default": torch.compile; "cuda-graphs": and replayed as one launch, on a CUDA GPU; None: neither.
+            compiled: "blocks": the repeated blocks of the network; "auto": the same on a CUDA GPU with Triton, else
+                nothing; "default": the whole network; "cuda-graphs": and replayed as one launch, on a CUDA GPU; None:
+                nothing.
             rows: the batch sizes that are compiled, rising; another is filled up to the next of them, or, beyond the
-                last, runs uncompiled.
+                last, runs uncompiled. With blocks a batch that would be mostly filling runs uncompiled too.
+            backend: of torch.compile, for blocks.
         """
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
-        if compiled:
+        if compiled == "auto":
+            compiled = "blocks" if self.device.type == "cuda" and find_spec("triton") else None
+        if compiled == "blocks":
+            compile_blocks(self.network, backend)
+            self._compiled, self._rows, self._least = self.network, rows, WORTH_PADDING
+        elif compiled:
             mode = {"default": "default", "cuda-graphs": "reduce-overhead"}[compiled]
             self._compiled, self._rows = torch.compile(self.network, mode=mode, dynamic=False), rows
 
@@ -153,11 +178,14 @@ class PipelineDenoiser:
 
     def _encoded(self, encode, prompts: list[str]) -> Conditioning:
         parts = []
-        for start in range(0, len(prompts), CHUNK):
-            with _TOKENIZING:
+        with _TOKENIZING, self.encoders.present():
+            for start in range(0, len(prompts), CHUNK):
                 rows = encode(self.pipeline, prompts[start : start + CHUNK], self.image_size)
-            parts.append(Conditioning(rows).to(self.device))
+                parts.append(Conditioning(rows).to(self.device))
         return Conditioning.cat(parts)
+
+    def make_room(self) -> bool:
+        return self.encoders.leave()
 
     def prompt_distances(self, some: Conditioning, others: Conditioning) -> Tensor:
         return torch.cdist(*(prompts["embeds"].flatten(1).float() for prompts in (some, others)))
@@ -166,8 +194,9 @@ class PipelineDenoiser:
         self.calls += 1
         count, x_t, conditioning = len(x_t), x_t.to(self.dtype), conditioning.to(dtype=self.dtype)
         size = next((size for size in self._rows if size >= count), None)
-        if size is None:
-            return self.family.predict(self.network, x_t, timesteps, conditioning)
+        if size is None or count < self._least * size:
+            with torch.compiler.set_stance("force_eager") if self._least else nullcontext():
+                return self.family.predict(self.network, x_t, timesteps, conditioning)
 
         def filled(rows: Tensor) -> Tensor:
             if size == count:
@@ -205,7 +234,8 @@ class PipelineDenoiser:
         done: list[Tensor] = []
         while len(rows):
             self.calls += 1
-            done.append(fitting(self._autoencoder, lambda left=rows: run(left[: self._autoencoder.batch_size])))
+            part = partial(lambda left: run(left[: self._autoencoder.batch_size]), rows)
+            done.append(fitting(self._autoencoder, part, make_room=self.make_room))
             rows = rows[len(done[-1]) :]
         return torch.cat(done)
 
@@ -224,6 +254,8 @@ def load_denoiser(
     adapter: str | Path | None = None,
     beside: PipelineDenoiser | None = None,
     size: tuple[int | None, int | None] = (None, None),
+    quantize: str | None = None,
+    placed: bool = True,
 ) -> PipelineDenoiser:
     """Load a model, and merge an adapter into it so that inference pays nothing for it.
 
@@ -234,6 +266,8 @@ def load_denoiser(
         adapter: local folder with adapter_config.json and adapter_model.safetensors of PEFT, for the network.
         beside: the same model, loaded already: all but the network is shared with it.
         size: height and width of the images in pixels; None: the model's own.
+        quantize: quantisation of the network's weights, as `model.quantize`; not together with an adapter.
+        placed: move the network to the device; false: it stays on the CPU, and its user moves it.
 
     Raises:
         ValueError: with a line for each thing that is wrong with the model, the adapter or the size.
@@ -248,7 +282,8 @@ def load_denoiser(
     image_size = sizes.image(*size)
     of_network = getattr(torch, dtype)
     with quiet_loading():
-        network = load_part(folder, index, family.network, of_network if adapter is None else torch.float32)
+        loaded = of_network if adapter is None else torch.float32
+        network = load_part(folder, index, family.network, loaded, quantize)
         if adapter is not None:  # merged in fp32
             check_adapter(adapter)
             network = PeftModel.from_pretrained(network.float(), str(adapter), torch_device="cpu").merge_and_unload()
@@ -266,6 +301,8 @@ def load_denoiser(
         image_size=image_size,
         dtype=of_network,
         device=chosen,
+        beside=beside,
+        placed=placed,
     )
 
 
@@ -280,14 +317,20 @@ def _pipeline(folder: Path, network: nn.Module, dtype: torch.dtype) -> Diffusion
     return getattr(diffusers, index["_class_name"]).from_pretrained(folder, **given)
 
 
-def load_part(folder: Path, index: dict, part: str, dtype: torch.dtype) -> nn.Module:
+def load_part(folder: Path, index: dict, part: str, dtype: torch.dtype, quantize: str | None = None) -> nn.Module:
     """A part of a model folder, with all its weights and no others.
 
+    Args:
+        quantize: quantisation of the weights; None: as they are.
+
     Raises:
-        ValueError: its loader reports weights that are missing, unexpected or of another shape.
+        ValueError: its loader reports weights that are missing, unexpected or of another shape; or the package of the
+            quantisation is missing.
     """
     settings = {"subfolder": part, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     settings["variant"] = weight_variant(folder, index, part)
+    if quantize:
+        settings["quantization_config"] = quantisation_of(quantize, part, dtype).quant_mapping[part]
     model, report = part_class(index, part).from_pretrained(folder, **settings)
     if faults := report_faults(part, report):
         raise ValueError("\n".join(f"{str(folder)!r} {fault}" for fault in faults))

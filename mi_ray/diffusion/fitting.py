@@ -22,7 +22,12 @@ class Halvings(Protocol):
     batch_halvings: int
 
 
-def fitting(worker: Batched, run: Callable[[], Result], work: Halvings | None = None) -> Result:
+def fitting(
+    worker: Batched,
+    run: Callable[[], Result],
+    work: Halvings | None = None,
+    make_room: Callable[[], bool] | None = None,
+) -> Result:
     """Call `run`, which uses batches of `worker.batch_size`. If memory runs out, halve that size and call `run` again.
 
     The smaller batch size stays. `run` starts again from the beginning, so it must have no lasting effect when it
@@ -30,6 +35,7 @@ def fitting(worker: Batched, run: Callable[[], Result], work: Halvings | None = 
 
     Args:
         work: counts the halvings; None: they are not counted.
+        make_room: frees memory that can be spared, which is tried before the size is halved; false: there is none.
 
     Raises:
         torch.OutOfMemoryError: a batch of one row does not fit.
@@ -38,10 +44,14 @@ def fitting(worker: Batched, run: Callable[[], Result], work: Halvings | None = 
         try:
             return run()
         except torch.OutOfMemoryError as error:
-            if worker.batch_size == 1:
-                raise
-            reason = str(error).partition(".")[0]
-        worker.batch_size //= 2  # outside the except block: its traceback keeps the tensors alive
+            failure = error.with_traceback(None)  # a traceback keeps the tensors alive
+        reason = str(failure).partition(".")[0]
+        if make_room is not None and make_room():
+            log.warning("%s; the text encoders now leave the GPU after encoding", reason)
+            continue
+        if worker.batch_size == 1:
+            raise failure
+        worker.batch_size //= 2
         if work is not None:
             work.batch_halvings += 1
         if torch.cuda.is_available():

@@ -120,6 +120,14 @@ class FlowSchedule:
         sigma = self._sigma(timesteps)
         return Levels(*(values.to(log_snr.dtype) for values in (timesteps, 1 - sigma, sigma)))
 
+    @property
+    def training_timesteps(self) -> Tensor:
+        """The timesteps (T,) long of the scheduler before it is asked for steps, from the noisiest, rounded."""
+        if self.config["_class_name"] == "DPMSolverMultistepScheduler":
+            return torch.arange(self.num_train_timesteps - 1, -1, -1)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.config)
+        return scheduler.timesteps.round().long().clamp(0, self.num_train_timesteps - 1)
+
     def steps(self, count: int, spacing: str | None, extra: bool) -> Steps:
         if spacing is not None:
             raise ValueError(

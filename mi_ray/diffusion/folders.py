@@ -13,10 +13,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import diffusers
+import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from mi_ray.diffusion.architectures import architecture_folder, is_architecture
 from mi_ray.diffusion.families import FAMILIES, Family
 from mi_ray.diffusion.folder_checks import (
     INDEX,
@@ -106,6 +108,41 @@ def load_network_on_meta(path: str) -> nn.Module:
     return on_meta(part_class(read_index(_folder_with(path, INDEX)), part), part_config(path, part))
 
 
+def load_encoders_on_meta(path: str) -> dict[str, nn.Module]:
+    """The text encoders and the autoencoder without their weights, by the name of the part.
+
+    Raises:
+        ValueError: the model lacks a configuration, or the hub cannot be asked.
+    """
+    index, network = read_index(_folder_with(path, INDEX)), model_family(path).network
+    parts = {}
+    for part in folder_parts(index):
+        if has_weights(part) and part != network:
+            kind, config = part_class(index, part), part_config(path, part)
+            if hasattr(kind, "config_class") and kind.config_class is not None:  # of transformers
+                with torch.device("meta"):
+                    parts[part] = kind(kind.config_class.from_dict(config))
+            else:
+                parts[part] = on_meta(kind, config)
+    return parts
+
+
+def prompt_length(path: str) -> int:
+    """Tokens of a prompt that the model reads, without its tokenizer."""
+    family = model_family(path)
+    return family.text_limit or part_config(path, "text_encoder").get("max_position_embeddings", _POSITIONS)
+
+
+def weights_are_here(path: str) -> bool:
+    """Whether the network's weights are on this machine: in the folder, or in the hub's cache.
+
+    Raises:
+        ValueError: it is no model, or the hub cannot be asked.
+    """
+    part = model_family(path).network
+    return any((_folder_with(path, INDEX) / part).glob("*.safetensors"))
+
+
 def pipeline_class(path: str) -> str:
     """Name of the model's pipeline class in diffusers.
 
@@ -139,13 +176,16 @@ def model_family(path: str) -> Family:
 
 
 def resolve_model(path: str) -> str:
-    """The folder of a shipped name, a folder as it is, or a hub id as it is, with its revision if it has one.
+    """The folder of a shipped name or an architecture, a folder as it is, or a hub id as it is, with its revision if it
+    has one.
 
     Raises:
         ValueError: if `path` has the form of none of them.
     """
     if path in SHIPPED:
         return str(files("mi_ray") / SHIPPED[path])
+    if is_architecture(path):
+        return str(architecture_folder(path))
     if path and Path(path).is_dir():
         return path
     if path.endswith(SUFFIXES) or (path and Path(path).is_file()):
@@ -165,6 +205,9 @@ def check_model(path: str) -> None:
     Raises:
         ValueError: with a line for each thing that is wrong.
     """
+    if is_architecture(path):
+        architecture_folder(path)
+        _refuse(path, ["has no weights; it is for --dry-run and benchmarks; give a model folder or a hub id"])
     folder = _local_folder(path)
     if folder is not None:
         _refuse(path, folder_faults(folder))
@@ -201,13 +244,13 @@ def _folder_with(path: str, pattern: str) -> Path:
 
 def model_commit(path: str) -> str | None:
     """What tells a model's weights from others: the commit of a hub model as it is now, or a digest of a folder's
-    files; None of a shipped model.
+    files; None of a shipped model or an architecture.
 
     Raises:
         ValueError: the hub cannot be asked, or it is a pipeline that is not supported.
     """
     if (local := _local_folder(path)) is not None:
-        return None if path in SHIPPED else _folder_digest(local)
+        return None if path in SHIPPED or is_architecture(path) else _folder_digest(local)
     folder = _folder_with(path, INDEX)
     _refuse(path, index_faults(folder))
     return folder.name

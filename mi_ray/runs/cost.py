@@ -1,4 +1,7 @@
-"""The cost of a run in denoiser evaluations, from its config and the number of prompts."""
+"""The cost of a run in denoiser evaluations and GPUs, from its config and the number of prompts."""
+
+import math
+from dataclasses import dataclass
 
 from mi_ray.config import POINTWISE_SCORES, RunConfig, SamplerConfig, ScoreConfig
 from mi_ray.runs.layout import baselines
@@ -77,3 +80,26 @@ def score_evaluations(score: ScoreConfig, names: set[str], samples: int) -> int:
             first = min(samples, score.shortlist_samples)
             spent += first * others + (samples - first) * kept
     return spent
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The largest resources of a stage."""
+
+    processes: int  # number of actors or workers
+    gpus: int  # number of GPUs that they use
+    at_once: int  # compared with one process; processes on the same GPU share its speed
+
+
+def machines(config: RunConfig, shards: int, evaluation_shards: int) -> dict[str, Machines]:
+    """The largest resources of each stage, for these numbers of shards."""
+    resources = config.resources
+    share = 1 if resources.gpus_per_actor == "auto" else resources.gpus_per_actor
+
+    def of(processes: int, share: float) -> Machines:
+        gpus = math.ceil(processes * share - 1e-9)
+        return Machines(processes, gpus, min(processes, gpus) if share else processes)
+
+    generate, evaluate = (of(min(resources.num_actors[1], count), share) for count in (shards, evaluation_shards))
+    finetune = of(resources.train_workers[1], resources.train_gpus)
+    return {"generate": generate, "score": generate, "finetune": finetune, "evaluate": evaluate}

@@ -151,7 +151,7 @@ class Sampler:
             left = rows
             while len(left):
                 advance = partial(self._advance, pool, left, range(start, stop), conditioning, noise, guide)
-                done, spent = fitting(self, advance, work)
+                done, spent = fitting(self, advance, work, self.denoiser.make_room)
                 left = left[done:]
                 work.denoiser_evaluations += spent
             work.denoiser_evaluations += len(rows) * sum(1 + guided for guided in self.guided[start:stop])

@@ -140,7 +140,8 @@ class Scorer:
         columns = {f"score_{name}": values.cpu().tolist() for name, values in scores.items()}
         if any(name in POINTWISE_SCORES for name in config.names):
             args = (prompts, conditioning, index, sampled.latents, work)
-            for name, (value, standard_error) in fitting(self, partial(self._pointwise, *args), work).items():
+            room = self.denoiser.make_room
+            for name, (value, standard_error) in fitting(self, partial(self._pointwise, *args), work, room).items():
                 columns[f"score_{name}"] = value.cpu().tolist()
                 columns[f"score_{name}_se"] = standard_error.cpu().tolist()
         return columns

@@ -27,6 +27,8 @@ def check_suitability(config: RunConfig):
     """
     schedule = load_schedule(config.model.path, config.model.size)
     faults, sampler, tuning, others = score_faults(config, schedule), config.sampler, config.finetune, []
+    if tuning.timestep_density != "uniform" and schedule.prediction_type != FLOW:
+        others.append("finetune.timestep_density: it is for flow models only; set uniform")
     try:
         probed_band(config.score, schedule)
     except ValueError as error:

@@ -4,6 +4,7 @@ import resource
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Protocol
 
 import torch
 
@@ -62,13 +63,29 @@ def try_fitting(denoiser: Denoiser, batch_size: int) -> Trial:
     """
     tried = SimpleNamespace(batch_size=batch_size)
     try:
-        return fitting(tried, lambda: try_batch(denoiser, tried.batch_size))
+        return fitting(tried, lambda: try_batch(denoiser, tried.batch_size), make_room=denoiser.make_room)
     except torch.OutOfMemoryError as error:
         message = "model.path: the model does not fit into memory with a batch of one candidate; use a larger GPU"
         raise ConfigError([message]) from error
 
 
-def size_text(denoiser: Denoiser) -> str:
+def swept_text(trials: list[Trial]) -> str:
+    """The speed for each batch size, and the memory of the largest."""
+    if not trials:
+        return "the smallest batch does not fit"
+    speeds = ", ".join(f"{trial.batch_size}: {1e3 * trial.seconds_per_evaluation:.2f}" for trial in trials)
+    return f"{speeds} ms; up to {trials[-1].memory_gib:.1f} GiB"
+
+
+class Sized(Protocol):
+    """A denoiser, or the sizes of a model without weights."""
+
+    image_size: tuple[int, int]
+    latent_shape: tuple[int, ...]
+    own_latent_shape: tuple[int, ...]
+
+
+def size_text(denoiser: Sized) -> str:
     """The sizes of images and latents. If they are not the model's own, also how batches are counted."""
     height, width = denoiser.image_size
     sizes = f"{height} x {width} pixels, latents of {' x '.join(map(str, denoiser.latent_shape))}"
@@ -83,7 +100,7 @@ def sweep(denoiser: Denoiser) -> list[Trial]:
     trials: list[Trial] = []
     for batch_size in BATCH_SIZES:
         try:
-            trials.append(try_batch(denoiser, batch_size))
+            trials.append(_with_room(denoiser, batch_size))
         except torch.OutOfMemoryError:
             break
         if len(trials) > 2 and min(t.seconds_per_evaluation for t in trials[-2:]) > min(
@@ -91,6 +108,16 @@ def sweep(denoiser: Denoiser) -> list[Trial]:
         ):
             break
     return trials
+
+
+def _with_room(denoiser: Denoiser, batch_size: int) -> Trial:
+    """`try_batch`. If the smallest batch does not fit, text encoders leave the device; larger ones are not worth it."""
+    try:
+        return try_batch(denoiser, batch_size)
+    except torch.OutOfMemoryError:
+        if batch_size > BATCH_SIZES[0] or not denoiser.make_room():
+            raise
+    return try_batch(denoiser, batch_size)
 
 
 def best(trials: list[Trial]) -> Trial:

@@ -18,7 +18,9 @@ from mi_ray.alignment.encoder import check_encoder
 from mi_ray.alignment.metric import check_image_size, check_prompts, columns_of, load_metrics, reference_of
 from mi_ray.config import RunConfig, pinned
 from mi_ray.config.section import ConfigError, collecting
-from mi_ray.diffusion.folders import check_model, load_sizes, load_tokenizer, model_commit
+from mi_ray.diffusion.architectures import is_architecture
+from mi_ray.diffusion.folders import check_model, load_sizes, load_tokenizer, model_commit, resolve_model
+from mi_ray.diffusion.quantisation import check_quantisation
 from mi_ray.inputs.online_plan import too_few_prompts
 from mi_ray.inputs.prompts import PromptReader
 from mi_ray.inputs.shard_plan import Holdout, ShardPlan, with_details, write_prompts
@@ -59,25 +61,34 @@ class Plan:
 
     The prompts are in a temporary folder until `open_run` copies them to the run folder. They are not kept in memory.
 
+    Args:
+        dry_run: the model may be an architecture without weights; then prompts are not compared with its tokenizer.
+
     Raises:
         ConfigError: with every fault of the model, the prompt files and the run folder.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, dry_run: bool = False):
         self.config = config
         faults: list[str] = []
         tokenizer = self.model_commit = None
+        sizes_only = dry_run and is_architecture(config.model.path)
         with collecting(faults, "model.path"):
-            check_model(config.model.path)
+            if sizes_only:
+                resolve_model(config.model.path)
+            else:
+                check_model(config.model.path)
             path = pinned_at_start(config.run_dir, config.model.path)
             self.model_commit = model_commit(path)
             # All actors load this commit, even if the hub has a newer one when they start.
             model = config.model.model_copy(update={"path": pinned(path, self.model_commit)})
             self.config = config = config.model_copy(update={"model": model})
-            tokenizer = load_tokenizer(config.model.path)
+            tokenizer = None if sizes_only else load_tokenizer(config.model.path)
         with collecting(faults):
             check_loggers(config.finetune.log_to)
-        if tokenizer:
+        with collecting(faults, "model.quantize"):
+            check_quantisation(config.model.quantize)
+        if tokenizer or (sizes_only and not faults):
             with collecting(faults, "model.path"):
                 check_targets(config)
             with collecting(faults, "model.path"):

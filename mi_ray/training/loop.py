@@ -48,8 +48,9 @@ from mi_ray.training.log import TrainingLog, check_loggers
 from mi_ray.training.losses import Batch, Objective, weights_of
 from mi_ray.training.online import OnlineSource, RunAway
 from mi_ray.training.optimization import Training, learning_rate_at, optimizer_step
+from mi_ray.training.sharding import shard
 from mi_ray.training.start import check_start
-from mi_ray.training.training_set import KeptCandidates, read_training_set, trained_timesteps
+from mi_ray.training.training_set import KeptCandidates, read_training_set, trained_timesteps, weighted_levels
 
 CHECKPOINTS = "checkpoints"  # folder in an adapter's folder, during the training
 CHANGED = 1e-6  # relative change of an output that floating-point rounding can cause
@@ -99,7 +100,8 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
     tuning = config.finetune
     # Half precision is used on GPUs, with autocast. On a CPU it would be slow and inaccurate.
     dtype = config.model.dtype if device.type == "cuda" else "float32"
-    denoiser = load_denoiser(settings["model"], dtype, str(device), size=config.model.size)
+    extra = {"quantize": config.model.quantize, "placed": tuning.shard is None}
+    denoiser = load_denoiser(settings["model"], dtype, str(device), size=config.model.size, **extra)
     denoiser.specialise(channels_last=config.model.channels_last, compiled=None, rows=())
     kept = None
     if settings["online"] is None:
@@ -110,6 +112,9 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
     else:
         torch.manual_seed(config.seed)  # the random matrix A must be the same on all workers and after a restart
         model = attach_adapter(denoiser.network, **tuning.adapter_settings)
+    denoiser.make_room()  # prompts of kept candidates are encoded; an update encodes a few
+    if tuning.shard:
+        model = shard(model, device)
     half = denoiser.network.dtype if denoiser.network.dtype != torch.float32 else None
     null = denoiser.encode_prompts([""]) if tuning.anchor_guidance > 1 or config.sampler.branches > 1 else None
     objective = Objective(model, denoiser.schedule, tuning, half, null, denoiser.family.predict)
@@ -125,7 +130,8 @@ def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Tr
     training = Training(model, optimizer, scaler, average, objective.old)
     timesteps = trained_timesteps(2 * torch.log(objective.alpha / objective.sigma), tuning.log_snr_max)
     if kept is not None:
-        return training, objective, KeptCandidates(kept, config, timesteps, device)
+        levels = weighted_levels(denoiser.schedule, timesteps, tuning.timestep_density)
+        return training, objective, KeptCandidates(kept, config, timesteps, device, levels)
     online = settings["online"]
     plan = plan_of(config, online["prompts"])
     places = online["folder"], online["board"]
@@ -175,7 +181,8 @@ def train_loop(settings: dict) -> dict | None:
     if rank == 0 and settings["online"] is not None:
         source.save = save
     lines = _restore(training, source)
-    parallel = prepare_model(objective)
+    sharded = bool(tuning.shard) and workers > 1
+    parallel = objective if tuning.shard else prepare_model(objective)
     log, notice, stopped = nullcontext(), None, None
     if rank == 0:
         shown = flatten(config.results_config())
@@ -196,7 +203,7 @@ def train_loop(settings: dict) -> dict | None:
             mean_loss = norm = math.nan
             if parts:
                 arguments = parameters, training.optimizer, training.scaler, tuning.max_grad_norm
-                loss, norm = optimizer_step(parallel, parts, *arguments)
+                loss, norm = optimizer_step(parallel, parts, *arguments, sharded=sharded)
                 if workers > 1:
                     dist.all_reduce(loss)
                 mean_loss, norm = loss.item() / workers, norm.item()
@@ -214,12 +221,14 @@ def train_loop(settings: dict) -> dict | None:
             if (source.due(step) or notice != earlier) and step + 1 < source.steps:
                 refuse()
                 _report(training, source, log.lines if rank == 0 else None)
-    if rank != 0:
+    if rank != 0 and not sharded:
         return None
     if training.average:
         training.average.copy_to(parameters)
     final = training.old if training.old and not training.average else [p.data for p in parameters]
-    change = _output_change(objective, source.probe(), final)
+    change = _output_change(objective, source.probe(), final)  # with shards all workers predict together
+    if rank != 0:
+        return None
     if change <= CHANGED:
         advice = "raise finetune.learning_rate"
         print(f"warning: fine-tuning did not change the model's outputs ({change:.1e}); {advice}", flush=True)

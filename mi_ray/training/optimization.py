@@ -13,6 +13,7 @@ from torch import Tensor
 from mi_ray.config import FinetuneConfig
 from mi_ray.diffusion.adapters import adapter_state, load_adapter_state
 from mi_ray.training.losses import Batch
+from mi_ray.training.sharding import average_gradients
 
 
 def learning_rate_at(step: int, config: FinetuneConfig, steps: int) -> float:
@@ -32,6 +33,7 @@ def optimizer_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     max_grad_norm: float,
+    sharded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One optimiser step over accumulated microbatches. Workers exchange gradients once, at the last microbatch.
 
@@ -39,6 +41,7 @@ def optimizer_step(
         microbatches: for each microbatch, a function that draws it, and its weight in this worker's loss. With these
             weights the mean of the workers' losses is the loss of the step, even if workers have different numbers of
             rows.
+        sharded: the frozen weights are divided among several workers (`training.sharding`).
 
     Returns:
         This worker's loss, and the gradient norm before clipping to `max_grad_norm`.
@@ -51,6 +54,8 @@ def optimizer_step(
             loss = objective(draw()) * share
             scaler.scale(loss).backward()
         total += loss.detach()
+    if sharded:
+        average_gradients(parameters)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     scaler.step(optimizer)

@@ -14,6 +14,7 @@ from mi_ray.config import RunConfig
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
+from mi_ray.diffusion.flows import FlowSchedule
 from mi_ray.storage import ParquetRows
 from mi_ray.training.losses import Batch
 
@@ -105,14 +106,28 @@ def sample_indices(seed: int, microbatch: int, batch_size: int, count: int) -> T
 
 
 def draw_microbatch(
-    data: TrainingSet, seed: int, microbatch: int, batch_size: int, timesteps: range, prompt_dropout: float
+    data: TrainingSet,
+    seed: int,
+    microbatch: int,
+    batch_size: int,
+    timesteps: range,
+    prompt_dropout: float,
+    levels: Tensor | None = None,
 ) -> Batch:
-    """Draw a microbatch: a pure function of (seed, microbatch)."""
+    """Draw a microbatch: a pure function of (seed, microbatch).
+
+    Args:
+        timesteps: that are drawn uniformly, if there are no levels.
+        levels: (L,) timesteps in the order of their noise, whose place is drawn from a logit-normal density.
+    """
     chosen = torch.searchsorted(data.rows, sample_indices(seed, microbatch, batch_size, data.count))
     generator = _generator("noise", seed, microbatch)
     latents = data.latents[chosen]
     noise = torch.randn(latents.shape, generator=generator)
-    drawn = torch.randint(timesteps.start, timesteps.stop, (batch_size,), generator=generator)
+    if levels is None:
+        drawn = torch.randint(timesteps.start, timesteps.stop, (batch_size,), generator=generator)
+    else:
+        drawn = levels[(torch.randn(batch_size, generator=generator).sigmoid() * len(levels)).long()]
     dropped = torch.rand(batch_size, generator=generator) < prompt_dropout
     prompts = torch.where(dropped, len(data.conditioning) - 1, data.prompts[chosen])
     return Batch(latents, noise, drawn, data.conditioning.rows(prompts), data.weights[chosen])
@@ -139,16 +154,32 @@ def trained_timesteps(log_snr: Tensor, log_snr_max: float | None) -> range:
     return range(first, len(log_snr))
 
 
+def weighted_levels(schedule: FlowSchedule, timesteps: range, density: str) -> Tensor | None:
+    """The trained noise levels of a flow for a logit-normal density, see `draw_microbatch`. None: a uniform density."""
+    if density == "uniform":
+        return None
+    levels = schedule.training_timesteps
+    return levels[(levels >= timesteps.start) & (levels < timesteps.stop)]
+
+
 class KeptCandidates:
     """The batches of every optimiser step for training on kept candidates: a `Source` of the loop."""
 
-    def __init__(self, data: TrainingSet, config: RunConfig, timesteps: range, device: torch.device):
+    def __init__(
+        self,
+        data: TrainingSet,
+        config: RunConfig,
+        timesteps: range,
+        device: torch.device,
+        levels: Tensor | None = None,
+    ):
         self.data, self.seed, self.tuning = data, config.seed, config.finetune
         self.timesteps, self.device, self.steps = timesteps, device, config.finetune.steps
+        self.levels = levels
 
     def _draw(self, microbatch: int) -> Batch:
         tuning = self.tuning
-        drawn = self.data, self.seed, microbatch, tuning.batch_size, self.timesteps, tuning.prompt_dropout
+        drawn = self.data, self.seed, microbatch, tuning.batch_size, self.timesteps, tuning.prompt_dropout, self.levels
         return draw_microbatch(*drawn).to(self.device)
 
     def open(self, step: int) -> bool:

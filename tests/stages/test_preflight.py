@@ -1,6 +1,7 @@
 """The plan of a dry run: its time and cost, compared with a calculation by hand."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,10 +84,10 @@ def test_batch_is_halved_until_it_fits(monkeypatch, fits, tried):
 
     monkeypatch.setattr("mi_ray.scoring.trial.try_batch", try_batch)
     if fits:
-        assert try_fitting(None, 64).batch_size == fits
+        assert try_fitting(SimpleNamespace(make_room=lambda: False), 64).batch_size == fits
     else:
         with pytest.raises(ConfigError, match="does not fit into memory with a batch of one"):
-            try_fitting(None, 64)
+            try_fitting(SimpleNamespace(make_room=lambda: False), 64)
     assert sizes == tried
 
 

@@ -9,6 +9,7 @@ import torch
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import load_denoiser
+from mi_ray.diffusion.flows import FlowSchedule, FlowTimes
 from mi_ray.storage import tables
 from mi_ray.training.training_set import (
     TrainingSet,
@@ -16,6 +17,7 @@ from mi_ray.training.training_set import (
     read_training_set,
     sample_indices,
     trained_timesteps,
+    weighted_levels,
 )
 
 
@@ -86,3 +88,20 @@ def test_timesteps_are_limited_by_log_snr():
     assert trained_timesteps(log_snr, 0.0) == range(2, 4)
     with pytest.raises(ConfigError, match=r"finetune.log_snr_max: -5.0 is below"):
         trained_timesteps(log_snr, -5.0)
+
+
+def test_logit_normal_timesteps_follow_the_levels_of_the_scheduler():
+    """u = sigmoid(N(0, 1)), r = 1 - u, and s = 3 r / (1 + 2 r) with shift 3 (Esser et al. 2024, eq. 19 and 23)."""
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
+    schedule = FlowSchedule.from_config(config, FlowTimes(), (4, 8, 8))
+    levels = weighted_levels(schedule, range(1, 1000), "logit-normal")
+    assert weighted_levels(schedule, range(1, 1000), "uniform") is None
+    conditioning = Conditioning({"embeds": torch.zeros(2, 1, 1)})
+    data = TrainingSet(torch.arange(4), 4, torch.zeros(4, 1, 1, 1), torch.ones(4), torch.zeros(4).long(), conditioning)
+    drawn = draw_microbatch(data, 0, 0, 20000, range(1, 1000), 0.0, levels).timesteps.double()
+    for probability, logit in ((0.1587, -1.0), (0.5, 0.0), (0.8413, 1.0)):
+        r = 1 / (1 + np.exp(-logit))  # the quantile of r, as the density is symmetric
+        assert drawn.quantile(probability) == pytest.approx(1000 * 3 * r / (1 + 2 * r), abs=8)
+    limited = weighted_levels(schedule, range(400, 1000), "logit-normal")
+    assert limited.min() >= 400
+    assert limited.max() == levels.max()

@@ -88,6 +88,8 @@ class Family:
     channels: config of the network -> channels of the latents.
     encode: encodes prompts as the stock pipeline does.
     encode_null: likewise the empty prompt, alone, if the stock pipeline treats it in another way.
+    conditioning: (config of the network with its defaults, tokens of a prompt) -> shape of one row of every tensor that
+        `encode` gives. None: the network reads the values of its input, so it cannot be called on the meta device.
     predict: calls the network as the stock pipeline does, and brings its output to the sign of u = epsilon - x0.
     latent_channels: config of the autoencoder -> channels of the latents that it makes, which must be as many.
     text_limit: tokens of a prompt that the pipeline takes; None: as many as the text encoder does.
@@ -111,6 +113,7 @@ class Family:
     channels: Callable[[Config], int]
     encode: Encode
     predict: Predict
+    conditioning: Callable[[Config, int], dict[str, tuple[int, ...]]] | None = None
     encode_null: Encode | None = None
     latent_channels: Callable[[Config], int] = lambda vae: vae.get("latent_channels", 4)
     text_limit: int | None = None

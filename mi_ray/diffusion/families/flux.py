@@ -39,6 +39,14 @@ def _encode(pipeline: DiffusionPipeline, prompts: list[str], image_size: tuple[i
     return rows
 
 
+def _shapes(transformer: Config, length: int) -> dict[str, tuple[int, ...]]:
+    shapes = {
+        "embeds": (length, transformer["joint_attention_dim"]),
+        "pooled": (transformer["pooled_projection_dim"],),
+    }
+    return shapes | ({"guidance": ()} if transformer["guidance_embeds"] else {})
+
+
 def _prediction(transformer: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     velocity = transformer(
         hidden_states=pack(x_t),
@@ -71,6 +79,7 @@ FLUX_1 = Family(
     sizes=_sizes,
     channels=_channels,
     encode=_encode,
+    conditioning=_shapes,
     predict=_prediction,
     tokenizer="tokenizer_2",
     text_limit=_TEXT_LENGTH,
@@ -114,6 +123,10 @@ CHROMA_1 = Family(
     sizes=_sizes,
     channels=_channels,
     encode=_encode_chroma,
+    conditioning=lambda transformer, length: {
+        "embeds": (length, transformer["joint_attention_dim"]),
+        "mask": (length,),
+    },
     predict=_chroma_prediction,
     text_limit=_TEXT_LENGTH,
     flow=FlowTimes(sigmas=evenly, mu=linear_mu, rounds=True),

@@ -87,6 +87,7 @@ FLUX_2_KLEIN = Family(
     channels=lambda transformer: transformer.get("in_channels", 128),
     latent_channels=lambda vae: 4 * vae.get("latent_channels", 32),
     encode=_encode,
+    conditioning=lambda transformer, length: {"embeds": (length, transformer["joint_attention_dim"])},
     predict=_prediction,
     text_limit=_TEXT_LENGTH,
     flow=FlowTimes(

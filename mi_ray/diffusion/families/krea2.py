@@ -22,6 +22,10 @@ def _encode(pipeline: DiffusionPipeline, prompts: list[str], image_size: tuple[i
     return {"embeds": embeds, "mask": mask}
 
 
+def _shapes(transformer: Config, length: int) -> dict[str, tuple[int, ...]]:
+    return {"embeds": (length, transformer["num_text_layers"], transformer["text_hidden_dim"]), "mask": (length,)}
+
+
 def _prediction(transformer: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     embeds, (height, width) = conditioning["embeds"], x_t.shape[2:]
     positions = x_t.new_zeros(embeds.shape[1] + height * width // 4, 3, dtype=timesteps.float().dtype)
@@ -86,6 +90,7 @@ KREA_2 = Family(
     channels=QWEN_IMAGE.channels,
     latent_channels=QWEN_IMAGE.latent_channels,
     encode=_encode,
+    conditioning=_shapes,
     predict=_prediction,
     text_limit=_TEXT_LENGTH,
     flow=FlowTimes(sigmas=evenly, mu=_mu, rounds=True),

@@ -46,6 +46,7 @@ PIXART_SIGMA = Family(
     ),
     channels=lambda transformer: transformer.get("in_channels", 4),
     encode=_encode,
+    conditioning=lambda transformer, length: {"embeds": (length, transformer["caption_channels"]), "mask": (length,)},
     predict=_prediction,
     text_limit=_TEXT_LENGTH,
 )

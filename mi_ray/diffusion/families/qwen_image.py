@@ -85,6 +85,10 @@ QWEN_IMAGE = Family(
     channels=lambda transformer: transformer.get("in_channels", 64) // 4,
     latent_channels=lambda vae: vae.get("z_dim", 16),
     encode=_encode,
+    conditioning=lambda transformer, length: {
+        "embeds": (length, transformer["joint_attention_dim"]),
+        "mask": (length,),
+    },
     encode_null=_encode_null,
     predict=_prediction,
     text_limit=_TEXT_LENGTH,

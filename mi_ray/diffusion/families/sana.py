@@ -66,6 +66,7 @@ SANA = Family(
     channels=lambda transformer: transformer.get("in_channels", 32),
     latent_channels=lambda vae: vae.get("latent_channels", 32),
     encode=_encode,
+    conditioning=lambda transformer, length: {"embeds": (length, transformer["caption_channels"]), "mask": (length,)},
     encode_null=_encode_null,
     predict=_prediction,
     text_limit=_TEXT_LENGTH,

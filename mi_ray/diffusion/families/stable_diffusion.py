@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from mi_ray.diffusion.conditioning import Conditioning
-from mi_ray.diffusion.families.family import Family
+from mi_ray.diffusion.families.family import Config, Family
 from mi_ray.diffusion.sizes import Sizes
 
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -40,6 +40,7 @@ STABLE_DIFFUSION = Family(
     sizes=Sizes.of_unet,
     channels=_channels,
     encode=_encode,
+    conditioning=lambda unet, length: {"embeds": (length, unet["cross_attention_dim"])},
     predict=unet_prediction,
     half="float16",
     unused={**_NOT_LOADED, "safety_checker": None, "requires_safety_checker": False},
@@ -67,6 +68,11 @@ def _encode_xl_null(pipeline: DiffusionPipeline, prompts: list[str], image_size:
     return rows
 
 
+def _xl_shapes(unet: Config, length: int) -> dict[str, tuple[int, ...]]:
+    pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    return {"embeds": (length, unet["cross_attention_dim"]), "pooled": (pooled,), "size": (6,)}
+
+
 STABLE_DIFFUSION_XL = Family(
     title="Stable Diffusion XL",
     network="unet",
@@ -74,6 +80,7 @@ STABLE_DIFFUSION_XL = Family(
     sizes=Sizes.of_unet,
     channels=_channels,
     encode=_encode_xl,
+    conditioning=_xl_shapes,
     encode_null=_encode_xl_null,
     predict=_xl_prediction,
     half="float16",

@@ -4,8 +4,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from mi_ray.diffusion.conditioning import Conditioning
-from mi_ray.diffusion.families.family import Family, own_size, vae_scale
+from mi_ray.diffusion.families.family import Config, Family, own_size, vae_scale
 from mi_ray.diffusion.flows import FlowTimes, linear_mu
+
+_T5_LENGTH = 256  # the pipeline's default
 
 
 def _encode(pipeline: DiffusionPipeline, prompts: list[str], image_size: tuple[int, int]) -> dict[str, Tensor]:
@@ -22,6 +24,12 @@ def _prediction(transformer: nn.Module, x_t: Tensor, timesteps: Tensor, conditio
         pooled_projections=conditioning["pooled"],
         return_dict=False,
     )[0]
+
+
+def _shapes(transformer: Config, length: int) -> dict[str, tuple[int, ...]]:
+    """The tokens of CLIP, then those of T5."""
+    embeds = length + _T5_LENGTH, transformer["joint_attention_dim"]
+    return {"embeds": embeds, "pooled": (transformer["pooled_projection_dim"],)}
 
 
 STABLE_DIFFUSION_3 = Family(
@@ -43,6 +51,7 @@ STABLE_DIFFUSION_3 = Family(
     ),
     channels=lambda transformer: transformer.get("in_channels", 16),
     encode=_encode,
+    conditioning=_shapes,
     predict=_prediction,
     flow=FlowTimes(mu=linear_mu),
     unused={"image_encoder": None, "feature_extractor": None},
