@@ -24,7 +24,8 @@ from mi_ray.config.generation import (
 )
 from mi_ray.config.guidance import GUIDANCE_METHODS, GuidanceConfig, GuidanceMethod
 from mi_ray.config.paths import folder_name, pinned, without_revision
-from mi_ray.config.run import EvaluationConfig, ResourcesConfig, RunConfig
+from mi_ray.config.resources import ResourcesConfig
+from mi_ray.config.run import EvaluationConfig, RunConfig
 
 __all__ = [
     "BETA",
