@@ -193,6 +193,7 @@ def test_alignment_benchmark_tabulates_gains_over_trainings(alignment, monkeypat
     assert "+25.0 to +50.0" in lines[2]
 
 
+@pytest.fixture
 def simulated_run(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import simulated_run
@@ -236,3 +237,58 @@ def test_online_scaling_benchmark_holds_its_gate(simulated_run, monkeypatch):
     with_lag, without = findings.rows
     assert (with_lag["lag"], without["lag"]) == (1, 0)
     assert without["busy_share"] < with_lag["busy_share"] - 0.2
+
+
+@pytest.fixture
+def wrong_captions(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import wrong_captions
+
+    return wrong_captions
+
+
+def test_precision_and_recall_are_those_of_a_pool_with_that_prevalence(wrong_captions):
+    """Compared with a pool in which every pair is repeated as often as its weight says, one threshold after another."""
+    wrong, right = np.array([0.1, 0.3, 0.3, 0.8]), np.array([0.2, 0.3, 0.9, 0.9, 1.0, -np.inf])
+    prevalence = 0.25
+    pool = [(value, 1) for value in wrong for _ in range(3)] + [(value, 0) for value in right for _ in range(6)]
+    assert sum(label for _, label in pool) / len(pool) == prevalence
+    area = last = 0.0
+    for threshold in sorted({value for value, _ in pool}):
+        reported = [label for value, label in pool if value <= threshold]
+        recall = sum(reported) / 12
+        area, last = area + (recall - last) * sum(reported) / len(reported), recall
+    found, _ = wrong_captions.precision_recall(wrong, right, prevalence)
+    assert found == pytest.approx(area)
+    # The lowest of 48: 6 are -inf (right), 3 are 0.1 (wrong), 6 are 0.2 (right), then 6 wrong and 6 right at 0.3.
+    for share, expected in ((6 / 48, 0), (9 / 48, 3 / 9), (15 / 48, 3 / 15), (19 / 48, (3 + 2) / 19)):
+        assert wrong_captions.precision_recall(wrong, right, prevalence, share)[1] == pytest.approx(expected)
+    assert wrong_captions.precision_recall(wrong, wrong + 1, 0.1) == pytest.approx((1, 1))
+    assert wrong_captions.precision_recall(np.zeros(3), np.zeros(5), 0.1) == pytest.approx((0.1, 0.1))  # no information
+
+
+def test_images_of_the_model_get_captions_with_one_known_error(wrong_captions, monkeypatch, tmp_path):
+    """Every second image follows its prompt; only such images are used, and the wrong captions are hard negatives."""
+    prompts = ["a red circle", "a blue square left of a green star", "two pink hearts", "a striped cross and a star"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    calls = []
+
+    def generated(denoiser, sampler, texts, seed):
+        calls.append(seed)
+        return np.stack([np.full((2, 2, 3), (prompts.index(text) + seed) % 2) for text in texts])
+
+    monkeypatch.setattr(wrong_captions, "generated", generated)
+    monkeypatch.setattr(wrong_captions, "follows", lambda truth, images, texts: (images[:, 0, 0, 0] == 1).tolist())
+    monkeypatch.setattr(wrong_captions, "Sampler", lambda *_: None)
+    benchmark = wrong_captions.WrongCaptionsBenchmark(
+        _cli_parse_args=False, own=True, file=str(tmp_path / "p.txt"), wrong_share=0.5, seed=4
+    )
+    pairs = benchmark._own_pairs(None, 6)
+    assert calls == [4, 5, 6]  # two images of each turn are used
+    wrong = [pair for pair in pairs if pair.kind]
+    assert len(wrong) == 3
+    assert all(pair.caption not in prompts for pair in wrong)
+    assert {pair.kind for pair in wrong} <= {"color", "shape", "texture", "count", "relation", "object"}
+    assert all(pair.caption in prompts for pair in pairs if pair.kind is None)
+    with pytest.raises(ValueError, match="after 20 images of each prompt, only 40 of 41 follow their prompts"):
+        benchmark._own_pairs(None, 41)

@@ -30,6 +30,7 @@ class BlipVqa(Judge):
     """
 
     default = "Salesforce/blip-vqa-capfilt-large"
+    model_class = "BlipForQuestionAnswering"
     model_types = ("blip",)
     template = "{}?"
     declared = (
@@ -49,10 +50,10 @@ class BlipVqa(Judge):
     def prepare(self):
         """Load the model and the tokenizer, once."""
         if self.blip is None:
-            from transformers import AutoTokenizer, BlipForQuestionAnswering
+            from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
-            self.blip = self.load(BlipForQuestionAnswering)
+            self.blip = self.load()
 
     def reads(self, prompt: str) -> bool:
         """True for every prompt. It also loads the parser, so that a missing one is reported before a run starts."""

@@ -12,6 +12,7 @@ class ChatJudge(Judge):
     """A metric by a chat model (Qwen3-VL, LLaVA ...) and its processor, in the precision of its weights."""
 
     default = "Qwen/Qwen3-VL-8B-Instruct"
+    model_class = "AutoModelForImageTextToText"
     batch_size = 8
     chat = None  # the model, loaded by `prepare`
     processor = None
@@ -23,11 +24,11 @@ class ChatJudge(Judge):
             Unusable: the model is no chat model for images, or a library that its processor needs is missing.
         """
         if self.chat is None:
-            from transformers import AutoModelForImageTextToText, AutoProcessor
+            from transformers import AutoProcessor
 
             try:
                 self.processor = AutoProcessor.from_pretrained(**self.source)
-                self.chat = self.load(AutoModelForImageTextToText, "auto")
+                self.chat = self.load("auto")
             except (ImportError, OSError) as error:  # the processor of Qwen3-VL needs torchvision
                 reason = " ".join(str(error).split())[:300]
                 raise Unusable(

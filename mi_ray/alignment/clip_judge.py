@@ -8,6 +8,7 @@ from mi_ray.alignment.judges import Judge, Model, cropped, normalised
 class Clip(Model):
     """transformers' CLIPModel and its tokenizer."""
 
+    model_class = "CLIPModel"
     model_types = ("clip",)
     clip = None  # CLIPModel, loaded by `prepare`
     tokenizer = None
@@ -15,10 +16,10 @@ class Clip(Model):
     def prepare(self):
         """Load the model and the tokenizer, once."""
         if self.clip is None:
-            from transformers import AutoTokenizer, CLIPModel
+            from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
-            self.clip = self.load(CLIPModel)
+            self.clip = self.load()
 
 
 class ClipJudge(Clip, Judge):

@@ -58,13 +58,17 @@ class Detector(Judge):
     def template(self) -> str:
         return self.family.template
 
+    @property
+    def model_class(self) -> str:
+        return self.family.model_class
+
     def prepare(self):
         """Load the model and the tokenizer, once."""
         if self.network is None:
-            import transformers
+            from transformers import AutoTokenizer
 
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(**self.source)
-            self.network = self.load(getattr(transformers, self.family.model_class))
+            self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
+            self.network = self.load()
 
     def detect(self, image: np.ndarray, names: Iterable[str]) -> dict[str, list[Detection]]:
         """The objects of an image (h, w, 3) uint8: {name: detections, the best first}."""

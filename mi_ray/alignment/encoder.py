@@ -23,6 +23,7 @@ class Encoder(Model):
     """
 
     default = "facebook/dinov2-base"
+    model_class = "AutoModel"
     network = None  # the model, loaded by `prepare`
     processor = None
 
@@ -38,14 +39,14 @@ class Encoder(Model):
             Unusable: the model has no image processor, or one that needs a missing library.
         """
         if self.network is None:
-            from transformers import AutoImageProcessor, AutoModel
+            from transformers import AutoImageProcessor
 
             try:
                 self.processor = AutoImageProcessor.from_pretrained(**self.source)
             except (ImportError, OSError, ValueError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise Unusable(f"cannot read the image processor of {self.model!r}: complete it ({reason})") from error
-            network = self.load(AutoModel)
+            network = self.load()
             self.network = getattr(network, "vision_model", network)
 
     def features(self, images: np.ndarray) -> np.ndarray:
@@ -94,7 +95,7 @@ def check_encoder(name: str | None):
     """Check a named encoder without loading it.
 
     Raises:
-        Unusable: as `Model`.
+        Unusable: as `Model` and its `check`.
     """
     if name:
-        Encoder(name)
+        Encoder(name).check()

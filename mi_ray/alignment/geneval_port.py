@@ -41,6 +41,7 @@ class Segmenter(Model):
     """Instances of COCO's classes by Mask2Former, after mmdetection's settings of GenEval's detector."""
 
     default = "facebook/mask2former-swin-small-coco-instance"
+    model_class = "Mask2FormerForUniversalSegmentation"
     model_types = ("mask2former",)
     network = None  # Mask2FormerForUniversalSegmentation, loaded by `prepare`
 
@@ -51,9 +52,7 @@ class Segmenter(Model):
             Unusable: its classes are not COCO's 80.
         """
         if self.network is None:
-            from transformers import Mask2FormerForUniversalSegmentation
-
-            self.network = self.load(Mask2FormerForUniversalSegmentation)
+            self.network = self.load()
             if (count := self.network.config.num_labels) != len(OBJECTS):
                 raise Unusable(f"needs a model with COCO's {len(OBJECTS)} classes, but {self.model!r} has {count}")
 
@@ -137,6 +136,10 @@ class GenEvalPort(Metric):
         segmenter, clip = several(argument, 2)
         self.segmenter, self.clip = Segmenter(segmenter), ColorReader(clip)
         self.columns = (described(self.declared, self.segmenter, self.clip),)
+
+    def check(self):
+        self.segmenter.check()
+        self.clip.check()
 
     def reads(self, prompt: str) -> bool:
         wanted = [*details_of(prompt).get("include", ()), *details_of(prompt).get("exclude", ())]

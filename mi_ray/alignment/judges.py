@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+EMBEDDED = "shapes"  # name of the judges of the embedded world, which are in the package by their model_type
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
+_REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is in the report
 _PIECES, _PIECE = 64, 4096  # of a file, evenly from its beginning to its end, and bytes of each
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, used by BLIP too
 
@@ -30,13 +33,15 @@ class Model:
     """A transformers model that a metric uses: where it is found, how it is checked, loaded and named.
 
     Args:
-        model: a local folder, or owner/name or owner/name@revision of the hub; empty: `default`.
+        model: a local folder, owner/name or owner/name@revision of the hub, or shapes: the judge of the embedded world;
+            empty: `default`.
 
     Raises:
         Unusable: there is no such model, its files are incomplete, or it is of another type.
     """
 
     default: str  # hub id of the model that the metric was published with
+    model_class: str  # of transformers
     model_types: tuple[str, ...] = ()  # values of model_type in the model's config.json; empty: any
     template: str | None = None  # text that the model gets for a prompt; None: it reads no text
     weights: tuple[str, ...] = WEIGHTS  # names of files; the model has one of them
@@ -51,6 +56,10 @@ class Model:
 
     def _find(self) -> tuple[Path, str, str]:
         """The local folder (of a hub model: with its configuration only), the hub id or "", and the revision."""
+        if self.model == EMBEDDED:
+            for kind in self.model_types:
+                if (folder := Path(str(files("mi_ray") / "shapes" / "judge_weights" / kind))).is_dir():
+                    return folder, "", _digest(folder)
         if Path(self.model).is_dir():
             folder = Path(self.model)
             return folder, "", _digest(folder)
@@ -103,20 +112,59 @@ class Model:
         place = self.hub_id or str(self.folder)
         return {"pretrained_model_name_or_path": place} | ({"revision": self.revision} if self.hub_id else {})
 
-    def load(self, model_class: type, dtype: str = "float32") -> "torch.nn.Module":
+    def check(self):
+        """Compare a local folder's safetensors with the model's class and configuration, without loading the values.
+
+        Raises:
+            Unusable: a file is damaged, the configuration describes no model, or some weights would be random.
+        """
+        names = () if self.hub_id else _weight_files(self.folder)
+        if not names:
+            return
+        import torch
+        from safetensors import SafetensorError, safe_open
+        from transformers import AutoConfig
+
+        weights = {}
+        for name in names:
+            try:
+                with safe_open(self.folder / name, framework="pt") as file:
+                    shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise Unusable(f"cannot read {name} of the model {self.model!r} ({error}): fetch it again") from error
+            weights |= {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        try:
+            config, kind = AutoConfig.from_pretrained(self.folder), self._class()
+            kind = kind._model_mapping[type(config)] if hasattr(kind, "_model_mapping") else kind
+            place = {"config": config, "state_dict": weights, "device_map": {"": "meta"}}
+            report = kind.from_pretrained(None, **place, **_REPORT)[1]
+        except Exception as error:  # transformers raises anything on a wrong value
+            reason = " ".join(str(error).split())[:200]
+            raise Unusable(f"cannot build the model {self.model!r} from its config.json ({reason})") from error
+        self._refuse_lacking(report)
+
+    def load(self, dtype: str = "float32") -> "torch.nn.Module":
         """The model on its device, without dropout.
 
         Raises:
             Unusable: its weights do not fit its class: some would be random.
         """
-        model, report = model_class.from_pretrained(**self.source, dtype=dtype, output_loading_info=True)
+        model, report = self._class().from_pretrained(**self.source, dtype=dtype, **_REPORT)
+        self._refuse_lacking(report)
+        return model.eval().to(device())
+
+    def _class(self) -> type:
+        import transformers
+
+        return getattr(transformers, self.model_class)
+
+    def _refuse_lacking(self, report: Mapping[str, Any]):
         lacking = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
         if lacking:
             raise Unusable(
-                f"{self.model!r} lacks {len(lacking)} of the weights of {model_class.__name__}, such as {lacking[0]}:"
+                f"{self.model!r} lacks {len(lacking)} of the weights of {self.model_class}, such as {lacking[0]}:"
                 " give another model"
             )
-        return model.eval().to(device())
 
     def batches(self, count: int) -> Iterator[slice]:
         """Slices of at most `batch_size` that cover `count` rows."""
@@ -203,6 +251,22 @@ def padded(image: np.ndarray, size: int) -> np.ndarray:
     top, left = (size - height) // 2, (size - width) // 2
     square[top : top + height, left : left + width] = resized(image, height, width)
     return square
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of the safetensors of a model in a folder; none if its weights have another form.
+
+    Raises:
+        Unusable: the index of the files is damaged.
+    """
+    if (folder / WEIGHTS[0]).is_file():
+        return [WEIGHTS[0]]
+    if not (folder / WEIGHTS[1]).is_file():
+        return []
+    try:
+        return sorted(set(json.loads((folder / WEIGHTS[1]).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unusable(f"cannot read {folder / WEIGHTS[1]} ({error!r}): fetch it again") from error
 
 
 def _digest(folder: Path) -> str:

@@ -84,6 +84,13 @@ class Metric(ABC):
     # Real images for the quality measures, if they exist: (prompt, seed) -> (h, w, 3) uint8.
     reference: Callable[[str, int], np.ndarray] | None = None
 
+    def check(self):  # noqa: B027
+        """Check in the driver, before a run starts, what takes too long for the constructor, such as weights.
+
+        Raises:
+            Unusable: the metric cannot work.
+        """
+
     def reads(self, prompt: str) -> bool:
         """Whether the metric can read a prompt. A run with a prompt that it cannot read is refused at the start, or
         without `reads_all`, a run with no prompt that it can read. `details_of(prompt)` has the prompt's columns."""
@@ -157,11 +164,20 @@ def reference_of(metrics: Mapping[str, Metric]) -> Callable[[str, int], np.ndarr
 
 
 def check_prompts(metrics: Mapping[str, Metric], prompts: Iterable[str]):
-    """Check that every metric can read every prompt, or without `reads_all` at least one.
+    """Check every metric, and that it can read every prompt, or without `reads_all` at least one.
 
     Raises:
-        ValueError: with one line for each metric that cannot, with the first prompts that it cannot read.
+        ValueError: with one line for each metric that cannot work, or else for each that cannot read the prompts, with
+            the first of them.
     """
+    faults = []
+    for name, metric in metrics.items():
+        try:
+            metric.check()
+        except Unusable as error:
+            faults.append(f"{name!r} {error}")
+    if faults:
+        raise ValueError("\n".join(faults))
     counts, shown, total = Counter(), {name: [] for name in metrics}, 0
     for prompt in prompts:
         total += 1

@@ -75,6 +75,10 @@ class ThreeInOneProxy(Metric):
         self.spatial, self.blip, self.clip = ComplexSpatialProxy(detector), BlipVqa(blip), ClipCosine(clip)
         self.columns = (described(self.declared, self.spatial, self.blip, self.clip),)
 
+    def check(self):
+        for part in (self.spatial, self.blip, self.clip):
+            part.check()
+
     def reads(self, prompt: str) -> bool:
         """Whether the prompt has relations. It also loads the parser, so that a missing one is told at the start."""
         known = details_of(prompt).get("relations") in PARTS

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tiny_judges import OpenClip, clip_config, save_clip
 
 from mi_ray.alignment.hps import ARCHITECTURE, CHECKPOINT
 from mi_ray.alignment.judges import cropped, padded
-from mi_ray.alignment.metric import Column, Unusable, load_metrics, measure
+from mi_ray.alignment.metric import Column, Unusable, check_prompts, load_metrics, measure
 from mi_ray.shapes.model import build_tokenizer
 
 PROMPTS = ["a red circle", "a blue square left of a green star", "a red circle", "two white hearts"]
@@ -184,14 +185,47 @@ def test_a_hub_model_is_pinned_to_the_commit_in_the_cache(folder, tmp_path, monk
     assert metric.built_from["revision"] == second
 
 
-def test_weights_that_do_not_fit_are_refused(folder, tmp_path, images):
+def damaged(folder: Path, destination: Path, change: Callable[[dict], dict]) -> str:
+    """The name of clip-score with a copy of the judge whose weights are changed."""
+    destination.mkdir()
     for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    del weights["visual_projection.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(Unusable, match=r"lacks 1 of the weights of CLIPModel, such as visual_projection.weight"):
-        measure(load_metrics([f"clip-score@{tmp_path}"]), images, PROMPTS)
+        (destination / path.name).write_bytes(path.read_bytes())
+    save_file(change(load_file(folder / "model.safetensors")), destination / "model.safetensors", {"format": "pt"})
+    return f"clip-score@{destination}"
+
+
+def test_weights_that_do_not_fit_are_refused_before_and_when_they_are_loaded(folder, tmp_path, images):
+    sound = load_metrics([f"clip-score@{folder}"])
+    check_prompts(sound, PROMPTS)
+    assert sound[f"clip-score@{folder}"].clip is None  # the check loads no model
+    key = "visual_projection.weight"
+    cases = {
+        "lacking": lambda weights: {name: value for name, value in weights.items() if name != key},
+        "another shape": lambda weights: weights | {key: torch.zeros(3, 5)},
+    }
+    for title, change in cases.items():
+        name = damaged(folder, tmp_path / title, change)
+        message = rf"{title}' lacks 1 of the weights of CLIPModel, such as {key}: give another model$"
+        with pytest.raises(ValueError, match=message) as refused:
+            check_prompts(load_metrics([name]), PROMPTS)
+        assert str(refused.value).startswith(f"'{name}' ")
+        with pytest.raises(Unusable, match=message):
+            measure(load_metrics([name]), images, PROMPTS)
+
+
+def test_a_damaged_file_or_configuration_is_refused_before_it_is_loaded(folder, tmp_path):
+    name = damaged(folder, tmp_path / "cut", dict)
+    file = tmp_path / "cut" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cannot read model\.safetensors of the model .*: fetch it again$"):
+        check_prompts(load_metrics([name]), PROMPTS)
+    file.write_bytes(whole)
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    config["vision_config"]["hidden_size"] = "wide"
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"cannot build the model .* from its config\.json"):
+        check_prompts(load_metrics([name]), PROMPTS)
 
 
 def test_load_metrics_imports_no_torch_for_a_local_judge(folder):
