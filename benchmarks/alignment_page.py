@@ -37,8 +37,8 @@ td:first-child, th:first-child { text-align: left; }
 <h1>Alignment methods</h1>
 <p>{{ prompts }} prompts × {{ each }} seeds, the same for all rows. ± is half of the 95 % interval over prompts; gains
 are paired differences to the base model at guidance {{ "%g" | format(best) }}. Evaluations and seconds are per image,
-without its measurements. γ is the effective guidance relative to the guidance scale. A gain of fewer than three
-trainings is no claim.</p>
+without its measurements; on a CPU, CPU seconds. γ is the effective guidance relative to the guidance scale. A gain of
+fewer than three trainings is no claim.</p>
 {% for title, lines in tables %}<h2>{{ title }}</h2><div class="wide"><table>
 <tr>{% for name in lines[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for line in lines[1:] %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
