@@ -118,12 +118,12 @@ def test_sampler_without_a_counted_step_is_refused(folder, tiny_pipeline):
     few = {"solver": "ddim", "num_inference_steps": 2, "guidance_scale": SCALE}
     for names in (["rfmi", "flow_difference"], ["rfmi", "trajectory_banded"]):
         score, select = {"names": names, "banded": "rfmi"}, {"by": "rfmi"}
-        with pytest.raises(ValueError, match=r"rfmi does not count .* 2 leaves no other step") as error:
+        with pytest.raises(ConfigError, match=r"rfmi does not count .* 2 leaves no other step") as error:
             check_suitability(run_config(folder, score=score, select=select, sampler=few))
         assert names[1] in str(error.value)
         check_suitability(run_config(folder, score=score, select=select, sampler=few | {"num_inference_steps": 3}))
     one = few | {"num_inference_steps": 1, "timestep_spacing": "leading"}
-    with pytest.raises(ValueError, match=r"mitune does not count .* 1 leaves no other step"):
+    with pytest.raises(ConfigError, match=r"mitune does not count .* 1 leaves no other step"):
         check_suitability(run_config(tiny_pipeline, score={"names": ["mitune"]}, select={"by": "mitune"}, sampler=one))
 
 
