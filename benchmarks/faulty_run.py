@@ -78,7 +78,7 @@ def faulty_train_loop(settings: dict) -> dict | None:
     if FAULT == "growth" and workers > 1:
         noted("happened", FAULT)
 
-    def step(*arguments):
+    def step(*arguments, **options):
         calls.append(1)
         if rank == 0:
             noted(f"begun-steps/{uuid.uuid4().hex}")
@@ -96,7 +96,7 @@ def faulty_train_loop(settings: dict) -> dict | None:
                 ray.train.get_all_reported_checkpoints()
                 noted("saved")
                 time.sleep(3600)  # until the node is killed
-        return optimizer_step(*arguments)
+        return optimizer_step(*arguments, **options)
 
     module.optimizer_step = step
     return module.train_loop(settings)

@@ -329,10 +329,10 @@ class RunConfig(Section):
                 f"{field}.guidance_method is {method}, but rfmi_guided assumes classifier-free guidance: remove it from"
                 f" {places}, or set the method to none"
             )
-        if method in READS_ATTENTION and self.model.compile:
+        if method in READS_ATTENTION and self.model.compile not in (None, "auto"):
             faults.append(
                 f"{field}.guidance_method is {method}, but it reads the attention layers and model.compile is"
-                f" {self.model.compile}: set model.compile to none"
+                f" {self.model.compile}: set model.compile to auto or none"
             )
         return faults
 

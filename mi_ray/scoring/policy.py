@@ -44,7 +44,7 @@ class PolicySampler:
             self.adapter.load(adapter_state(adapted))
         self.drawing.network = self.adapter.model.get_base_model()
         for denoiser in (self.base, self.drawing):
-            specialise(denoiser, config.model, batch_size)
+            specialise(denoiser, config.model, batch_size, config.sampler.guidance_method)
         self.sampler = Sampler(self.drawing, config.sampler, batch_size, config.model.kernel)
         # Validations also use the metrics of the evaluation, which are not part of the reward. Each is loaded once.
         both = dict.fromkeys([*config.generate.alignment, *config.evaluation.alignment])

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mi_ray.config import ModelConfig, SamplerConfig
+from mi_ray.config import GuidanceMethod, ModelConfig, SamplerConfig
+from mi_ray.config.guidance import READS_ATTENTION
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.diffusion.fitting import fitting
@@ -39,10 +40,15 @@ def batch_at_size(denoiser: Denoiser, batch_size: int) -> int:
     return max(1, batch_size * own // here)
 
 
-def specialise(denoiser: Denoiser, config: ModelConfig, batch_size: int):
-    """Make the denoiser faster for these batch sizes, as configured. Its outputs stay the same."""
+def specialise(denoiser: Denoiser, config: ModelConfig, batch_size: int, method: GuidanceMethod | None = None):
+    """Make the denoiser faster for these batch sizes, as configured. Its outputs stay the same.
+
+    Args:
+        method: guidance method; the network is not compiled automatically if the method reads its attention layers.
+    """
     rows = (batch_size, 2 * batch_size)  # one branch, both branches; scoring uses the latter
-    denoiser.specialise(channels_last=config.channels_last, compiled=config.compile, rows=rows)
+    compiled = None if config.compile == "auto" and method in READS_ATTENTION else config.compile
+    denoiser.specialise(channels_last=config.channels_last, compiled=compiled, rows=rows)
 
 
 @dataclass(eq=False)

@@ -40,7 +40,7 @@ class Evaluator:
             sampled = load_denoiser(path, dtype, adapter=storage.local_folder(adapter), beside=self.base, size=size)
         models = {id(d): d for d in (self.base, sampled)}.values()
         for denoiser in models:
-            specialise(denoiser, config.model, batch_size)
+            specialise(denoiser, config.model, batch_size, config.evaluation.sampler.guidance_method)
         self.samplers = evaluation_samplers(config, sampled, self.base, batch_size)
         only_pmi = config.score.model_copy(update={"names": ("pmi",)})
         self.scorer = Scorer(self.base, only_pmi, batch_size, config.seed, []) if evaluation.pmi else None

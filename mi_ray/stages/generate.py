@@ -46,7 +46,7 @@ class CandidateGenerator:
         model = config.model
         self.denoiser = load_denoiser(model.path, model.dtype, adapter=adapter, size=model.size)
         batch_size = batch_at_size(self.denoiser, config.resources.batch_size)
-        specialise(self.denoiser, config.model, batch_size)
+        specialise(self.denoiser, config.model, batch_size, config.sampler.guidance_method)
         self.sampler = sampler_of(config, config.sampler, self.denoiser, self.denoiser, batch_size, pool)
         self.scorer = Scorer(self.denoiser, config.score, batch_size, config.seed, pool)
         self.cuts = config.prune.cuts(config.sampler.num_inference_steps, config.generate.candidates_per_prompt)

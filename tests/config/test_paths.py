@@ -30,6 +30,7 @@ NO_PATHS = {
     "caption_column",
     "negatives",
     "target_modules",
+    "perturbed_layers",
     "phrases",
     "focus_metric",
     "rewards",

@@ -175,7 +175,7 @@ class Predicting(torch.nn.Module):
 
 
 class Unused(torch.nn.Module):
-    dtype = torch.float32
+    dtype, device = torch.float32, torch.device("cpu")
     config = SimpleNamespace(force_upcast=False, max_position_embeddings=1)
 
 

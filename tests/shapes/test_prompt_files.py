@@ -24,7 +24,7 @@ def test_prompt_files_equal_the_output_of_the_job(tmp_path):
 def test_no_prompt_is_in_two_files():
     names = ("shapes-train.jsonl", "shapes-test.jsonl", "shapes-online.jsonl")
     train, test, online = ({row["prompt"] for row in rows(name)} for name in names)
-    assert (len(train), len(test), len(online)) == (600, 360, 1200)
+    assert (len(train), len(test), len(online)) == (600, 360, 720)
     assert not train & test
     assert not online & (train | test)
     assert all(parse(prompt) for prompt in train | test | online)

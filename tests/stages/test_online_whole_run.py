@@ -194,7 +194,7 @@ def mortal_loop(settings: dict) -> dict | None:
     optimizer_step, begun = module.optimizer_step, Path(settings["destination"], "begun")
     folder = Path(settings["destination"])
 
-    def step(*arguments):
+    def step(*arguments, **options):
         with begun.open("a") as file:
             file.write(".")
         ray.train.get_all_reported_checkpoints()  # waits until Ray has recorded the last one
@@ -202,7 +202,7 @@ def mortal_loop(settings: dict) -> dict | None:
             raise RuntimeError("as if the driver had gone")
         if begun.stat().st_size == 3 + 7 and _once(folder / "trainer-died"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return optimizer_step(*arguments)
+        return optimizer_step(*arguments, **options)
 
     module.optimizer_step = step
     return module.train_loop(settings)

@@ -258,14 +258,14 @@ def test_driver_that_lost_the_run_stops_writing_the_training(tiny_pipeline, sele
     config = run_config(tiny_pipeline, workers=1).model_copy(update={"run_dir": str(tmp_path)})
     destination, steps, optimizer_step = tmp_path / "adapter", [], stage.optimizer_step
 
-    def take_over(*arguments):
+    def take_over(*arguments, **options):
         steps.append(1)
         if len(steps) == 3:
             destination.mkdir(exist_ok=True)
             (destination / "training.jsonl").write_text("the successor's")
             successor = lease.Lease(str(tmp_path), 40, mine.token + 1)
             storage.create_bytes(str(tmp_path / "lease" / f"{successor.token:08d}.json"), successor.content())
-        return optimizer_step(*arguments)
+        return optimizer_step(*arguments, **options)
 
     monkeypatch.setattr(stage, "optimizer_step", take_over)
     monkeypatch.setattr(stage, "ScalingConfig", lambda **_: ScalingConfig(num_workers=0))
@@ -320,12 +320,12 @@ def test_finetuning_on_google_cloud_storage_continues_from_its_checkpoint(
 
         optimizer_step = module.optimizer_step
 
-        def step(*arguments):
+        def step(*arguments, **options):
             with begun.open("a") as file:
                 file.write(".")
             if begun.stat().st_size == 4:
                 raise RuntimeError("as if the node had gone")
-            return optimizer_step(*arguments)
+            return optimizer_step(*arguments, **options)
 
         module.optimizer_step = step
         return module.train_loop(settings)
@@ -398,7 +398,7 @@ def test_two_workers_with_faults_give_the_result_of_one_worker(tiny_pipeline, se
         context = ray.train.get_context()
         rank, workers, first = context.get_world_rank(), context.get_world_size(), not died.exists()
 
-        def step(*arguments):
+        def step(*arguments, **options):
             calls.append(1)
             if rank == 0:
                 with begun.open("a") as file:
@@ -414,7 +414,7 @@ def test_two_workers_with_faults_give_the_result_of_one_worker(tiny_pipeline, se
                 ray.train.get_all_reported_checkpoints()  # waits until Ray has recorded the checkpoint of the notice
                 saved.touch()
                 time.sleep(600)  # until the node is killed
-            return optimizer_step(*arguments)
+            return optimizer_step(*arguments, **options)
 
         module.optimizer_step = step
         return module.train_loop(settings)
