@@ -210,9 +210,11 @@ def mortal_loop(settings: dict) -> dict | None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_run_with_killed_driver_actors_and_trainer_has_the_same_result(
-    tiny_pipeline, undisturbed, tmp_path, monkeypatch
+    tiny_pipeline, undisturbed, tmp_path, monkeypatch, lost
 ):
+    """With `lost`, the driver dies once more before it writes the adapter."""
     config, source = run_config(tiny_pipeline, tmp_path), stored_prompts(tmp_path)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this module
     run = (config, source, str(tmp_path), "test")
@@ -229,6 +231,8 @@ def test_run_with_killed_driver_actors_and_trainer_has_the_same_result(
         assert all((tmp_path / f"{who}-died").exists() for who in ("driver", "trainer"))
         assert all((tmp_path / f"died-{when}").exists() for when in ("before", "after"))
         same_as(undisturbed, tmp_path)
+        if not lost:
+            return
         summary = storage.read_json(storage.join(adapter, "summary.json"))
         weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
         shutil.rmtree(adapter)  # as if the driver had died before writing it

@@ -381,6 +381,7 @@ def await_file(file: Path):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_with_faults_give_the_result_of_one_worker(tiny_pipeline, selected, tmp_path, nodes, monkeypatch):
     """Rank 0 dies in step 4, past the checkpoint of step 2. In step 5 comes the notice; the node goes in step 6.
 
