@@ -66,11 +66,14 @@ def ray_head():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    root = str(Path(__file__).parents[1])
+    root = Path(__file__).parents[1]
     folder = tempfile.mkdtemp(prefix="ray-")  # short: it contains sockets
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": root, "RAY_ADDRESS": ""}
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "", "RAY_TMPDIR": folder}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(root), str(root / "tests" / "alignment")]
+    )  # with metrics of a user
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
-    command += [f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
+    command += [f"--port={port}", "--include-dashboard=false"]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd="/", env=environment, **silent, start_new_session=True) as head:
         try:

@@ -218,7 +218,7 @@ def test_run_with_killed_driver_actors_and_trainer_has_the_same_result(
     config, source = run_config(tiny_pipeline, tmp_path), stored_prompts(tmp_path)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import this module
     run = (config, source, str(tmp_path), "test")
-    ray.init(num_cpus=4, logging_level="error")
+    ray.init(address="local", num_cpus=4, logging_level="error")
     try:
         monkeypatch.setattr(loop, "train_loop", mortal_loop)
         monkeypatch.setattr(stage, "OnlineGenerator", Mortal)

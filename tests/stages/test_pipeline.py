@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -39,16 +38,10 @@ def job(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def cluster(ray_head) -> dict[str, str]:
-    """The environment of a job on the Ray of the tests, whose workers can import the metric of the user."""
-    return ray_head | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "alignment"), str(ROOT)])}
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, cluster):
+def run_dir(tmp_path_factory, ray_head):
     """The folder of a complete smoke run."""
     folder = tmp_path_factory.mktemp("run")
-    done = job("pipeline", "--run-dir", str(folder), *CONTROLLED, env=cluster)
+    done = job("pipeline", "--run-dir", str(folder), *CONTROLLED, env=ray_head)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tuned − base" in done.stdout
     assert re.search(r"^dark pixels, pixels +[\d.]+", done.stdout, re.MULTILINE)
@@ -89,14 +82,14 @@ class TestWholeRun:
         ours = np.array(Image.open(io.BytesIO(row["image"]["bytes"]))).astype(int)
         assert np.abs(ours - (image * 255).round().astype(int)).max() <= 2
 
-    def test_second_run_of_the_same_command_writes_nothing(self, run_dir, cluster):
+    def test_second_run_of_the_same_command_writes_nothing(self, run_dir, ray_head):
         parts = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.parquet")}
-        again = job("pipeline", "--run-dir", str(run_dir), *CONTROLLED, env=cluster)
+        again = job("pipeline", "--run-dir", str(run_dir), *CONTROLLED, env=ray_head)
         assert again.returncode == 0
         assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*.parquet")} == parts
 
-    def test_folder_of_a_run_with_another_config_is_refused(self, run_dir, cluster):
-        refused = job("pipeline", "--run-dir", str(run_dir), "--seed", "1", env=cluster)
+    def test_folder_of_a_run_with_another_config_is_refused(self, run_dir, ray_head):
+        refused = job("pipeline", "--run-dir", str(run_dir), "--seed", "1", env=ray_head)
         assert refused.returncode == 2
         assert "seed was 0 and is 1" in refused.stderr
         assert "evaluation.controls" in refused.stderr
@@ -104,12 +97,12 @@ class TestWholeRun:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_run_continues_after_its_driver_was_killed(run_dir, tmp_path, cluster):
+def test_run_continues_after_its_driver_was_killed(run_dir, tmp_path, ray_head):
     """Committed parts are kept. The result equals that of the complete run, although its shards have another size."""
     small, killed = ["--generate.prompts-per-shard", "1"], tmp_path / "killed"
     command = [sys.executable, "jobs/generate.py", *SMOKE, "--run-dir", str(killed), *small]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=ROOT, env=cluster, **silent)
+    process = subprocess.Popen(command, cwd=ROOT, env=ray_head, **silent)
     deadline = time.monotonic() + 120
     while not list(killed.glob("round-0/candidates/part-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -118,7 +111,7 @@ def test_run_continues_after_its_driver_was_killed(run_dir, tmp_path, cluster):
     survived = {p.name: p.stat().st_mtime_ns for p in killed.glob("round-0/candidates/part-*")}
     assert 0 < len(survived) < 12
     two = ["--resources.num-actors", "2,2"]
-    assert job("generate", "--run-dir", str(killed), *small, *two, env=cluster).returncode == 0
+    assert job("generate", "--run-dir", str(killed), *small, *two, env=ray_head).returncode == 0
     kept_files = {p.name: p.stat().st_mtime_ns for p in killed.glob("round-0/candidates/part-*")}
     assert survived.items() <= kept_files.items()
     key = ["prompt_id", "candidate_index"]

@@ -126,7 +126,7 @@ def test_restarted_actor_knows_that_it_was_restarted():
             return self.restarted
 
     assert not is_restarted()
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
     try:
         assert not is_restarted()
         actor = Lost.remote()
@@ -188,7 +188,7 @@ def test_failed_actor_start_does_not_stop_the_run(tmp_path):
         def __call__(self, batch):
             return batch
 
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
     try:
         rows = [{"index": index} for index in range(3)]
         written = list(shards.stream(Unlucky, {"folder": str(tmp_path)}, rows, ResourcesConfig()))

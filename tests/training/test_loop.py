@@ -331,7 +331,7 @@ def test_finetuning_on_google_cloud_storage_continues_from_its_checkpoint(
         return module.train_loop(settings)
 
     config = run_config(tiny_pipeline, workers=1, gradient_accumulation=1, max_failures=0)
-    ray.init(num_cpus=2, logging_level="error")
+    ray.init(address="local", num_cpus=2, logging_level="error")
     try:
         with monkeypatch.context() as patch:
             patch.setattr(stage, "train_loop", mortal_loop)
