@@ -162,7 +162,7 @@ def test_3_in_1_averages_what_the_prompt_has(monkeypatch):
             seen.append((column, list(prompts)))
             return {column: values[: len(prompts)]}
 
-        return SimpleNamespace(measure=measure)
+        return SimpleNamespace(measure=measure, check=lambda: None)
 
     metric.blip = part("blip_vqa", [0.6, 0.4, None])
     metric.spatial = part("spatial_proxy", [0.9, 0.0, None])
