@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mi_ray.alignment.metric import Column, Metric, check_prompts, load_metrics, measure
-from mi_ray.config import TRAJECTORY_SCORES, SamplerConfig, ScoreConfig, ScoreName
+from mi_ray.config import FLOW_SCORES, TRAJECTORY_SCORES, SamplerConfig, ScoreConfig, ScoreName
 from mi_ray.config.command_line import load_config
 from mi_ray.config.metrics import MetricName, MetricNames
 from mi_ray.config.paths import LocalOrUri, ModelPath
@@ -82,7 +82,8 @@ class SelectionBenchmark(Benchmark):
     file: LocalOrUri = Field(str(PROMPTS), description="prompt file; its first prompts are used")
     sampler: SamplerConfig = SamplerConfig(solver="dpm++2m", num_inference_steps=20, guidance_scale=1.5)
     scores: tuple[ScoreName, ...] = Field(
-        get_args(ScoreName), description="scores to compare, each with its own settings"
+        tuple(name for name in get_args(ScoreName) if name not in FLOW_SCORES),
+        description="scores to compare, each with its own settings; by default those of a diffusion model",
     )
     batch_size: PositiveInt = Field(128, description="number of candidates in one denoiser batch")
     seed: int = Field(0, description="seed of the candidates and of the probes")

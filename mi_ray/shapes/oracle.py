@@ -141,8 +141,11 @@ def score(image: np.ndarray, prompt: str | SceneSpec) -> OracleScore:
     Raises:
         ValueError: the prompt is not a sentence of the grammar.
     """
-    spec = parse(prompt) if isinstance(prompt, str) else prompt
-    found = read(image)
+    return compare(read(image), parse(prompt) if isinstance(prompt, str) else prompt)
+
+
+def compare(found: list[Detection], spec: SceneSpec) -> OracleScore:
+    """Compare the objects of an image with the specification of a prompt, under the best assignment of objects."""
     required = [obj for obj in spec.objects for _ in range(obj.count)]
     # With n required objects, the best assignment gives each object one of the n detections that fit it best.
     near = set()

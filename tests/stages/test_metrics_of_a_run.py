@@ -13,7 +13,6 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_judges import save_clip
 
 from mi_ray import storage
 from mi_ray.alignment.oracle import Oracle
@@ -171,19 +170,22 @@ def test_invalid_metrics_are_reported_before_the_start(tmp_path):
         Plan(config_of(tmp_path / "c", FOREIGN, ["oracle"]))
 
 
-def test_wrong_weights_of_a_judge_are_refused_by_a_dry_run(tmp_path):
-    """One message for each field, from the command line, and no run folder."""
-    save_clip(tmp_path / "judge")
-    weights = load_file(tmp_path / "judge/model.safetensors")
+def test_wrong_weights_of_a_judge_are_one_message_before_the_start(tmp_path):
+    """A plan is all that a dry run makes; the run folder does not begin to exist."""
+    from tiny_judges import save_clip  # in METRICS
+
+    judge = tmp_path / "judge"
+    save_clip(judge)
+    weights = load_file(judge / "model.safetensors")
     del weights["text_projection.weight"]
-    save_file(weights, tmp_path / "judge/model.safetensors", {"format": "pt"})
-    command = [sys.executable, "jobs/pipeline.py", "--config", "jobs/configs/shapes-smoke.yaml", "--dry-run"]
-    command += ["--run-dir", str(tmp_path / "run"), f"--evaluation.alignment=clip-score@{tmp_path}/judge"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert "evaluation.alignment: 'clip-score@" in told
-    assert "lacks 1 of the weights of CLIPModel, such as text_projection.weight: give another model" in told
+    save_file(weights, judge / "model.safetensors", {"format": "pt"})
+    config = config_of(tmp_path / "run", SHAPES, [f"clip-score@{judge}"])
+    with pytest.raises(ConfigError) as refused:
+        Plan(config)
+    why = f"'clip-score@{judge}' '{judge}' lacks 1 of the weights of CLIPModel, such as text_projection.weight: give"
+    assert [fault.partition(why)[:2] for fault in refused.value.faults] == [
+        (f"{section}.alignment: ", why) for section in ("generate", "evaluation")
+    ]
     assert not (tmp_path / "run").exists()
 
 

@@ -223,6 +223,7 @@ def test_audit_page_is_self_contained(scored):
     assert f"{summary['contradicted']} of 5 captions look wrong" in page
     assert page.count("data:image/png;base64,") == 4
     assert "the caption is empty" in page
+    assert "photographs much worse" in page
 
 
 def test_hostile_caption_is_escaped(tiny_pipeline, tmp_path):
