@@ -55,8 +55,8 @@ class ScorePairsConfig(Section):
     model: ModelPath = Field("shapes", description=MODEL)
     height: Positive | None = Field(None, description=HEIGHT)
     width: Positive | None = Field(None, description=WIDTH)
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="dtype of the denoiser; auto: on a GPU as model.dtype of a run, else float32"
+    dtype: Literal["auto", "fast", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="dtype of the denoiser; auto and fast as model.dtype of a run"
     )
     seed: Annotated[int, Field(ge=0)] = Field(
         0, description="random seed of the noise samples; a pair's noise depends on nothing else"

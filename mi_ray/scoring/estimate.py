@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 
 from mi_ray.config import FinetuneConfig, ModelConfig, RunConfig
+from mi_ray.diffusion.denoisers import dtype_of
 from mi_ray.diffusion.folders import (
     load_encoders_on_meta,
     load_network_on_meta,
@@ -106,7 +107,7 @@ def model_sizes(model: ModelConfig, tuning: FinetuneConfig) -> ModelSizes:
     path, family = model.path, model_family(model.path)
     network, parts, sizes = load_network_on_meta(path), load_encoders_on_meta(path), load_sizes(path)
     autoencoder = parts.pop("vae")
-    dtype = family.half if model.dtype == "auto" else model.dtype
+    dtype = dtype_of(model.dtype, family, on_gpu=True)
     channels, image_size = family.channels(network.config), sizes.image(*model.size)
     latent_shape, numbers = (channels, *sizes.latent(image_size)), stored_numbers(network)
     arguments = family, network, latent_shape, prompt_length(path), getattr(torch, dtype)
@@ -133,7 +134,7 @@ def why_not_measured(model: ModelConfig, sizes: ModelSizes) -> str | None:
     if torch.cuda.is_available():
         dtype, memory = sizes.dtype, torch.cuda.mem_get_info()[1]
     else:
-        dtype = "float32" if model.dtype == "auto" else model.dtype
+        dtype = dtype_of(model.dtype, model_family(model.path), on_gpu=False)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     needed = sizes.weights(dtype)
     if needed > USABLE * memory:

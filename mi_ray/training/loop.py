@@ -98,8 +98,8 @@ class Source(Protocol):
 def prepare(config: RunConfig, settings: dict, device: torch.device) -> tuple[Training, Objective, Source]:
     """The model with its initial adapter, and the data."""
     tuning = config.finetune
-    # Half precision is used on GPUs, with autocast. On a CPU it would be slow and inaccurate.
-    dtype = config.model.dtype if device.type == "cuda" else "float32"
+    # Half precision is used with autocast. On a CPU float16 would be slow and inaccurate.
+    dtype = "float32" if device.type == "cpu" and config.model.dtype == "float16" else config.model.dtype
     extra = {"quantize": config.model.quantize, "placed": tuning.shard is None}
     denoiser = load_denoiser(settings["model"], dtype, str(device), size=config.model.size, **extra)
     denoiser.specialise(channels_last=config.model.channels_last, compiled=None, rows=())

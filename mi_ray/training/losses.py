@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softplus
 
 from mi_ray.config import BETA, FinetuneConfig
@@ -245,9 +246,12 @@ class Objective(nn.Module):
     def predict(self, batch: Batch, conditioning: Conditioning | None = None) -> Tensor:
         """The model's fp32 output (n, *latent_shape) at alpha x0 + sigma noise."""
         alpha, sigma = self._coefficients(batch)
-        dtype = self.autocast_dtype
+        device, dtype = batch.x0.device.type, self.autocast_dtype
         conditioning = batch.conditioning if conditioning is None else conditioning
-        with torch.autocast(batch.x0.device.type, dtype) if dtype else nullcontext():
+        mixed = torch.autocast(device, dtype) if dtype else nullcontext()
+        # On a CPU, the backward pass of flash attention is slow in half precision.
+        plain = dtype and device == "cpu" and torch.is_grad_enabled()
+        with mixed, sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             x_t = alpha * batch.x0 + sigma * batch.noise
             prediction = self.network_prediction(self.model, x_t, batch.timesteps, conditioning)
         return prediction.float()
