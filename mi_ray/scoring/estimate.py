@@ -142,6 +142,10 @@ def why_not_measured(model: ModelConfig, sizes: ModelSizes) -> str | None:
     return None
 
 
+def _bytes(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
 def estimate(config: RunConfig, counts: dict[str, int]) -> list[str]:
     """Lines for a dry run: memory by dtype, and for each card the largest batches, time and cost.
 
@@ -149,14 +153,14 @@ def estimate(config: RunConfig, counts: dict[str, int]) -> list[str]:
         counts: denoiser evaluations of each stage, `runs.cost.evaluations`.
     """
     sizes = model_sizes(config.model, config.finetune)
-    memory = ", ".join(f"{sizes.weights(dtype) / GIB:.1f} GiB in {dtype}" for dtype in ("float32", sizes.dtype))
-    lines = [f"weights       {memory}; {sizes.weights(sizes.dtype, False) / GIB:.1f} GiB without text encoders"]
+    memory = ", ".join(f"{_bytes(sizes.weights(dtype))} in {dtype}" for dtype in ("float32", sizes.dtype))
+    lines = [f"weights       {memory}; {_bytes(sizes.weights(sizes.dtype, False))} without text encoders"]
     if sizes.counted is None:
         return [*lines, "estimates     none: the activations of this model family cannot be counted"]
     lines += [
         f"estimates     counted from the configuration, not measured; {sizes.dtype},"
-        f" {sizes.counted.flops / 1e12:.2f} TFLOP per evaluation,"
-        f" {sizes.counted.activations / 2**20:.0f} MiB of activations per row",
+        f" {sizes.counted.flops / 1e9:,.1f} GFLOP per evaluation,"
+        f" {_bytes(sizes.counted.activations)} of activations per row",
         f"  {'card':<18}{'candidates':>11}{'training rows':>15}{'ms/evaluation':>15}{'GPU-hours':>11}",
     ]
     price, total, without = config.resources.price_per_gpu_hour, sum(counts.values()), False
@@ -171,7 +175,7 @@ def estimate(config: RunConfig, counts: dict[str, int]) -> list[str]:
         hours = total * seconds / 3600
         cost = "" if price is None else f"{hours * price:>12,.2f}"
         name = f"{card.name}, {card.memory} GB"
-        lines.append(f"  {name:<18}{''.join(cells)}{1e3 * seconds:>15.2f}{hours:>11,.2f}{cost}")
+        lines.append(f"  {name:<18}{''.join(cells)}{1e3 * seconds:>15.3g}{hours:>11,.3g}{cost}")
     if without:
         lines.append("  * without the text encoders, which leave the GPU after encoding")
     return lines

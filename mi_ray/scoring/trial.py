@@ -96,17 +96,17 @@ def size_text(denoiser: Sized) -> str:
 
 
 def sweep(denoiser: Denoiser) -> list[Trial]:
-    """Try batches of increasing size, until one does not fit or the last two are slower than the best before."""
+    """Try batches of increasing size, until one does not fit or two of them in a row are not worth it."""
     trials: list[Trial] = []
     for batch_size in BATCH_SIZES:
         try:
             trials.append(_with_room(denoiser, batch_size))
         except torch.OutOfMemoryError:
             break
-        if len(trials) > 2 and min(t.seconds_per_evaluation for t in trials[-2:]) > min(
-            t.seconds_per_evaluation for t in trials[:-2]
-        ):
-            break
+        if len(trials) > 2:
+            before, last = (min(t.seconds_per_evaluation for t in some) for some in (trials[:-2], trials[-2:]))
+            if before < WORTH_IT * last:
+                break
     return trials
 
 
