@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN_DIR ?= runs/demo
 
-.PHONY: demo demo-paper test test-long families gpu lint clean
+.PHONY: demo demo-paper test test-without-ray test-with-ray test-long families gpu lint clean
 
 demo: .venv/installed  ## online fine-tuning of the embedded model, from prompts to a report, on two CPU cores
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes.yaml --run-dir $(RUN_DIR)
@@ -11,10 +11,15 @@ demo: .venv/installed  ## online fine-tuning of the embedded model, from prompts
 demo-paper: .venv/installed  ## the same with the paper's procedure: keep the best candidates, supervised fine-tuning
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/shapes-paper.yaml --run-dir $(RUN_DIR)-paper
 
-# Two tests at a time with one thread each. A test with Ray uses several processes: one at a time.
-test: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not ray" -n 2 --dist worksteal
-	$(BIN)/python -m pytest -q -m ray
+# Tests with Ray often wait. So the tests without it run beside them, at low priority: two at a time with one thread each.
+test: .venv/installed-test  ## all tests but the longest
+	$(MAKE) --no-print-directory -j 2 test-without-ray test-with-ray
+
+test-without-ray: .venv/installed-test
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest -q -m "not ray" -n 2 --dist worksteal
+
+test-with-ray: .venv/installed-test
+	RAY_worker_niceness=0 $(BIN)/python -m pytest -q -m ray
 
 test-long: .venv/installed-test  ## the tests that make test leaves out: more stores, faults and model families
 	$(BIN)/python -m pytest -q -m long --long

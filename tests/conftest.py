@@ -1,6 +1,7 @@
 """Tiny models for all tests: real classes and files with random weights; a step takes milliseconds."""
 
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -33,6 +34,25 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "long" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="make test-long"))
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch, capsys):
+    """Run a benchmark in this process, without the seconds of new imports: (script, *arguments) -> exit status, stdout
+    and stderr."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        status = 0
+        try:
+            runpy.run_path(str(folder / script), run_name="__main__")
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,11 +16,6 @@ from mi_ray.inputs.prompts import PROMPTS, prompt_id
 from mi_ray.inputs.shard_plan import ShardPlan, write_prompts
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.fixture
@@ -47,25 +41,25 @@ def test_tables_are_aligned_and_leave_gaps(gates):
 
 
 @pytest.mark.slow
-def test_oracle_benchmark_finds_a_bad_autoencoder(tiny_pipeline, tmp_path):
+def test_oracle_benchmark_finds_a_bad_autoencoder(run_benchmark, tiny_pipeline, tmp_path):
     """The autoencoder of the tiny pipeline is untrained: the oracle reads rendered images but not decoded ones."""
     out = tmp_path / "oracle.json"
-    done = run("oracle.py", "--smoke", "--check", "--model", str(tiny_pipeline), "--out", str(out))
-    assert done.returncode == 1, done.stderr
+    options = "--smoke", "--check", "--model", str(tiny_pipeline), "--out", str(out)
+    status, stdout, stderr = run_benchmark("oracle.py", *options)
+    assert status == 1, stderr
     report = json.loads(out.read_text())
     assert set(report) == {"question", "results", "gates", "environment"}
     assert report["gates"]["exact_fresh"] == {"value": report["results"][0]["all"], "min": 0.99, "holds": True}
     assert report["gates"]["exact_decoded"]["holds"] is False
-    assert report["question"] in done.stdout
-    assert "exact_decoded" in done.stdout
+    assert report["question"] in stdout
+    assert "exact_decoded" in stdout
 
 
-@pytest.mark.slow
-def test_oracle_benchmark_refuses_an_invalid_model(tmp_path):
-    done = run("oracle.py", "--smoke", "--model", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: model: ")
-    assert "model_index.json" in done.stderr
+def test_oracle_benchmark_refuses_an_invalid_model(run_benchmark, tmp_path):
+    status, _, stderr = run_benchmark("oracle.py", "--smoke", "--model", str(tmp_path))
+    assert status == 2
+    assert stderr.splitlines()[-1].startswith("error: model: ")
+    assert "model_index.json" in stderr
 
 
 @pytest.fixture

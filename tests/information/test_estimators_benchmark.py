@@ -1,23 +1,13 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "benchmarks" / "estimators.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_estimators_table_has_every_option(tmp_path):
-    done = run("--smoke", "--out", str(tmp_path / "out.json"))
-    assert done.returncode == 0, done.stderr
+def test_estimators_table_has_every_option(run_benchmark, tmp_path):
+    status, _, stderr = run_benchmark("estimators.py", "--smoke", "--out", str(tmp_path / "out.json"))
+    assert status == 0, stderr
     report = json.loads((tmp_path / "out.json").read_text())
     worlds = {row["world"] for row in report["results"]}
     assert len(worlds) == 4
@@ -26,6 +16,6 @@ def test_estimators_table_has_every_option(tmp_path):
     assert {row["times uniform's"] for row in report["results"] if row["probes"] == "uniform"} == {1.0}
 
 
-def test_odd_num_samples_is_refused():
-    done = run("--num-samples", "9")
-    assert (done.returncode, done.stderr.splitlines()[-1].partition(";")[0]) == (2, "error: num_samples: 9 is invalid")
+def test_odd_num_samples_is_refused(run_benchmark):
+    status, _, stderr = run_benchmark("estimators.py", "--num-samples", "9")
+    assert (status, stderr.splitlines()[-1].partition(";")[0]) == (2, "error: num_samples: 9 is invalid")
