@@ -54,6 +54,13 @@ class ResourcesConfig(Section):
         description="number of CPUs per worker; 0: it shares those of the actors (online training on a small machine)",
     )
     train_gpus: Annotated[float, Field(ge=0)] = Field(0, description="number of GPUs per worker: 0 or 1")
+    judge_actors: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="number of actors that only measure the metrics, for judges that are too large to share a device"
+        " with the denoiser; 0: the generating actors measure them",
+    )
+    judge_cpus: Annotated[float, Field(ge=0)] = Field(1, description="number of CPUs and of threads per judge")
+    judge_gpus: Annotated[float, Field(ge=0)] = Field(0, description="number of GPUs per judge")
     price_per_gpu_hour: float | None = Field(
         None, ge=0, description="price of one GPU hour in any currency: --dry-run prints the cost; none: no cost"
     )

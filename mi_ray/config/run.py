@@ -336,6 +336,11 @@ class RunConfig(Section):
             )
         return faults
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics of candidates and of the evaluation."""
+        return tuple(dict.fromkeys([*self.generate.alignment, *self.evaluation.alignment]))
+
     def results_config(self) -> dict:
         """The fields that the results depend on: all except run_dir, resources and speed options."""
         speed = {"model": {"kernel", "channels_last", "compile"}, "finetune": {"activation_checkpointing", "shard"}}

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,21 @@ class Shard:
     prompts: list[Prompt] | list[str]
     categories: list[str | None]
     splits: list[str | None]
+
+
+class Planned(Protocol):
+    """The shards of a stage, numbered from 0."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Name of the shard's part."""
+
+    def size(self, index: int) -> int:
+        """Size of the shard, in units of the progress bar."""
+
+    def row(self, index: int) -> dict:
+        """Input row of the actor, with at least `index` and `name`."""
 
 
 class ShardPlan:

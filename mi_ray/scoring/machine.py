@@ -1,9 +1,17 @@
-"""The resources of a process: CPU threads, its GPU, and memory that is reused between batches."""
+"""The resources of a process: CPU threads, its GPU, memory that is reused between batches, and a limit of its time."""
 
 import ctypes
+import os
 import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+
+STALLED_S = 3600.0  # longest time between model calls; torch.compile and a large batch on a CPU take less
 
 
 def take_cpus(count: float):
@@ -37,3 +45,37 @@ def keep_memory():
         libc, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1  # malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+class Patience:
+    """Ends this process if it hangs at a shard, so that Ray starts a new process for the shard.
+
+    Args:
+        seconds: time limit of a shard; None: no limit, but at most `STALLED_S` between two model calls.
+        calls: returns the number of model calls so far.
+    """
+
+    def __init__(self, seconds: float | None, calls: Callable[[], int]):
+        self.seconds, self.calls = seconds, calls
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        done = threading.Event()
+        threading.Thread(target=self._watch, args=(done,), name="patience", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _watch(self, done: threading.Event):
+        limit = self.seconds or STALLED_S
+        moved, calls = time.monotonic(), self.calls()
+        while not done.wait(min(limit / 10, 10.0)):
+            if not self.seconds and self.calls() != calls:
+                moved, calls = time.monotonic(), self.calls()
+            if time.monotonic() - moved > limit:
+                hung = "on one shard" if self.seconds else "without a model call"
+                advice = "it seems to hang, and Ray starts a new process; if it was only slow, raise"
+                advice += " resources.shard_timeout_s"
+                print(f"this process ends after {limit:.0f} s {hung}: {advice}", file=sys.stderr, flush=True)
+                os._exit(1)

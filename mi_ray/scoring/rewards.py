@@ -1,6 +1,7 @@
 """Rewards of candidates, from any scores or metrics, and their advantages within each prompt."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -147,3 +148,19 @@ def _extremes(values: np.ndarray, count: int | None) -> np.ndarray:
     order = finite[np.argsort(values[finite], kind="stable")]
     kept = np.r_[order[: count // 2], order[len(order) - (count - count // 2) :]]
     return np.where(np.isin(np.arange(len(values)), kept), values, np.nan)
+
+
+def score_statistics(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """{score: (mean over candidates, mean over prompts of the standard deviation within a prompt)}, finite values."""
+    by_score: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("score_") and not name.endswith("_se") and value is not None and np.isfinite(value):
+                by_score[name.removeprefix("score_")][row["prompt_id"]].append(value)
+    return {
+        score: (
+            float(np.mean([value for values in of_prompts.values() for value in values])),
+            float(np.mean([np.std(values) for values in of_prompts.values()])),
+        )
+        for score, of_prompts in by_score.items()
+    }

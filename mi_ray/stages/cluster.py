@@ -64,16 +64,18 @@ def check_room(resources: ResourcesConfig, train: bool, at_once: bool = False):
     If the cluster has an autoscaler, a message is printed instead of an error, and the run waits for new nodes.
 
     Args:
-        at_once: the workers run beside the actors, so the minimum number of actors must fit too.
+        at_once: the workers run beside the actors, so the minimum number of actors must fit too. Judges always do.
 
     Raises:
         ConfigError: the cluster has too few resources and no autoscaler.
     """
     share = 1 if resources.gpus_per_actor == "auto" else resources.gpus_per_actor
-    asked = {"num_actors": (1, {"CPU": resources.cpus_per_actor, "GPU": share})}
-    if train:
-        each = {"CPU": resources.train_cpus, "GPU": resources.train_gpus}
-        asked["train_workers"] = (resources.train_workers[0], each)
+    actors = resources.num_actors[0], {"CPU": resources.cpus_per_actor, "GPU": share}
+    judges = resources.judge_actors, {"CPU": resources.judge_cpus, "GPU": resources.judge_gpus}
+    workers = resources.train_workers[0], {"CPU": resources.train_cpus, "GPU": resources.train_gpus}
+    asked = {"num_actors": (1, actors[1]), "judge_actors": judges} | ({"train_workers": workers} if train else {})
+    together = {"actors": actors, "judges": judges, "training workers": workers if train and at_once else (0, {})}
+    together = {name: asking for name, asking in together.items() if asking[0]}
     has = " and ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
     faults = []
     for field, (count, each) in asked.items():
@@ -81,13 +83,12 @@ def check_room(resources: ResourcesConfig, train: bool, at_once: bool = False):
             needs = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
             fault = f"needs at least {count} times {needs}, but the cluster ({has}) has room for {there}"
             faults.append(f"resources.{field}: {fault}")
-    if train and at_once and not faults:
-        (_, generating), (workers, training) = asked.values()
-        for name in ("CPU", "GPU"):
-            needs = resources.num_actors[0] * generating[name] + workers * training[name]
-            if needs > (there := ray.cluster_resources().get(name, 0)) + 1e-9:
-                fault = f"an online run needs {resources.num_actors[0]} actors and {workers} training workers together:"
-                faults.append(f"resources.num_actors: {fault} {needs:g} {name}, but the cluster has {there:g}")
+    for name in ("CPU", "GPU") if len(together) > 1 and not faults else ():
+        needs = sum(count * each[name] for count, each in together.values())
+        if needs > (there := ray.cluster_resources().get(name, 0)) + 1e-9:
+            parts = " and ".join(f"{count} {what}" for what, (count, _) in together.items())
+            fault = f"{'an online run' if at_once else 'the run'} needs {parts} together: {needs:g} {name}"
+            faults.append(f"resources.num_actors: {fault}, but the cluster has {there:g}")
     if faults and not _autoscales():
         advice = "set a smaller number, or start Ray with more resources"
         raise ConfigError([f"{fault} and has no autoscaler; {advice}" for fault in faults])

@@ -18,6 +18,7 @@ from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.sampler import batch_at_size, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
+from mi_ray.stages.judges import Judges, ask
 from mi_ray.stages.shards import ShardWriter, run_stage
 from mi_ray.storage import tables
 from mi_ray.training.start import local_start
@@ -29,7 +30,9 @@ class Evaluator:
     PMI and the features are always computed with the base model, whichever model samples the images.
     """
 
-    def __init__(self, config: dict, model: str, folder: str, adapter: str | None, token: int | None = None):
+    def __init__(
+        self, config: dict, model: str, folder: str, adapter: str | None, token: int | None = None, judges: Judges = ()
+    ):
         config = RunConfig.model_validate(config)
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.config, self.model = config, model
@@ -46,6 +49,7 @@ class Evaluator:
         self.scorer = Scorer(self.base, only_pmi, batch_size, config.seed, []) if evaluation.pmi else None
         self.metrics = load_metrics(evaluation.alignment)
         self.reference = reference_of(self.metrics)
+        ask(judges, self.metrics)
         self.encoder = load_encoder(evaluation.encoder, self.base.encode_images)
         schema = tables.evaluation_schema(columns_of(self.metrics), self.encoder.column)
         self.write = ShardWriter(

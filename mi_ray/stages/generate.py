@@ -19,6 +19,7 @@ from mi_ray.scoring.pruning import Halving, cut_scorer
 from mi_ray.scoring.sampler import batch_at_size, derived_seed, specialise
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
+from mi_ray.stages.judges import Judges, ask
 from mi_ray.stages.shards import ShardWriter, run_stage
 from mi_ray.storage import tables
 from mi_ray.training.select import keeps, ranks
@@ -37,6 +38,7 @@ class CandidateGenerator:
         previews: list[str],
         pool: list[str],
         token: int | None = None,
+        judges: Judges = (),
     ):
         config = RunConfig.model_validate(config)
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
@@ -53,6 +55,7 @@ class CandidateGenerator:
         self.cut_scorer = cut_scorer(config, self.scorer, pool) if self.cuts else None
         self.metrics = load_metrics(config.generate.alignment)
         self.declared = columns_of(self.metrics)
+        ask(judges, self.metrics)
         schema = tables.candidates_schema(config.score.names, self.declared)
         self.write = ShardWriter(
             "generate", f"round {round_index}", folder, schema, config, token, lambda: self.denoiser.calls

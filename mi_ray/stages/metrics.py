@@ -1,9 +1,8 @@
 """Prometheus metrics of the actors, through ray.util.metrics. cluster/monitoring/grafana.json shows them."""
 
-from collections import defaultdict
-
-import numpy as np
 from ray.util.metrics import Counter, Gauge
+
+from mi_ray.scoring.rewards import score_statistics
 
 COUNTERS = {
     "mi_ray_rows": "candidates or images written",
@@ -20,22 +19,6 @@ GAUGES = {
     "mi_ray_score_mean": "mean score of the candidates of the last shard, nats",
     "mi_ray_score_spread": "standard deviation of a score within a prompt, mean over the last shard's prompts, nats",
 }
-
-
-def score_statistics(rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """{score: (mean over candidates, mean over prompts of the standard deviation within a prompt)}, finite values."""
-    by_score: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        for name, value in row.items():
-            if name.startswith("score_") and not name.endswith("_se") and value is not None and np.isfinite(value):
-                by_score[name.removeprefix("score_")][row["prompt_id"]].append(value)
-    return {
-        score: (
-            float(np.mean([value for values in of_prompts.values() for value in values])),
-            float(np.mean([np.std(values) for values in of_prompts.values()])),
-        )
-        for score, of_prompts in by_score.items()
-    }
 
 
 class StageMetrics:

@@ -23,6 +23,7 @@ from mi_ray.runs.layout import CANDIDATES, POLICIES, SUMMARY, policy_folder
 from mi_ray.scoring.machine import take_share
 from mi_ray.scoring.policy import PolicySampler
 from mi_ray.scoring.work import Work
+from mi_ray.stages.judges import Judges, ask
 from mi_ray.stages.shards import FACTS, ShardWriter, rows_of, write_missing
 from mi_ray.storage import tables
 from mi_ray.training.board import Meeting
@@ -70,12 +71,15 @@ class OnlineGenerator:
     another actor, and makes such a part itself. Otherwise the training would wait for ever.
     """
 
-    def __init__(self, config: dict, source: str, folder: str, board: Board, token: int | None = None):
+    def __init__(
+        self, config: dict, source: str, folder: str, board: Board, token: int | None = None, judges: Judges = ()
+    ):
         config = RunConfig.model_validate(config)
         take_share(config.resources.cpus_per_actor, config.resources.gpus_per_actor)
         self.folder, self.candidates, self.board = folder, storage.join(folder, CANDIDATES), board
         self.plan = plan_of(config, source)
         self.policy, self.loaded = PolicySampler(config, local_start(config)), (0, False)
+        ask(judges, self.policy.validation_metrics)
         schema = tables.online_schema(config.score.names, columns_of(self.policy.validation_metrics))
         self.write = ShardWriter("online", "policy", self.candidates, schema, config, token, lambda: self.policy.calls)
 
@@ -153,11 +157,11 @@ def online(config: RunConfig, source: str, folder: str, name: str) -> str:
     missing = set(run_folder.missing_parts(candidates, names))
     board.finished([index for index, part in enumerate(names) if part not in missing])
     constructor = {"config": config.model_dump(mode="json"), "source": source, "folder": folder, "board": board}
-    what = "online", "policy", OnlineGenerator, constructor, plan, candidates, config.run_dir
+    what = "online", "policy", OnlineGenerator, constructor, plan, candidates, config.run_dir, config.resources
     # In a fixed pool each actor holds one shard, so that the shards of an update run in parallel on all actors.
     least, most = config.resources.num_actors
     in_flight = 1 if least == most else 2
-    generation = _Thread(lambda: write_missing(*what, config.resources, "prompt", in_flight), board.end)
+    generation = _Thread(lambda: write_missing(*what, in_flight=in_flight, metrics=config.metrics), board.end)
     generation.start()
     try:
         settings = {"prompts": source, "folder": folder, "board": board}

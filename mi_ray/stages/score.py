@@ -30,14 +30,14 @@ from mi_ray.runs import folder as run_folder
 from mi_ray.runs import lease
 from mi_ray.runs.cost import score_evaluations
 from mi_ray.runs.layout import SCORES, began_hash, pinned_at_start
-from mi_ray.scoring.machine import take_cpus, take_share
+from mi_ray.scoring.machine import Patience, take_cpus, take_share
 from mi_ray.scoring.pair_scorer import PairScorer, finite
 from mi_ray.scoring.sampler import batch_at_size
 from mi_ray.scoring.suitability import check_pairs
 from mi_ray.scoring.trial import size_text, try_fitting
 from mi_ray.scoring.work import Work
 from mi_ray.stages.cluster import check_room, start_ray
-from mi_ray.stages.shards import Committer, Patience, whole_or_one_by_one, write_missing
+from mi_ray.stages.shards import Committer, whole_or_one_by_one, write_missing
 from mi_ray.stages.trial import settle
 from mi_ray.storage import tables
 

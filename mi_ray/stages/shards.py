@@ -4,13 +4,10 @@ import logging
 import os
 import platform
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +18,15 @@ from tqdm import tqdm
 
 from mi_ray import storage
 from mi_ray.config import ResourcesConfig, RunConfig
-from mi_ray.inputs.shard_plan import Shard, ShardPlan, read_shard
+from mi_ray.inputs.shard_plan import Planned, Shard, ShardPlan, read_shard
 from mi_ray.inputs.text import excerpt
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs import lease
+from mi_ray.scoring.machine import Patience
 from mi_ray.scoring.work import Work
+from mi_ray.stages.judges import judges_of
 from mi_ray.stages.metrics import StageMetrics
 
-STALLED_S = 3600.0  # longest time between model calls; torch.compile and a large batch on a CPU take less
 START_FAILURES = 3  # consecutive failed actor starts allowed in a pool; at least one per actor
 MAX_BLOCKS = 4096  # number of Ray Data blocks, which take some kilobytes each; with more shards a block holds several
 Rows = Callable[[Shard, list[int], Work], list[dict]]  # makes the rows of the prompts at these positions of the shard
@@ -141,40 +139,6 @@ class Committer:
         receipt = run_folder.commit(self.folder, name, table, facts | process)
         self.restarts, self.proven = 0, True
         return facts, receipt
-
-
-class Patience:
-    """Ends this process if it hangs at a shard, so that Ray starts a new process for the shard.
-
-    Args:
-        seconds: time limit of a shard; None: no limit, but at most `STALLED_S` between two model calls.
-        calls: returns the number of model calls so far.
-    """
-
-    def __init__(self, seconds: float | None, calls: Callable[[], int]):
-        self.seconds, self.calls = seconds, calls
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        done = threading.Event()
-        threading.Thread(target=self._watch, args=(done,), name="patience", daemon=True).start()
-        try:
-            yield
-        finally:
-            done.set()
-
-    def _watch(self, done: threading.Event):
-        limit = self.seconds or STALLED_S
-        moved, calls = time.monotonic(), self.calls()
-        while not done.wait(min(limit / 10, 10.0)):
-            if not self.seconds and self.calls() != calls:
-                moved, calls = time.monotonic(), self.calls()
-            if time.monotonic() - moved > limit:
-                hung = "on one shard" if self.seconds else "without a model call"
-                advice = "it seems to hang, and Ray starts a new process; if it was only slow, raise"
-                advice += " resources.shard_timeout_s"
-                print(f"this process ends after {limit:.0f} s {hung}: {advice}", file=sys.stderr, flush=True)
-                os._exit(1)
 
 
 def stop_if_machine_failed(error: Exception, alone: bool, proven: bool):
@@ -291,21 +255,6 @@ def _written_of(run_dir: str, folder: str) -> Iterator[dict]:
             yield event
 
 
-class Planned(Protocol):
-    """The shards of a stage, numbered from 0."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """Name of the shard's part."""
-
-    def size(self, index: int) -> int:
-        """Size of the shard, in units of the progress bar."""
-
-    def row(self, index: int) -> dict:
-        """Input row of the actor, with at least `index` and `name`."""
-
-
 def write_missing(
     stage: str,
     model: str,
@@ -315,13 +264,15 @@ def write_missing(
     folder: str,
     run_dir: str,
     resources: ResourcesConfig,
-    unit: str,
+    unit: str = "prompt",
     in_flight: int = 2,
+    metrics: tuple[str, ...] = (),
 ):
     """Write the missing parts of a folder, with a progress bar and an event for each part.
 
     Args:
         unit: unit of the progress bar.
+        metrics: names of the metrics that judges measure, if there are judges.
 
     Raises:
         lease.Lost: another driver has taken over the run.
@@ -343,9 +294,9 @@ def write_missing(
     constructor = constructor | {"token": lease.current_token(run_dir)}
     total = sum(shards.size(index) for index in range(len(shards)))
     here = total - sum(shards.size(index) for index in todo)
-    with tqdm(
-        total=total, initial=here, desc=f"{stage} {model}", unit=unit, mininterval=2, dynamic_ncols=True
-    ) as progress:
+    bar = {"desc": f"{stage} {model}", "unit": unit, "mininterval": 2, "dynamic_ncols": True}
+    with tqdm(total=total, initial=here, **bar) as progress, judges_of(metrics if todo else (), resources) as judges:
+        constructor |= {"judges": judges} if judges else {}
         rows = [shards.row(index) for index in todo]
         for done in stream(actor, constructor, rows, resources, in_flight) if rows else ():
             lease.confirm(run_dir)
@@ -363,7 +314,8 @@ def run_stage(
     manifest_uri = storage.join(folder, run_folder.MANIFEST)
     if storage.exists(manifest_uri):
         return storage.read_json(manifest_uri)
-    write_missing(stage, model, actor, constructor, shards, folder, config.run_dir, config.resources, "prompt")
+    what = stage, model, actor, constructor, shards, folder, config.run_dir, config.resources
+    write_missing(*what, metrics=config.metrics)
     manifest = {"shards": len(shards), "prompts": shards.prompts}
     storage.write_json(manifest_uri, manifest)
     return manifest

@@ -160,6 +160,8 @@ def test_check_room_reports_missing_resources(nodes, resources, train, faults, c
         ({"num_actors": (1, 8)}, None),
         ({"num_actors": 4}, "needs 4 actors and 1 training workers together: 5 CPU, but the cluster has 4"),
         ({"num_actors": 4, "train_cpus": 0}, None),
+        ({"num_actors": 3, "judge_actors": 1}, "needs 3 actors and 1 judges and 1 training workers together: 5 CPU"),
+        ({"num_actors": 3, "judge_actors": 2, "judge_cpus": 0}, None),
     ],
 )
 def test_check_room_of_an_online_run_adds_actors_and_workers(nodes, resources, fault):
@@ -180,3 +182,17 @@ def test_run_on_a_ray_with_another_working_directory(tmp_path, ray_head):
     done = subprocess.run(job, cwd=tmp_path, env=ray_head, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "here" / "audit" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("resources", "fault"),
+    [
+        ({"num_actors": 3, "judge_actors": 1}, None),
+        ({"num_actors": 3, "judge_actors": 2}, "the run needs 3 actors and 2 judges together: 5 CPU, but the cluster"),
+        ({"judge_actors": 1, "judge_gpus": 1}, "judge_actors: needs at least 1 times 1 CPU and 1 GPU"),
+    ],
+)
+def test_check_room_adds_judges(nodes, resources, fault):
+    nodes({"CPU": 2}, {"CPU": 2})
+    with pytest.raises(ConfigError, match=fault) if fault else nullcontext():
+        cluster.check_room(ResourcesConfig.model_validate(resources), True)

@@ -19,6 +19,7 @@ from mi_ray.config import ResourcesConfig, RunConfig
 from mi_ray.inputs.prompts import PROMPTS, prompt_id
 from mi_ray.inputs.shard_plan import ShardPlan, write_prompts
 from mi_ray.runs import folder as run_folder
+from mi_ray.scoring import machine
 from mi_ray.stages import shards
 from mi_ray.stages.shards import ShardWriter, is_restarted, rows_of, run_stage
 from mi_ray.storage import tables
@@ -166,15 +167,15 @@ def test_hanging_process_prints_a_message(seconds, calls, ends, monkeypatch, cap
         ended.set()
         raise SystemExit(code)  # raised in the watching thread
 
-    monkeypatch.setattr(shards, "STALLED_S", 1.0)
+    monkeypatch.setattr(machine, "STALLED_S", 1.0)
     monkeypatch.setattr(shards.os, "_exit", end)
-    with shards.Patience(seconds, calls)():
+    with machine.Patience(seconds, calls)():
         assert ended.wait(20 if ends else 2.5) == bool(ends)
     assert (ends or "") in capsys.readouterr().err
 
 
 def test_hanging_process_ends():
-    code = "import time; from mi_ray.stages.shards import Patience\nwith Patience(0.2, lambda: 0)(): time.sleep(60)"
+    code = "import time; from mi_ray.scoring.machine import Patience\nwith Patience(0.2, lambda: 0)(): time.sleep(60)"
     assert subprocess.run([sys.executable, "-c", code], timeout=50, check=False).returncode == 1
 
 
