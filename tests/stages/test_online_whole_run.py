@@ -138,7 +138,7 @@ def test_failed_generation_stops_the_training(tiny_pipeline, tmp_path, monkeypat
     """Both if the workers end, and if they fail because one of them has ended."""
     board = FakeBoard()
 
-    def write_missing(*arguments):
+    def write_missing(*_, **__):
         raise OSError("the table of prompts has gone")
 
     def train(config: RunConfig, settings: dict) -> dict:
@@ -157,7 +157,7 @@ def test_failed_generation_stops_the_training(tiny_pipeline, tmp_path, monkeypat
 def test_failed_training_stops_the_generation(tiny_pipeline, tmp_path, monkeypatch, error):
     board, ended = FakeBoard(), []
 
-    def write_missing(*arguments):
+    def write_missing(*_, **__):
         ended.append(board.policy(0, 60.0))
 
     def train(config: RunConfig, settings: dict) -> dict:
@@ -194,7 +194,7 @@ def mortal_loop(settings: dict) -> dict | None:
     optimizer_step, begun = module.optimizer_step, Path(settings["destination"], "begun")
     folder = Path(settings["destination"])
 
-    def step(*arguments, **options):
+    def step(*_, **__):
         with begun.open("a") as file:
             file.write(".")
         ray.train.get_all_reported_checkpoints()  # waits until Ray has recorded the last one
