@@ -60,7 +60,8 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a token would have to be set before Ray is first used
     fast = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     environment = os.environ | fast | {"PYTHONPATH": str(ROOT)}
-    environment.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"):  # if this is empty, no node with a declared GPU starts
+        environment.pop(name, None)
     ray_command = str(Path(sys.executable).with_name("ray"))
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # short: it contains sockets
         command = [ray_command, "start", "--head", "--num-cpus=0", "--include-dashboard=false", "--block"]
