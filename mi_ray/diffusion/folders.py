@@ -4,7 +4,6 @@ Only safetensors are read, and no code from the model's repository.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -40,6 +39,7 @@ from mi_ray.diffusion.weights import on_meta, part_class, weight_names
 SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
 
 _POSITIONS = 77  # of a CLIP text encoder whose configuration names no number
+_NO_WEIGHTS = "Could not find the necessary `safetensors` weights"  # diffusers: the repository has no such files
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -300,9 +300,14 @@ def _downloaded(download: Callable[..., str]) -> Path:
     """
     try:
         return Path(download())
-    except OSError:
-        with suppress(OSError, ValueError):
+    except OSError as error:
+        if _NO_WEIGHTS not in str(error):  # the hub or the network has failed: another download would, too
+            raise
+        try:
             return Path(download(variant="fp16"))
+        except (OSError, ValueError) as of_variant:
+            if isinstance(of_variant, OSError) and _NO_WEIGHTS not in str(of_variant):
+                raise
         raise
 
 
