@@ -12,6 +12,7 @@ from test_loop import run_config, trained
 
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.adapter_files import COMFYUI, WEIGHTS, save_adapter
+from mi_ray.diffusion.folders import check_model
 from mi_ray.scoring.policy import PolicySampler
 from mi_ray.stages.evaluate import Evaluator
 from mi_ray.training.export import check_out, export
@@ -144,3 +145,23 @@ def test_an_exported_folder_is_the_stock_pipeline_with_the_adapter(tiny_pipeline
         assert load_file(out / "adapter" / WEIGHTS).keys() == load_file(mine.parent / WEIGHTS).keys()
         with pytest.raises(ValueError, match="not empty"):
             check_out(out)
+
+
+def test_an_export_of_fp16_files_loads_without_the_variant(tiny_pipeline, tmp_path, mine):
+    """Also of parts in several files."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline, dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size="4KB")
+    names = [path.name for path in (tmp_path / "half").rglob("*.safetensors*")]
+    assert names
+    assert all("fp16" in name for name in names)
+    with pytest.raises((OSError, ValueError)):
+        StableDiffusionPipeline.from_pretrained(tmp_path / "half")
+    export(tmp_path / "half", mine.parent, tmp_path / "out", {})
+    assert not [path for path in (tmp_path / "out").rglob("*") if "fp16" in path.name]
+    assert len(list((tmp_path / "out" / "vae").glob("*.safetensors"))) > 1
+    check_model(str(tmp_path / "out"))
+    exported = StableDiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    for part in ("vae", "text_encoder"):
+        same(getattr(exported, part).state_dict(), getattr(pipe, part).state_dict())
+    with_adapter = PeftModel.from_pretrained(pipe.unet.float(), mine.parent, torch_device="cpu").merge_and_unload()
+    same(exported.unet.state_dict(), with_adapter.half().state_dict())
