@@ -134,8 +134,8 @@ def test_the_base_model_of_the_guidance_benchmark_is_that_of_the_run(guidance, t
         benchmark._draw(of, Brightness(), table, 2, 3.0, place)["brightness"].to_numpy()
         for of, place in ((found, adapters["base"]), (found, None), (merged, None))
     )
-    assert base == pytest.approx(expected, abs=0.1)
-    assert np.abs(base - plain).max() > 1
+    assert base == pytest.approx(expected, abs=0.02)
+    assert np.abs(base - plain).max() > 0.2
 
 
 @pytest.fixture
