@@ -370,6 +370,7 @@ def test_sharded_training_equals_data_parallel_training_also_after_a_kill(
                 with begun.open("a") as file:
                     file.write(str(context.get_world_size()))
                 if begun.stat().st_size == 4:
+                    ray.train.get_all_reported_checkpoints()  # waits until Ray has recorded the checkpoint
                     os.kill(os.getpid(), signal.SIGKILL)
             return optimizer_step(*arguments, **options)
 
