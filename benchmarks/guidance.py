@@ -29,6 +29,7 @@ from mi_ray.report.statistics import paired_difference, prompt_mean
 from mi_ray.runs.layout import SUMMARY, final_adapter, read_run
 from mi_ray.scoring.sampler import Sampler, derived_seed
 from mi_ray.scoring.work import Work
+from mi_ray.training.start import local_start
 
 SMOKE_PROMPTS, SMOKE_IMAGES, SMOKE_SCALES = 6, 2, (2.0,)
 PROMPTS_AT_A_TIME = 16
@@ -68,10 +69,13 @@ class GuidanceBenchmark(Benchmark):
     ) -> pd.DataFrame:
         """Columns prompt_id, seed and the metric's first column, one row per image."""
         name = metric.columns[0].name
-        denoiser: PipelineDenoiser = load_denoiser(config.model.path, adapter=adapter)
+        model = config.model
+        denoiser: PipelineDenoiser = load_denoiser(model.path, model.dtype, adapter=adapter, size=model.size)
         settings = config.evaluation.sampler.model_copy(update={"guidance_scale": scale})
         sampler, parts = Sampler(denoiser, settings, self.batch_size), []
-        for start in tqdm(range(0, len(table), PROMPTS_AT_A_TIME), desc=f"{adapter or 'base'} at {scale}", leave=False):
+        for start in tqdm(
+            range(0, len(table), PROMPTS_AT_A_TIME), desc=f"{adapter or 'model'} at {scale}", leave=False
+        ):
             some = table.slice(start, PROMPTS_AT_A_TIME)
             prompts, ids = some["prompt"].to_pylist(), some["prompt_id"].to_pylist()
             seeds = [[derived_seed(config.seed, "evaluation", i, k) for k in range(each)] for i in ids]
@@ -84,7 +88,8 @@ class GuidanceBenchmark(Benchmark):
 
 
 def finished_run(run_dir: str) -> tuple[RunConfig, dict[str, str | None]]:
-    """The run's config, and the local folder of each adapter by model name; None for the base model.
+    """The run's config, and the local folder of each adapter by model name. That of the base model is the adapter that
+    the run started from; None: it started from the model as it is.
 
     Raises:
         ValueError: the folder holds no finished run.
@@ -96,7 +101,7 @@ def finished_run(run_dir: str) -> tuple[RunConfig, dict[str, str | None]]:
     folders = {arm: final_adapter(config, arm) for arm in ("tuned", *config.evaluation.controls)}
     if missing := [f for f in folders.values() if not storage.exists(storage.join(f, SUMMARY))]:
         raise ValueError("\n".join(f"--run-dir: {f} holds no finished adapter; finish the run first" for f in missing))
-    return config, {"base": None} | {name: storage.local_folder(f) for name, f in folders.items()}
+    return config, {"base": local_start(config)} | {name: storage.local_folder(f) for name, f in folders.items()}
 
 
 def first_metric(config: RunConfig) -> Metric:

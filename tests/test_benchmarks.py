@@ -7,15 +7,22 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 
-from mi_ray.alignment.metric import Column
-from mi_ray.config import OnlineConfig
+from mi_ray import storage
+from mi_ray.alignment.metric import Column, Metric
+from mi_ray.config import OnlineConfig, RunConfig
+from mi_ray.diffusion.adapter_files import save_adapter
+from mi_ray.diffusion.adapters import attach_adapter
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.online_plan import OnlinePlan
 from mi_ray.inputs.prompts import PROMPTS, prompt_id
 from mi_ray.inputs.shard_plan import ShardPlan, write_prompts
+from mi_ray.runs.layout import final_adapter
+from mi_ray.training.export import export
 
 ROOT = Path(__file__).parents[1]
+PROMPTS_READ = {"prompt_id": ["a", "b"], "prompt": ["a red circle", "two hearts"], "category": ["", ""]}
 
 
 @pytest.fixture
@@ -90,6 +97,45 @@ def test_guidance_benchmark_compares_the_same_prompts_and_seeds(guidance):
 def test_guidance_benchmark_refuses_a_folder_without_a_run(guidance, tmp_path):
     with pytest.raises(ValueError, match=r"holds no run"):
         guidance.finished_run(str(tmp_path))
+
+
+class Brightness(Metric):
+    columns = (Column("brightness", "mean value of the pixels", "value", 0, 255),)
+
+    def measure(self, images, prompts):
+        return {"brightness": np.asarray(images, dtype=float).mean((1, 2, 3))}
+
+
+def test_the_base_model_of_the_guidance_benchmark_is_that_of_the_run(guidance, tiny_pipeline, tmp_path):
+    """With the adapter that the run started from: the images are those of the model with the adapter merged in."""
+    adapter, run = tmp_path / "run" / "start", tmp_path / "run"
+    model = attach_adapter(
+        load_denoiser(str(tiny_pipeline), device="cpu").network, rank=4, alpha=8, target_modules=("to_q", "to_v")
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += torch.randn(parameter.shape, generator=generator)
+    save_adapter(model, adapter, "some/model")
+    export(tiny_pipeline, adapter, tmp_path / "merged", {})
+
+    sections = {"model": {"path": str(tiny_pipeline)}, "prompts": {"file": "unused"}}
+    sections["evaluation"] = {"sampler": {"solver": "ddim", "num_inference_steps": 4}}
+    config = RunConfig.model_validate(
+        {"run_dir": str(run), "finetune": {"start_from": "gone.safetensors"}, "select": {"by": "mitune"}} | sections
+    )
+    storage.write_json(str(run / "run.json"), {"config": config.model_dump(mode="json")})
+    storage.write_json(f"{final_adapter(config, 'tuned')}/summary.json", {})
+    found, adapters = guidance.finished_run(str(run))
+    assert adapters["base"] == str(adapter)
+
+    benchmark, table = guidance.GuidanceBenchmark(run_dir=str(run), batch_size=4), pa.table(PROMPTS_READ)
+    merged = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path / "merged")})})
+    base, plain, expected = (
+        benchmark._draw(of, Brightness(), table, 2, 3.0, place)["brightness"].to_numpy()
+        for of, place in ((found, adapters["base"]), (found, None), (merged, None))
+    )
+    assert base == pytest.approx(expected, abs=0.02)
+    assert np.abs(base - plain).max() > 0.2
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ ARROWS = {
     "information": ("diffusion.schedules", "diffusion.conditioning"),
     "shapes": (),
     "language": ("shapes",),
-    "alignment": ("shapes", "language.nouns"),
+    "alignment": ("shapes", "language.nouns", "diffusion.hub"),
     "guidance": ("config", "diffusion", "language"),
     "scoring": ("config", "inputs", "diffusion", "information", "language", "guidance", "alignment.metric"),
     "report": ("config", "storage", "alignment.metric"),

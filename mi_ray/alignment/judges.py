@@ -3,10 +3,7 @@
 This file imports neither torch nor transformers before the first image is measured.
 """
 
-import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mi_ray.alignment.metric import Column, Metric, Unusable
+from mi_ray.diffusion.hub import files_digest, hub_id
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 EMBEDDED = "shapes"  # name of the judges of the embedded world, which are in the package by their model_type
-_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
 _REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is in the report
-_PIECES, _PIECE = 64, 4096  # of a file, evenly from its beginning to its end, and bytes of each
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, used by BLIP too
 
 
@@ -63,14 +59,14 @@ class Model:
         if Path(self.model).is_dir():
             folder = Path(self.model)
             return folder, "", _digest(folder)
-        if not (known := _HUB_ID.fullmatch(self.model)):
+        if not (known := hub_id(self.model)):
             raise Unusable(
                 f"names the model {self.model!r}, which is neither an existing folder nor a hub id: write"
                 " name@FOLDER, name@owner/name or name@owner/name@revision"
             )
-        config = self._fetched(known[1], self.config_file, known[2])
+        config = self._fetched(known[0], self.config_file, known[1])
         self._check_type(config.parent)
-        return config.parent, known[1], config.parent.name
+        return config.parent, known[0], config.parent.name
 
     def _fetched(self, hub_id: str, name: str, revision: str | None = None) -> Path:
         """A file of a hub repository. The name of its folder is the commit; without a network it is the cached one."""
@@ -270,13 +266,5 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _digest(folder: Path) -> str:
-    """16 digits over the names and sizes of all files of a folder and some of their bytes: fast for gigabytes too."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(f"{path.name} {size}\n".encode())
-            for piece in range(_PIECES):
-                file.seek(max(0, size - _PIECE) * piece // (_PIECES - 1))
-                digest.update(file.read(_PIECE))
-    return digest.hexdigest()[:16]
+    """Of all files of a folder, without its folders."""
+    return files_digest(folder, sorted(path.name for path in folder.iterdir() if path.is_file()))

@@ -110,6 +110,11 @@ class FinetuneConfig(Section):
     )
 
     @property
+    def new_dora(self) -> bool:
+        """Whether a new adapter is a DoRA. What `start_from` is, is known when it is read."""
+        return self.adapter == "dora" and self.start_from is None
+
+    @property
     def adapter_settings(self) -> dict:
         """The keyword arguments of `diffusion.adapters.attach_adapter`."""
         settings = {"rank": self.rank, "alpha": self.alpha, "target_modules": self.target_modules}

@@ -119,7 +119,7 @@ class RunConfig(Section):
                 " candidates per prompt, so nothing is left out: lower it or raise generate.candidates_per_prompt"
             )
         faults += self._speed_faults()
-        if self.finetune.baseline and self.finetune.adapter == "dora":
+        if self.finetune.baseline and self.finetune.new_dora:
             faults.append(
                 "finetune.baseline is set and finetune.adapter is dora, but updates of DoRA cannot be subtracted: set"
                 " finetune.adapter: lora"
@@ -145,7 +145,7 @@ class RunConfig(Section):
                 " 1, or quantise with torchao"
             )
         for option, value in (("model.quantize", self.model.quantize), ("finetune.shard", tuning.shard)):
-            if value and tuning.adapter == "dora":
+            if value and tuning.new_dora:
                 faults.append(
                     f"{option} is {value} and finetune.adapter is dora, but DoRA needs the whole weights: set"
                     " finetune.adapter: lora"

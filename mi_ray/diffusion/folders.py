@@ -3,11 +3,7 @@
 Only safetensors are read, and no code from the model's repository.
 """
 
-import hashlib
-import os
-import re
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -34,6 +30,7 @@ from mi_ray.diffusion.folder_checks import (
     schedule_of,
     vocabulary_faults,
 )
+from mi_ray.diffusion.hub import files_digest, hub_id
 from mi_ray.diffusion.schedules import NoiseSchedule, Schedule
 from mi_ray.diffusion.single_files import SUFFIXES, single_file_fault
 from mi_ray.diffusion.sizes import Sizes
@@ -42,8 +39,7 @@ from mi_ray.diffusion.weights import on_meta, part_class, weight_names
 SHIPPED = {"shapes": "shapes/weights"}  # name -> folder inside the package
 
 _POSITIONS = 77  # of a CLIP text encoder whose configuration names no number
-_PIECES, _PIECE = 64, 4096  # of a file, evenly from its beginning to its end, and bytes of each
-_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # and a branch, a tag or a commit
+_NO_WEIGHTS = "Could not find the necessary `safetensors` weights"  # diffusers: the repository has no such files
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -190,7 +186,7 @@ def resolve_model(path: str) -> str:
         return path
     if path.endswith(SUFFIXES) or (path and Path(path).is_file()):
         raise ValueError(single_file_fault(path))
-    if _HUB_ID.fullmatch(path):
+    if hub_id(path):
         return path
     shipped = ", ".join(SHIPPED)
     raise ValueError(
@@ -235,7 +231,7 @@ def _folder_with(path: str, pattern: str) -> Path:
     folder = _local_folder(path)
     if folder is not None:
         return folder
-    name, revision = _HUB_ID.fullmatch(path).groups()
+    name, revision = hub_id(path)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[pattern]))
     except OSError as error:
@@ -257,23 +253,12 @@ def model_commit(path: str) -> str | None:
 
 
 def _folder_digest(folder: Path) -> str:
-    """16 digits over the configurations and, of the weights, the sizes and some of the bytes: fast for gigabytes too.
-
-    Any training changes nearly every weight, so that a few thousand bytes of each file tell two models apart.
-    """
+    """Of the configurations and weights of a model."""
     index = read_index(folder)
     parts = folder_parts(index)
     names = [f"{part}/{config_name(part)}" for part in parts]
     names += [f"{part}/{name}" for part in parts if has_weights(part) for name in weight_names(folder, index, part)]
-    digest = hashlib.sha256()
-    for name in names:
-        with (folder / name).open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(f"{name} {size}\n".encode())
-            for piece in range(_PIECES):
-                file.seek(max(0, size - _PIECE) * piece // (_PIECES - 1))
-                digest.update(file.read(_PIECE))
-    return digest.hexdigest()[:16]
+    return files_digest(folder, names)
 
 
 def part_config(path: str, part: str) -> dict:
@@ -295,7 +280,7 @@ def fetch_model(path: str) -> Path:
     if folder is not None:
         return folder
     try:
-        name, revision = _HUB_ID.fullmatch(path).groups()
+        name, revision = hub_id(path)
         index = diffusers.DiffusionPipeline.load_config(name, revision=revision)
         _refuse(path, class_faults(index))  # before gigabytes are fetched
         unused = {part: None for part, value in FAMILIES[index["_class_name"]].unused.items() if value is None}
@@ -315,9 +300,14 @@ def _downloaded(download: Callable[..., str]) -> Path:
     """
     try:
         return Path(download())
-    except OSError:
-        with suppress(OSError, ValueError):
+    except OSError as error:
+        if _NO_WEIGHTS not in str(error):  # the hub or the network has failed: another download would, too
+            raise
+        try:
             return Path(download(variant="fp16"))
+        except (OSError, ValueError) as of_variant:
+            if isinstance(of_variant, OSError) and _NO_WEIGHTS not in str(of_variant):
+                raise
         raise
 
 

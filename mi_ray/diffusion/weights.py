@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of the names of files, by library
-_VARIANTS = (None, "fp16", "bf16")  # that are read, in this order
+VARIANTS = (None, "fp16", "bf16")  # that are read, in this order
 _SHOWN = 2  # keys in a message
 _ADAPTER_KEYS = ("base_layer.", "lora_", ".lora.")
 # Names of attention layers in files of earlier versions of diffusers; its loader knows them too.
@@ -63,7 +63,7 @@ def quiet_loading() -> Iterator[None]:
 def weight_variant(folder: Path, index: Mapping[str, Any], part: str) -> str | None:
     """The variant of a part's weights, a word in the names of their files, such as model.fp16.safetensors. None: the
     names have none, and such files come first."""
-    there = (v for v in _VARIANTS if any((folder / part / name).is_file() for name in _file_names(index, part, v)))
+    there = (v for v in VARIANTS if any((folder / part / name).is_file() for name in _file_names(index, part, v)))
     return next(there, None)
 
 

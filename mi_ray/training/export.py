@@ -1,5 +1,7 @@
 """A tuned model as a folder of diffusers: the parts of the base model, and its network with the adapter merged in."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from safetensors import safe_open
 from mi_ray.diffusion.adapter_files import COMFYUI, CONFIG, DIFFUSERS, WEIGHTS
 from mi_ray.diffusion.denoisers import load_part
 from mi_ray.diffusion.folder_checks import INDEX, family_of, read_index
-from mi_ray.diffusion.weights import quiet_loading, weight_names
+from mi_ray.diffusion.weights import VARIANTS, quiet_loading, weight_names
 
 
 def check_out(out: Path):
@@ -25,8 +27,9 @@ def check_out(out: Path):
 def export(model: Path, adapter: Path, out: Path, card: dict[str, bytes]):
     """Write the model with its adapter merged in.
 
-    All parts but the network are copied as they are. The adapter is merged in float32, and the network is written in
-    the dtype of its own files. The adapter's files are copied into `adapter/`.
+    All parts but the network are copied as they are, except that their files have no variant, such as fp16, in their
+    names: stock diffusers loads the folder without `variant`. The adapter is merged in float32, and the network is
+    written in the dtype of its own files. The adapter's files are copied into `adapter/`.
 
     Args:
         model: checked folder of the base model.
@@ -40,6 +43,7 @@ def export(model: Path, adapter: Path, out: Path, card: dict[str, bytes]):
     for name in index:
         if name != part and (model / name).is_dir():
             shutil.copytree(model / name, out / name)
+            _drop_variant(out / name)
     with safe_open(model / part / weight_names(model, index, part)[0], framework="pt") as file:
         dtype = file.get_tensor(next(iter(file.keys()))).dtype
     with quiet_loading():
@@ -53,3 +57,20 @@ def export(model: Path, adapter: Path, out: Path, card: dict[str, bytes]):
     for name, content in card.items():
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(content)
+
+
+def _drop_variant(folder: Path):
+    """Rename weights of which there are only files of a variant: model.fp16.safetensors becomes model.safetensors."""
+    names = [path.name for path in folder.glob("*.safetensors*")]  # with indices such as *.safetensors.index.fp16.json
+    for variant in filter(None, VARIANTS):
+        renamed = {name: re.sub(rf"\.{variant}(?=[.-])", "", name) for name in names}
+        renamed = {name: new for name, new in renamed.items() if name != new}
+        if not renamed or set(renamed.values()) & set(names):
+            continue
+        for name, new in renamed.items():
+            (folder / name).rename(folder / new)
+            if new.endswith(".index.json"):
+                index = json.loads((folder / new).read_text(encoding="utf-8"))
+                index["weight_map"] = {key: renamed.get(file, file) for key, file in index["weight_map"].items()}
+                (folder / new).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        return

@@ -1,9 +1,8 @@
 """The adapter that a run starts from: a user's LoRA or DoRA, kept in the run folder in PEFT's form."""
 
+import json
 import tempfile
 from pathlib import Path
-
-from peft import LoraConfig
 
 from mi_ray.config import RunConfig
 from mi_ray.config.section import ConfigError
@@ -12,30 +11,39 @@ from mi_ray.diffusion.folders import load_network_on_meta, pipeline_class
 from mi_ray.storage import exists, join, local_folder, read_bytes, write_bytes
 
 _FOLDER = "start"  # in the run folder
+# (run folder, model, adapter) -> its PEFT form in a temporary folder, from the check until the run folder has it.
+_checked: dict[tuple[str, str, str], tempfile.TemporaryDirectory] = {}
 
 
 def check_start(config: RunConfig):
-    """Check the adapter of `finetune.start_from`; reads no weights of the model.
+    """Check the adapter of `finetune.start_from`; reads no weights of the model, and writes nothing in the run folder.
 
     Raises:
-        ConfigError: it is none, or not one of the model.
+        ConfigError: it is none, or not one of the model, or a DoRA, which other settings do not allow.
     """
-    if config.finetune.start_from and not exists(join(config.run_dir, _FOLDER, CONFIG)):
-        with tempfile.TemporaryDirectory() as folder:
-            _convert(config, Path(folder))
+    if not config.finetune.start_from:
+        return
+    kept = join(config.run_dir, _FOLDER, CONFIG)
+    if exists(kept):
+        return _check_kind(config, read_bytes(kept))
+    _checked.pop(_key(config), None)
+    folder = _converted(config)
+    _check_kind(config, (Path(folder.name) / CONFIG).read_bytes())
+    _checked[_key(config)] = folder
 
 
 def start_adapter(config: RunConfig) -> str | None:
     """URI of the folder of the adapter that the run starts from; None: it starts from the model as it is.
 
-    The first call writes it, so that the run continues after the user's file has changed.
+    The first call writes it, as `check_start` found it, so that the run continues after the user's file has changed.
     """
     if not config.finetune.start_from:
         return None
     destination = join(config.run_dir, _FOLDER)
     if not exists(join(destination, CONFIG)):
-        with tempfile.TemporaryDirectory() as folder:
-            _convert(config, Path(folder))
+        if _key(config) not in _checked:
+            check_start(config)
+        with _checked.pop(_key(config)) as folder:
             for name in (WEIGHTS, CONFIG):  # the second one says that it is complete
                 write_bytes(join(destination, name), (Path(folder) / name).read_bytes())
     return destination
@@ -47,22 +55,54 @@ def local_start(config: RunConfig) -> str | None:
     return uri and local_folder(uri)
 
 
-def _convert(config: RunConfig, folder: Path):
-    path, place = config.model.path, config.finetune.start_from
+def _key(config: RunConfig) -> tuple[str, str, str]:
+    return config.run_dir, config.model.path, config.finetune.start_from
+
+
+def _converted(config: RunConfig) -> tempfile.TemporaryDirectory:
+    """A temporary folder with the adapter in PEFT's form.
+
+    Raises:
+        ConfigError: it is no adapter of the model.
+    """
+    path, place, folder = config.model.path, config.finetune.start_from, tempfile.TemporaryDirectory(prefix="mi_ray-")
     try:
-        convert_adapter(_local(place, folder / "download"), folder, pipeline_class(path), load_network_on_meta(path))
+        with tempfile.TemporaryDirectory() as copy:
+            source = _local(place, Path(copy))
+            convert_adapter(source, Path(folder.name), pipeline_class(path), load_network_on_meta(path))
     except (ValueError, OSError) as error:
         raise ConfigError([f"finetune.start_from: {error}"]) from error
-    if config.finetune.baseline and LoraConfig.from_pretrained(str(folder)).use_dora:
-        fault = f"finetune.start_from: {place!r} is a DoRA, and updates of DoRA cannot be subtracted"
-        raise ConfigError([f"{fault}: set finetune.baseline: 0"])
+    return folder
+
+
+def _check_kind(config: RunConfig, settings: bytes):
+    """
+    Args:
+        settings: adapter_config.json of the adapter.
+
+    Raises:
+        ConfigError: with one message for each setting that a DoRA does not allow.
+    """
+    if not json.loads(settings).get("use_dora"):
+        return
+    tuning, faults = config.finetune, []
+    it = f"finetune.start_from: {tuning.start_from!r} is a DoRA"
+    if tuning.baseline:
+        faults.append(f"{it}, and updates of DoRA cannot be subtracted: set finetune.baseline: 0")
+    for option, value in (("model.quantize", config.model.quantize), ("finetune.shard", tuning.shard)):
+        if value:
+            faults.append(
+                f"{it}, which needs the whole weights, but {option} is {value}: set {option} to none, or start from a"
+                " LoRA"
+            )
+    if faults:
+        raise ConfigError(faults)
 
 
 def _local(place: str, copy: Path) -> str:
     """A file or folder on this machine's disk."""
     if not place.endswith(".safetensors") or "://" not in place:
         return place if "://" not in place else local_folder(place)
-    copy.mkdir()
     file = copy / place.rpartition("/")[2]
     file.write_bytes(read_bytes(place))
     return str(file)

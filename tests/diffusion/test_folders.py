@@ -4,9 +4,14 @@ import json
 import re
 import shlex
 import shutil
+from fnmatch import fnmatch
+from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
+from diffusers.pipelines import pipeline_utils
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from mi_ray.diffusion import folders
@@ -84,15 +89,82 @@ def test_another_variant_is_told(halves):
         check_model(str(halves))
 
 
-def test_a_hub_model_with_fp16_files_only(halves, monkeypatch):
-    def download(name, revision, use_safetensors, variant=None, **parts):
-        if variant is None:
-            raise OSError("Could not find the necessary safetensors weights")
-        return str(halves)
+class Hub:
+    """Stands for the hub: its functions that diffusers calls. It counts downloads and can fail in one of them."""
 
-    monkeypatch.setattr(folders.diffusers.DiffusionPipeline, "load_config", lambda *_, **__: folders.read_index(halves))
-    monkeypatch.setattr(folders.diffusers.StableDiffusionPipeline, "download", download)
-    assert folders.fetch_model("me/tiny") == halves
+    def __init__(self, folder, monkeypatch, tmp_path, fails=()):
+        self.folder, self.fails, self.cache, self.downloads = folder, fails, tmp_path / "cache", 0
+        index = folders.read_index(folder)
+        monkeypatch.setattr(folders.diffusers.DiffusionPipeline, "load_config", lambda *_, **__: index)
+        for name in ("model_info", "hf_hub_download", "snapshot_download"):
+            monkeypatch.setattr(pipeline_utils, name, getattr(self, name))
+        monkeypatch.setattr(pipeline_utils, "_resolve_revision", lambda name, revision, **_: revision)
+
+    def model_info(self, name, token=None, revision=None):
+        self._answer("model_info")
+        files = [str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file()]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+    def hf_hub_download(self, name, file, local_files_only=False, **settings):
+        if local_files_only:
+            raise LocalEntryNotFoundError("nothing is cached")
+        self.cache.mkdir(exist_ok=True)
+        return str(shutil.copy(self.folder / file, self.cache / file))
+
+    def snapshot_download(self, name, local_files_only=False, allow_patterns=None, **settings):
+        self.downloads += 1
+        if local_files_only:
+            raise LocalEntryNotFoundError("nothing is cached")
+        self._answer("snapshot_download")
+        for path in (p for p in self.folder.rglob("*") if p.is_file()):
+            file = str(path.relative_to(self.folder))
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (self.cache / file).parent.mkdir(exist_ok=True)
+                shutil.copy(path, self.cache / file)
+        return str(self.cache)
+
+    def _answer(self, function):
+        if function in self.fails:
+            response = httpx.Response(503, request=httpx.Request("GET", "https://hub.test"))
+            raise HfHubHTTPError(f"503 Service Unavailable in {function}", response=response)
+
+
+def test_the_files_of_a_hub_model_are_chosen_by_what_it_has(halves, tiny_pipeline, monkeypatch, tmp_path):
+    """With the download of diffusers itself, so that its answer to missing files is known."""
+    hub = Hub(halves, monkeypatch, tmp_path)
+    assert folders.fetch_model("me/tiny") == hub.cache
+    assert hub.downloads == 1  # the first attempt ends before a download
+    assert list(hub.cache.rglob("*.fp16.safetensors"))
+    (tmp_path / "whole").mkdir()
+    for part, stem in STEMS.items():
+        shutil.copy(tiny_pipeline / part / f"{stem}.safetensors", halves / part)
+    both = Hub(halves, monkeypatch, tmp_path / "whole")
+    assert folders.fetch_model("me/tiny") == both.cache
+    assert not list(both.cache.rglob("*.fp16.safetensors"))
+
+
+def test_a_model_without_safetensors_is_told(halves, monkeypatch, tmp_path):
+    for part, stem in STEMS.items():
+        (halves / part / f"{stem}.fp16.safetensors").rename(halves / part / f"{stem}.bin")
+    hub = Hub(halves, monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be had from the hub.*necessary `safetensors` weights.*variant=None"):
+        folders.fetch_model("me/tiny")
+    assert hub.downloads == 0
+
+
+@pytest.mark.parametrize("fails", ["model_info", "snapshot_download"])
+def test_a_hub_that_fails_is_not_asked_for_fp16_files(tiny_pipeline, monkeypatch, tmp_path, fails):
+    hub = Hub(tiny_pipeline, monkeypatch, tmp_path, (fails,))
+    with pytest.raises(ValueError, match=r"cannot be had from the hub: check the name and the network"):
+        folders.fetch_model("me/tiny")
+    assert hub.downloads == 1
+
+
+def test_a_failure_while_fp16_files_are_fetched_is_told(halves, monkeypatch, tmp_path):
+    hub = Hub(halves, monkeypatch, tmp_path, ("snapshot_download",))
+    with pytest.raises(ValueError, match=r"cannot be had from the hub.*503 Service Unavailable"):
+        folders.fetch_model("me/tiny")
+    assert hub.downloads == 1
 
 
 # ---------------------------------------------------------------------------------------------- single files

@@ -5,13 +5,15 @@ import torch
 from online_run import INNER, FakeBoard, batch_of, generator_of, run_config, some_policy, stored_prompts
 
 from mi_ray import storage
-from mi_ray.config import RunConfig
+from mi_ray.config import FinetuneConfig, RunConfig, SamplerConfig
 from mi_ray.diffusion.adapters import attach_adapter, load_adapter_state
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.sampling import CandidateNoise
+from mi_ray.diffusion.schedules import NoiseSchedule, epsilon_from_x0, prediction_from
 from mi_ray.inputs.online_plan import plan_of
-from mi_ray.training.losses import Objective
+from mi_ray.training.losses import Objective, Predictions
 from mi_ray.training.online import OnlineSource
+from mi_ray.training.transitions import Transitions
 
 ONLINE = {
     "lag": 0,
@@ -69,6 +71,54 @@ def test_error_of_the_sampling_policy_is_the_noise_of_its_steps(tiny_pipeline, t
     assert loss.item() == pytest.approx(-batch.advantages.mean().item(), abs=1e-3)
     loss.backward()
     assert sum(p.grad.norm() for p in objective.parameters_trained) > 0
+
+
+CLIP = FinetuneConfig().ratio_clip
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def clean_of(x_t, alpha):
+    """The x0 that the sampling policy predicts: that of standard normal data, and a part that is not linear."""
+    return alpha * x_t + 0.1 * torch.sin(3 * x_t)
+
+
+def ratios(transitions: Transitions, step: int, stored: torch.Tensor, kind: str) -> torch.Tensor:
+    """DPOK's likelihood ratios of stored steps under a policy whose log-ratios have the standard deviation CLIP."""
+    rows = transitions.rows(torch.tensor([step]), stored, 0.0)
+    alpha, sigma = (values[rows.timestep] for values in transitions.table)
+    x_t = alpha * rows.x0 + sigma * rows.noise
+    target = prediction_from(kind, rows.x0, rows.noise, alpha, sigma)
+    clean = clean_of(x_t, alpha)
+    old = prediction_from(kind, clean, epsilon_from_x0(clean, x_t, alpha, sigma), alpha, sigma)
+    change = torch.cos(2 * x_t.roll(1, -1)) + torch.sin(x_t.roll(1, -2))
+    change = CLIP * (x_t[0].numel() / rows.precision) ** 0.5 * change / change.square().mean().sqrt()
+    p = Predictions(target, old + change, old, None)
+    return (rows.precision / 2 * (p.error(p.old) - p.error(p.new))).double().exp()
+
+
+@pytest.mark.parametrize(
+    ("solver", "count", "kind"),
+    [("ddpm", 50, "epsilon"), ("ddpm", 20, "v_prediction"), ("ddpm", 500, "epsilon"), ("dpm++2m-sde", 20, "epsilon")],
+)
+def test_half_precision_of_the_stored_steps_hardly_moves_the_ratio(solver, count, kind):
+    """By less than 2 % of ratio_clip at all steps, for ratios within about ratio_clip of 1: others are clipped. Latents
+    have the size and scale of Stable Diffusion's."""
+    schedule = NoiseSchedule.from_config(STABLE_DIFFUSION | {"prediction_type": kind})
+    transitions = Transitions(schedule, SamplerConfig(solver=solver, num_inference_steps=count, guidance_scale=1.0))
+    plan, generator, moved, spread = transitions.plan, torch.Generator().manual_seed(0), [], []
+    steps = plan.noisy(None)
+    for step in steps[torch.linspace(0, len(steps) - 1, min(len(steps), 20)).long()].tolist():
+        keep, of_x0, of_previous, added, alpha, sigma = plan.coefficients[step].tolist()
+        x0, noise, z = torch.randn(3, 4, 4, 64, 64, generator=generator)
+        x_t = alpha * x0 + sigma * noise
+        found = clean_of(x_t, alpha)
+        following = keep * x_t + (of_x0 + of_previous) * found + added * z
+        stored = torch.stack([x_t, plan.target(step, x_t, found, following)], 1)[:, None]  # (4, 1, 2, 4, 64, 64)
+        exact, rounded = (ratios(transitions, step, values, kind) for values in (stored, stored.half().float()))
+        moved.append((rounded - exact).abs().max().item())
+        spread.append((exact - 1).square().mean().sqrt().item())
+    assert 0.3 * CLIP < sum(spread) / len(spread) < 3 * CLIP
+    assert max(moved) < 0.02 * CLIP
 
 
 def target_of(objective: Objective, batch) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """The adapter, its loss and its training, compared with closed forms, diffusers and a run without faults."""
 
 import json
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -346,6 +348,58 @@ def test_finetuning_on_google_cloud_storage_continues_from_its_checkpoint(
     assert [line["step"] for line in storage.read_lines(f"{destination}/training.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert not storage.exists(f"{destination}/checkpoints")
     assert {"adapter_model.safetensors", "summary.json", "tensorboard"} <= set(storage.list_names(destination))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.long
+def test_sharded_training_equals_data_parallel_training_also_after_a_kill(
+    tiny_pipeline, selected, tmp_path, monkeypatch
+):
+    """Two workers. Rank 1 is killed in step 4, past the checkpoint of step 2, and the same call continues."""
+    begun = tmp_path / "begun"
+
+    def mortal_loop(settings: dict) -> dict | None:
+        from mi_ray.training import loop as module
+
+        optimizer_step, context = module.optimizer_step, ray.train.get_context()
+
+        def step(*arguments, **options):
+            assert options["sharded"]
+            if context.get_world_rank() == 1:
+                with begun.open("a") as file:
+                    file.write(str(context.get_world_size()))
+                if begun.stat().st_size == 4:
+                    ray.train.get_all_reported_checkpoints()  # waits until Ray has recorded the checkpoint
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return optimizer_step(*arguments, **options)
+
+        module.optimizer_step = step
+        return module.train_loop(settings)
+
+    options = {"workers": 2, "adapter": "lora", "gradient_accumulation": 4, "max_failures": 0}
+    parallel, sharded = tmp_path / "parallel", tmp_path / "sharded"
+    ray.init(address="local", num_cpus=2, logging_level="error")
+    try:
+        expected = stage.finetune(run_config(tiny_pipeline, **options), selected, str(parallel), None, "parallel")
+        config = run_config(tiny_pipeline, **options, shard="fsdp")
+        monkeypatch.setattr(stage, "train_loop", mortal_loop)
+        with pytest.raises(ray.train.TrainingFailedError):
+            stage.finetune(config, selected, str(sharded), None, "sharded")
+        assert not (sharded / stage.SUMMARY).exists()
+        summary = stage.finetune(config, selected, str(sharded), None, "sharded")
+    finally:
+        ray.shutdown()
+    assert begun.read_text() == "2222" + "2222"  # steps 1 to 4; then 3 to 6 from the checkpoint of step 2
+    assert summary["output_change"] == pytest.approx(expected["output_change"], rel=1e-3)
+    one, two = log_of(parallel), log_of(sharded)
+    assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-3)
+    one, two = (load_file(folder / WEIGHTS) for folder in (parallel, sharded))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3)
+    assert not (sharded / "checkpoints").exists()
 
 
 @pytest.fixture

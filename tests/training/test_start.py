@@ -12,6 +12,7 @@ from test_loop import run_config, trained
 
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.adapter_files import COMFYUI, WEIGHTS, save_adapter
+from mi_ray.diffusion.folders import check_model
 from mi_ray.scoring.policy import PolicySampler
 from mi_ray.stages.evaluate import Evaluator
 from mi_ray.training.export import check_out, export
@@ -48,8 +49,8 @@ def test_the_adapter_is_kept_in_the_run_folder(tiny_pipeline, tmp_path, mine, me
     config = starting(tiny_pipeline, tmp_path, mine)
     check_targets(config)
     assert not (tmp_path / "run").exists()
+    mine.unlink()  # it is read once, for the check
     folder = start_adapter(config)
-    mine.unlink()
     assert start_adapter(config) == folder
     check_targets(config)  # a run that continues does not need the user's file
     unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
@@ -74,7 +75,7 @@ def test_the_model_with_the_adapter_is_the_base_model(tiny_pipeline, tmp_path, m
     [
         ("remove", {}, r"finetune\.start_from: .*does not exist"),
         ("other model", {}, r"finetune\.start_from: .*layers that the model does not have"),
-        ("dora", {"baseline": 0.5, "adapter": "lora"}, r"finetune\.start_from: .*is a DoRA.*finetune\.baseline"),
+        ("dora", {"baseline": 0.5}, r"finetune\.start_from: .*is a DoRA.*finetune\.baseline"),
     ],
 )
 def test_an_adapter_that_cannot_be_used_is_refused_before_the_start(
@@ -92,6 +93,35 @@ def test_an_adapter_that_cannot_be_used_is_refused_before_the_start(
         save_adapter(trained(UNet2DConditionModel.from_config(config), "lora"), mine.parent, "some/model")
     with pytest.raises(ConfigError, match=message):
         check_targets(starting(tiny_pipeline, tmp_path, mine, **finetune))
+
+
+def test_a_changed_file_is_checked_again(tiny_pipeline, tmp_path, mine):
+    """What a check has found is used by the start after it, not by a later check."""
+    config = starting(tiny_pipeline, tmp_path, mine)
+    check_targets(config)
+    mine.write_bytes(b"no adapter")
+    with pytest.raises(ConfigError, match=r"finetune\.start_from: "):
+        check_targets(config)
+
+
+def test_a_dora_is_refused_where_the_whole_weights_are_not_there(tiny_pipeline, tmp_path, mine):
+    """One message for each setting, before the start and when a run continues with another finetune.shard."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline, subfolder="unet")
+    save_adapter(trained(unet, "dora"), tmp_path / "dora", "some/model")
+    whole = starting(tiny_pipeline, tmp_path, tmp_path / "dora")
+    check_targets(whole)
+    sharded = starting(tiny_pipeline, tmp_path, tmp_path / "dora", shard="fsdp")
+    both = sharded.model_copy(update={"model": sharded.model.model_copy(update={"quantize": "torchao-int8"})})
+    of_shard = r"finetune\.start_from: .*is a DoRA.*finetune\.shard is fsdp: set finetune\.shard to none, or start from"
+    of_quantize = r"finetune\.start_from: .*is a DoRA.*model\.quantize is torchao-int8: set model\.quantize to none, or"
+    with pytest.raises(ConfigError, match=rf"{of_quantize}.*\n{of_shard}") as error:
+        check_targets(both)
+    assert len(str(error.value).split("\n")) == 2
+    start_adapter(whole)
+    with pytest.raises(ConfigError, match=of_shard):
+        check_targets(sharded)
+    with_lora = both.model_copy(update={"finetune": both.finetune.model_copy(update={"start_from": str(mine)})})
+    check_targets(with_lora.model_copy(update={"run_dir": str(tmp_path / "other")}))
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -115,3 +145,23 @@ def test_an_exported_folder_is_the_stock_pipeline_with_the_adapter(tiny_pipeline
         assert load_file(out / "adapter" / WEIGHTS).keys() == load_file(mine.parent / WEIGHTS).keys()
         with pytest.raises(ValueError, match="not empty"):
             check_out(out)
+
+
+def test_an_export_of_fp16_files_loads_without_the_variant(tiny_pipeline, tmp_path, mine):
+    """Also of parts in several files."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline, dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size="4KB")
+    names = [path.name for path in (tmp_path / "half").rglob("*.safetensors*")]
+    assert names
+    assert all("fp16" in name for name in names)
+    with pytest.raises((OSError, ValueError)):
+        StableDiffusionPipeline.from_pretrained(tmp_path / "half")
+    export(tmp_path / "half", mine.parent, tmp_path / "out", {})
+    assert not [path for path in (tmp_path / "out").rglob("*") if "fp16" in path.name]
+    assert len(list((tmp_path / "out" / "vae").glob("*.safetensors"))) > 1
+    check_model(str(tmp_path / "out"))
+    exported = StableDiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    for part in ("vae", "text_encoder"):
+        same(getattr(exported, part).state_dict(), getattr(pipe, part).state_dict())
+    with_adapter = PeftModel.from_pretrained(pipe.unet.float(), mine.parent, torch_device="cpu").merge_and_unload()
+    same(exported.unet.state_dict(), with_adapter.half().state_dict())
