@@ -194,7 +194,7 @@ def mortal_loop(settings: dict) -> dict | None:
     optimizer_step, begun = module.optimizer_step, Path(settings["destination"], "begun")
     folder = Path(settings["destination"])
 
-    def step(*_, **__):
+    def step(*arguments, **options):
         with begun.open("a") as file:
             file.write(".")
         ray.train.get_all_reported_checkpoints()  # waits until Ray has recorded the last one
