@@ -114,7 +114,7 @@ def test_the_base_model_of_the_guidance_benchmark_is_that_of_the_run(guidance, t
     )
     generator = torch.Generator().manual_seed(0)
     for parameter in (p for p in model.parameters() if p.requires_grad):
-        parameter.data += torch.randn(parameter.shape, generator=generator)
+        parameter.data = 2 * torch.randn(parameter.shape, generator=generator)
     save_adapter(model, adapter, "some/model")
     export(tiny_pipeline, adapter, tmp_path / "merged", {})
 
@@ -134,8 +134,8 @@ def test_the_base_model_of_the_guidance_benchmark_is_that_of_the_run(guidance, t
         benchmark._draw(of, Brightness(), table, 2, 3.0, place)["brightness"].to_numpy()
         for of, place in ((found, adapters["base"]), (found, None), (merged, None))
     )
-    assert base == pytest.approx(expected, abs=0.02)
-    assert np.abs(base - plain).max() > 0.2
+    assert base == pytest.approx(expected, abs=0.005)
+    assert np.abs(base - plain).max() > 0.05
 
 
 @pytest.fixture
