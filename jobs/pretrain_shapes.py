@@ -7,7 +7,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from mi_ray.config.command_line import run_settings
 from mi_ray.config.paths import SharedPath
 from mi_ray.stages.cluster import start_ray
-from mi_ray.training.pretrain import PretrainConfig, pretrain
+from mi_ray.training.pretrain import pretrain
+from mi_ray.training.pretrain_denoiser import PretrainConfig
 
 
 class Command(BaseSettings, PretrainConfig):
