@@ -1,4 +1,7 @@
-"""Train the embedded model from scratch: python jobs/pretrain_shapes.py --folder DIR [--steps 6000 ...]"""
+"""Train the embedded model from scratch: python jobs/pretrain_shapes.py --folder DIR [--steps 6000 ...]
+
+`--architecture flow --start-from shapes`: a small Stable Diffusion 3 with the autoencoder and text encoder of `shapes`.
+"""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch.utils.data import DataLoader, Dataset
 
-from mi_ray.diffusion.folders import fetch_model
+from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.shapes import model
 from mi_ray.shapes.scenes import BACKGROUND
 from mi_ray.training.pretrain_denoiser import DenoiserTraining, PretrainConfig, learning_rate_factor
@@ -251,7 +251,7 @@ def save_pipeline(training: DenoiserTraining, folder: Path):
 
 def _start(config: PretrainConfig) -> DiffusionPipeline:
     """The pipeline that training continues from, in single precision."""
-    return DiffusionPipeline.from_pretrained(fetch_model(config.start_from), torch_dtype=torch.float32)
+    return load_denoiser(config.start_from, dtype="float32", device="cpu").pipeline
 
 
 def pretrain(config: PretrainConfig, folder: Path) -> Path:
