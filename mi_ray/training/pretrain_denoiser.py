@@ -81,6 +81,8 @@ class Objective(nn.Module):
         parts: by their names in the pipeline.
     """
 
+    bfloat16_with_amx = False  # forward pass in bfloat16 on a CPU that is fast with it
+
     def __init__(self, config: PretrainConfig, parts: dict[str, nn.Module]):
         super().__init__()
         self.config, self.parts = config, nn.ModuleDict(parts)
@@ -102,9 +104,9 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def forward(self, ids: Tensor, noised: Tensor, timesteps: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error of the prediction, in bfloat16 on hardware that is faster with it."""
+        """Mean squared error of the prediction, which is computed in bfloat16 on a GPU."""
         device = noised.device.type
-        half = device == "cuda" or fast_bfloat16()
+        half = device == "cuda" or (self.bfloat16_with_amx and fast_bfloat16())
         # On a CPU, the backward pass of flash attention is slow in half precision.
         plain = sdpa_kernel(SDPBackend.MATH) if half and device == "cpu" else nullcontext()
         with torch.autocast(device, torch.bfloat16, enabled=half), plain:
@@ -139,8 +141,10 @@ class UNetObjective(Objective):
 class FlowObjective(Objective):
     """Velocity prediction of a rectified flow: two text encoders and a transformer.
 
-    x_s = (1 - s) x0 + s epsilon, the target is epsilon - x0, and logit(s) is normal: Esser et al. 2024, eqs. 13 and 19.
+    x_s = (1 - s) x0 + s epsilon, the target is epsilon - x0, and logit(s) is normal: Esser et al. 2024, section 3, eq. 19.
     """
+
+    bfloat16_with_amx = True
 
     def __init__(self, config: PretrainConfig):
         first, second = flow.build_text_encoders(model.build_tokenizer())
