@@ -141,7 +141,7 @@ class UNetObjective(Objective):
 class FlowObjective(Objective):
     """Velocity prediction of a rectified flow: two text encoders and a transformer.
 
-    x_s = (1 - s) x0 + s epsilon, the target is epsilon - x0, and logit(s) is normal: Esser et al. 2024, section 3, eq. 19.
+    x_s = (1 - s) x0 + s epsilon, the target is epsilon - x0, and logit(s) is normal (Esser et al. 2024, eq. 19).
     """
 
     bfloat16_with_amx = True
