@@ -1,4 +1,7 @@
-"""Train the embedded model from scratch: python jobs/pretrain_shapes.py --folder DIR [--steps 6000 ...]"""
+"""Train the embedded model from scratch: python jobs/pretrain_shapes.py --folder DIR [--steps 6000 ...]
+
+`--architecture flow --start-from shapes`: a small Stable Diffusion 3 with the autoencoder and text encoder of `shapes`.
+"""
 
 from pathlib import Path
 
@@ -7,7 +10,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from mi_ray.config.command_line import run_settings
 from mi_ray.config.paths import SharedPath
 from mi_ray.stages.cluster import start_ray
-from mi_ray.training.pretrain import PretrainConfig, pretrain
+from mi_ray.training.pretrain import pretrain
+from mi_ray.training.pretrain_denoiser import PretrainConfig
 
 
 class Command(BaseSettings, PretrainConfig):

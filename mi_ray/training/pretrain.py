@@ -1,7 +1,6 @@
-"""Pre-training of the embedded model with Ray Train: first the autoencoder, then the text encoder and the UNet."""
+"""Pre-training of the embedded model with Ray Train: first the autoencoder, then the denoiser and its text encoders."""
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,56 +10,22 @@ from typing import Any
 import numpy as np
 import ray.train
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from pydantic import BaseModel, ConfigDict, Field
+from diffusers import AutoencoderKL, DiffusionPipeline
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
-from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset
 
-from mi_ray.config.paths import ModelPath
-from mi_ray.diffusion.folders import fetch_model
+from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.shapes import model
 from mi_ray.shapes.scenes import BACKGROUND
+from mi_ray.training.pretrain_denoiser import DenoiserTraining, PretrainConfig, learning_rate_factor
 
-
-class PretrainConfig(BaseModel):
-    """Settings of pre-training. The model card shapes/weights/README.md has the settings of the embedded model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = 0
-    num_workers: int = 1
-    threads_per_worker: int = 2
-    use_gpu: bool = False  # one GPU per worker: forward pass in bfloat16, weights in float32, steps as CUDA graphs
-    drawing_processes: int = 0  # data-loading processes per worker; 0: the worker draws its pairs itself
-    vae_steps: int = 2200
-    vae_batch_size: int = 16
-    vae_learning_rate: float = 1.5e-3
-    kl_weight: float = 1e-6  # weight of the KL divergence, summed over a latent; the pixel loss is a mean
-    decoder_steps: int = 1500  # training of the decoder alone, on frozen latents of textured scenes
-    decoder_learning_rate: float = 1e-3
-    pairs: int = 60_000  # number of caption-image pairs, drawn and encoded once
-    steps: int = 6500
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    prompt_dropout: float = 0.1
-    min_snr_gamma: float = 5.0  # Hang et al. 2023, eq. 5
-    ema_decay: float = 0.999
-    checkpoint_every: int = 500
-    start_from: ModelPath = ""  # continue training from this pipeline of the same architecture: a folder or shapes
-    layout_share: float = Field(0.0, ge=0, lt=1)  # share of timesteps drawn around 690, where the caption matters most
+_PIECE = 10_000  # pairs in a file
 
 
 def _to_tensor(images: list[np.ndarray]) -> torch.Tensor:
     """n images (h, w, 3) uint8 -> (n, 3, h, w) in [-1, 1], on the worker's device."""
     return torch.from_numpy(np.stack(images)).to(get_device()).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _learning_rate_factor(step: int, total: int) -> float:
-    """Linear warm-up over 200 steps, then cosine decay to 2 %."""
-    warm = min(1.0, (step + 1) / min(200, total))
-    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
 
 
 class _Drawn(Dataset):
@@ -160,20 +125,6 @@ class _DecoderLoss(torch.nn.Module):
         return _pixel_loss(y, x) + edges
 
 
-class _DenoiserLoss(torch.nn.Module):
-    """Mean squared error of the predicted noise: (ids, noisy latents, timesteps, noise) -> loss."""
-
-    def __init__(self, modules: torch.nn.ModuleDict):
-        super().__init__()
-        self.parts = modules
-
-    def forward(self, ids, noisy, timesteps, noise) -> torch.Tensor:
-        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=noisy.is_cuda):
-            embeddings = self.parts["text_encoder"](ids).last_hidden_state
-            predicted = self.parts["unet"](noisy, timesteps, encoder_hidden_states=embeddings).sample
-        return mse_loss(predicted.float(), noise)
-
-
 def train_vae(settings: dict):
     """Worker loop: train the autoencoder."""
     config, folder = PretrainConfig(**settings["config"]), settings["folder"]
@@ -189,7 +140,7 @@ def train_vae(settings: dict):
     progress = _Progress(folder, "vae", checkpoints.step, config.vae_steps)
     for step, images in enumerate(batches, checkpoints.step):
         for group in optimizer.param_groups:
-            group["lr"] = config.vae_learning_rate * _learning_rate_factor(step, config.vae_steps)
+            group["lr"] = config.vae_learning_rate * learning_rate_factor(step, config.vae_steps)
         loss = objective(_to_tensor(images))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -222,7 +173,7 @@ def train_decoder(settings: dict):
     progress = _Progress(folder, "decoder", checkpoints.step, config.decoder_steps)
     for step, images in enumerate(batches, checkpoints.step):
         for group in optimizer.param_groups:
-            group["lr"] = config.decoder_learning_rate * _learning_rate_factor(step, config.decoder_steps)
+            group["lr"] = config.decoder_learning_rate * learning_rate_factor(step, config.decoder_steps)
         loss = objective(_to_tensor(images))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -244,116 +195,63 @@ def _set_scaling_factor(vae: AutoencoderKL, config: PretrainConfig):
 
 
 @torch.no_grad()
-def _cached_pairs(config: PretrainConfig, folder: Path, vae: AutoencoderKL, tokenizer):
-    """This worker's share of the pairs as token ids and latents. They are drawn and encoded once and stored on disk."""
-    context = ray.train.get_context()
-    path = folder / f"pairs-{context.get_world_rank()}-of-{context.get_world_size()}.pt"
-    if not path.exists():
-        captions, latents = [], []
-        for batch in _batches(model.draw_pair, config, 1, range(config.pairs // context.get_world_size()), 500):
-            texts, images = zip(*batch, strict=True)
-            captions += texts
-            encoded = vae.encode(_to_tensor(images)).latent_dist.mode()
-            latents.append((encoded * vae.config.scaling_factor).half().cpu())
-        ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-        torch.save({"ids": ids.short(), "latents": torch.cat(latents)}, path)
-    return torch.load(path, weights_only=True)
-
-
-def timestep_frequency(alphas_cumprod: torch.Tensor, min_snr_gamma: float, layout_share: float) -> torch.Tensor:
-    """The sampling probability of each timestep: (T,), with sum 1.
-
-    The probability is proportional to the min-SNR weight (Hang et al. 2023, eq. 5), and the loss is not weighted. This
-    is the same objective with less variance. A share `layout_share` of the timesteps is instead drawn from a
-    logit-normal distribution (Esser et al. 2024, section 3.1) around 0.69 T, where the caption helps the denoiser most.
-    """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    base = (min_snr_gamma / snr).clamp(max=1)
-    t = (torch.arange(len(snr)) + 0.5) / len(snr)
-    layout = torch.exp(-0.5 * ((torch.logit(t) - 0.8) / 0.6) ** 2) / (t * (1 - t))
-    return (1 - layout_share) * base / base.sum() + layout_share * layout / layout.sum()
+def _cached_pairs(config: PretrainConfig, folder: Path, vae: AutoencoderKL) -> dict[str, torch.Tensor]:
+    """This worker's share of the pairs as token ids and latents, drawn and encoded once. They are stored on disk in
+    pieces, so that drawing can resume too."""
+    context, tokenizer = ray.train.get_context(), model.build_tokenizer()
+    count, pieces = config.pairs // context.get_world_size(), []
+    for start in range(0, count, _PIECE):
+        indices = range(start, min(start + _PIECE, count))
+        path = folder / f"pairs-{context.get_world_rank()}-of-{context.get_world_size()}-{start}-{indices.stop}.pt"
+        if not path.exists():
+            captions, latents = [], []
+            for batch in _batches(model.draw_pair, config, 1, indices, 500):
+                texts, images = zip(*batch, strict=True)
+                captions += texts
+                encoded = vae.encode(_to_tensor(images)).latent_dist.mode()
+                latents.append((encoded * vae.config.scaling_factor).half().cpu())
+            ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+            torch.save({"ids": ids.short(), "latents": torch.cat(latents)}, path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+        pieces.append(torch.load(path, weights_only=True))
+    return {name: torch.cat([piece[name] for piece in pieces]).to(get_device()) for name in ("ids", "latents")}
 
 
 def train_denoiser(settings: dict):
-    """Worker loop: train text encoder and UNet together, with prediction_type epsilon; save the averaged weights."""
+    """Worker loop: train text encoders and denoiser together; save the averaged weights."""
     config, folder = PretrainConfig(**settings["config"]), Path(settings["folder"])
     torch.set_num_threads(config.threads_per_worker)
-    context, device = ray.train.get_context(), get_device()
-    vae, tokenizer = AutoencoderKL.from_pretrained(folder / "vae").to(device), model.build_tokenizer()
-    data = {name: values.to(device) for name, values in _cached_pairs(config, folder, vae, tokenizer).items()}
-    null_ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids.short().to(device)
-
-    torch.manual_seed(config.seed)
-    modules = torch.nn.ModuleDict({"text_encoder": model.build_text_encoder(tokenizer), "unet": model.build_unet()})
-    if config.start_from:
-        trained = _start(config)
-        modules["text_encoder"].load_state_dict(trained.text_encoder.state_dict())
-        modules["unet"].load_state_dict(trained.unet.state_dict())
-    modules.to(device)
-    average = torch.optim.swa_utils.AveragedModel(
-        modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
-    )
-    optimizer = torch.optim.AdamW(
-        modules.parameters(), lr=config.learning_rate, weight_decay=1e-2, betas=(0.9, 0.99), fused=True
-    )
-    checkpoints = _Checkpoints(modules=modules, average=average, optimizer=optimizer)
-
-    scheduler = model.build_scheduler()
-    frequency = timestep_frequency(scheduler.alphas_cumprod, config.min_snr_gamma, config.layout_share).to(device)
-    batch_size, count = config.batch_size // context.get_world_size(), len(data["ids"])
-
-    def draw(step: int) -> tuple[torch.Tensor, ...]:
-        """The arguments of the loss at a step: (ids, noisy, timesteps, noise)."""
-        generator = torch.Generator(device).manual_seed(hash((config.seed, context.get_world_rank(), step)) % 2**63)
-        chosen = torch.randint(count, (batch_size,), generator=generator, device=device)
-        latents = data["latents"][chosen].float()
-        dropped = torch.rand(batch_size, 1, generator=generator, device=device) < config.prompt_dropout
-        ids = torch.where(dropped, null_ids, data["ids"][chosen]).long()
-        noise = torch.randn(latents.shape, generator=generator, device=device)
-        timesteps = torch.multinomial(frequency, batch_size, replacement=True, generator=generator)
-        return ids, scheduler.add_noise(latents, noise, timesteps), timesteps, noise
-
-    objective = _DenoiserLoss(modules)
+    context = ray.train.get_context()
+    data = _cached_pairs(config, folder, AutoencoderKL.from_pretrained(folder / "vae").to(get_device()))
+    start = _start(config) if config.start_from else None
+    training = DenoiserTraining(config, data, start, context.get_world_rank(), context.get_world_size())
+    checkpoints = _Checkpoints(**training.parts)
     if config.use_gpu:  # without a CUDA graph, launching the many small kernels takes nearly four times as long
-        objective = torch.cuda.make_graphed_callables(objective, draw(0))
-    objective = prepare_model(objective)
+        training.loss = torch.cuda.make_graphed_callables(training.loss, training.draw(0))
+    training.loss = prepare_model(training.loss)
     running = None
     progress = _Progress(folder, "denoiser", checkpoints.step, config.steps)
     for step in range(checkpoints.step, config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _learning_rate_factor(step, config.steps)
-        loss = objective(*draw(step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(modules)
-        running = loss.detach() if running is None else running.lerp(loss.detach(), 0.02)
+        loss, norm = training.step(step)
+        running = loss if running is None else running.lerp(loss, 0.02)
         progress.step(step + 1, loss=running, grad_norm=norm)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             checkpoints.save(step + 1, {"loss": float(running)})
     if context.get_world_rank() == 0:
-        save_pipeline(folder, average.module, tokenizer)
+        save_pipeline(training, folder)
 
 
-def save_pipeline(folder: Path, modules: torch.nn.ModuleDict, tokenizer):
-    """Write `folder`/model, a standard diffusers folder. VAE and UNet are stored in half precision.
-
-    The text encoder stays in single precision: transformers loads a model in the precision of its file, diffusers loads
-    in single precision, and an unmodified `from_pretrained` must load all parts in the same precision.
-    """
-    text_encoder, unet = model.build_text_encoder(tokenizer), model.build_unet()
-    text_encoder.load_state_dict(modules["text_encoder"].state_dict())
-    unet.load_state_dict(modules["unet"].state_dict())
+def save_pipeline(training: DenoiserTraining, folder: Path):
+    """Write `folder`/model, a standard diffusers folder. Autoencoder and denoiser are stored in half precision."""
     refined = folder / "vae-refined"
     half_vae = AutoencoderKL.from_pretrained(refined if refined.exists() else folder / "vae", torch_dtype=torch.float16)
     half_vae.register_to_config(_name_or_path="shapes")  # do not store a local path
-    model.build_pipeline(half_vae, text_encoder, tokenizer, unet.half()).save_pretrained(folder / "model")
+    training.pipeline(half_vae).save_pretrained(folder / "model")
 
 
-def _start(config: PretrainConfig) -> StableDiffusionPipeline:
+def _start(config: PretrainConfig) -> DiffusionPipeline:
     """The pipeline that training continues from, in single precision."""
-    return StableDiffusionPipeline.from_pretrained(fetch_model(config.start_from), torch_dtype=torch.float32)
+    return load_denoiser(config.start_from, dtype="float32", device="cpu").pipeline
 
 
 def pretrain(config: PretrainConfig, folder: Path) -> Path:

@@ -19,7 +19,7 @@ from mi_ray.inputs.more_prompts_config import MorePromptsConfig
 from mi_ray.inputs.pair_config import ScorePairsConfig
 from mi_ray.runs.folder import check_run_dir
 from mi_ray.stages.pipeline import Plan, open_run
-from mi_ray.training.pretrain import PretrainConfig
+from mi_ray.training.pretrain_denoiser import PretrainConfig
 
 LEAST = ["--run-dir", "runs/test", "--prompts.file", "prompts.txt"]
 MODELS = [RunConfig, ScorePairsConfig, CalibrationConfig, RescoreConfig, PretrainConfig, MorePromptsConfig]

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from mi_ray.shapes.model import build_scheduler
-from mi_ray.training.pretrain import timestep_frequency
+from mi_ray.training.pretrain_denoiser import timestep_frequency
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 80, 30
