@@ -47,8 +47,7 @@ class PolicySampler:
             specialise(denoiser, config.model, batch_size, config.sampler.guidance_method)
         self.sampler = Sampler(self.drawing, config.sampler, batch_size, config.model.kernel)
         # Validations also use the metrics of the evaluation, which are not part of the reward. Each is loaded once.
-        both = dict.fromkeys([*config.generate.alignment, *config.evaluation.alignment])
-        self.validation_metrics = load_metrics(tuple(both))
+        self.validation_metrics = load_metrics(config.metrics)
         self.metrics = {name: self.validation_metrics[name] for name in config.generate.alignment}
         self.rewards = run_rewards(config)
         self.random = all(reward.name == RANDOM for reward in self.rewards)

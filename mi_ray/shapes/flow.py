@@ -15,9 +15,9 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from mi_ray.shapes.model import EMBEDDING_SIZE, LATENT_CHANNELS, MAX_TOKENS
+from mi_ray.shapes.model import EMBEDDING_SIZE, LATENT_CHANNELS, text_config
 from mi_ray.shapes.scenes import IMAGE_SIZE
 
 SECOND_EMBEDDING_SIZE = 32  # of text_encoder_2, which the pipeline class requires
@@ -26,26 +26,10 @@ _WIDTH = 128  # of the transformer
 _JOINT = EMBEDDING_SIZE + SECOND_EMBEDDING_SIZE
 
 
-def _text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    )
-
-
 def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection]:
     """text_encoder, with the layers of the text encoder of `shapes`, and text_encoder_2, a smaller one."""
-    return _text_encoder(tokenizer, EMBEDDING_SIZE, 3), _text_encoder(tokenizer, SECOND_EMBEDDING_SIZE, 2)
+    configs = text_config(tokenizer), text_config(tokenizer, SECOND_EMBEDDING_SIZE, layers=2)
+    return tuple(CLIPTextModelWithProjection(config) for config in configs)
 
 
 def build_transformer() -> SD3Transformer2DModel:

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mi_ray.shapes import judges
 from mi_ray.shapes.judges import GROUP, LABELS, Example
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, used by BLIP too
 TEMPLATE = "A photo depicts {}"  # of CLIPScore
 JudgeName = Literal["blip", "clip"]
 
@@ -144,7 +144,9 @@ def _batch(config: JudgeConfig, pool: tuple, step: int) -> tuple:
     labels = torch.from_numpy(np.stack(labels))
     pixels = np.stack([image for image, _ in drawn]).astype(np.float32)
     pixels += rng.normal(0, 1, pixels.shape) * rng.uniform(0, 8, (len(pixels), 1, 1, 1))  # artefacts of an autoencoder
-    x = torch.from_numpy(((pixels / 255 - np.float32(MEAN)) / np.float32(STD)).astype(np.float32)).permute(0, 3, 1, 2)
+    x = torch.from_numpy(
+        ((pixels / 255 - np.float32(OPENAI_CLIP_MEAN)) / np.float32(OPENAI_CLIP_STD)).astype(np.float32)
+    ).permute(0, 3, 1, 2)
     if config.judge == "clip":
         return x, [TEMPLATE.format(e.caption) for e in examples], torch.from_numpy(truth[chosen]), labels
     axis = judges.seen_pixels()
