@@ -5,7 +5,7 @@ Notation: l is the mean squared error of a row, `new` the policy in training, `o
 candidates, `reference` the frozen base model, A the advantage of a candidate within its prompt, in [-1, 1].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 
@@ -201,6 +201,18 @@ def weights_of(values: Sequence[Tensor], parameters: Sequence[nn.Parameter]):
             parameter.data = value
 
 
+@contextmanager
+def mixed_precision(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast to `dtype` for the forward pass of a training step; None: no autocast."""
+    if dtype is None:
+        yield
+        return
+    # On a CPU, the backward pass of flash attention is slow in half precision.
+    plain = device == "cpu" and torch.is_grad_enabled()
+    with torch.autocast(device, dtype), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        yield
+
+
 class Objective(nn.Module):
     """The model with its adapter and the loss of a method: batch -> scalar.
 
@@ -248,10 +260,7 @@ class Objective(nn.Module):
         alpha, sigma = self._coefficients(batch)
         device, dtype = batch.x0.device.type, self.autocast_dtype
         conditioning = batch.conditioning if conditioning is None else conditioning
-        mixed = torch.autocast(device, dtype) if dtype else nullcontext()
-        # On a CPU, the backward pass of flash attention is slow in half precision.
-        plain = dtype and device == "cpu" and torch.is_grad_enabled()
-        with mixed, sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        with mixed_precision(device, dtype):
             x_t = alpha * batch.x0 + sigma * batch.noise
             prediction = self.network_prediction(self.model, x_t, batch.timesteps, conditioning)
         return prediction.float()

@@ -5,20 +5,19 @@ Two architectures: `unet`, the embedded model, which predicts noise; `flow`, a s
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mi_ray.config.paths import ModelPath
 from mi_ray.diffusion.denoisers import fast_bfloat16
 from mi_ray.shapes import flow, model
+from mi_ray.training.losses import mixed_precision
 
 
 class PretrainConfig(BaseModel):
@@ -107,9 +106,7 @@ class Objective(nn.Module):
         """Mean squared error of the prediction, which is computed in bfloat16 on a GPU."""
         device = noised.device.type
         half = device == "cuda" or (self.bfloat16_with_amx and fast_bfloat16())
-        # On a CPU, the backward pass of flash attention is slow in half precision.
-        plain = sdpa_kernel(SDPBackend.MATH) if half and device == "cpu" else nullcontext()
-        with torch.autocast(device, torch.bfloat16, enabled=half), plain:
+        with mixed_precision(device, torch.bfloat16 if half else None):
             predicted = self.predict(ids, noised, timesteps)
         return mse_loss(predicted.float(), target)
 
