@@ -6,14 +6,16 @@ of the first metric and its paired difference to the base model, by split and ca
 diversity and effective guidance, and the cost in denoiser evaluations and seconds. A method may act like a higher
 guidance scale. For this reason the base model at the effective guidance times the scale is a row of its own.
 
+The settings of every method are chosen on validation prompts that are not in the table, with at most three settings
+each: of inference-time methods their own setting, of fine-tuning methods the learning rate with the first training
+seed. The guidance scale of the comparison is chosen there, too.
+
 The results are files in one folder. The same command continues an interrupted run; a finished part is not repeated.
 """
 
 import shlex
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
 
@@ -21,10 +23,20 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
+from alignment_methods import (
+    BASE,
+    TRIED_RATES,
+    Arm,
+    best_of_arms,
+    effective_guidance,
+    guidance_arms,
+    rate_flags,
+    train,
+    training_cost,
+)
 from alignment_page import write_page
 from gates import ROOT, Benchmark, Findings, Gate, LocalPath, main
-from guidance import finished_run
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from mi_ray import storage
@@ -40,49 +52,24 @@ from mi_ray.inputs.prompts import read_prompts
 from mi_ray.inputs.shard_plan import with_details
 from mi_ray.report.columns import PMI
 from mi_ray.report.columns import scale as scale_of
-from mi_ray.report.guidance import SCALE, best_scale
+from mi_ray.report.guidance import SCALE
 from mi_ray.report.statistics import cosine_diversity, diversity, kernel_distance, paired_difference, prompt_mean
 from mi_ray.scoring.best_of import sampler_of
-from mi_ray.scoring.sampler import Sampler, batch_at_size, derived_seed
+from mi_ray.scoring.sampler import batch_at_size, derived_seed
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
+from mi_ray.training.start import local_start
 
 CONFIGS = ROOT / "jobs" / "configs"
-PROMPTS_AT_A_TIME, PROBED_PROMPTS, PROBED_STEPS = 15, 30, 4
+PROMPTS_AT_A_TIME, PROBED_PROMPTS = 15, 30
 SEEDS_OF_A_CLAIM = 3
-BASE = "base"
-BEST_OF = {
-    "best-of-4": {"candidates": 4, "by": "pmi_negatives"},
-    "best-of-8, pruned": {
-        "candidates": 8,
-        "by": "pmi_negatives",
-        "prune": {"by": "pmi_negatives", "after": [0.25], "keep": [0.25], "num_samples": 3},
-    },
-}
-SMOKE = {
-    "prompts": 3, "images_per_prompt": 2, "steps": 3, "guidance_scales": (2.0, 4.0), "training_seeds": (0,)
-}  # fmt: skip
+SMOKE = {"prompts": 3, "validation_prompts": 2, "images_per_prompt": 2, "steps": 3}
+SMOKE |= {"guidance_scales": (2.0, 4.0), "training_seeds": (0,)}
 # Flags of a smoke training: a few rows, the same code.
 SMOKE_ONLINE = (
     "--online.updates 1 --online.prompts-per-update 2 --online.validate-every 1 --online.validation-prompts 0"
 )
 SMOKE_ROUNDS = "--prompts.limit 2 --generate.candidates-per-prompt 4 --select.top-k 2 --finetune.steps 2"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One row: a model and a sampler."""
-
-    name: str
-    settings: SamplerConfig
-    adapter: str | None = None  # local folder; None: the base model
-    seed: int | None = None  # of the training
-
-    @property
-    def key(self) -> str:
-        """Name of its folder."""
-        of_seed = "" if self.seed is None else f"-seed-{self.seed}"
-        return f"{self.name}{of_seed}-at-{self.settings.guidance_scale:g}".replace(", ", "-").replace(" ", "-")
 
 
 class AlignmentBenchmark(Benchmark):
@@ -105,7 +92,13 @@ class AlignmentBenchmark(Benchmark):
     )
     guidance_scales: tuple[float, ...] = Field((1.5, 2.5, 4.0, 6.0), description="scales of the base model's curve")
     curves: bool = Field(False, description="sample every method at all guidance scales, not only the base model")
-    prompts: PositiveInt = Field(360, description="number of evaluation prompts, evenly spaced in the file")
+    updates: PositiveInt | None = Field(None, description="updates of each online training; none: those of the config")
+    validation_prompts: NonNegativeInt = Field(
+        60,
+        description="evaluation prompts, evenly spaced in the file, on which settings and guidance scale are chosen;"
+        " they are not in the table; 0: all settings as published or configured",
+    )
+    prompts: PositiveInt = Field(300, description="number of the other evaluation prompts, evenly spaced")
     images_per_prompt: PositiveInt = Field(4, description="number of image seeds per prompt, the same for all rows")
     steps: PositiveInt | None = Field(None, description="number of sampling steps; none: that of the config")
     batch_size: PositiveInt = Field(64, description="number of candidates in one denoiser batch")
@@ -117,32 +110,26 @@ class AlignmentBenchmark(Benchmark):
 
     def _answer(self, smoke: bool) -> Findings:
         self._check_folder()
-        scale, frames = self.guidance_scale, {}
-        for each in self.guidance_scales:
-            arm = Arm(BASE, self._sampler(each))
-            frames[arm] = self._draw(arm)
-        if scale is None:
-            curve = [{SCALE: a.settings.guidance_scale, **prompt_mean(f, self.column.name)} for a, f in frames.items()]
-            scale = best_scale(curve, self.column)
-        arms = [arm for at in (self.guidance_scales if self.curves else (scale,)) for arm in self._arms(at)]
-        arms += [arm for at in (self.guidance_scales if self.curves else (scale,)) for arm in self._trained(at, smoke)]
-        base = Arm(BASE, self._sampler(scale))
-        frames |= {arm: self._draw(arm) for arm in (base, *arms) if arm not in frames}
+        scale = self.guidance_scale or self._best_scale()
+        base, arms = Arm(BASE, self._sampler(scale)), self._arms(scale)
+        trained = self._trained(scale, smoke)
+        frames = {arm: self._draw(arm) for arm in (base.at(each) for each in self.guidance_scales)}
+        for at in self.guidance_scales if self.curves else (scale,):
+            frames |= {arm.at(at): self._draw(arm.at(at)) for arm in (base, *arms, *trained)}
         gammas = {arm: self._gamma(arm, frames[base]) for arm in frames if arm.settings.guidance_scale == scale}
         for wanted in sorted({round(4 * gamma * scale) / 4 for gamma in gammas.values()} - {scale}):
             if wanted > 1:
-                arm = Arm(BASE, self._sampler(wanted))
-                frames |= {} if arm in frames else {arm: self._draw(arm)}
+                frames |= {base.at(wanted): self._draw(base.at(wanted))}
         rows = [self._row(name, of_name, frames, base, gammas) for name, of_name in _grouped(frames).items()]
-        write_page(self.run_dir / "index.html", rows, frames, base, self.column, sys.argv)
+        write_page(self.run_dir / "index.html", rows, frames, base, self.column, sys.argv, self.tried)
         seeds = min((row["training_seeds"] for row in rows if row["training_seeds"]), default=None)
         gates = {} if seeds is None else {"training_seeds_of_a_claim": Gate(seeds, minimum=SEEDS_OF_A_CLAIM)}
-        return Findings(rows, gates)
+        return Findings(rows, gates, {"tried": self.tried})
 
     # ------------------------------------------------------------------------------------------ what is compared
     @cached_property
     def run(self) -> RunConfig:
-        place = ["--config", str(self.config), "--run-dir", str(self.run_dir / "unused")]
+        place = ["--config", str(self.config), "--run-dir", str(self.run_dir / "base")]
         try:
             config, _ = load_config([*place, *shlex.split(self.flags)])
         except ConfigError as error:
@@ -161,17 +148,32 @@ class AlignmentBenchmark(Benchmark):
         return next(iter(self.metrics.values())).columns[0]
 
     @cached_property
-    def table(self):
-        """The evaluation prompts."""
+    def validation_table(self) -> pa.Table:
+        """The prompts on which settings are chosen."""
+        return _spaced(self.prompt_table, self.validation_prompts)[0]
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The prompts of the comparison."""
+        return _spaced(_spaced(self.prompt_table, self.validation_prompts)[1], self.prompts)[0]
+
+    @cached_property
+    def prompt_table(self) -> pa.Table:
+        """All evaluation prompts."""
         table, _ = read_prompts(self.run.evaluation.file, field="config", duplicates="drop")
-        places = np.linspace(0, len(table) - 1, min(self.prompts, len(table))).round().astype(int)
-        check_prompts(self.metrics, with_details(table.take(places)))
-        return table.take(places)
+        if len(table) <= self.validation_prompts:
+            raise ValueError(
+                f"--validation-prompts: {self.run.evaluation.file} has {len(table)} prompts; set aside fewer than those"
+            )
+        check_prompts(self.metrics, with_details(table))
+        return table
 
     @cached_property
     def base(self) -> PipelineDenoiser:
-        denoiser = load_denoiser(self.run.model.path, self.run.model.dtype, size=self.run.model.size)
-        denoiser.specialise(channels_last=self.run.model.channels_last, compiled=None, rows=())
+        """The model before the trainings, with the adapter that they start from."""
+        model, start = self.run.model, local_start(self.run)
+        denoiser = load_denoiser(model.path, model.dtype, adapter=start, size=model.size)
+        denoiser.specialise(channels_last=model.channels_last, compiled=None, rows=())
         faults = [fault for method in self.methods if (fault := family_fault(method, denoiser.family))]
         if faults:
             raise ValueError("\n".join(f"--methods: {fault}" for fault in faults))
@@ -179,56 +181,93 @@ class AlignmentBenchmark(Benchmark):
 
     def _check_folder(self):
         """Store the settings of the images; refuse a folder with images of others."""
-        settings = {
-            "run": self.run.results_config(),
-            **{name: getattr(self, name) for name in ("prompts", "images_per_prompt", "steps")},
-        }
+        names = ("validation_prompts", "prompts", "images_per_prompt", "steps", "updates")
+        settings = {"run": self.run.results_config(), **{name: getattr(self, name) for name in names}}
         file, found = str(self.run_dir / "settings.json"), config_hash(settings)
         if storage.exists(file) and storage.read_json(file)["hash"] != found:
             raise ValueError(f"--run-dir: {self.run_dir} has images of other settings; give another folder")
         storage.write_json(file, {"hash": found, "settings": settings})
 
-    def _sampler(self, scale: float, **updates) -> SamplerConfig:
+    def _sampler(self, scale: float) -> SamplerConfig:
         own = self.run.evaluation.sampler.model_dump() | {"guidance_scale": scale}
         if self.steps:
             own["num_inference_steps"] = self.steps
-        return SamplerConfig.model_validate(own | updates)
+        return SamplerConfig.model_validate(own)
+
+    # ------------------------------------------------------------------------------------------ choices
+    @cached_property
+    def tried(self) -> list[dict]:
+        """The settings that were tried, with their means on the validation prompts."""
+        return []
+
+    def _best_scale(self) -> float:
+        return self._chosen([Arm(BASE, self._sampler(each)) for each in self.guidance_scales]).settings.guidance_scale
+
+    def _chosen(self, arms: list[Arm]) -> Arm:
+        """The arm with the best mean on the validation prompts, of equal ones the first. Without validation prompts, on
+        the prompts of the comparison: only the guidance scale is chosen then."""
+        if len(arms) == 1:
+            return arms[0]
+        column, draw = self.column, self._draw_validation if self.validation_prompts else self._draw
+        means = [prompt_mean(draw(arm), column.name)["value"] for arm in arms]
+        best = max(range(len(arms)), key=lambda number: (column.sign * means[number], -number))
+        for number, (arm, value) in enumerate(zip(arms, means, strict=True)):
+            row = {"method": arm.name, SCALE: arm.settings.guidance_scale, "settings": arm.variant}
+            self.tried.append(row | {column.name: scale_of(column) * value, "chosen": number == best})
+        return arms[best]
 
     def _arms(self, scale: float) -> list[Arm]:
-        arms = [Arm(method, self._sampler(scale, guidance_method=method)) for method in self.methods]
-        if self.best_of:
-            arms += [Arm(name, self._sampler(scale, best_of=settings)) for name, settings in BEST_OF.items()]
-        return arms
+        sampler = self._sampler(scale)
+        chosen = [self._chosen(guidance_arms(m, sampler, tried=self.validation_prompts > 0)) for m in self.methods]
+        return chosen + (best_of_arms(sampler) if self.best_of else [])
 
     def _trained(self, scale: float, smoke: bool) -> list[Arm]:
-        arms = []
+        """The trainings of all methods: the first seed with each learning rate, the others with the best one."""
+        if not self.training:
+            return []
+        (first, *others), tune = self.training_seeds, self.validation_prompts and not smoke
+        factors = TRIED_RATES if tune else (1.0,)
+        arms, chosen = [], {}
         for method in self.training:
-            for seed in self.training_seeds:
-                folder = str(self.run_dir / "training" / f"{method}-{seed}")
-                rounds = method == "supervised"
-                command = ["--config", self.rounds_config if rounds else self.config, "--run-dir", folder]
-                command += ["--seed", str(seed), "--evaluation.controls", "none", *shlex.split(self.flags)]
-                command += [] if rounds else ["--finetune.method", method]
-                command += (SMOKE_ROUNDS if rounds else SMOKE_ONLINE).split() if smoke else []
-                done = subprocess.run([sys.executable, "jobs/finetune.py", *map(str, command)], cwd=ROOT)
-                if done.returncode:
-                    raise ValueError(f"the training {folder} ended with exit status {done.returncode}")
-                arms.append(Arm(method, self._sampler(scale), finished_run(folder)[1]["tuned"], seed))
-        return arms
+            tried = {self._training(method, first, factor, scale, smoke): factor for factor in factors}
+            arms.append(self._chosen(list(tried)))
+            chosen[method] = tried[arms[-1]]
+        return arms + [self._training(m, seed, chosen[m], scale, smoke) for seed in others for m in self.training]
+
+    def _training(self, method: MethodName, seed: int, factor: float, scale: float, smoke: bool) -> Arm:
+        rounds = method == "supervised"
+        config = self.rounds_config if rounds else self.config
+        rate = load_config(["--config", str(config), *shlex.split(self.flags)])[0].finetune.learning_rate
+        variant, flags = rate_flags(factor, rate)
+        flags = ["--seed", str(seed), "--evaluation.controls", "none", *flags, *shlex.split(self.flags)]
+        if not rounds:
+            flags += ["--finetune.method", method]
+            flags += ["--online.updates", str(self.updates)] if self.updates else []
+        if smoke:
+            flags += (SMOKE_ROUNDS if rounds else SMOKE_ONLINE).split()
+        name = "-".join([method, str(seed), *variant.split()])
+        run_dir = str(self.run_dir / "training" / name)
+        return Arm(method, self._sampler(scale), train(run_dir, config, flags), seed, variant, run_dir)
 
     # ------------------------------------------------------------------------------------------ images
-    @torch.no_grad()
     def _draw(self, arm: Arm) -> pd.DataFrame:
-        """The images of an arm, one row each; parts that exist are read."""
+        return self._drawn(arm, "images", self.table)
+
+    def _draw_validation(self, arm: Arm) -> pd.DataFrame:
+        return self._drawn(arm, "validation", self.validation_table)
+
+    @torch.no_grad()
+    def _drawn(self, arm: Arm, folder: str, table: pa.Table) -> pd.DataFrame:
+        """The images of an arm for some prompts, one row each; parts that exist are read."""
         drawing, sampler, parts = None, None, []
-        for start in tqdm(range(0, len(self.table), PROMPTS_AT_A_TIME), desc=arm.key, leave=False):
-            file = str(self.run_dir / "images" / arm.key / f"part-{start:05}.parquet")
+        for start in tqdm(range(0, len(table), PROMPTS_AT_A_TIME), desc=arm.key, leave=False):
+            file = str(self.run_dir / folder / arm.key / f"part-{start:05}.parquet")
             if not storage.exists(file):
                 if sampler is None:
                     drawing = self._model(arm)
                     size = batch_at_size(drawing, self.batch_size)
                     sampler = sampler_of(self.run, arm.settings, drawing, self.base, size)
-                rows = self._rows(sampler, self.table.slice(start, PROMPTS_AT_A_TIME))
+                rows = self._rows(sampler, table.slice(start, PROMPTS_AT_A_TIME))
                 storage.write_table(file, pa.Table.from_pandas(rows))
             parts.append(pd.read_parquet(file))
         return pd.concat(parts, ignore_index=True)
@@ -273,43 +312,18 @@ class AlignmentBenchmark(Benchmark):
         return pd.DataFrame(columns)
 
     # ------------------------------------------------------------------------------------------ results
-    @torch.no_grad()
     def _gamma(self, arm: Arm, base_images: pd.DataFrame) -> float:
-        """The effective guidance of an arm relative to its guidance scale, on noised images of the base model.
-
-        gamma = <(g - u) / w, c - u> / ||c - u||^2, summed over images and noise levels: g is the prediction that the
-        solver follows, and c and u are the base model's predictions. Of a fine-tuned model g = u + w (its prediction
-        - u). Best-of-N has 1, and Attend-and-Excite too, which changes the latents and not the prediction.
-        """
-        settings, some = arm.settings, base_images.groupby("prompt_id", sort=False).head(1).head(PROBED_PROMPTS)
-        model, base, scale = self._model(arm), self.base, arm.settings.guidance_scale
-        if settings.guidance_method in (None, "attend-and-excite") and arm.adapter is None:
-            return 1.0
-        sampler, prompts = Sampler(model, settings, self.batch_size), some["prompt"].tolist()
-        conditioning = base.encode_prompts(prompts)
-        guide = sampler.guide_of(prompts, conditioning) if sampler.guide_of else None
-        clean = torch.from_numpy(np.stack(some["latents"])).view(-1, *base.latent_shape).to(base.device)
-        generator, along, squared = torch.Generator().manual_seed(0), 0.0, 0.0
-        for step in np.linspace(0, len(sampler.plan.timesteps) - 1, PROBED_STEPS + 2)[1:-1].round().astype(int):
-            alpha, sigma = sampler.plan.coefficients[step, 4:].tolist()
-            x_t = alpha * clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
-            level = sampler.plan.timesteps[step].to(base.device).expand(len(x_t))
-            c = base.predict(x_t, level, conditioning).float()
-            u = base.predict(x_t, level, sampler.null.expand(len(x_t))).float()
-            if guide:
-                own, null = guide.predictions(int(step), x_t)
-                followed = guide.combined(int(step), null + scale * (own - null), own, null).float()
-            else:
-                followed = u + scale * (model.predict(x_t, level, conditioning).float() - u)
-            along += ((followed - u) / scale * (c - u)).sum().item()
-            squared += (c - u).square().sum().item()
-        return along / squared
+        some = base_images.groupby("prompt_id", sort=False).head(1).head(PROBED_PROMPTS)
+        return effective_guidance(arm, self._model(arm), self.base, some, self.batch_size)
 
     def _row(self, name: str, arms: list[Arm], frames: dict[Arm, pd.DataFrame], base: Arm, gammas: dict) -> dict:
         """The results of a method, over all its training seeds: means, and paired differences to the base model."""
         images, reference, column = pd.concat([frames[arm] for arm in arms]), frames[base], self.column
         seeds, times = [arm.seed for arm in arms if arm.seed is not None], scale_of(column)
-        row = {"method": name, SCALE: arms[0].settings.guidance_scale, "training_seeds": len(seeds)}
+        row = {"method": name, "settings": arms[0].variant, SCALE: arms[0].settings.guidance_scale}
+        row |= {"training_seeds": len(seeds)}
+        costs = [training_cost(arm.run_dir) for arm in arms if arm.run_dir]
+        row |= {name: _mean([cost[name] for cost in costs]) for name in (costs[0] if costs else ())}
         row |= {"evaluations": images["evaluations"].mean(), "seconds": images["seconds"].mean()}
         row[column.name] = times * prompt_mean(images, column.name)["value"]
         groups = {"gain": images} | {f"gain_{k}": f for key in ("split", "category") for k, f in images.groupby(key)}
@@ -353,6 +367,12 @@ class AlignmentBenchmark(Benchmark):
             for k in range(self.images_per_prompt)
         ]
         return load_encoder(self.run.evaluation.encoder, self.base.encode_images).features(np.stack(images))
+
+
+def _spaced(table: pa.Table, count: int) -> tuple[pa.Table, pa.Table]:
+    """At most `count` evenly spaced rows, and the others."""
+    places = np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int)
+    return table.take(places), table.take(np.setdiff1d(np.arange(len(table)), places))
 
 
 def _grouped(frames: dict[Arm, pd.DataFrame]) -> dict[str, list[Arm]]:

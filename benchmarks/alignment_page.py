@@ -38,7 +38,9 @@ td:first-child, th:first-child { text-align: left; }
 <p>{{ prompts }} prompts × {{ each }} seeds, the same for all rows. ± is half of the 95 % interval over prompts; gains
 are paired differences to the base model at guidance {{ "%g" | format(best) }}. Evaluations and seconds are per image,
 without its measurements; on a CPU, CPU seconds. γ is the effective guidance relative to the guidance scale. A gain of
-fewer than three trainings is no claim.</p>
+fewer than three trainings is no claim. A training pass counts as in the cost estimate of a run; minutes are wall time
+of the training's stages.
+{% if tried %}Settings were chosen on validation prompts, which are not in the table.{% endif %}</p>
 {% for title, lines in tables %}<h2>{{ title }}</h2><div class="wide"><table>
 <tr>{% for name in lines[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for line in lines[1:] %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
@@ -52,13 +54,16 @@ fewer than three trainings is no claim.</p>
 </main></body></html>"""
 
 
-def write_page(path: Path, rows: list[dict], frames: dict, base, column: Column, arguments: list[str]):
+def write_page(
+    path: Path, rows: list[dict], frames: dict, base, column: Column, arguments: list[str], tried: list[dict]
+):
     """Write the page.
 
     Args:
         rows: of the benchmark's table, means and differences of shares in per cent.
         frames: {arm: its images}; an arm has a name, settings and a training seed.
         base: the arm that the others are compared with.
+        tried: the settings that were tried, with their means on the validation prompts.
     """
     images, best = frames[base], base.settings.guidance_scale
     chosen = images.drop_duplicates("prompt_id")
@@ -69,11 +74,14 @@ def write_page(path: Path, rows: list[dict], frames: dict, base, column: Column,
             kept = chosen[["prompt_id", "seed"]].merge(frame, on=["prompt_id", "seed"], how="left")
             strips.append((arm.name, [_uri(image) for image in kept["image"]]))
     page = page_environment().from_string(_PAGE)
+    tables = [("Methods", main_table(rows, column)), ("By category", category_table(rows, column))]
+    tables += [("Settings tried on the validation prompts", tried_table(tried, column))] if tried else []
     text = page.render(
         prompts=images["prompt_id"].nunique(),
         each=round(len(images) / images["prompt_id"].nunique()),
         best=best,
-        tables=[("Methods", main_table(rows, column)), ("By category", category_table(rows, column))],
+        tables=tables,
+        tried=tried,
         figures=_figures(rows, frames, best, column),
         shown=chosen["prompt"].tolist(),
         strips=strips,
@@ -90,13 +98,25 @@ def main_table(rows: list[dict], column: Column) -> list[list[str]]:
     """The cells of the table, first the headings; with the paper's values if the metric is its metric."""
     splits = [key for key in _groups(rows) if key.removeprefix("gain_") in ("train", "test", "ood")]
     published = column.name == PAPER_COLUMN
-    names = ["", "trainings", "evaluations", "seconds", heading(column), f"gain,{unit_of_change(column)}"]
+    names = [
+        "",
+        "settings",
+        "trainings",
+        "training evaluations",
+        "minutes",
+        "evaluations",
+        "seconds",
+        heading(column),
+        f"gain,{unit_of_change(column)}",
+    ]
     names += [f"gain, {key.removeprefix('gain_')}" for key in splits]
     names += ["range over trainings"] if any("lowest_gain_of_a_seed" in row for row in rows) else []
     names += [heading(PMI), "kernel distance", "diversity, % of base", "γ"]
     lines = [names + (["paper, %"] if published else [])]
     for row in rows:
-        cells = [row["method"], str(row["training_seeds"] or ""), f"{row['evaluations']:.0f}", f"{row['seconds']:.2f}"]
+        cells = [row["method"], row["settings"], str(row["training_seeds"] or "")]
+        cells += [f"{row[key]:,.0f}" if key in row else "" for key in ("training_evaluations", "training_minutes")]
+        cells += [f"{row['evaluations']:.0f}", f"{row['seconds']:.2f}"]
         cells += [decimal(row[column.name], 1), _change(row, "gain"), *(_change(row, key) for key in splits)]
         if "range over trainings" in names:
             ends = [row.get(f"{end}_gain_of_a_seed") for end in ("lowest", "highest")]
@@ -106,6 +126,16 @@ def main_table(rows: list[dict], column: Column) -> list[list[str]]:
         if published:
             cells.append(decimal(PAPER.get(row["method"].partition(" at ")[0])))
         lines.append(cells)
+    return lines
+
+
+def tried_table(tried: list[dict], column: Column) -> list[list[str]]:
+    """The settings of each method, with the mean on the validation prompts and a mark at the chosen ones."""
+    lines = [["", "guidance scale", "settings", heading(column), "chosen"]]
+    for row in tried:
+        settings = row["settings"] or "as published or configured"
+        value, mark = decimal(row[column.name], 1), "✓" if row["chosen"] else ""
+        lines.append([row["method"], f"{row[SCALE]:g}", settings, value, mark])
     return lines
 
 

@@ -233,6 +233,93 @@ def test_alignment_benchmark_tabulates_gains_over_trainings(alignment, monkeypat
     assert "+25.0 to +50.0" in lines[2]
 
 
+def test_alignment_benchmark_chooses_settings_on_prompts_that_are_not_compared(alignment, monkeypatch, tmp_path):
+    """Twelve prompts, four of them for validation. The second setting is best there; of equal ones the first counts."""
+    monkeypatch.setattr(sys, "argv", ["alignment.py"])
+    prompts = tmp_path / "prompts.jsonl"
+    colors, shapes = ("red", "blue", "green", "purple"), ("circle", "star", "square")
+    prompts.write_text("".join(json.dumps({"prompt": f"a {c} {s}"}) + "\n" for c in colors for s in shapes))
+    benchmark = alignment.AlignmentBenchmark(flags=f"--evaluation.file {prompts}", validation_prompts=4)
+    validation, compared = benchmark.validation_table["prompt"].to_pylist(), benchmark.table["prompt"].to_pylist()
+    assert (len(validation), len(compared), set(validation) & set(compared)) == (4, 8, set())
+    values = {"": 0.5, "contrastive_scale 0.5": 0.75, "contrastive_scale 2": 0.75}
+    asked = []
+
+    def drawn(self, arm, folder, table):
+        asked.append((folder, len(table)))
+        return pd.DataFrame({"prompt_id": ["a"], benchmark.column.name: [values[arm.variant]]})
+
+    monkeypatch.setattr(type(benchmark), "_drawn", drawn)
+    arms = alignment.guidance_arms("contrastive", benchmark._sampler(4.0), tried=True)
+    chosen = benchmark._chosen(arms)
+    assert (chosen.variant, chosen.settings.guidance_settings.contrastive_scale) == ("contrastive_scale 0.5", 0.5)
+    assert asked == [("validation", 4)] * 3
+    assert [(row["settings"], row["chosen"]) for row in benchmark.tried] == [
+        ("", False), ("contrastive_scale 0.5", True), ("contrastive_scale 2", False)
+    ]  # fmt: skip
+    assert len({arm.key for arm in arms}) == 3
+
+
+def test_alignment_benchmark_trains_the_other_seeds_with_the_best_learning_rate(alignment, monkeypatch):
+    """Three learning rates with the first seed, the best one with the other seed; all trainings are equally long."""
+    monkeypatch.setattr(sys, "argv", ["alignment.py"])
+    benchmark = alignment.AlignmentBenchmark(training=("nft", "dpo"), training_seeds=(4, 5), updates=7)
+    runs = []
+
+    def train(run_dir, config, flags):
+        runs.append((Path(run_dir).name, flags))
+        return run_dir
+
+    monkeypatch.setattr(alignment, "train", train)
+    best = {"nft": "learning rate 0.003", "dpo": ""}
+
+    def drawn(self, arm, folder, table):
+        return pd.DataFrame({"prompt_id": ["a"], benchmark.column.name: [float(arm.variant == best[arm.name])]})
+
+    monkeypatch.setattr(type(benchmark), "_drawn", drawn)
+    arms = benchmark._trained(4.0, smoke=False)
+    assert [(arm.name, arm.seed, arm.variant) for arm in arms] == [
+        ("nft", 4, best["nft"]), ("dpo", 4, ""), ("nft", 5, best["nft"]), ("dpo", 5, "")
+    ]  # fmt: skip
+    assert [name for name, _ in runs] == [
+        *("nft-4", "nft-4-learning-rate-0.0003", "nft-4-learning-rate-0.003"),
+        *("dpo-4", "dpo-4-learning-rate-0.0003", "dpo-4-learning-rate-0.003"),
+        *("nft-5-learning-rate-0.003", "dpo-5"),
+    ]
+    for name, flags in runs:
+        assert flags[flags.index("--online.updates") + 1] == "7"
+        assert flags[flags.index("--seed") + 1] == name.split("-")[1]
+        assert ("--finetune.learning-rate" in flags) == ("learning-rate" in name)
+
+
+def test_alignment_benchmark_counts_the_cost_of_a_training(alignment, tmp_path, monkeypatch):
+    """Candidates and scores as counted by the shards, without the evaluation's; training passes by the config."""
+    import alignment_methods
+
+    config = RunConfig.model_validate(
+        {
+            "run_dir": str(tmp_path),
+            "prompts": {"file": "prompts.txt"},
+            "evaluation": {"controls": []},
+            "finetune": {"steps": 10, "batch_size": 4},
+        }
+    )
+    monkeypatch.setattr(alignment_methods, "finished_run", lambda run_dir: (config, {}))
+    shard = {"event": "shard_written", "denoiser_evaluations": 100, "score_evaluations": 20}
+    events = [
+        {"event": "run_started"},
+        shard | {"stage": "generate"},
+        {"event": "stage_finished", "stage": "generate", "seconds": 60},
+        {"event": "stage_finished", "stage": "finetune", "seconds": 30},
+        shard | {"stage": "evaluate"},
+        {"event": "stage_finished", "stage": "evaluate_tuned", "seconds": 500},
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    passes = 10 * 4 * config.finetune.gradient_accumulation * 3
+    cost = alignment_methods.training_cost(str(tmp_path))
+    assert cost == {"training_evaluations": 120 + passes, "training_minutes": 1.5}
+
+
 @pytest.fixture
 def simulated_run(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
