@@ -11,7 +11,7 @@ import torch
 
 from mi_ray import storage
 from mi_ray.alignment.metric import Column, Metric
-from mi_ray.config import OnlineConfig, RunConfig
+from mi_ray.config import OnlineConfig, RunConfig, SamplerConfig
 from mi_ray.diffusion.adapter_files import save_adapter
 from mi_ray.diffusion.adapters import attach_adapter
 from mi_ray.diffusion.denoisers import load_denoiser
@@ -196,7 +196,8 @@ def test_alignment_benchmark_measures_effective_guidance(alignment, tiny_pipelin
     arm = alignment.Arm("nft", benchmark._sampler(4.0), "adapter", 0)
     assert benchmark._gamma(arm, images) == pytest.approx(1.5, rel=1e-3)
     assert benchmark._gamma(alignment.Arm("base", benchmark._sampler(4.0)), images) == 1
-    scaled = benchmark._sampler(4.0, guidance_method="semantic", guidance_settings={"rate_min": 1.5, "rate_max": 1.5})
+    fixed = {"guidance_method": "semantic", "guidance_settings": {"rate_min": 1.5, "rate_max": 1.5}}
+    scaled = SamplerConfig.model_validate(benchmark._sampler(4.0).model_dump() | fixed)
     assert benchmark._gamma(alignment.Arm("semantic", scaled), images) == pytest.approx(1.5, rel=1e-3)
 
 
@@ -263,7 +264,7 @@ def test_alignment_benchmark_chooses_settings_on_prompts_that_are_not_compared(a
 def test_alignment_benchmark_trains_the_other_seeds_with_the_best_learning_rate(alignment, monkeypatch):
     """Three learning rates with the first seed, the best one with the other seed; all trainings are equally long."""
     monkeypatch.setattr(sys, "argv", ["alignment.py"])
-    benchmark = alignment.AlignmentBenchmark(training=("nft", "dpo"), training_seeds=(4, 5), updates=7)
+    benchmark = alignment.AlignmentBenchmark(training=("nft", "dgpo"), training_seeds=(4, 5), updates=7)
     runs = []
 
     def train(run_dir, config, flags):
@@ -271,7 +272,7 @@ def test_alignment_benchmark_trains_the_other_seeds_with_the_best_learning_rate(
         return run_dir
 
     monkeypatch.setattr(alignment, "train", train)
-    best = {"nft": "learning rate 0.003", "dpo": ""}
+    best = {"nft": "learning rate 0.003", "dgpo": ""}
 
     def drawn(self, arm, folder, table):
         return pd.DataFrame({"prompt_id": ["a"], benchmark.column.name: [float(arm.variant == best[arm.name])]})
@@ -279,12 +280,12 @@ def test_alignment_benchmark_trains_the_other_seeds_with_the_best_learning_rate(
     monkeypatch.setattr(type(benchmark), "_drawn", drawn)
     arms = benchmark._trained(4.0, smoke=False)
     assert [(arm.name, arm.seed, arm.variant) for arm in arms] == [
-        ("nft", 4, best["nft"]), ("dpo", 4, ""), ("nft", 5, best["nft"]), ("dpo", 5, "")
+        ("nft", 4, best["nft"]), ("dgpo", 4, ""), ("nft", 5, best["nft"]), ("dgpo", 5, "")
     ]  # fmt: skip
     assert [name for name, _ in runs] == [
         *("nft-4", "nft-4-learning-rate-0.0003", "nft-4-learning-rate-0.003"),
-        *("dpo-4", "dpo-4-learning-rate-0.0003", "dpo-4-learning-rate-0.003"),
-        *("nft-5-learning-rate-0.003", "dpo-5"),
+        *("dgpo-4", "dgpo-4-learning-rate-0.0003", "dgpo-4-learning-rate-0.003"),
+        *("nft-5-learning-rate-0.003", "dgpo-5"),
     ]
     for name, flags in runs:
         assert flags[flags.index("--online.updates") + 1] == "7"

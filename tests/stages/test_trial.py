@@ -56,7 +56,8 @@ def test_try_batch_runs_for_the_given_time(tiny_pipeline):
     try_batch(denoiser, 2)
     assert len(calls) == 2  # one batch to warm up
     measured = try_batch(denoiser, 2, seconds=0.2)
-    assert len(calls) - 3 == pytest.approx(0.2 / (4 * measured.seconds_per_evaluation), abs=1)
+    calls_in_time = 0.2 / (4 * measured.seconds_per_evaluation)
+    assert len(calls) - 3 == pytest.approx(calls_in_time, rel=0.25, abs=1)  # the last call ends after the time
 
 
 def test_settle_without_auto_runs_no_trial(monkeypatch):
