@@ -14,7 +14,7 @@ Fit = Literal["exact", "crop"]
 
 
 class PairScoreConfig(ScoreConfig):
-    """How pairs are scored. For real images, lower noise levels are informative than for generated images."""
+    """How pairs are scored. For real images, less noisy levels are more informative than for generated images."""
 
     names: tuple[Literal["pmi", "pmi_negatives"], ...] = Field(
         ("pmi", "pmi_negatives"), description="both scores are always computed, and the margin"
