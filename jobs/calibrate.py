@@ -1,4 +1,4 @@
-"""Find the noise levels at which a score ranks best: python jobs/calibrate.py --prompts.file FILE --out F.yaml
+"""Find the noise levels at which a score ranks best: jobs/calibrate.py --model.path M --prompts.file F --out FILE.yaml
 
 It needs no labels. For prompts of the shapes grammar, `--alignment oracle` compares the result with exact labels.
 """

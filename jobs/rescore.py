@@ -1,4 +1,4 @@
-"""Compute other on-trajectory scores from the stored data of a run: python jobs/rescore.py --run-dir DIR"""
+"""Compute other on-trajectory scores from the stored data of a run in rounds: python jobs/rescore.py --run-dir DIR"""
 
 from mi_ray.config.command_line import run_command
 from mi_ray.config.rescore import RescoreConfig
