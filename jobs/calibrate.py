@@ -5,11 +5,17 @@ It needs no labels. For prompts of the shapes grammar, `--alignment oracle` comp
 
 from mi_ray.config.calibration import CalibrationConfig
 from mi_ray.config.command_line import run_command
-from mi_ray.stages.calibrate import calibrate
+
+
+def run(config: CalibrationConfig, dry_run: bool):
+    from mi_ray.stages.calibrate import calibrate  # takes seconds; --help and wrong flags do not need it
+
+    calibrate(config, dry_run)
+
 
 if __name__ == "__main__":
     run_command(
-        calibrate,
+        run,
         "Find the noise levels at which the contrastive score of a model ranks the candidates of a prompt best.",
         "jobs/configs/calibrate-smoke.yaml",
         CalibrationConfig,
