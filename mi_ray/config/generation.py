@@ -113,7 +113,7 @@ class PruneConfig(Section):
         description="score that ranks the candidates: an on-trajectory score of the steps so far, or a pmi score of the"
         " predicted clean latents; none: no pruning",
     )
-    # After a fifth of the steps, the contrastive score ranks nearly as well as at the end
+    # Measured on the embedded model: after a fifth of the steps the contrastive score ranks nearly as at the end.
     after: tuple[Share, ...] = Field(
         (0.2,), description="shares of the sampling steps after which candidates are dropped"
     )
@@ -251,7 +251,7 @@ class ScoreConfig(Section):
     )
     log_snr_max: float = Field(
         -1.7, description="upper end of this log SNR band"
-    )  # the layout of an image is decided at log SNRs below -1.7
+    )  # measured on the embedded model: below -1.7 the layout is decided
     banded: Literal["mitune", "mitune_eq2", "asd", "rfmi", "rfmi_guided", "flow_difference"] = Field(
         "mitune", description="on-trajectory score that trajectory_banded computes within the band"
     )
