@@ -27,7 +27,7 @@ test-long: .venv/installed-test  ## the tests that make test leaves out: more st
 families: .venv/installed-test  ## a whole run with every model family
 	$(BIN)/python -m pytest -q tests/stages/test_model_families.py --long
 
-gpu: .venv/installed-test  ## on a machine with a GPU: all that a GPU must show, ten minutes a part at most; writes gpu.json
+gpu: .venv/installed-test  ## on a machine with a GPU: tests, benchmarks and a run that need one; ten minutes a part at most; writes gpu.json
 	$(BIN)/python benchmarks/gpu.py --out gpu.json
 
 lint: .venv/installed-dev

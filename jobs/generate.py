@@ -1,6 +1,7 @@
 """Generate, score and rank the candidates of the first round: python jobs/generate.py --config FILE --run-dir DIR
 
-It has the command line and run folder of jobs/pipeline.py, which continues the run from here.
+It has the command line and run folder of jobs/pipeline.py, which continues the run from here. An online run generates
+while it trains, so this job also trains it.
 """
 
 from mi_ray.config import RunConfig

@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mi_ray.config.command_line import run_settings
@@ -40,11 +40,13 @@ class Command(BaseSettings):
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, extra="forbid")
 
-    folder: LocalOrUri = str(Path(__file__).parent / "configs" / "prompts")
-    seed: int = 0
-    train_per_category: PositiveInt = 100
-    ood_per_category: PositiveInt = 20  # and twice as many of the split test
-    online_per_category: PositiveInt = 120
+    folder: LocalOrUri = Field(str(Path(__file__).parent / "configs" / "prompts"), description="output folder")
+    seed: int = Field(0, description="random seed")
+    train_per_category: PositiveInt = Field(100, description="number of prompts per category in shapes-train.jsonl")
+    ood_per_category: PositiveInt = Field(
+        20, description="number of prompts of the split ood per category in shapes-test.jsonl; twice as many of test"
+    )
+    online_per_category: PositiveInt = Field(120, description="number of prompts per category in shapes-online.jsonl")
 
     def cli_cmd(self):
         train = draw("train", self.train_per_category, self.seed)

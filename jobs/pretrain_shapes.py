@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mi_ray.config.command_line import run_settings
@@ -19,7 +20,7 @@ class Command(BaseSettings, PretrainConfig):
 
     model_config = SettingsConfigDict(cli_parse_args=True, cli_kebab_case=True, cli_implicit_flags=True, extra="forbid")
 
-    folder: SharedPath  # output folder of checkpoints, logs and the trained model
+    folder: SharedPath = Field(description="output folder of checkpoints, logs and the trained model")
 
     def cli_cmd(self):
         start_ray()

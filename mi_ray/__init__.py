@@ -1,4 +1,4 @@
-"""Information-theoretic text-to-image alignment as a distributed batch system.
+"""Fine-tuning of text-to-image models by their own mutual information, on Ray.
 
 For notebooks: `load_denoiser` a model, sample with a `Sampler`, score with a `Scorer`; `RunConfig` and `run_pipeline`
 for the whole job. Names are imported when first used, so that `import mi_ray` costs nothing.
@@ -9,7 +9,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-# The libraries beneath greet every worker with advice that is not for our users; an explicit setting wins.
+# These libraries print advice in every worker that is not for users of this package. A value that the user sets stays.
 for _name, _value in {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",

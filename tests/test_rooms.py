@@ -180,7 +180,9 @@ def test_help_and_status_do_not_import_torch():
     names = (
         "config.command_line",
         "config",
+        "config.calibration",
         "config.export",
+        "config.rescore",
         "inputs.pair_config",
         "inputs.more_prompts_config",
         "runs.status",

@@ -93,11 +93,11 @@ class _CommandLine(BaseSettings):
     )
     config: tuple[str, ...] = Field(
         (),
-        description="YAML file with the fields below; flags override it. Give several files: later ones override"
-        " earlier",
+        description="YAML file with the fields below, or several: later files override earlier ones, and flags"
+        " override files",
     )
     smoke: CliToggleFlag[bool] = Field(
-        False, description="use the smoke config: a run of seconds on the same code path"
+        False, description="use the job's smoke config: a small run of the same code, to try it"
     )
     dry_run: CliToggleFlag[bool] = Field(False, description="print the plan and exit")
     unknown: CliUnknownArgs = Field(default=[])  # kept, so that all faults are reported at once

@@ -30,7 +30,7 @@ class FinetuneConfig(Section):
     anchor_guidance: float = Field(
         1.0,
         ge=1,
-        description="guidance_scale of the base model's prediction in anchor. 1: no guidance; above 1: the student"
+        description="guidance_scale of the base model's prediction in anchor. 1: no guidance; above 1: the tuned model"
         " learns to work without guidance",
     )
     ratio_clip: float = Field(
@@ -67,9 +67,9 @@ class FinetuneConfig(Section):
     )
     baseline: Share = Field(
         0.0,
-        description="share of a baseline adapter's update that is subtracted. The baseline is trained on a random"
-        " selection of the same pool, because training on its own images changes a model whatever is selected; 0:"
-        " nothing",
+        description="share of a baseline adapter that is subtracted. The baseline is trained on a random selection of"
+        " the same candidates, because a model that is trained on its own images changes for any selection; 0: no"
+        " baseline",
     )
     weight_decay: float = Field(1e-2, ge=0, description="weight decay of AdamW")
     steps: Positive = Field(300, description="number of optimiser steps")
@@ -122,8 +122,8 @@ class FinetuneConfig(Section):
 
 
 class OnlineConfig(Section):
-    """Online fine-tuning: many small updates, each on new candidates of the current policy. Off if `updates` is 0.
-    Each prompt gets `generate.candidates_per_prompt` candidates, which `sampler` draws."""
+    """Online fine-tuning: many small updates, each on new candidates of the current policy. It is off if `updates` is
+    0. Each prompt gets `generate.candidates_per_prompt` candidates, sampled as `sampler` says."""
 
     updates: Annotated[int, Field(ge=0)] = Field(
         0, description="number of updates; 0: no online training, but the rounds of the paper"
@@ -136,20 +136,20 @@ class OnlineConfig(Section):
     held_share: Share = Field(
         0.25,
         description="share of the rows that are trained towards the base model's prediction instead: for the empty"
-        " prompt, and for all prompts at the noise levels above finetune.log_snr_max. Without them, what is not trained"
-        " changes too",
+        " prompt, and for all prompts at log SNRs above finetune.log_snr_max. Otherwise the adapter changes these"
+        " predictions too",
     )
-    held_weight: float = Field(5.0, gt=0, description="weight of such a row in the loss; that of others is 1")
+    held_weight: float = Field(5.0, gt=0, description="weight of the rows of held_share in the loss; other rows have 1")
     shared_noise: bool = Field(True, description="true: all candidates of a prompt get the same noise and noise level")
     rewards: tuple[RewardName, ...] = Field(
         (),
         description="rewards: scores, metrics of generate.alignment (their first column) or columns of these metrics."
-        " A weight is optional (pmi_negatives, pmi:0.5). random: a control; none: select.by",
+        " A weight is optional (pmi_negatives, pmi:0.5). random: a control; none: the reward is select.by",
     )
     reward_floor: float = Field(
         0.3,
         ge=0,
-        description="added to the standard deviation of a prompt's scores before the division by it; not for metrics",
+        description="the scores of a prompt are divided by their standard deviation plus this; not used for metrics",
     )
     reward_clip: float = Field(
         2.0, gt=0, description="advantages are clipped to plus and minus this, in standard deviations"
@@ -163,7 +163,7 @@ class OnlineConfig(Section):
         4, description="dpok: number of sampling steps of each trained candidate that are stored and trained on"
     )
     lag: Annotated[int, Field(ge=0, le=1)] = Field(
-        1, description="1: draw the candidates of an update while the previous update is trained; 0: after it"
+        1, description="1: sample the candidates of an update while the previous update is trained; 0: after it"
     )
     decay: tuple[float, float, float] = Field(
         (0.05, 0.005, 0.5),

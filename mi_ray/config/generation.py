@@ -33,14 +33,14 @@ MODEL = "the embedded model (shapes), a diffusers folder or a hub id; owner/name
 
 
 class PromptsConfig(Section):
-    """The prompts to align the model with."""
+    """The prompts to fine-tune on."""
 
     file: LocalOrUri = Field(
         description="prompt file: .txt (one prompt a line), or .jsonl, .json, .csv, .tsv or .parquet (columns prompt,"
         " category); local, s3:// or gs://"
     )
     column: str | None = Field(
-        None, description="column or key of the prompt; none: the first of prompt, caption, text that has a value"
+        None, description="column or key of the prompt; none: the first of prompt, caption, text, txt that has a value"
     )
     limit: Positive | None = Field(None, description="number of prompts to use, from the start of the file; none: all")
     duplicates: Literal["error", "drop"] = Field(
@@ -61,7 +61,7 @@ WIDTH = "width of the images in pixels; it must be divisible as the model needs;
 
 
 class ModelConfig(Section):
-    """The model to align."""
+    """The model to fine-tune."""
 
     path: ModelPath = Field("shapes", description=MODEL)
     height: Positive | None = Field(None, description=HEIGHT)
@@ -82,9 +82,9 @@ class ModelConfig(Section):
     )
     compile: Literal["auto", "blocks", "default", "cuda-graphs"] | None = Field(
         "auto",
-        description="what torch.compile compiles of the denoiser; it pads partial batches. blocks: the repeated blocks;"
-        " auto: blocks on a GPU, nothing on a CPU; default: the whole network, minutes at the start; cuda-graphs: also"
-        " replayed as one launch; none: nothing",
+        description="the part of the denoiser that torch.compile compiles; partial batches are padded. blocks: the"
+        " repeated blocks; auto: blocks on a GPU, nothing on a CPU; default: the whole network, which takes minutes at"
+        " the start; cuda-graphs: the same with CUDA graphs; none: nothing",
     )
 
     quantize: Literal["bitsandbytes-nf4", "bitsandbytes-int8", "torchao-int8", "torchao-fp8"] | None = Field(
@@ -110,10 +110,10 @@ class PruneConfig(Section):
 
     by: ScoreName | None = Field(
         None,
-        description="score that ranks the candidates: an on-trajectory score of the steps so far, or pmi or"
-        " pmi_contrastive of the predicted clean latents; none: no pruning",
+        description="score that ranks the candidates: an on-trajectory score of the steps so far, or a pmi score of the"
+        " predicted clean latents; none: no pruning",
     )
-    # METHOD: after a fifth of the steps the contrastive score ranks nearly as well as at the end
+    # Measured on the embedded model: after a fifth of the steps the contrastive score ranks nearly as at the end.
     after: tuple[Share, ...] = Field(
         (0.2,), description="shares of the sampling steps after which candidates are dropped"
     )
@@ -243,14 +243,15 @@ class ScoreConfig(Section):
     """The scores of each candidate. On-trajectory scores are free. Pointwise (pmi) scores cost denoiser evaluations."""
 
     names: tuple[ScoreName, ...] = Field(
-        ("mitune", "mitune_eq2"), description="scores to compute, in nats; each one fills the column score_<name>"
+        ("mitune", "mitune_eq2"),
+        description="scores to compute, in nats (asd: no unit); each one fills the column score_<name>",
     )
     log_snr_min: float = Field(
         -5.0, description="lower end of the log SNR band of the pmi scores and of trajectory_banded"
     )
     log_snr_max: float = Field(
         -1.7, description="upper end of this log SNR band"
-    )  # METHOD: layout is decided below -1.7
+    )  # measured on the embedded model: below -1.7 the layout is decided
     banded: Literal["mitune", "mitune_eq2", "asd", "rfmi", "rfmi_guided", "flow_difference"] = Field(
         "mitune", description="on-trajectory score that trajectory_banded computes within the band"
     )
@@ -281,19 +282,23 @@ class ScoreConfig(Section):
     negatives: str = Field(
         "auto",
         pattern="^(auto|shapes|text|spacy(:.+)?)$",
-        description="pmi_negatives: method that changes one thing in a prompt: shapes, text, spacy, spacy:MODEL; auto:"
-        " shapes for prompts of the shapes grammar, else text",
+        description="pmi_negatives: method that changes one thing in a prompt: shapes (its grammar), text (a lexicon),"
+        " spacy, spacy:MODEL; auto: shapes for prompts of the shapes grammar, else text",
     )
     max_negatives: Positive = Field(
-        8, description="pmi_negatives: maximum number of hard negatives (changed prompts); each costs one branch"
+        8,
+        description="pmi_negatives: maximum number of hard negatives (changed prompts); each costs one evaluation per"
+        " noise sample",
     )
     shortlist: Positive | None = Field(
         None,
-        description="number of neighbours or hard negatives per candidate, the likeliest ones, that are evaluated with"
-        " every noise sample; none: all of them",
+        description="number of neighbours or hard negatives per candidate that are evaluated with every noise sample:"
+        " the most likely ones; none: all of them",
     )
     shortlist_samples: Positive = Field(
-        3, description="number of noise samples that choose the shortlist; the others get only these"
+        3,
+        description="number of noise samples that choose the shortlist; neighbours and negatives outside it are"
+        " evaluated with these only",
     )
 
     @model_validator(mode="after")
@@ -351,7 +356,8 @@ class SelectConfig(Section):
     )
     top_k: Positive = Field(1, description="maximum number of kept candidates per prompt")  # MI-TUNE: 1
     min_score: float | None = Field(
-        None, description="lowest score of a kept candidate, in nats; none: keep the best, whatever its score"
+        None,
+        description="lowest score of a kept candidate, if select.by is a score; none: keep the best, with any score",
     )
     balance: bool = Field(
         False, description="true: every prompt has the same total weight, whatever the number of its kept candidates"

@@ -24,7 +24,8 @@ class TrajectoryScoreConfig(ScoreConfig):
 
 
 class RescoreConfig(Section):
-    """Compute other on-trajectory scores of a run's stored candidates, and compare them with the run's selection."""
+    """Compute other on-trajectory scores of the stored candidates of a run in rounds, and compare them with the run's
+    selection."""
 
     run_dir: SharedPath = Field(description="folder of a run, local or remote; tables are written to its rescored/")
     score: TrajectoryScoreConfig = TrajectoryScoreConfig()

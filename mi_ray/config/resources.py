@@ -23,14 +23,13 @@ class ResourcesConfig(Section):
     cpus_per_actor: Annotated[float, Field(ge=0)] = Field(1, description="number of CPUs and of threads per actor")
     gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         0.0,
-        description="number of GPUs per actor; 0.5: two actors share a GPU; auto: chosen by a trial when the run"
-        " starts",
+        description="number of GPUs per actor; 0: CPUs only; 0.5: two actors share a GPU; auto: chosen by a trial when"
+        " the run starts",
     )
     batch_size: Positive | Literal["auto"] = Field(
         64,
-        description="number of candidates of the model's own size in one denoiser batch (twice as many rows with"
-        " guidance); at another model.height or model.width: the number with as many latent tokens; auto: chosen by a"
-        " trial",
+        description="number of candidates in one denoiser batch (twice as many rows with guidance), if images have the"
+        " model's own size; at another size the batch has as many latent tokens; auto: chosen by a trial",
     )
     shard_timeout_s: float | None = Field(
         None,
@@ -53,7 +52,9 @@ class ResourcesConfig(Section):
         1,
         description="number of CPUs per worker; 0: it shares those of the actors (online training on a small machine)",
     )
-    train_gpus: Annotated[float, Field(ge=0)] = Field(0, description="number of GPUs per worker: 0 or 1")
+    train_gpus: Annotated[float, Field(ge=0)] = Field(
+        0, description="number of GPUs per worker, at most 1; 0: the worker trains on CPUs"
+    )
     judge_actors: Annotated[int, Field(ge=0)] = Field(
         0,
         description="number of actors that only measure the metrics, for judges that are too large to share a device"

@@ -55,7 +55,9 @@ class EvaluationConfig(Section):
         f" {METRIC_NAMES}",
     )
     controls: tuple[MetricName, ...] = Field(
-        (), description="other selections to fine-tune on and evaluate: random, or metrics of generate.alignment"
+        (),
+        description="controls that are trained and evaluated too: random, or metrics of generate.alignment, in place of"
+        " select.by (in an online run: of online.rewards)",
     )
     pmi: bool = Field(True, description="compute the pmi score of every image, at every guidance scale")
     encoder: ModelPath | None = Field(
@@ -88,7 +90,7 @@ class EvaluationConfig(Section):
 
 
 class RunConfig(Section):
-    """Align a text-to-image model with its prompts: generate, score, select, fine-tune, evaluate, report."""
+    """Make a text-to-image model follow its prompts better: generate, score, select, fine-tune, evaluate, report."""
 
     run_dir: SharedPath = Field(
         description="folder of the run: local, s3:// or gs://; the same command with the same folder continues the run"

@@ -16,8 +16,8 @@ class MorePromptsConfig(Section):
 
     file: LocalOrUri | None = Field(
         None,
-        description="your prompt list: .txt (one prompt a line), .jsonl or .parquet (columns prompt, category); local,"
-        " s3:// or gs://; none: prompts of the shapes grammar",
+        description="your prompt list, in any form that prompts.file of a run may have; none: prompts of the shapes"
+        " grammar",
     )
     out: SharedPath = Field(description="output file: .jsonl, .parquet or .txt; local, s3:// or gs://")
     count: Positive = Field(description="number of new prompts; if fewer can be made, an error tells how many")

@@ -14,7 +14,7 @@ Fit = Literal["exact", "crop"]
 
 
 class PairScoreConfig(ScoreConfig):
-    """How pairs are scored. For real images, middle noise levels are more informative than for generated ones."""
+    """How pairs are scored. For real images, less noisy levels are more informative than for generated images."""
 
     names: tuple[Literal["pmi", "pmi_negatives"], ...] = Field(
         ("pmi", "pmi_negatives"), description="both scores are always computed, and the margin"
@@ -26,8 +26,8 @@ class PairScoreConfig(ScoreConfig):
     max_negatives: Positive = Field(24, description="maximum number of hard negatives (changed captions) per pair")
     shortlist: Positive | None = Field(
         6,
-        description="number of hard negatives per pair, the likeliest ones, that are evaluated with every noise"
-        " sample; none: all of them",
+        description="number of hard negatives per pair that are evaluated with every noise sample: the most likely"
+        " ones; none: all of them",
     )
 
 
@@ -37,15 +37,15 @@ class ScorePairsConfig(Section):
     input: SharedPath | None = Field(
         None,
         description="pairs: .parquet, .jsonl, .json, .csv, .tsv, a WebDataset .tar, a folder of these, or a folder of"
-        " images with a .txt for each; local, s3:// or gs://; none: a single pair",
+        " images with a .txt, .caption or .json for each; local, s3:// or gs://; none: a single pair",
     )
     run_dir: SharedPath | None = Field(
         None, description="folder of the results: local, s3:// or gs://; the same command continues the run"
     )
     keep: LocalOrUri | None = Field(
         None,
-        description="output file for the input's rows without those whose image contradicts the caption, of the same"
-        " type as the input (.jsonl for a folder of images); none: not written",
+        description="output file: a copy of the input without the pairs whose image contradicts the caption, of the"
+        " same type as the input (.jsonl for a folder of images); none: not written",
     )
     image: LocalOrUri | None = Field(None, description="a single image, instead of input; needs prompt")
     prompt: str | None = Field(None, description="caption of the single image")
@@ -69,7 +69,9 @@ class ScorePairsConfig(Section):
     overlong: Literal["error", "truncate"] = Field(
         "error", description="captions longer than the text encoder reads: error: an error row; truncate: cut them"
     )
-    words: bool = Field(False, description="also score every word, by leaving it out; each word costs one branch")
+    words: bool = Field(
+        False, description="also score every word, by leaving it out; each word costs one evaluation per noise sample"
+    )
     rank_by: Literal["margin", "pmi_negatives", "pmi"] = Field(
         "margin",
         description="score that orders the audit page, worst first; margin: log p(image | caption) minus the highest"

@@ -25,30 +25,45 @@ class PretrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architecture: Literal["unet", "flow"] = "unet"  # a small Stable Diffusion, or a small Stable Diffusion 3
-    seed: int = 0
-    num_workers: int = 1
-    threads_per_worker: int = 2
-    use_gpu: bool = False  # one GPU per worker: forward pass in bfloat16, weights in float32, steps as CUDA graphs
-    drawing_processes: int = 0  # data-loading processes per worker; 0: the worker draws its pairs itself
-    vae_steps: int = 2200
-    vae_batch_size: int = 16
-    vae_learning_rate: float = 1.5e-3
-    kl_weight: float = 1e-6  # weight of the KL divergence, summed over a latent; the pixel loss is a mean
-    decoder_steps: int = 1500  # training of the decoder alone, on frozen latents of textured scenes
-    decoder_learning_rate: float = 1e-3
-    pairs: int = 60_000  # number of caption-image pairs, drawn and encoded once
-    steps: int = 6500
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    prompt_dropout: float = 0.1
-    min_snr_gamma: float = 5.0  # of a unet: Hang et al. 2023, eq. 5
-    ema_decay: float = 0.999
-    checkpoint_every: int = 500
-    start_from: ModelPath = ""  # take the autoencoder and the parts of the same name from it: a folder or shapes
-    layout_share: float = Field(0.0, ge=0, lt=1)  # of a unet: share of timesteps around 690, where captions matter most
-    logit_mean: float = 0.0  # of a flow: mean and standard deviation of the logit of a time, Esser et al. 2024, eq. 19
-    logit_std: float = Field(1.0, gt=0)
+    architecture: Literal["unet", "flow"] = Field(
+        "unet", description="unet: a small Stable Diffusion; flow: a small Stable Diffusion 3, a rectified flow"
+    )
+    seed: int = Field(0, description="random seed of weights, pairs and batches")
+    num_workers: int = Field(1, description="number of data-parallel workers")
+    threads_per_worker: int = Field(2, description="number of CPU threads per worker")
+    use_gpu: bool = Field(
+        False, description="one GPU per worker: forward pass in bfloat16, weights in float32, steps as CUDA graphs"
+    )
+    drawing_processes: int = Field(
+        0, description="number of data-loading processes per worker; 0: the worker draws its pairs itself"
+    )
+    vae_steps: int = Field(2200, description="number of training steps of the autoencoder")
+    vae_batch_size: int = Field(16, description="number of images in a step of all workers")
+    vae_learning_rate: float = Field(1.5e-3, description="learning rate of the autoencoder")
+    kl_weight: float = Field(
+        1e-6, description="weight of the KL divergence, summed over a latent; the pixel loss is a mean"
+    )
+    decoder_steps: int = Field(
+        1500, description="number of training steps of the decoder alone, on frozen latents of textured scenes"
+    )
+    decoder_learning_rate: float = Field(1e-3, description="learning rate of the decoder alone")
+    pairs: int = Field(60_000, description="number of caption-image pairs, drawn and encoded once")
+    steps: int = Field(6500, description="number of training steps of the denoiser and the text encoder")
+    batch_size: int = Field(64, description="number of pairs in a step of all workers")
+    learning_rate: float = Field(2e-3, description="highest learning rate, after a warm-up of 200 steps")
+    prompt_dropout: float = Field(0.1, description="share of the pairs that are trained without their caption")
+    min_snr_gamma: float = Field(5.0, description="unet: gamma of Min-SNR, Hang et al. 2023, eq. 5")
+    ema_decay: float = Field(0.999, description="decay of the moving average of the weights, which is saved")
+    checkpoint_every: int = Field(500, description="number of steps between two checkpoints")
+    start_from: ModelPath = Field(
+        "",
+        description="take the autoencoder and the parts of the same name from it: a folder or shapes; empty: nothing",
+    )
+    layout_share: float = Field(
+        0.0, ge=0, lt=1, description="unet: share of timesteps around 690, where captions matter most"
+    )
+    logit_mean: float = Field(0.0, description="flow: mean of the logit of a time, Esser et al. 2024, eq. 19")
+    logit_std: float = Field(1.0, gt=0, description="flow: standard deviation of the logit of a time")
 
 
 def learning_rate_factor(step: int, total: int) -> float:
