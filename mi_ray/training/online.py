@@ -28,7 +28,7 @@ from mi_ray.training.losses import Batch, Objective, weights_of
 from mi_ray.training.transitions import Rows, Transitions
 
 GUARDED = ("latent_std", "diversity")  # values of the candidates; a large change stops the training
-PROBE_ROWS = 32  # number of rows that the effective guidance is measured on
+PROBE_ROWS = 32  # smallest number of rows that the effective guidance is measured on, if there are as many
 READ = ("prompt_id", "prompt", "advantage", "latents")  # columns of a part that are read, in addition to the rewards
 
 
@@ -232,7 +232,7 @@ class OnlineSource:
         prompts = ["" if empty else group.prompt for group, *_, empty in parts]
         advantage = torch.cat([group.advantages for group, *_ in parts])
         guidance, precision = torch.tensor([(rows.guidance, rows.precision) for _, rows, *_ in parts]).T
-        batch = Batch(
+        return Batch(
             x0=torch.cat([rows.x0 for _, rows, *_ in parts]),
             noise=torch.cat([rows.noise for _, rows, *_ in parts]),
             timesteps=torch.stack([rows.timestep for _, rows, *_ in parts]).repeat_interleave(sizes),
@@ -244,8 +244,7 @@ class OnlineSource:
             held=held if online.held_share else None,
             guidance=guidance.repeat_interleave(sizes) if (guidance != 1).any() else None,
             precision=precision.repeat_interleave(sizes),
-        )
-        return batch.to(self.denoiser.device)
+        ).to(self.denoiser.device)
 
     def _encoded(self, prompts: list[str], sizes: Tensor) -> Conditioning:
         """The conditioning of each row. `sizes` are the numbers of rows of the prompts."""
@@ -288,13 +287,13 @@ class OnlineSource:
             self.board.publish(version, self.recent[version])
 
     def due(self, step: int) -> bool:
-        update, inner = divmod(step, self.config.online.inner_steps)
-        last = inner + 1 == self.config.online.inner_steps
-        return last and (update + 1) % self.config.online.validate_every == 0
+        online = self.config.online
+        return (step + 1) % (online.inner_steps * online.validate_every) == 0
 
     def probe(self) -> Batch | None:
         self.update, self.history = -1, []  # the training has ended
-        return self._draw(self.groups, 0) if self._read(0) and self.groups else None
+        first = self.parts(0, 0, 1) if self._read(0) else []
+        return first[0][0]() if first else None
 
     def state(self) -> dict:
         return {"recent": self.recent}
@@ -340,18 +339,19 @@ class OnlineSource:
         gamma = <eps_policy(y) - eps(), Delta> / ||Delta||^2 with Delta = eps(y) - eps() of the base model, on the
         update's candidates. 1: the base model itself.
         """
-        if not self.groups:
-            return math.nan
-        batch = self._draw(self.groups[: max(1, PROBE_ROWS // len(self.groups[0].latents))], 0)
-        objective, parameters = self.objective, self.objective.parameters_trained
-        null = self.denoiser.encode_prompts([""]).expand(len(batch.x0))
-        with torch.no_grad():
-            with weights_of(objective.base, parameters):
-                base, empty = objective.predict(batch), objective.predict(batch, null)
-            with weights_of(objective.old, parameters):
-                policy = objective.predict(batch)
-        delta = base - empty
-        return float(((policy - empty) * delta).sum() / delta.square().sum())
+        objective, null = self.objective, self.denoiser.encode_prompts([""])
+        rows, overlap, square = 0, 0.0, 0.0
+        for draw, _ in self.parts(0, 0, 1):
+            batch = draw()
+            with torch.no_grad(), weights_of(objective.base, objective.parameters_trained):
+                empty = objective.predict(batch, null.expand(len(batch.x0)))
+                delta = objective.predict(batch) - empty
+            with torch.no_grad(), weights_of(objective.old, objective.parameters_trained):
+                moved = objective.predict(batch) - empty
+            overlap, square = overlap + (moved * delta).sum().item(), square + delta.square().sum().item()
+            if (rows := rows + len(batch.x0)) >= PROBE_ROWS:
+                break
+        return overlap / square if square else math.nan
 
 
 def validation_rewards(plan: OnlinePlan, candidates: str, version: int, rewards: tuple[Reward, ...]) -> np.ndarray:
@@ -387,7 +387,7 @@ def best_version(config: RunConfig, plan: OnlinePlan, candidates: str, saved: li
     good = []
     for version, values in scores.items():
         lost = scores[highest] - values
-        if np.nanmean(lost) <= np.nanstd(lost, ddof=1) / math.sqrt(len(lost)):
+        if np.nanmean(lost) <= np.nanstd(lost, ddof=1) / math.sqrt(np.isfinite(lost).sum()):
             good.append(version)
     return {
         "version": max(good, default=highest),

@@ -1,5 +1,6 @@
 """The training of an online run: its data, and when it stops."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mi_ray.diffusion.adapters import attach_adapter
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.online_plan import OnlinePlan, plan_of
 from mi_ray.runs import folder as run_folder
-from mi_ray.training.losses import Objective
+from mi_ray.training.losses import Objective, weights_of
 from mi_ray.training.online import OnlineSource, RunAway, best_version
 
 
@@ -106,6 +107,40 @@ def test_restarted_source_has_the_same_batches_and_versions(drawn):
     batch = again.parts(INNER, 0, 1)[0][0]()
     for name in ("x0", "noise", "timesteps", "advantages", "held"):
         assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+
+
+def test_measurements_of_the_policy_need_no_more_memory_than_a_training_step(drawn):
+    """The effective guidance and the probe use batches of at most finetune.batch_size rows, here one prompt."""
+    config, prompts, folder = drawn
+    source, objective = source_of(config, prompts, folder, board_of(plan_of(config, prompts), folder))
+    source.load({}, [])
+    assert source.open(0)
+    predict, sizes = objective.predict, []
+
+    def counted(batch, conditioning=None):
+        sizes.append(len(batch.x0))
+        return predict(batch, conditioning)
+
+    objective.predict = counted
+    assert source.effective_guidance() == pytest.approx(1, abs=1e-5)  # the policy is the base model
+    for values in objective.old:
+        values.add_(0.1)
+    gamma = source.effective_guidance()
+    assert set(sizes) == {config.finetune.batch_size}
+    overlap = square = 0.0
+    for draw, _ in source.parts(0, 0, 1):
+        batch = draw()
+        null = source.denoiser.encode_prompts([""]).expand(len(batch.x0))
+        with torch.no_grad():
+            base, empty = predict(batch), predict(batch, null)
+            with weights_of(objective.old, objective.parameters_trained):
+                policy = predict(batch)
+        overlap, square = overlap + ((policy - empty) * (base - empty)).sum(), square + (base - empty).square().sum()
+    assert gamma == pytest.approx(float(overlap / square), rel=1e-4)
+    assert abs(gamma - 1) > 1e-3
+    assert len(source.probe().x0) == config.finetune.batch_size
+    source.groups = []
+    assert math.isnan(source.effective_guidance())
 
 
 def test_random_rewards_need_no_scores_and_depend_only_on_the_seeds(tiny_pipeline, tmp_path):
