@@ -71,3 +71,5 @@ def test_too_few_prompts_are_faults_of_an_online_run_only(tmp_path):
     assert too_few_prompts(RunConfig.model_validate(given), 12) == []
     compared = {"score": {"names": ["pmi_contrastive"]}, "select": {"by": "pmi_contrastive"}}
     assert "there is only one" in too_few_prompts(RunConfig.model_validate(given | compared), 1)[0]
+    best_of = {"sampler": {"best_of": {"candidates": 2, "by": "pmi_contrastive"}}}
+    assert "there is only one" in too_few_prompts(RunConfig.model_validate(given | best_of), 1)[0]

@@ -132,7 +132,7 @@ def test_report_has_the_updates_and_validations_of_an_online_run(report):
         "effective_guidance": GAMMA,
     }
     assert [found["version"] for found in tuned["validations"]] == [0, 2, 4, 6]
-    assert {"score_mitune", "score_pmi_contrastive", "exact"} <= set(tuned["validations"][0]["columns"])
+    assert {"score_mitune", "score_pmi_negatives", "exact"} <= set(tuned["validations"][0]["columns"])
     assert tuned["validations"][0]["columns"]["exact"]["n_prompts"] == 6
     assert tuned["self_score"][1] == {"version": 2, "value": 1.2}
     assert (tuned["kept"], tuned["stopped"], tuned["effective_guidance"]) == (4, STOPPED, GAMMA)
@@ -149,7 +149,7 @@ def test_report_counts_training_and_work_of_an_online_run(report):
 def test_selection_of_an_online_run_uses_the_candidates_of_updates(report, run_dir, config):
     selection = report["selection"]
     assert selection["pool_exact"]["n_images"] == UPDATES * 3 * 6  # without the validations
-    assert selection["auc"]["exact"]["pmi_contrastive"]["value"] > 0.8
+    assert selection["auc"]["exact"]["pmi_negatives"]["value"] > 0.8
     assert "kept_exact" not in selection
     assert previews(str(run_dir), config) == []
 
