@@ -28,8 +28,8 @@ from mi_ray.stages.shards import FACTS, ShardWriter, rows_of, write_missing
 from mi_ray.storage import tables
 from mi_ray.training.board import Meeting
 from mi_ray.training.loop import loop_settings, remove_checkpoints, train
-from mi_ray.training.online import best_version
 from mi_ray.training.start import local_start, start_adapter
+from mi_ray.training.validation import best_version
 
 LOOK_S = 30.0  # seconds that an actor waits for a policy before it checks whether an earlier part was lost
 

@@ -21,11 +21,11 @@ from mi_ray.diffusion.adapters import adapter_state
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.inputs.online_plan import OnlinePlan
-from mi_ray.runs import folder as run_folder
 from mi_ray.runs.layout import CANDIDATES, policy_folder
 from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, run_rewards, validation_rewards_of
 from mi_ray.training.losses import Batch, Objective, weights_of
 from mi_ray.training.transitions import Rows, Transitions
+from mi_ray.training.validation import finite_mean, validation_rewards
 
 GUARDED = ("latent_std", "diversity")  # values of the candidates; a large change stops the training
 PROBE_ROWS = 32  # smallest number of rows that the effective guidance is measured on, if there are as many
@@ -327,7 +327,7 @@ class OnlineSource:
                 self.scores[v] = validation_rewards(self.plan, self.candidates, v, judged_by)
         if version not in self.scores or not len(self.scores[version]):
             return
-        best = max(self.scores, key=lambda v: np.nanmean(self.scores[v]))
+        best = max(self.scores, key=lambda v: finite_mean(self.scores[v]))
         lost = self.scores[best] - self.scores[version]
         lost = lost[np.isfinite(lost)]
         if len(lost) > 1 and lost.mean() > 3 * lost.std(ddof=1) / math.sqrt(len(lost)):
@@ -352,47 +352,6 @@ class OnlineSource:
             if (rows := rows + len(batch.x0)) >= PROBE_ROWS:
                 break
         return overlap / square if square else math.nan
-
-
-def validation_rewards(plan: OnlinePlan, candidates: str, version: int, rewards: tuple[Reward, ...]) -> np.ndarray:
-    """The mean reward of each held-out prompt for a version of the policy, in the order of the prompts; NaN: none."""
-    found = []
-    for index in plan.of_validation(version):
-        rows = storage.read_table(storage.join(candidates, plan.name(index))).to_pydict()
-        values = raw_rewards(rewards, rows)
-        found += [np.nanmean(values[start:stop]) for start, stop in prompts_of(rows["prompt_id"])]
-    return np.array(found)
-
-
-def best_version(config: RunConfig, plan: OnlinePlan, candidates: str, saved: list[int]) -> dict:
-    """The self-scores of the validated versions, and the version that is kept.
-
-    The kept version is the last one whose mean is not lower than the highest mean by more than the standard error of
-    the difference. Without a validation it is the last saved version.
-
-    Args:
-        saved: versions with an adapter in the run folder.
-
-    Returns:
-        version, and validation: {version: mean reward of the held-out prompts}.
-    """
-    rewards, scores = validation_rewards_of(config), {}
-    for version in saved:
-        parts = [plan.name(index) for index in plan.of_validation(version)]
-        if parts and not run_folder.missing_parts(candidates, parts):
-            scores[version] = validation_rewards(plan, candidates, version, rewards)
-    if not scores:
-        return {"version": max(saved), "validation": {}}
-    highest = max(scores, key=lambda version: np.nanmean(scores[version]))
-    good = []
-    for version, values in scores.items():
-        lost = scores[highest] - values
-        if np.nanmean(lost) <= np.nanstd(lost, ddof=1) / math.sqrt(np.isfinite(lost).sum()):
-            good.append(version)
-    return {
-        "version": max(good, default=highest),
-        "validation": {str(version): float(np.nanmean(values)) for version, values in scores.items()},
-    }
 
 
 def _generator(key: str) -> torch.Generator:

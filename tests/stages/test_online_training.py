@@ -17,7 +17,8 @@ from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.online_plan import OnlinePlan, plan_of
 from mi_ray.runs import folder as run_folder
 from mi_ray.training.losses import Objective, weights_of
-from mi_ray.training.online import OnlineSource, RunAway, best_version
+from mi_ray.training.online import OnlineSource, RunAway
+from mi_ray.training.validation import best_version
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +253,16 @@ def test_training_stops_if_the_self_score_falls(drawn, tmp_path):
         kept = best_version(judged, plan, str(tmp_path / "candidates"), [0, 2])
         assert kept["version"] == 0
         assert set(kept["validation"]) == {"0", "2"}
+
+
+def test_version_without_a_finite_reward_is_not_kept(drawn, tmp_path):
+    """The summary stays strict JSON. The mean of NaN is NaN, and any comparison with it is false."""
+    config, prompts, folder = drawn
+    config = config.model_copy(update={"online": config.online.model_copy(update={"updates": 6})})
+    plan = plan_of(config, prompts)
+    for version, reward in ((0, math.nan), (2, 1.0), (4, 2.0), (6, math.nan)):
+        for index in plan.of_validation(version):
+            rewritten(folder, tmp_path, plan, index, score_mitune=lambda v, r=reward: r)
+    candidates = str(tmp_path / "candidates")
+    assert best_version(config, plan, candidates, [0, 2, 4, 6]) == {"version": 4, "validation": {"2": 1.0, "4": 2.0}}
+    assert best_version(config, plan, candidates, [0, 6]) == {"version": 6, "validation": {}}

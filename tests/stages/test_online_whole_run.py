@@ -28,7 +28,7 @@ from mi_ray.runs import folder as run_folder
 from mi_ray.scoring.work import Work
 from mi_ray.stages import online as stage
 from mi_ray.training import loop
-from mi_ray.training.online import best_version
+from mi_ray.training.validation import best_version
 
 
 def in_process(config: RunConfig, source: str, folder: Path, board: FakeBoard | None = None) -> dict:
