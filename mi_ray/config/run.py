@@ -341,6 +341,12 @@ class RunConfig(Section):
         return {*self.score.names, self.prune.by, *self.sampler.best_of.scores} - {None}
 
     @property
+    def update_prompts(self) -> int:
+        """Number of prompts in one update of an online run: online.prompts_per_update, rounded up to whole shards."""
+        per_shard = self.generate.prompts_per_shard
+        return -(-self.online.prompts_per_update // per_shard) * per_shard
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """The names of the metrics of candidates and of the evaluation."""
         return tuple(dict.fromkeys([*self.generate.alignment, *self.evaluation.alignment]))

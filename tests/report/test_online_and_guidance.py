@@ -10,6 +10,7 @@ import pytest
 from run_folder import GAMMA, GUIDED_SHARE, METRICS, STOPPED, UPDATES, online_config_of, write_online_run
 from scipy import stats
 
+from mi_ray.config import RunConfig
 from mi_ray.report.guidance import SCALE, best_scale, guidance_section
 from mi_ray.report.page import alignment_table, headline, previews, side_by_side, write_report
 from mi_ray.report.summary import summarise
@@ -92,6 +93,20 @@ def test_rows_have_best_scales_base_near_gamma_and_model_without_guidance(report
     less = (prompt_means(run_dir, "tuned", 1.0) - prompt_means(run_dir, "base", 4.0)).mean()
     assert student["difference"]["difference"] == pytest.approx(less)
     assert rows["tuned", 4.0]["effective_guidance"] == GAMMA
+
+
+def test_evaluations_are_those_of_the_guidance_method_and_of_all_candidates(run_dir):
+    """Perturbed-attention guidance evaluates three branches, and best-of-N samples N candidates for an image."""
+    given = online_config_of(run_dir).model_dump(mode="json")
+    given["evaluation"]["guidance_scales"] = [2.0, 4.0, 4.4]
+    for changed, expected in (
+        ({"guidance_method": "perturbed-attention"}, 3 * 20),
+        ({"best_of": {"candidates": 5, "by": "pmi"}}, 5 * 2 * 20),
+    ):
+        sampler = given["evaluation"]["sampler"] | changed
+        config = RunConfig.model_validate(given | {"evaluation": given["evaluation"] | {"sampler": sampler}})
+        rows = summarise(str(run_dir), config)["guidance"]["rows"]
+        assert {row["evaluations"] for row in rows if row[SCALE] > 1} == {expected}
 
 
 def test_best_scale_is_the_lower_one_of_equal_scales():
