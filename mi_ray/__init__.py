@@ -9,7 +9,8 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-# The libraries beneath greet every worker with advice that is not for our users; an explicit setting wins.
+# Without these settings, the libraries print messages in every worker that our users do not need. The user's own
+# settings are kept.
 for _name, _value in {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",

@@ -77,7 +77,7 @@ class Model:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise Unusable(
-                f"needs the model {hub_id!r}, which cannot be had from the hub: check the name and the network, or"
+                f"needs the model {hub_id!r}, which cannot be fetched from the hub: check the name and the network, or"
                 f" fetch it elsewhere and write name@FOLDER ({reason})"
             ) from error
 

@@ -130,9 +130,7 @@ class FlowSchedule:
 
     def steps(self, count: int, spacing: str | None, extra: bool) -> Steps:
         if spacing is not None:
-            raise ValueError(
-                f"timestep_spacing {spacing!r} will not do: the levels of a flow model are its own; set none"
-            )
+            raise ValueError(f"timestep_spacing is {spacing!r}, but a flow model has its own noise levels; set none")
         timesteps, sigmas = self._visited(count)
         sigma, following = sigmas.double()[:-1], sigmas.double()[1:]
         return Steps(timesteps, 1 - sigma, sigma, 1 - following, following)

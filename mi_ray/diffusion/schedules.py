@@ -249,7 +249,7 @@ class NoiseSchedule:
         total, points = self.num_train_timesteps, count + extra
         if not 1 <= points <= total:
             raise ValueError(
-                f"num_inference_steps {count} will not do: the model has {total} timesteps; give 1 to {total - extra}"
+                f"num_inference_steps is {count}, but the model has {total} timesteps; give 1 to {total - extra}"
             )
         match spacing:
             case "leading":

@@ -45,7 +45,7 @@ class PretrainConfig(BaseModel):
     min_snr_gamma: float = 5.0  # of a unet: Hang et al. 2023, eq. 5
     ema_decay: float = 0.999
     checkpoint_every: int = 500
-    start_from: ModelPath = ""  # take the autoencoder and the parts of the same name from it: a folder or shapes
+    start_from: ModelPath = ""  # folder or shapes: first weights of the parts with the same name
     layout_share: float = Field(0.0, ge=0, lt=1)  # of a unet: share of timesteps around 690, where captions matter most
     logit_mean: float = 0.0  # of a flow: mean and standard deviation of the logit of a time, Esser et al. 2024, eq. 19
     logit_std: float = Field(1.0, gt=0)
@@ -175,7 +175,7 @@ class DenoiserTraining:
 
     Args:
         data: token ids "ids" (n, MAX_TOKENS) int16 and "latents" (n, C, h, w) float16, on the device of training.
-        start: its parts of the same name are where training starts; None: random weights.
+        start: pipeline whose parts of the same name give the first weights; None: random weights.
         rank: of this worker, of `world_size` workers that share a batch.
 
     Raises:
