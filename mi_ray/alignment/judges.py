@@ -266,5 +266,5 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _digest(folder: Path) -> str:
-    """Of all files of a folder, without its folders."""
+    """The digest of all files of a folder, without its subfolders."""
     return files_digest(folder, sorted(path.name for path in folder.iterdir() if path.is_file()))

@@ -101,7 +101,7 @@ class FlowSchedule:
 
     @property
     def log_snr_range(self) -> tuple[float, float]:
-        """Of the timesteps 1 to T - 1; both ends of the flow have an infinite log SNR."""
+        """The log SNRs of timesteps T - 1 and 1. Both ends of the flow have an infinite log SNR."""
         last = self.num_train_timesteps - 1
         noisiest, clearest = self.log_snr_at(torch.tensor([last, 1])).tolist()
         return noisiest, clearest

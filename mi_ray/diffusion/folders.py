@@ -253,7 +253,7 @@ def model_commit(path: str) -> str | None:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of the configurations and weights of a model."""
+    """The digest of the configurations and weights of a model."""
     index = read_index(folder)
     parts = folder_parts(index)
     names = [f"{part}/{config_name(part)}" for part in parts]

@@ -121,8 +121,8 @@ def weight_faults(folder: Path, index: Mapping[str, Any], part: str, config: dic
 
 
 def _transformers_report(kind: type, folder: Path, found: Shapes) -> Report:
-    """Of the loader itself, given weights without values: it knows names of earlier versions, tied weights and those
-    that a class may lack or leave."""
+    """The report of the loader itself, which gets weights without values. It knows the names of earlier versions, tied
+    weights, and the weights that a class ignores."""
     weights = {key: torch.empty(shape, device="meta") for key, shape in found.items()}
     config = kind.config_class.from_pretrained(folder)
     settings = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
