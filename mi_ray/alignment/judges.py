@@ -77,7 +77,7 @@ class Model:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise Unusable(
-                f"needs the model {hub_id!r}, which cannot be had from the hub: check the name and the network, or"
+                f"needs the model {hub_id!r}, which cannot be fetched from the hub: check the name and the network, or"
                 f" fetch it elsewhere and write name@FOLDER ({reason})"
             ) from error
 
@@ -266,5 +266,5 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _digest(folder: Path) -> str:
-    """Of all files of a folder, without its folders."""
+    """The digest of all files of a folder, without its subfolders."""
     return files_digest(folder, sorted(path.name for path in folder.iterdir() if path.is_file()))

@@ -29,6 +29,7 @@ ScoreName = Literal[
     "pmi_negatives",
 ]
 
+Dtype = Literal["auto", "fast", "float32", "float16", "bfloat16"]
 MODEL = "the embedded model (shapes), a diffusers folder or a hub id; owner/name@revision pins a branch, tag or commit"
 
 
@@ -66,7 +67,7 @@ class ModelConfig(Section):
     path: ModelPath = Field("shapes", description=MODEL)
     height: Positive | None = Field(None, description=HEIGHT)
     width: Positive | None = Field(None, description=WIDTH)
-    dtype: Literal["auto", "fast", "float32", "float16", "bfloat16"] = Field(
+    dtype: Dtype = Field(
         "auto",
         description="dtype of the denoiser; auto: on a GPU float16 for Stable Diffusion 1, 2 and XL and bfloat16 for"
         " other models, on a CPU float32. fast: as auto, but bfloat16 on a CPU with Intel AMX, which is about twice as"
@@ -168,6 +169,11 @@ class BestOfConfig(Section):
         if self.prune.by and not self.candidates:
             raise ValueError("prune.by is set, but candidates is none; set candidates, or prune.by: none")
         return self
+
+    @property
+    def scores(self) -> set[str]:
+        """The names of the scores that choose the best candidate; empty without best-of-N."""
+        return {self.by, self.prune.by} - {None} if self.candidates else set()
 
     def candidate_steps(self, steps: int) -> int:
         """Total number of sampling steps for one image."""
@@ -304,7 +310,7 @@ class ScoreConfig(Section):
     @model_validator(mode="after")
     def _band(self):
         check_band(self.log_snr_min, self.log_snr_max)
-        faults = []
+        faults = [] if self.names else ["names is empty, but the report shows a score: give at least one"]
         low, high = self.probed_band
         if low >= high:
             faults.append(

@@ -203,6 +203,11 @@ class RunConfig(Section):
             faults.append(
                 "finetune.prompt_dropout is set, but an online run does not use it: remove it (see online.held_share)"
             )
+        if "pmi_contrastive" in self.score.names:
+            faults.append(
+                "score.names has pmi_contrastive, but an online run has no list of prompts to compare with: use"
+                " pmi_negatives"
+            )
         if self.prune.by:
             faults.append(
                 f"prune.by is {self.prune.by}, but an online update uses all its candidates: set prune.by to none"
@@ -272,19 +277,16 @@ class RunConfig(Section):
                     f"model.{option} is {chosen}, but it needs a CUDA GPU and resources.gpus_per_actor is 0: raise"
                     f" resources.gpus_per_actor, or set model.{option}: {other}"
                 )
-        faults += self._sampler_faults("sampler", self.sampler, {*self.score.names, self.prune.by})
+        faults += self._sampler_faults("sampler", self.sampler, self.candidate_scores)
         for sampler in self.evaluation.samplers.values():
-            found = self._sampler_faults("evaluation.sampler", sampler, set())
+            found = self._sampler_faults("evaluation.sampler", sampler, sampler.best_of.scores)
             faults += [fault for fault in found if fault not in faults]
         if self.sampler.best_of.candidates and self.prune.by:
             faults.append(
                 f"prune.by is {self.prune.by} and sampler.best_of is set, but a pool is cut by one of them only: set"
                 " prune.by to none, or use sampler.best_of.prune"
             )
-        if (best_of := self.evaluation.sampler.best_of).candidates and "pmi_contrastive" in (
-            best_of.by,
-            best_of.prune.by,
-        ):
+        if "pmi_contrastive" in self.evaluation.sampler.best_of.scores:
             faults.append(
                 "evaluation.sampler.best_of uses pmi_contrastive, but an evaluation has no list of prompts to compare"
                 " with: use pmi_negatives"
@@ -296,13 +298,10 @@ class RunConfig(Section):
             )
         return faults
 
-    def _sampler_faults(self, field: str, sampler: SamplerConfig, asked: set[str | None]) -> list[str]:
+    def _sampler_faults(self, field: str, sampler: SamplerConfig, asked: set[str]) -> list[str]:
         """Settings of a sampler that do not allow the scores `asked` of it, or a compiled network."""
-        interval, score, best_of = sampler.guidance_interval, self.score, sampler.best_of
-        places, faults = "score.names and prune.by", []
-        if best_of.candidates:
-            asked = asked | {best_of.by, best_of.prune.by}
-            places = f"score.names, prune.by and {field}.best_of"
+        interval, score, faults = sampler.guidance_interval, self.score, []
+        places = f"score.names, prune.by and {field}.best_of" if sampler.best_of.scores else "score.names and prune.by"
         recorded = asked & set(ON_TRAJECTORY)
         named = set(recorded) if interval else set()
         if "trajectory_banded" in named and interval[0] <= score.log_snr_min and score.log_snr_max <= interval[1]:
@@ -337,6 +336,17 @@ class RunConfig(Section):
                 f" {self.model.compile}: set model.compile to auto or none"
             )
         return faults
+
+    @property
+    def candidate_scores(self) -> set[str]:
+        """The names of all scores of candidates: score.names, and those of pruning and best-of-N."""
+        return {*self.score.names, self.prune.by, *self.sampler.best_of.scores} - {None}
+
+    @property
+    def update_prompts(self) -> int:
+        """Number of prompts in one update of an online run: online.prompts_per_update, rounded up to whole shards."""
+        per_shard = self.generate.prompts_per_shard
+        return -(-self.online.prompts_per_update // per_shard) * per_shard
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -32,9 +32,8 @@ def attach_adapter(
 ) -> PeftModel:
     """Freeze `network` and attach a new adapter: LoRA (Hu et al. 2022) or DoRA (Liu et al. 2024).
 
-    The adapter's parameters are fp32 for any dtype of `network`. B starts at 0, so the output is at first that of
-    `network`.
-    The matrix A is drawn from torch's global random generator.
+    The adapter's parameters are fp32 for any dtype of `network`. The matrix A is drawn from torch's global random
+    generator. B is 0, so the new adapter does not change the output of `network`.
 
     Raises:
         ValueError: a target matches no layer; one line for each such target.

@@ -44,6 +44,6 @@ def compile_blocks(network: nn.Module, backend: str = "inductor"):
         ValueError: as `repeated_blocks`.
     """
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, RECOMPILES)  # beyond it PyTorch would run eagerly without a word
+    torch._dynamo.config.recompile_limit = max(limit, RECOMPILES)  # above it PyTorch runs eagerly, without a warning
     for block in repeated_blocks(network):
         block.compile(backend=backend, dynamic=False)

@@ -45,15 +45,15 @@ class Denoiser(Protocol):
     latent_shape: tuple[int, ...]  # of one candidate
     own_latent_shape: tuple[int, ...]  # likewise, at the size that the model was trained at
     device: torch.device
-    max_tokens: int  # that the text encoder reads, with those of start and end
-    calls: int  # of the denoiser and the autoencoder that were begun so far
-    rescale: Rescale | None  # what follows guidance when images are sampled
+    max_tokens: int  # number of tokens that the text encoder reads, with the start and the end token
+    calls: int  # number of calls of the denoiser and the autoencoder so far
+    rescale: Rescale | None  # change of the guided prediction in sampling; None: no change
 
     def token_ids(self, prompt: str) -> list[int]:
-        """Tokens of the whole prompt, with those of start and end, uncut."""
+        """The tokens of the whole prompt, not truncated, with the start and the end token."""
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """One row a prompt; what exceeds `max_tokens` is cut, and shorter prompts are padded to one length."""
+        """One row per prompt. Prompts are truncated to `max_tokens` and padded to one length."""
 
     def prompt_distances(self, some: Conditioning, others: Conditioning) -> Tensor:
         """Euclidean distances (n, m) fp32 between n and m prompts in the text encoder's space."""
@@ -71,7 +71,8 @@ class Denoiser(Protocol):
         """Predicted noise (n, *latent_shape) fp32, whatever the model predicts; the arguments are `predict`'s."""
 
     def make_room(self) -> bool:
-        """Free memory of the device: text encoders are on it only while they encode. False: none to free."""
+        """Free memory: from now on the text encoders are on the device only while they encode. False: nothing to
+        free."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, *latent_shape) fp32 -> images (n, *image_size, 3) uint8."""
@@ -132,16 +133,16 @@ class PipelineDenoiser:
     def specialise(
         self, *, channels_last: bool, compiled: str | None, rows: tuple[int, ...], backend: str = "inductor"
     ):
-        """Trade generality for speed; what is computed stays the same.
+        """Make the network faster for some batch sizes. Its outputs stay the same, up to rounding.
 
         Args:
-            channels_last: memory layout of the network's weights and activations.
-            compiled: "blocks": the repeated blocks of the network; "auto": the same on a CUDA GPU with Triton, else
-                nothing; "default": the whole network; "cuda-graphs": and replayed as one launch, on a CUDA GPU; None:
-                nothing.
-            rows: the batch sizes that are compiled, rising; another is filled up to the next of them, or, beyond the
-                last, runs uncompiled. With blocks a batch that would be mostly filling runs uncompiled too.
-            backend: of torch.compile, for blocks.
+            channels_last: use this memory layout for the network's weights and activations.
+            compiled: what torch.compile compiles. "blocks": the repeated blocks of the network. "auto": the blocks on a
+                CUDA GPU with Triton, else nothing. "default": the whole network. "cuda-graphs": the whole network,
+                replayed as one launch, on a CUDA GPU. None: nothing.
+            rows: the compiled batch sizes, rising. A smaller batch is padded to the next size. A batch above the last
+                size runs uncompiled. With blocks, a batch that would be mostly padding also runs uncompiled.
+            backend: backend of torch.compile, for blocks.
         """
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
@@ -165,7 +166,7 @@ class PipelineDenoiser:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """The empty prompt stands for no prompt: the family encodes it as its pipeline does without one."""
+        """The empty prompt means no prompt. The family encodes it as its pipeline does without a prompt."""
         family, empty = self.family, [not prompt for prompt in prompts]
         if family.encode_null is None or not any(empty):
             return self._encoded(family.encode, prompts)
@@ -230,7 +231,7 @@ class PipelineDenoiser:
         return self._by_chunks(encoded, torch.from_numpy(images))
 
     def _by_chunks(self, run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """Run the autoencoder on a few rows at a time; where memory does not suffice, on half as many from then on."""
+        """Run the autoencoder on a few rows at a time. If memory runs out, this number is halved and stays so."""
         done: list[Tensor] = []
         while len(rows):
             self.calls += 1
@@ -241,7 +242,7 @@ class PipelineDenoiser:
 
 
 def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The module, frozen, on the device. Its dtype is left alone if it has the right one: some layers stay fp32."""
+    """The module, frozen, on the device. A module that has the dtype already is not converted: some layers are fp32."""
     module = module.to(device) if module.dtype == dtype else module.to(device, dtype)
     return module.eval().requires_grad_(False)
 
@@ -271,7 +272,7 @@ def load_denoiser(
     quantize: str | None = None,
     placed: bool = True,
 ) -> PipelineDenoiser:
-    """Load a model, and merge an adapter into it so that inference pays nothing for it.
+    """Load a model. An adapter is merged into its weights, so that it costs no time in inference.
 
     Args:
         path: a shipped name ("shapes"), a diffusers folder or a hub id.
@@ -332,7 +333,7 @@ def _pipeline(folder: Path, network: nn.Module, dtype: torch.dtype) -> Diffusion
 
 
 def load_part(folder: Path, index: dict, part: str, dtype: torch.dtype, quantize: str | None = None) -> nn.Module:
-    """A part of a model folder, with all its weights and no others.
+    """Load a part of a model folder. Its files must have exactly the weights of its class.
 
     Args:
         quantize: quantisation of the weights; None: as they are.

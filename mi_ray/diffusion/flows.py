@@ -101,7 +101,7 @@ class FlowSchedule:
 
     @property
     def log_snr_range(self) -> tuple[float, float]:
-        """Of the timesteps 1 to T - 1; both ends of the flow have an infinite log SNR."""
+        """The log SNRs of timesteps T - 1 and 1. Both ends of the flow have an infinite log SNR."""
         last = self.num_train_timesteps - 1
         noisiest, clearest = self.log_snr_at(torch.tensor([last, 1])).tolist()
         return noisiest, clearest
@@ -130,9 +130,7 @@ class FlowSchedule:
 
     def steps(self, count: int, spacing: str | None, extra: bool) -> Steps:
         if spacing is not None:
-            raise ValueError(
-                f"timestep_spacing {spacing!r} will not do: the levels of a flow model are its own; set none"
-            )
+            raise ValueError(f"timestep_spacing is {spacing!r}, but a flow model has its own noise levels; set none")
         timesteps, sigmas = self._visited(count)
         sigma, following = sigmas.double()[:-1], sigmas.double()[1:]
         return Steps(timesteps, 1 - sigma, sigma, 1 - following, following)

@@ -171,7 +171,7 @@ def read_part_config(folder: Path, part: str) -> tuple[dict | None, str]:
 
 
 def vocabulary_faults(folder: Path, part: str) -> list[str]:
-    """Whether the tokenizer's vocabulary is there: transformers builds an empty one without a word."""
+    """A fault if the tokenizer's vocabulary is missing: transformers then makes an empty one, without a warning."""
     names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
     if any((folder / part / name).is_file() for name in names):
         return []

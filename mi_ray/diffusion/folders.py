@@ -239,8 +239,8 @@ def _folder_with(path: str, pattern: str) -> Path:
 
 
 def model_commit(path: str) -> str | None:
-    """What tells a model's weights from others: the commit of a hub model as it is now, or a digest of a folder's
-    files; None of a shipped model or an architecture.
+    """What identifies a model's weights: the present commit of a hub model, or a digest of a folder's files. None for a
+    shipped model or an architecture.
 
     Raises:
         ValueError: the hub cannot be asked, or it is a pipeline that is not supported.
@@ -253,7 +253,7 @@ def model_commit(path: str) -> str | None:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Of the configurations and weights of a model."""
+    """The digest of the configurations and weights of a model."""
     index = read_index(folder)
     parts = folder_parts(index)
     names = [f"{part}/{config_name(part)}" for part in parts]
@@ -314,7 +314,7 @@ def _downloaded(download: Callable[..., str]) -> Path:
 def _not_had(path: str, error: OSError) -> ValueError:
     reason = " ".join(str(error).split())
     return ValueError(
-        f"{path!r} cannot be had from the hub: check the name and the network, or give a local folder ({reason})"
+        f"{path!r} cannot be fetched from the hub: check the name and the network, or give a local folder ({reason})"
     )
 
 

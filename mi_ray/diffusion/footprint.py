@@ -50,7 +50,7 @@ def stored_numbers(module: nn.Module) -> int:
 
 # ---------------------------------------------------------------------------------------------- counting
 class Ledger(TorchDispatchMode):
-    """Within, the bytes of all tensors that operations make on a device, from their creation to their end."""
+    """Context that counts the bytes of all live tensors that operations make on a device, and their peak."""
 
     def __init__(self, device: str, known: list[Tensor]):
         super().__init__()
@@ -94,8 +94,8 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class FusedAttention:
-    """Within, attention of any tensors is that of a fused kernel, without values. `flops` counts its two matrix
-    products, 2 n h Tq Tk (dk + dv). Not for several threads."""
+    """Context in which attention uses as much memory as a fused kernel, and computes no values. `flops` counts its two
+    matrix products, 2 n h Tq Tk (dk + dv). Not for several threads."""
 
     def __init__(self):
         self.flops = 0

@@ -18,9 +18,9 @@ def hub_id(text: str) -> tuple[str, str | None] | None:
 
 
 def files_digest(folder: Path, names: Iterable[str]) -> str:
-    """16 digits over the names and sizes of files, and some of their bytes: fast for gigabytes too.
+    """A hash, 16 hexadecimal digits, of the names and sizes of files and of some of their bytes. It is fast.
 
-    Any training changes nearly every weight, so that a few thousand bytes of each file tell two models apart.
+    Any training changes nearly every weight. So a few thousand bytes of each file distinguish two models.
 
     Args:
         names: of the files in the folder; their order counts.

@@ -174,7 +174,7 @@ class Trajectory:
     transitions: Tensor | None = None  # (n, K, 2, *latent_shape): K steps, latents before and `SolverPlan.target`
 
     def of(self, rows: Tensor) -> "Trajectory":
-        """Of some candidates."""
+        """The trajectories of the candidates with these indices."""
         rows, w = rows.to(self.latents.device), self.guidance_scale
         of_rows = w[rows.to(w.device)] if isinstance(w, Tensor) else w
         return Trajectory(self.latents[rows], self.timesteps, self.delta_sq[rows], self.cross[rows], of_rows)

@@ -245,11 +245,11 @@ class NoiseSchedule:
         return Steps(timesteps, abar.sqrt(), (1 - abar).sqrt(), target.sqrt(), (1 - target).sqrt())
 
     def _timesteps(self, count: int, spacing: str, extra: bool) -> Tensor:
-        """As diffusers spreads them: (S,) long, decreasing."""
+        """The timesteps with the spacing of diffusers: (S,) long, decreasing."""
         total, points = self.num_train_timesteps, count + extra
         if not 1 <= points <= total:
             raise ValueError(
-                f"num_inference_steps {count} will not do: the model has {total} timesteps; give 1 to {total - extra}"
+                f"num_inference_steps is {count}, but the model has {total} timesteps; give 1 to {total - extra}"
             )
         match spacing:
             case "leading":

@@ -43,8 +43,8 @@ def on_meta(kind: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Within, the libraries draw no bar of what they load, which every actor would, and log no report on its weights:
-    `report_faults` tells it."""
+    """Context in which diffusers and transformers show no progress bars and no report of the loaded weights. Otherwise
+    every actor would show them. `report_faults` makes errors of the report."""
     logs = diffusers.utils.logging, transformers.utils.logging
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     for log in logs:
@@ -121,8 +121,8 @@ def weight_faults(folder: Path, index: Mapping[str, Any], part: str, config: dic
 
 
 def _transformers_report(kind: type, folder: Path, found: Shapes) -> Report:
-    """Of the loader itself, given weights without values: it knows names of earlier versions, tied weights and those
-    that a class may lack or leave."""
+    """The report of the loader itself, which gets weights without values. It knows the names of earlier versions, tied
+    weights, and the weights that a class ignores."""
     weights = {key: torch.empty(shape, device="meta") for key, shape in found.items()}
     config = kind.config_class.from_pretrained(folder)
     settings = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -130,7 +130,7 @@ def _transformers_report(kind: type, folder: Path, found: Shapes) -> Report:
 
 
 def _diffusers_report(kind: type, config: dict, found: Shapes) -> Report:
-    """As the loader of diffusers, which takes no weights but files, would report."""
+    """The report that the loader of diffusers would give. The loader itself takes only files, no weights."""
     wanted = {_now(key): tuple(value.shape) for key, value in on_meta(kind, config).state_dict().items()}
     found = {_now(key): shape for key, shape in found.items()}
     ignored = kind._keys_to_ignore_on_load_unexpected or ()

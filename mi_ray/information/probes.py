@@ -80,11 +80,6 @@ class Probes:
         return torch.stack([torch.stack([self.draw(p, k) for k in range(probes)]) for p in range(prompts)])
 
 
-def logistic_band(loc: float, scale: float, clip: float) -> tuple[float, float]:
-    """The band [loc - clip scale, loc + clip scale] of ITD's importance sampling; for SD2.1 it uses 1, 2, 3."""
-    return loc - clip * scale, loc + clip * scale
-
-
 def draw_probes(
     seeds: list[int],
     num_samples: int,

@@ -62,11 +62,6 @@ def mitune_eq2(delta_sq: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> 
 
 
 # ---------------------------------------------------------------------------------------------- rectified flow
-def flow_log_snr(times: Tensor) -> Tensor:
-    """log SNR of x_t = (1 - t) x0 + t epsilon: 2 log((1 - t) / t), shape (S,)."""
-    return 2 * torch.logit(1 - times)
-
-
 def rfmi(cross: Tensor, times: Tensor) -> Tensor:
     """RFMI (arXiv 2503.14358): mean over steps of (1 - t) / t <u, u - u_null>, without steps t <= 0.05 and t = 1.
 

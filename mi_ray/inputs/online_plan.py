@@ -14,8 +14,8 @@ def too_few_prompts(config: RunConfig, prompts: int) -> list[str]:
     """One error message for each part of a run that needs more prompts than there are."""
     per_shard = config.generate.prompts_per_shard
     faults = _too_short(config.online, prompts, per_shard) if config.online.updates else []
-    if prompts == 1 and "pmi_contrastive" in {*config.score.names, config.prune.by}:
-        faults.append("score.names: pmi_contrastive compares prompts, but there is only one; give more prompts")
+    if prompts == 1 and "pmi_contrastive" in config.candidate_scores:
+        faults.append("prompts.file: pmi_contrastive compares prompts, but there is only one; give more prompts")
     return faults
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mi_ray.config import HEIGHT, MODEL, WIDTH, ResourcesConfig, ScoreConfig, without_revision
+from mi_ray.config import HEIGHT, MODEL, WIDTH, Dtype, ResourcesConfig, ScoreConfig, without_revision
 from mi_ray.config.paths import LocalOrUri, ModelPath, SharedPath, absolute, hashed_fields, shared
 from mi_ray.config.section import Positive, Section, config_hash, split_query
 from mi_ray.inputs.pair import Columns
@@ -55,9 +55,7 @@ class ScorePairsConfig(Section):
     model: ModelPath = Field("shapes", description=MODEL)
     height: Positive | None = Field(None, description=HEIGHT)
     width: Positive | None = Field(None, description=WIDTH)
-    dtype: Literal["auto", "fast", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="dtype of the denoiser; auto and fast as model.dtype of a run"
-    )
+    dtype: Dtype = Field("auto", description="dtype of the denoiser; auto and fast as model.dtype of a run")
     seed: Annotated[int, Field(ge=0)] = Field(
         0, description="random seed of the noise samples; a pair's noise depends on nothing else"
     )

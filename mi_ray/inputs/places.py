@@ -9,7 +9,7 @@ import numpy as np
 _LINES_SHOWN = 5  # line numbers in a message
 _EXAMPLES = 20  # kept of each kind
 _EXAMPLE_LENGTH = 500  # characters
-_KINDS = 20  # that are told apart in full
+_KINDS = 20  # number of kinds with their own text; later ones are counted by the text before the colon
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Places:
 
 
 class Kinds(dict[str, Places]):
-    """Places by kind. A kind completes the sentence "the line is ..."; what follows a semicolon is advice, and what
-    follows a colon is the user's data, by which only a few kinds are told apart."""
+    """Places by kind. A kind completes the sentence "the line is ...". The text after a semicolon is advice. The text
+    after a colon is the user's data: after `_KINDS` kinds it is left out."""
 
     def add(self, where: str, line: int, prompt: str, kind: str):
         if kind not in self and len(self) >= _KINDS:

@@ -47,7 +47,7 @@ class Line(NamedTuple):
 
 
 def excerpt(value: Any, longest: int = LONGEST) -> str:
-    """As `section.excerpt`, without control characters."""
+    """Like `section.excerpt`, but without control characters."""
     return clean(section.excerpt(value, longest))
 
 

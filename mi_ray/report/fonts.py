@@ -11,8 +11,8 @@ _NO_FONT = ("Last Resort",)  # draws a frame for each character
 
 
 def families_for(text: str) -> list[str]:
-    """Names of font families that have the characters of a text, the default first. If characters are in no installed
-    font, it is said on the terminal; frames stand for them in the picture."""
+    """Names of font families that have the characters of a text, the default first. Characters that no installed font
+    has are drawn as frames; a message on the terminal names them."""
     lacking = {character for character in text if _is_drawn(character)}
     lacking -= _characters(font_manager.findfont(_DEFAULT))
     families = [_DEFAULT]

@@ -62,8 +62,8 @@ def guidance_section(
         scale of the other sections of the report: the best scale of the base model, or the scale of evaluation.sampler
         if the base model is not evaluated. base_best: whether it is the former. curves, differences: for each model
         and scale the mean, and the difference to the base model at the same scale. effective_guidance: `gammas`.
-        rows: models at single scales, with denoiser evaluations per image (a guidance interval needs fewer), the mean,
-        and the difference to the base model at the scale `headline`, paired by prompt and seed.
+        rows: models at single scales, with denoiser evaluations for sampling an image (a guidance interval needs
+        fewer), the mean, and the difference to the base model at the scale `headline`, paired by prompt and seed.
     """
     scales = sorted({scale for frame in evaluation.values() for scale in _scales(frame)})
     if len(scales) < 2:
@@ -119,13 +119,16 @@ def _rows(
     reference, rows = at_scale(measured["base"], headline) if "base" in measured else None, []
     for (model, scale), texts in notes.items():
         images, is_reference = at_scale(measured[model], scale), (model, scale) == ("base", headline)
+        sampler = config.evaluation.sampler.model_copy(update={"guidance_scale": scale})
         compared = None if reference is None or is_reference else paired_difference(images, reference, column.name)
         rows.append(
             {
                 "model": model,
                 SCALE: scale,
                 "notes": texts,
-                "evaluations": config.evaluation.sampler.num_inference_steps * (1 if scale == 1 else 2),
+                "evaluations": round(
+                    sampler.evaluations * sampler.best_of.candidate_steps(sampler.num_inference_steps)
+                ),
                 "result": prompt_mean(images, column.name),
                 "difference": compared,
                 "effective_guidance": gammas.get(model),

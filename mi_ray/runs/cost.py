@@ -45,7 +45,7 @@ def evaluations(config: RunConfig, prompts: int, held_out: int) -> dict[str, int
 def _online(config: RunConfig, arms: int) -> dict[str, int]:
     """Number of denoiser evaluations of all arms of an online run, without the evaluation."""
     online = config.online
-    each, prompts = config.generate.candidates_per_prompt, online.updates * online.prompts_per_update
+    each, prompts = config.generate.candidates_per_prompt, online.updates * config.update_prompts
     trained = prompts * min(each, online.trained_candidates or each)
     checkpoints = -(-online.updates // online.validate_every) + 1
     drawn = prompts * each + checkpoints * online.validation_prompts * online.validation_candidates

@@ -194,7 +194,7 @@ def log_event(run_dir: str, event: str, **facts: str | int | float | bool | None
     """Append a line to events.jsonl: the event, its time and its facts. Only the holder of the lease may call it.
 
     Object stores have no append, so the frequent `shard_written` is delayed by up to `EVENTS_EVERY` seconds there. A
-    kill loses no event: missing ones are made again from the receipts (`stages.generate`).
+    kill loses no event: missing ones are made again from the receipts (`stages.shards.write_missing`).
     """
     line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}).encode() + b"\n"
     uri = storage.join(run_dir, "events.jsonl")

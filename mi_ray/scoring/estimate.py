@@ -92,7 +92,7 @@ class ModelSizes:
         return self.largest(card, self.training.state, self.training.activations)
 
     def seconds(self, card: Card) -> float:
-        """Of one denoiser evaluation."""
+        """The time of one denoiser evaluation."""
         peak = card.single if self.dtype == "float32" else card.half
         return self.counted.flops / (EFFICIENCY * peak * 1e12)
 

@@ -58,6 +58,29 @@ def rewards_of(
     return tuple(found)
 
 
+def reward_faults(config: RunConfig) -> list[str]:
+    """One error message for each of the rewards of an online run that is no column of the candidates.
+
+    Raises:
+        ValueError: a name of generate.alignment is no metric.
+    """
+    if not config.online.updates:
+        return []
+    metrics = columns_of(load_metrics(config.generate.alignment))
+    try:
+        rewards = rewards_of(config.online, config.select.by, metrics)
+    except ConfigError as error:
+        return error.faults
+    columns = {column.name for declared in metrics.values() for column in declared}
+    known = (RANDOM, *config.score.names, *sorted(columns))
+    return [
+        f"online.rewards has {reward.name!r}, but no candidate has this value: take one of {', '.join(known)}, or add"
+        " it to score.names or generate.alignment"
+        for reward in rewards
+        if reward.name not in known
+    ]
+
+
 def run_rewards(config: RunConfig) -> tuple[Reward, ...]:
     """The rewards of a run."""
     return rewards_of(config.online, config.select.by, columns_of(load_metrics(config.generate.alignment)))
@@ -73,9 +96,10 @@ def validation_rewards_of(config: RunConfig) -> tuple[Reward, ...]:
 
 
 def raw_rewards(rewards: tuple[Reward, ...], columns: Mapping[str, Sequence[float]]) -> np.ndarray:
-    """The weighted sum of the reward columns of n candidates, (n,) fp64; NaN if a value is missing."""
+    """The weighted sum of the reward columns of n candidates, (n,) fp64; NaN if a value is missing. The reward `random`
+    has no column and is left out."""
     total = 0.0
-    for reward in rewards:
+    for reward in (reward for reward in rewards if reward.name != RANDOM):
         column, _ = reward.columns(list(columns))
         total = total + reward.weight * np.array(columns[column], np.float64)
     return total

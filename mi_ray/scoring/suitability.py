@@ -1,6 +1,7 @@
 """Whether the scores and the sampler of a run suit its model, from the model's configuration files alone."""
 
 import logging
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from mi_ray.diffusion.sampling import solver_plan
 from mi_ray.diffusion.schedules import FLOW, Schedule
 from mi_ray.guidance.methods import family_fault
 from mi_ray.information.trajectory import flow_retained, retained
+from mi_ray.scoring.rewards import reward_faults
 from mi_ray.scoring.scorer import probed_band
 
 DIFFUSION_SCORES = ("mitune", "mitune_eq2")  # of variance-preserving models; FLOW_SCORES are of flows
@@ -19,10 +21,12 @@ log = logging.getLogger(__name__)
 
 
 def check_suitability(config: RunConfig):
-    """Check the noise levels, the solver and the scores of a run against its model. Warn of a distilled model.
+    """Check the noise levels, the solver and the scores of a run against its model, and its rewards against its scores.
+    Warn of a distilled model.
 
     Raises:
-        ConfigError: the model does not allow a score, a band, a number of steps or a guidance method.
+        ConfigError: the model does not allow a score, a band, a number of steps or a guidance method; or a reward has
+            no value.
         ValueError: the model lacks a configuration, or the hub cannot be asked.
     """
     schedule = load_schedule(config.model.path, config.model.size)
@@ -43,6 +47,8 @@ def check_suitability(config: RunConfig):
             others.append(f"finetune.log_snr_max: {lowest}, so finetune.method dpok has nothing to train: raise it")
     except ValueError as error:
         faults += str(error).split("\n")
+    with suppress(ValueError):  # the check of the metrics reports names that are no metric
+        others += reward_faults(config)
     faults = [f"score: {fault}" for fault in faults] + others + method_faults(config)
     if faults:
         raise ConfigError(faults)
@@ -73,7 +79,7 @@ def method_faults(config: RunConfig) -> list[str]:
 
 def score_faults(config: RunConfig, schedule: Schedule) -> list[str]:
     """One error message for each on-trajectory score that is not defined for a model with this schedule."""
-    asked = {*config.score.names, config.prune.by}
+    asked = config.candidate_scores | config.evaluation.sampler.best_of.scores
     if "trajectory_banded" in asked:
         asked.add(config.score.banded)
     flow = schedule.prediction_type == FLOW
@@ -94,7 +100,7 @@ def _step_faults(config: RunConfig, schedule: Schedule, timesteps: Tensor) -> li
         names, counted = FLOW_SCORES, flow_retained(schedule.alpha_sigma(timesteps)[1])
     else:
         names, counted = DIFFUSION_SCORES, retained(timesteps, schedule)
-    asked = {*config.score.names, config.prune.by}
+    asked = config.candidate_scores
     of_banded = {"trajectory_banded"} if config.score.banded in names else set()
     return [
         f"{name} does not count the least noisy steps and steps of pure noise, and sampler.num_inference_steps"
@@ -110,7 +116,7 @@ def distillation_warning(config: RunConfig) -> str | None:
     The unconditional prediction of such a model is what it gives for the empty prompt. It was not trained to be the
     mean over all prompts, so a difference from it is no estimate of mutual information.
     """
-    asked = {*config.score.names, config.prune.by, config.select.by}
+    asked = config.candidate_scores | config.evaluation.sampler.best_of.scores | {config.select.by}
     affected = [f"score {name}" for name in sorted(asked & set(_AGAINST_NULL))]
     affected += ["sampler.guidance_scale above 1"] if config.sampler.branches == 2 else []
     reason = distilled_reason(config.model.path) if affected else None

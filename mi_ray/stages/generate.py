@@ -199,6 +199,6 @@ def generate(
         "adapter": adapter,
         "keep_by": keep_by,
         "previews": previews,
-        "pool": pool if "pmi_contrastive" in {*config.score.names, config.prune.by} else [],
+        "pool": pool if "pmi_contrastive" in config.candidate_scores else [],
     }
     return run_stage("generate", f"round {round_index}", CandidateGenerator, constructor, shards, folder, config)

@@ -28,8 +28,8 @@ from mi_ray.stages.shards import FACTS, ShardWriter, rows_of, write_missing
 from mi_ray.storage import tables
 from mi_ray.training.board import Meeting
 from mi_ray.training.loop import loop_settings, remove_checkpoints, train
-from mi_ray.training.online import best_version
 from mi_ray.training.start import local_start, start_adapter
+from mi_ray.training.validation import best_version
 
 LOOK_S = 30.0  # seconds that an actor waits for a policy before it checks whether an earlier part was lost
 
@@ -116,15 +116,14 @@ class OnlineGenerator:
         """Load the policy of a part, if it exists, and return "here". Otherwise return the answer of the board.
 
         A validation uses the saved policy, because the evaluation uses it too. It is saved before its version is
-        published.
+        published. Only version 0, the base model, can be used before it is saved.
         """
         version = row["version"]
-        validation = row["validation"] and version > 0  # version 0 is the base model
-        wanted = version, validation
+        wanted = version, row["validation"] and version > 0
         if wanted == self.loaded:
             return "here"
         word, state = self.board.policy(version, timeout_s)
-        if validation and word in ("here", "past"):
+        if row["validation"] and word in (("here", "past") if version else ("past",)):
             saved = storage.join(policy_folder(self.folder, version), "adapter_model.safetensors")
             word, state = "here", load_safetensors(storage.read_bytes(saved))
         if word == "here":

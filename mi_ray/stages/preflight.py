@@ -73,7 +73,7 @@ def _measured(plan: Plan, counts: dict[str, int]) -> list[str]:
 def _candidates(config: RunConfig, prompts: int, rounds: int, arms: str) -> str:
     each, online = config.generate.candidates_per_prompt, config.online
     if online.updates:
-        update = f"{online.prompts_per_update} prompts x {each} candidates, {online.inner_steps} optimiser steps"
+        update = f"{config.update_prompts} prompts x {each} candidates, {online.inner_steps} optimiser steps"
         return f"updates       {online.updates} online, each with {update}, method {config.finetune.method}"
     return f"candidates    {prompts * each} per round, {rounds} rounds, {config.select.top_k} kept per prompt by {arms}"
 

@@ -229,7 +229,9 @@ def train_loop(settings: dict) -> dict | None:
     change = _output_change(objective, source.probe(), final)  # with shards all workers predict together
     if rank != 0:
         return None
-    if change <= CHANGED:
+    if all(line["loss"] is None for line in log.lines):
+        print("warning: nothing was trained: no prompt has candidates with different rewards", flush=True)
+    elif change <= CHANGED:
         advice = "raise finetune.learning_rate"
         print(f"warning: fine-tuning did not change the model's outputs ({change:.1e}); {advice}", flush=True)
     refuse()

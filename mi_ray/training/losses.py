@@ -82,8 +82,8 @@ def awm(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
 
 
 def dgpo(p: Predictions, batch: Batch, config: FinetuneConfig) -> Tensor:
-    """Group DPO (arXiv 2510.08425): log(1 + exp(b sum_i A_i (l_i(new) - l_i(reference)))) over a prompt's candidates,
-    b = `beta`. With two candidates it is Diffusion-DPO."""
+    """Group DPO (arXiv 2510.08425): log(1 + exp(b sum_i A_i (l_i(new) - l_i(reference)))) / b over a prompt's
+    candidates, b = `beta`. With two candidates it is Diffusion-DPO. Division by b keeps the size of the gradient."""
     gained = batch.advantages * (p.error(p.new) - p.error(p.reference))
     beta = _beta(config)
     return softplus(beta * _sum_of_group(gained, batch.group)) / beta

@@ -21,14 +21,14 @@ from mi_ray.diffusion.adapters import adapter_state
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser
 from mi_ray.inputs.online_plan import OnlinePlan
-from mi_ray.runs import folder as run_folder
 from mi_ray.runs.layout import CANDIDATES, policy_folder
 from mi_ray.scoring.rewards import Reward, prompts_of, raw_rewards, run_rewards, validation_rewards_of
 from mi_ray.training.losses import Batch, Objective, weights_of
 from mi_ray.training.transitions import Rows, Transitions
+from mi_ray.training.validation import finite_mean, validation_rewards
 
 GUARDED = ("latent_std", "diversity")  # values of the candidates; a large change stops the training
-PROBE_ROWS = 32  # number of rows that the effective guidance is measured on
+PROBE_ROWS = 32  # smallest number of rows that the effective guidance is measured on, if there are as many
 READ = ("prompt_id", "prompt", "advantage", "latents")  # columns of a part that are read, in addition to the rewards
 
 
@@ -232,7 +232,7 @@ class OnlineSource:
         prompts = ["" if empty else group.prompt for group, *_, empty in parts]
         advantage = torch.cat([group.advantages for group, *_ in parts])
         guidance, precision = torch.tensor([(rows.guidance, rows.precision) for _, rows, *_ in parts]).T
-        batch = Batch(
+        return Batch(
             x0=torch.cat([rows.x0 for _, rows, *_ in parts]),
             noise=torch.cat([rows.noise for _, rows, *_ in parts]),
             timesteps=torch.stack([rows.timestep for _, rows, *_ in parts]).repeat_interleave(sizes),
@@ -244,8 +244,7 @@ class OnlineSource:
             held=held if online.held_share else None,
             guidance=guidance.repeat_interleave(sizes) if (guidance != 1).any() else None,
             precision=precision.repeat_interleave(sizes),
-        )
-        return batch.to(self.denoiser.device)
+        ).to(self.denoiser.device)
 
     def _encoded(self, prompts: list[str], sizes: Tensor) -> Conditioning:
         """The conditioning of each row. `sizes` are the numbers of rows of the prompts."""
@@ -288,13 +287,13 @@ class OnlineSource:
             self.board.publish(version, self.recent[version])
 
     def due(self, step: int) -> bool:
-        update, inner = divmod(step, self.config.online.inner_steps)
-        last = inner + 1 == self.config.online.inner_steps
-        return last and (update + 1) % self.config.online.validate_every == 0
+        online = self.config.online
+        return (step + 1) % (online.inner_steps * online.validate_every) == 0
 
     def probe(self) -> Batch | None:
         self.update, self.history = -1, []  # the training has ended
-        return self._draw(self.groups, 0) if self._read(0) and self.groups else None
+        first = self.parts(0, 0, 1) if self._read(0) else []
+        return first[0][0]() if first else None
 
     def state(self) -> dict:
         return {"recent": self.recent}
@@ -328,7 +327,7 @@ class OnlineSource:
                 self.scores[v] = validation_rewards(self.plan, self.candidates, v, judged_by)
         if version not in self.scores or not len(self.scores[version]):
             return
-        best = max(self.scores, key=lambda v: np.nanmean(self.scores[v]))
+        best = max(self.scores, key=lambda v: finite_mean(self.scores[v]))
         lost = self.scores[best] - self.scores[version]
         lost = lost[np.isfinite(lost)]
         if len(lost) > 1 and lost.mean() > 3 * lost.std(ddof=1) / math.sqrt(len(lost)):
@@ -340,59 +339,19 @@ class OnlineSource:
         gamma = <eps_policy(y) - eps(), Delta> / ||Delta||^2 with Delta = eps(y) - eps() of the base model, on the
         update's candidates. 1: the base model itself.
         """
-        if not self.groups:
-            return math.nan
-        batch = self._draw(self.groups[: max(1, PROBE_ROWS // len(self.groups[0].latents))], 0)
-        objective, parameters = self.objective, self.objective.parameters_trained
-        null = self.denoiser.encode_prompts([""]).expand(len(batch.x0))
-        with torch.no_grad():
-            with weights_of(objective.base, parameters):
-                base, empty = objective.predict(batch), objective.predict(batch, null)
-            with weights_of(objective.old, parameters):
-                policy = objective.predict(batch)
-        delta = base - empty
-        return float(((policy - empty) * delta).sum() / delta.square().sum())
-
-
-def validation_rewards(plan: OnlinePlan, candidates: str, version: int, rewards: tuple[Reward, ...]) -> np.ndarray:
-    """The mean reward of each held-out prompt for a version of the policy, in the order of the prompts; NaN: none."""
-    found = []
-    for index in plan.of_validation(version):
-        rows = storage.read_table(storage.join(candidates, plan.name(index))).to_pydict()
-        values = raw_rewards(rewards, rows)
-        found += [np.nanmean(values[start:stop]) for start, stop in prompts_of(rows["prompt_id"])]
-    return np.array(found)
-
-
-def best_version(config: RunConfig, plan: OnlinePlan, candidates: str, saved: list[int]) -> dict:
-    """The self-scores of the validated versions, and the version that is kept.
-
-    The kept version is the last one whose mean is not lower than the highest mean by more than the standard error of
-    the difference. Without a validation it is the last saved version.
-
-    Args:
-        saved: versions with an adapter in the run folder.
-
-    Returns:
-        version, and validation: {version: mean reward of the held-out prompts}.
-    """
-    rewards, scores = validation_rewards_of(config), {}
-    for version in saved:
-        parts = [plan.name(index) for index in plan.of_validation(version)]
-        if parts and not run_folder.missing_parts(candidates, parts):
-            scores[version] = validation_rewards(plan, candidates, version, rewards)
-    if not scores:
-        return {"version": max(saved), "validation": {}}
-    highest = max(scores, key=lambda version: np.nanmean(scores[version]))
-    good = []
-    for version, values in scores.items():
-        lost = scores[highest] - values
-        if np.nanmean(lost) <= np.nanstd(lost, ddof=1) / math.sqrt(len(lost)):
-            good.append(version)
-    return {
-        "version": max(good, default=highest),
-        "validation": {str(version): float(np.nanmean(values)) for version, values in scores.items()},
-    }
+        objective, null = self.objective, self.denoiser.encode_prompts([""])
+        rows, overlap, square = 0, 0.0, 0.0
+        for draw, _ in self.parts(0, 0, 1):
+            batch = draw()
+            with torch.no_grad(), weights_of(objective.base, objective.parameters_trained):
+                empty = objective.predict(batch, null.expand(len(batch.x0)))
+                delta = objective.predict(batch) - empty
+            with torch.no_grad(), weights_of(objective.old, objective.parameters_trained):
+                moved = objective.predict(batch) - empty
+            overlap, square = overlap + (moved * delta).sum().item(), square + delta.square().sum().item()
+            if (rows := rows + len(batch.x0)) >= PROBE_ROWS:
+                break
+        return overlap / square if square else math.nan
 
 
 def _generator(key: str) -> torch.Generator:

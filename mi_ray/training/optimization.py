@@ -83,6 +83,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average:
-            self.average.load_state_dict(state["average"])
+            self.average.load_state_dict(state["average"])  # it keeps the device of the state
+            self.average.to(self.optimizer.param_groups[0]["params"][0].device)
         for values, stored in zip(self.old, state["old"], strict=True):
             values.copy_(stored)

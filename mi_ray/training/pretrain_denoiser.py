@@ -190,7 +190,7 @@ class DenoiserTraining:
 
     Args:
         data: token ids "ids" (n, MAX_TOKENS) int16 and "latents" (n, C, h, w) float16, on the device of training.
-        start: its parts of the same name are where training starts; None: random weights.
+        start: pipeline whose parts of the same name give the first weights; None: random weights.
         rank: of this worker, of `world_size` workers that share a batch.
 
     Raises:

@@ -1,6 +1,7 @@
 """Selection: keep the best candidates of each prompt, by a score, by a metric or at random."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -18,9 +19,11 @@ from mi_ray.storage import tables
 def ranks(columns: dict[str, list], by: str, seed: int, declared: Sequence[Column] = ()) -> list[int]:
     """Rank the candidates of one prompt, 0 is the best. A hash breaks ties, never the order of generation.
 
+    Candidates with an error rank last. So the order of the others is the same with and without them.
+
     Args:
         columns: of the candidates of one prompt: candidate_index, prompt_id, score_<name>, the columns of the metrics,
-            and pruned_after, prune_score for a pruned pool.
+            pruned_after and prune_score for a pruned pool, and error if it is known.
         by: name of a score or a metric, or `random`. If it is a score, a pruned candidate ranks after all candidates
             that were pruned later or not at all. Candidates of the same cut are ranked by their score at that cut.
         declared: the columns of the metric, if `by` is a metric. The first column decides; the next column breaks ties,
@@ -44,7 +47,8 @@ def ranks(columns: dict[str, list], by: str, seed: int, declared: Sequence[Colum
             (np.inf, _finite(score)) if after is None else (after, _finite(at_cut))
             for score, after, at_cut in zip(columns[f"score_{by}"], *cuts, strict=True)
         ]
-    order = sorted(range(count), key=lambda i: (tuple(-value for value in worth[i]), lots[i]))
+    failed = [error is not None for error in columns.get("error", [None] * count)]
+    order = sorted(range(count), key=lambda i: (failed[i], tuple(-value for value in worth[i]), lots[i]))
     return np.argsort(order).tolist()
 
 
@@ -67,25 +71,28 @@ def _finite(value: float | None, sign: int = 1) -> float:
     return sign * value if value is not None and np.isfinite(value) else -np.inf
 
 
-# The columns that selection reads. Curves are never read; latents and prompts are read only for kept rows.
-_COLUMNS_READ = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score"]
+# The columns that decide the selection. Curves are never read. Latents are stored only for kept candidates.
+_COLUMNS_READ = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score", "latents"]
 
 
 def _kept_of_part(uri: str, config: RunConfig, by: str, declared: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers and prompt ids of the kept rows of a part, both (k,).
 
-    All candidates of a prompt are in one part, in consecutive rows: a shard is written as a whole.
+    All candidates of a prompt are in one part, in consecutive rows: a shard is written as a whole. A candidate without
+    latents is never kept: it was pruned, because a candidate that ranks before it had an error.
     """
     columns = [*_COLUMNS_READ, *(c.name for c in declared), *(f"score_{name}" for name in config.score.names)]
     table = storage.read_table(uri, columns)
     rows = np.flatnonzero(pc.is_null(table["error"]).to_numpy())
     table = table.take(rows)
-    ids = table["prompt_id"].to_numpy()
+    stored = pc.is_valid(table["latents"]).to_numpy()
+    table, ids = table.drop_columns("latents"), table["prompt_id"].to_numpy()
     ends = np.flatnonzero(np.r_[ids[1:] != ids[:-1], True]) + 1 if len(ids) else []  # none: all candidates failed
     kept = np.zeros(len(ids), bool)
     for start, stop in pairwise([0, *ends]):
         of_prompt = table.slice(start, stop - start).to_pydict()
         kept[start:stop] = keeps(of_prompt, ranks(of_prompt, by, config.seed, declared), by, config.select)
+    kept &= stored
     return rows[kept], ids[kept]
 
 
@@ -135,10 +142,17 @@ def select(config: RunConfig, candidates: str, destination: str, by: str) -> dic
             table = table.append_column("weight", pa.array(weights.astype(np.float32)))
             writer.write_table(table.select(tables.SELECTED.names).cast(tables.SELECTED))
         if not total:
-            raise ConfigError(
-                [f"select.min_score: no candidate has a score {by} of {config.select.min_score} or more; lower it"]
-            )
+            raise ConfigError([_nothing_kept(parts, config, by)])
     return {"prompts": prompts, "kept": total}
+
+
+def _nothing_kept(parts: list[str], config: RunConfig, by: str) -> str:
+    """The error message of a selection that keeps nothing."""
+    errors = Counter(error for part in parts for error in storage.read_table(part, ["error"])["error"].to_pylist())
+    if None in errors:
+        return f"select.min_score: no candidate has a score {by} of {config.select.min_score} or more; lower it"
+    most, _ = errors.most_common(1)[0]
+    return f"run_dir: every candidate has an error, most often {most!r}; remove its cause and use another --run-dir"
 
 
 def _kept_per_prompt(parts: list[str], config: RunConfig, by: str, declared: Sequence[Column]) -> float:

@@ -2,6 +2,8 @@
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mi_ray.config import RunConfig
@@ -11,8 +13,6 @@ from mi_ray.diffusion.folders import load_network_on_meta, pipeline_class
 from mi_ray.storage import exists, join, local_folder, read_bytes, write_bytes
 
 _FOLDER = "start"  # in the run folder
-# (run folder, model, adapter) -> its PEFT form in a temporary folder, from the check until the run folder has it.
-_checked: dict[tuple[str, str, str], tempfile.TemporaryDirectory] = {}
 
 
 def check_start(config: RunConfig):
@@ -26,26 +26,25 @@ def check_start(config: RunConfig):
     kept = join(config.run_dir, _FOLDER, CONFIG)
     if exists(kept):
         return _check_kind(config, read_bytes(kept))
-    _checked.pop(_key(config), None)
-    folder = _converted(config)
-    _check_kind(config, (Path(folder.name) / CONFIG).read_bytes())
-    _checked[_key(config)] = folder
+    with _converted(config):
+        pass
 
 
 def start_adapter(config: RunConfig) -> str | None:
     """URI of the folder of the adapter that the run starts from; None: it starts from the model as it is.
 
-    The first call writes it, as `check_start` found it, so that the run continues after the user's file has changed.
+    The first call writes it, so that the run continues after the user's file has changed.
+
+    Raises:
+        ConfigError: as `check_start`.
     """
     if not config.finetune.start_from:
         return None
     destination = join(config.run_dir, _FOLDER)
     if not exists(join(destination, CONFIG)):
-        if _key(config) not in _checked:
-            check_start(config)
-        with _checked.pop(_key(config)) as folder:
+        with _converted(config) as folder:
             for name in (WEIGHTS, CONFIG):  # the second one says that it is complete
-                write_bytes(join(destination, name), (Path(folder) / name).read_bytes())
+                write_bytes(join(destination, name), (folder / name).read_bytes())
     return destination
 
 
@@ -55,24 +54,21 @@ def local_start(config: RunConfig) -> str | None:
     return uri and local_folder(uri)
 
 
-def _key(config: RunConfig) -> tuple[str, str, str]:
-    return config.run_dir, config.model.path, config.finetune.start_from
-
-
-def _converted(config: RunConfig) -> tempfile.TemporaryDirectory:
-    """A temporary folder with the adapter in PEFT's form.
+@contextmanager
+def _converted(config: RunConfig) -> Iterator[Path]:
+    """Context with a temporary folder that has the adapter in PEFT's form.
 
     Raises:
-        ConfigError: it is no adapter of the model.
+        ConfigError: as `check_start`.
     """
-    path, place, folder = config.model.path, config.finetune.start_from, tempfile.TemporaryDirectory(prefix="mi_ray-")
-    try:
-        with tempfile.TemporaryDirectory() as copy:
-            source = _local(place, Path(copy))
-            convert_adapter(source, Path(folder.name), pipeline_class(path), load_network_on_meta(path))
-    except (ValueError, OSError) as error:
-        raise ConfigError([f"finetune.start_from: {error}"]) from error
-    return folder
+    path, place = config.model.path, config.finetune.start_from
+    with tempfile.TemporaryDirectory(prefix="mi_ray-") as folder, tempfile.TemporaryDirectory() as copy:
+        try:
+            convert_adapter(_local(place, Path(copy)), Path(folder), pipeline_class(path), load_network_on_meta(path))
+        except (ValueError, OSError) as error:
+            raise ConfigError([f"finetune.start_from: {error}"]) from error
+        _check_kind(config, (Path(folder) / CONFIG).read_bytes())
+        yield Path(folder)
 
 
 def _check_kind(config: RunConfig, settings: bytes):

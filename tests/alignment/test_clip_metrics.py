@@ -141,7 +141,7 @@ def test_a_missing_or_wrong_model_gives_one_message(folder, tmp_path, monkeypatc
     (other / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (bare / "config.json").write_text((folder / "config.json").read_text())
     messages = {
-        "clip-score": "'clip-score' needs the model 'openai/clip-vit-base-patch32', which cannot be had from the hub",
+        "clip-score": "'clip-score' needs the model 'openai/clip-vit-base-patch32', which cannot be fetched from",
         "clip-score@nowhere": "names the model 'nowhere', which is neither an existing folder nor a hub id",
         f"clip-score@{other}": "needs a model of type clip, but .* is a bert: give another",
         f"clip-score@{bare}": "needs weights, and .* has none of model.safetensors",
@@ -177,7 +177,7 @@ def test_a_hub_model_is_pinned_to_the_commit_in_the_cache(folder, tmp_path, monk
     assert (older.columns[0].revision, older.source["pretrained_model_name_or_path"]) == (first, "owner/judge")
     (tmp_path / "README.md").write_text("weights")
     cached(tmp_path, "xswu/HPSv2", first, tmp_path / "README.md")
-    with pytest.raises(ValueError, match=f"needs the model '{ARCHITECTURE}', which cannot be had from the hub"):
+    with pytest.raises(ValueError, match=f"needs the model '{ARCHITECTURE}', which cannot be fetched from the hub"):
         load_metrics(["hps-v2.1"])
     cached(tmp_path, ARCHITECTURE, second, folder / "config.json")
     metric = load_metrics(["hps-v2.1"])["hps-v2.1"]

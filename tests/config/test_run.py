@@ -369,3 +369,15 @@ def test_scores_with_both_branches_need_guidance():
     assert "sampler.guidance_scale is 1, but mitune needs both branches" in str(error.value)
     least = (*LEAST, "--score.names", "pmi_negatives", "--select.by", "pmi_negatives")
     assert load(*least, "--sampler.guidance-scale", "1").sampler.branches == 1
+
+
+def test_a_run_without_a_score_is_refused():
+    given = faults(*LEAST, "--score.names", "none", "--select.by", "oracle", "--generate.alignment", "oracle")
+    assert given == ["score: names is empty, but the report shows a score: give at least one"]
+
+
+def test_online_run_refuses_scores_that_need_a_list_of_prompts():
+    online = ("--online.updates", "1", "--finetune.method", "nft", "--select.by", "pmi", "--score.names")
+    assert load(*LEAST, *online, "pmi,pmi_negatives").online.updates == 1
+    (fault,) = faults(*LEAST, *online, "pmi,pmi_contrastive")
+    assert fault.startswith("score.names has pmi_contrastive, but an online run has no list of prompts to compare with")

@@ -147,7 +147,7 @@ def test_a_model_without_safetensors_is_told(halves, monkeypatch, tmp_path):
     for part, stem in STEMS.items():
         (halves / part / f"{stem}.fp16.safetensors").rename(halves / part / f"{stem}.bin")
     hub = Hub(halves, monkeypatch, tmp_path)
-    with pytest.raises(ValueError, match=r"cannot be had from the hub.*necessary `safetensors` weights.*variant=None"):
+    with pytest.raises(ValueError, match=r"cannot be fetched from the hub.* `safetensors` weights.*variant=None"):
         folders.fetch_model("me/tiny")
     assert hub.downloads == 0
 
@@ -155,14 +155,14 @@ def test_a_model_without_safetensors_is_told(halves, monkeypatch, tmp_path):
 @pytest.mark.parametrize("fails", ["model_info", "snapshot_download"])
 def test_a_hub_that_fails_is_not_asked_for_fp16_files(tiny_pipeline, monkeypatch, tmp_path, fails):
     hub = Hub(tiny_pipeline, monkeypatch, tmp_path, (fails,))
-    with pytest.raises(ValueError, match=r"cannot be had from the hub: check the name and the network"):
+    with pytest.raises(ValueError, match=r"cannot be fetched from the hub: check the name and the network"):
         folders.fetch_model("me/tiny")
     assert hub.downloads == 1
 
 
 def test_a_failure_while_fp16_files_are_fetched_is_told(halves, monkeypatch, tmp_path):
     hub = Hub(halves, monkeypatch, tmp_path, ("snapshot_download",))
-    with pytest.raises(ValueError, match=r"cannot be had from the hub.*503 Service Unavailable"):
+    with pytest.raises(ValueError, match=r"cannot be fetched from the hub.*503 Service Unavailable"):
         folders.fetch_model("me/tiny")
     assert hub.downloads == 1
 

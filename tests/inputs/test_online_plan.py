@@ -10,6 +10,7 @@ from mi_ray.config.section import ConfigError
 from mi_ray.inputs.online_plan import OnlinePlan, too_few_prompts
 from mi_ray.inputs.prompts import PROMPTS
 from mi_ray.inputs.shard_plan import ShardPlan, write_prompts
+from mi_ray.runs.cost import evaluations
 
 
 def plan_of(tmp_path, prompts: int = 40, **settings) -> OnlinePlan:
@@ -53,6 +54,18 @@ def test_names_are_the_same_when_read_again(tmp_path):
     assert [plan_of(tmp_path).name(i) for i in range(20)] == [plan_of(tmp_path).name(i) for i in range(20)]
 
 
+def test_cost_counts_the_prompts_of_whole_shards(tmp_path):
+    """An update of five prompts uses two shards of four."""
+    given = {"run_dir": str(tmp_path), "prompts": {"file": "a.txt"}, "finetune": {"method": "nft"}}
+    given |= {"generate": {"prompts_per_shard": 4, "candidates_per_prompt": 3}}
+    online = {"updates": 8, "prompts_per_update": 5, "validation_prompts": 0}
+    config = RunConfig.model_validate(given | {"online": online})
+    plan = plan_of(tmp_path, **online)
+    prompts = sum(plan.size(index) for index in plan.of_update(0))
+    assert config.update_prompts == prompts == 8
+    assert evaluations(config, 40, 4)["generate"] == 8 * prompts * 3 * 2 * config.sampler.num_inference_steps
+
+
 def test_too_few_prompts_are_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"prompts.file: 12 prompts are too few: one update needs 8 and 8 are held out"
@@ -71,3 +84,5 @@ def test_too_few_prompts_are_faults_of_an_online_run_only(tmp_path):
     assert too_few_prompts(RunConfig.model_validate(given), 12) == []
     compared = {"score": {"names": ["pmi_contrastive"]}, "select": {"by": "pmi_contrastive"}}
     assert "there is only one" in too_few_prompts(RunConfig.model_validate(given | compared), 1)[0]
+    best_of = {"sampler": {"best_of": {"candidates": 2, "by": "pmi_contrastive"}}}
+    assert "there is only one" in too_few_prompts(RunConfig.model_validate(given | best_of), 1)[0]

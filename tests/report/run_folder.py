@@ -17,7 +17,7 @@ from mi_ray.shapes.scenes import render
 from mi_ray.storage import write_json, write_table
 from mi_ray.storage.tables import candidates_schema, evaluation_schema, online_schema
 
-SCORES = ("mitune", "pmi_contrastive")
+SCORES = ("mitune", "pmi_negatives")
 METRICS = {"oracle": Oracle.columns}
 CANDIDATES, SEEDS = 12, 4
 HOSTILE = '<script>alert("prompt")</script> & a <b>red</b> circle'
@@ -51,7 +51,7 @@ def config_of(run_dir: Path) -> RunConfig:
             "run_dir": str(run_dir),
             "prompts": {"file": "prompts.txt"},
             "score": {"names": SCORES},
-            "select": {"by": "pmi_contrastive"},
+            "select": {"by": "pmi_negatives"},
             "generate": {"candidates_per_prompt": CANDIDATES, "alignment": "oracle"},
             "evaluation": {"images_per_prompt": SEEDS, "alignment": "oracle", "controls": ["random"]},
         }
@@ -75,13 +75,13 @@ def _write_candidates(run_dir: Path, prompts: list[str], rng: np.random.Generato
         pool = []
         for index in range(CANDIDATES):
             exact = bool(rng.random() < 0.4)
-            # mitune knows nothing of `exact`; pmi_contrastive does, and ties now and then.
+            # mitune knows nothing of `exact`; pmi_negatives does, and ties now and then.
             scores = {
                 "score_mitune": rng.normal(number, 1),
-                "score_pmi_contrastive": round(rng.normal(1.2 * exact, 1), 1),
+                "score_pmi_negatives": round(rng.normal(1.2 * exact, 1), 1),
             }
             pool.append({"candidate_index": index, "seed": index, **scores, **_metrics(exact, rng)})
-        order = sorted(pool, key=lambda row: -row["score_pmi_contrastive"])
+        order = sorted(pool, key=lambda row: -row["score_pmi_negatives"])
         for rank, row in enumerate(order):
             image = png(_image(prompt, row["exact"] == 1, prompts, rng)) if rank == 0 or number < 4 else None
             rows.append({"prompt_id": prompt_id(prompt), "prompt": prompt, "rank": rank, "kept": rank == 0, **row})
@@ -191,7 +191,7 @@ def _online_part(
         for index in range(each):
             exact = bool(rng.random() < share)
             row = {"prompt_id": prompt_id(prompt), "prompt": prompt, "candidate_index": index, "seed": index}
-            row |= {"score_mitune": rng.normal(), "score_pmi_contrastive": rng.normal(3.0 * exact), "update": update}
+            row |= {"score_mitune": rng.normal(), "score_pmi_negatives": rng.normal(3.0 * exact), "update": update}
             if not validation and index in (0, each - 1):
                 row |= {"advantage": 1.0 if index else -1.0, "latents": [0.0] * 4, "latents_shape": [4]}
             if validation and index == 0:

@@ -36,8 +36,8 @@ def test_it_tells_prompts_scores_and_results_and_no_places_of_the_machine(card, 
     text = card["README.md"].decode()
     for fact in (
         "prompts: 25 to train on, 24 held out",
-        "scores: mitune, pmi_contrastive",
-        "selected by: pmi_contrastive",
+        "scores: mitune, pmi_negatives",
+        "selected by: pmi_negatives",
         "digest `0123abcd`",
         "diffusers.StableDiffusionPipeline.from_pretrained",
         "tuned − base",

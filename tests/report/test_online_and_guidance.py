@@ -10,6 +10,7 @@ import pytest
 from run_folder import GAMMA, GUIDED_SHARE, METRICS, STOPPED, UPDATES, online_config_of, write_online_run
 from scipy import stats
 
+from mi_ray.config import RunConfig
 from mi_ray.report.guidance import SCALE, best_scale, guidance_section
 from mi_ray.report.page import alignment_table, headline, previews, side_by_side, write_report
 from mi_ray.report.summary import summarise
@@ -94,6 +95,20 @@ def test_rows_have_best_scales_base_near_gamma_and_model_without_guidance(report
     assert rows["tuned", 4.0]["effective_guidance"] == GAMMA
 
 
+def test_evaluations_are_those_of_the_guidance_method_and_of_all_candidates(run_dir):
+    """Perturbed-attention guidance evaluates three branches, and best-of-N samples N candidates for an image."""
+    given = online_config_of(run_dir).model_dump(mode="json")
+    given["evaluation"]["guidance_scales"] = [2.0, 4.0, 4.4]
+    for changed, expected in (
+        ({"guidance_method": "perturbed-attention"}, 3 * 20),
+        ({"best_of": {"candidates": 5, "by": "pmi"}}, 5 * 2 * 20),
+    ):
+        sampler = given["evaluation"]["sampler"] | changed
+        config = RunConfig.model_validate(given | {"evaluation": given["evaluation"] | {"sampler": sampler}})
+        rows = summarise(str(run_dir), config)["guidance"]["rows"]
+        assert {row["evaluations"] for row in rows if row[SCALE] > 1} == {expected}
+
+
 def test_best_scale_is_the_lower_one_of_equal_scales():
     curve = [{SCALE: scale, "value": value} for scale, value in ((1.0, 0.2), (2.0, 0.8), (4.0, 0.8))]
     assert best_scale(curve, EXACT) == 2.0
@@ -132,7 +147,7 @@ def test_report_has_the_updates_and_validations_of_an_online_run(report):
         "effective_guidance": GAMMA,
     }
     assert [found["version"] for found in tuned["validations"]] == [0, 2, 4, 6]
-    assert {"score_mitune", "score_pmi_contrastive", "exact"} <= set(tuned["validations"][0]["columns"])
+    assert {"score_mitune", "score_pmi_negatives", "exact"} <= set(tuned["validations"][0]["columns"])
     assert tuned["validations"][0]["columns"]["exact"]["n_prompts"] == 6
     assert tuned["self_score"][1] == {"version": 2, "value": 1.2}
     assert (tuned["kept"], tuned["stopped"], tuned["effective_guidance"]) == (4, STOPPED, GAMMA)
@@ -149,7 +164,7 @@ def test_report_counts_training_and_work_of_an_online_run(report):
 def test_selection_of_an_online_run_uses_the_candidates_of_updates(report, run_dir, config):
     selection = report["selection"]
     assert selection["pool_exact"]["n_images"] == UPDATES * 3 * 6  # without the validations
-    assert selection["auc"]["exact"]["pmi_contrastive"]["value"] > 0.8
+    assert selection["auc"]["exact"]["pmi_negatives"]["value"] > 0.8
     assert "kept_exact" not in selection
     assert previews(str(run_dir), config) == []
 

@@ -80,10 +80,10 @@ def test_selection(report, run_dir):
     assert selection["kept_exact"]["value"] == pytest.approx(pool[pool["kept"].eq(True)]["exact"].mean())
     aucs = []
     for _, group in pool.groupby("prompt_id"):
-        right, wrong = (group[group["exact"] == value]["score_pmi_contrastive"] for value in (1, 0))
+        right, wrong = (group[group["exact"] == value]["score_pmi_negatives"] for value in (1, 0))
         if len(right) and len(wrong):
             aucs.append(np.mean([(r > w) + 0.5 * (r == w) for r in right for w in wrong]))
-    result = selection["auc"]["exact"]["pmi_contrastive"]
+    result = selection["auc"]["exact"]["pmi_negatives"]
     low, high = stats.ttest_1samp(aucs, 0).confidence_interval(0.95)
     assert [result[k] for k in ("value", "low", "high")] == pytest.approx([np.mean(aucs), low, high])
     assert result["low"] > 0.6
@@ -124,7 +124,7 @@ def test_report_without_metrics_and_categories_with_two_rounds(tmp_path):
     rng = np.random.default_rng(0)
     for number in (0, 1):
         rows = [{"prompt_id": p, "prompt": p, "kept": i == 0, "score_mitune": float(i)} for p in "ab" for i in range(3)]
-        table = pa.Table.from_pylist(rows, candidates_schema(("mitune", "pmi_contrastive")))
+        table = pa.Table.from_pylist(rows, candidates_schema(("mitune", "pmi_negatives")))
         write_table(str(tmp_path / f"round-{number}" / "candidates" / "part-0.parquet"), table)
     for model in ("base", "tuned"):
         rows = [{"prompt_id": p, "prompt": p, "seed": s, "score_pmi": rng.normal()} for p in "abc" for s in range(2)]

@@ -100,9 +100,21 @@ def test_scores_that_a_model_does_not_have_are_refused(folder, tiny_pipeline):
     check_suitability(run_config(folder, score=score | {"banded": "rfmi"}, select=select))
     with pytest.raises(ConfigError, match=r"rfmi is not defined for a variance-preserving model; use mitune"):
         check_suitability(run_config(tiny_pipeline, score={"names": ["rfmi"]}, select=select))
+    chosen = {"solver": "ddim", "num_inference_steps": STEPS, "guidance_scale": SCALE}
+    chosen |= {"best_of": {"candidates": 2, "by": "mitune"}}
+    for sections in ({"sampler": chosen}, {"evaluation": {"sampler": chosen}}):
+        with pytest.raises(ConfigError, match=r"mitune is not defined for a flow model; use rfmi"):
+            check_suitability(run_config(folder, score={"names": ["rfmi"]}, select=select, **sections))
     spaced = {"solver": "ddim", "num_inference_steps": STEPS, "guidance_scale": SCALE, "timestep_spacing": "leading"}
     with pytest.raises(ConfigError, match="timestep_spacing"):
         check_suitability(run_config(folder, score={"names": ["rfmi"]}, select=select, sampler=spaced))
+
+
+def test_rewards_that_no_candidate_has_are_refused_before_the_start(tiny_pipeline):
+    sections = {"score": {"names": ["mitune"]}, "select": {"by": "mitune"}, "finetune": {"method": "nft"}}
+    with pytest.raises(ConfigError, match=r"^online\.rewards has 'mitun', but no candidate has this value: take one"):
+        check_suitability(run_config(tiny_pipeline, online={"updates": 1, "rewards": ["mitun"]}, **sections))
+    check_suitability(run_config(tiny_pipeline, online={"updates": 1, "rewards": ["mitune:2"]}, **sections))
 
 
 def test_guidance_methods_that_a_family_does_not_have_are_refused(folder, tiny_pipeline):

@@ -8,7 +8,7 @@ import pytest
 from mi_ray.alignment.metric import Column
 from mi_ray.config import OnlineConfig, RunConfig
 from mi_ray.config.section import ConfigError
-from mi_ray.scoring.rewards import Reward, advantages, candidate_advantages, raw_rewards, rewards_of
+from mi_ray.scoring.rewards import Reward, advantages, candidate_advantages, raw_rewards, reward_faults, rewards_of
 
 SEEDS = [1, 2, 3, 4]
 
@@ -124,6 +124,32 @@ def test_raw_rewards_are_the_weighted_sum():
     online = OnlineConfig(updates=1, rewards=("pmi:0.5", "exact"))
     columns = {"score_pmi": [1.0, 2.0], "exact": [0.0, 1.0]}
     assert raw_rewards(rewards_of(online, "pmi"), columns).tolist() == [0.5, 2.0]
+    mixed = OnlineConfig(updates=1, rewards=("pmi:0.5", "random:0.1", "exact"))
+    assert raw_rewards(rewards_of(mixed, "pmi"), columns).tolist() == [0.5, 2.0]
+
+
+def test_reward_that_no_candidate_has_is_refused():
+    """A wrong name, a score that is not computed, and a metric that is not measured."""
+    given = {
+        "run_dir": "x",
+        "prompts": {"file": "x"},
+        "score": {"names": ["pmi"]},
+        "select": {"by": "pmi"},
+        "finetune": {"method": "nft"},
+        "online": {"updates": 1, "rewards": ["pmi", "pmi_negative", "mitune:0.5", "oracle", "random"]},
+    }
+    faults = reward_faults(RunConfig.model_validate(given))
+    assert [fault.split("'")[1] for fault in faults] == ["pmi_negative", "mitune", "oracle"]
+    assert faults[0].startswith("online.rewards has 'pmi_negative', but no candidate has this value: take one of")
+    given["generate"] = {"alignment": ["oracle"]}
+    given["score"] = {"names": ["pmi", "mitune"]}
+    given["online"]["rewards"] = ["pmi", "mitune:0.5", "oracle", "objects:2", "random"]
+    assert reward_faults(RunConfig.model_validate(given)) == []
+    given["online"]["rewards"] = ["pmi:much"]
+    assert reward_faults(RunConfig.model_validate(given | {"online": {}, "finetune": {}})) == []
+    assert reward_faults(RunConfig.model_validate(given)) == [
+        "online.rewards: 'pmi:much' has a weight that is not a number; write name:number"
+    ]
 
 
 def test_only_the_extremes_are_trained():

@@ -21,6 +21,7 @@ from mi_ray.inputs.shard_plan import Shard, write_prompts
 from mi_ray.scoring.sampler import Sampler
 from mi_ray.scoring.scorer import trajectory_scores
 from mi_ray.scoring.work import Work
+from mi_ray.stages import generate as stage
 from mi_ray.stages.generate import CandidateGenerator
 from mi_ray.stages.rescore import rescore
 
@@ -209,3 +210,21 @@ def test_score_that_is_not_finite_is_an_error(tiny_pipeline, tmp_path, monkeypat
     assert bad["error"] == "the model's output is not finite in pmi"
     assert not bad["kept"]
     assert rows.groupby("prompt_id")["kept"].sum().eq(1).all()
+
+
+def test_best_of_n_by_pmi_contrastive_has_the_prompts_to_compare_with(tiny_pipeline, tmp_path, monkeypatch):
+    """Also if no score of the candidates needs them."""
+    best_of = {"candidates": 2, "by": "pmi_contrastive"}
+    given = config_for(tiny_pipeline).model_dump(mode="json") | {"run_dir": str(tmp_path)}
+    given["sampler"] |= {"num_inference_steps": 2, "best_of": best_of}
+    given["score"] |= {"names": ["mitune"]}
+    given["select"] |= {"by": "mitune"}
+    constructor = {}
+    monkeypatch.setattr(stage, "run_stage", lambda *arguments: constructor.update(arguments[3]))
+    stage.generate(RunConfig.model_validate(given), None, str(tmp_path / "pool"), 0, None, ["mitune"], [], PROMPTS)
+    CandidateGenerator(**constructor)(shard_batch(PROMPTS[:1], tmp_path))
+    rows = storage.read_tables(str(tmp_path / "pool"))
+    assert rows["error"].to_pylist() == [None] * EACH
+    given["sampler"]["best_of"] = {}
+    stage.generate(RunConfig.model_validate(given), None, str(tmp_path / "pool"), 0, None, ["mitune"], [], PROMPTS)
+    assert constructor["pool"] == []

@@ -174,6 +174,7 @@ def test_a_run_starts_from_a_users_adapter(updates, job, tmp_path):
     run = tmp_path / "run"
     online = ["--online.updates", 1, "--online.inner-steps", 1, "--online.prompts-per-update", 4] if updates else []
     online += ["--online.validation-prompts", 4, "--prompts.limit", 8, "--finetune.method", "nft"] if updates else []
+    online += ["--score.names", "rfmi", "--select.by", "rfmi"] if updates else []
     job(
         "pipeline",
         *arguments,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from online_run import COLORS, FakeBoard, batch_of, generator_of, moved, run_config, some_policy, stored_prompts
+from safetensors.torch import save
 
 from mi_ray import storage
 from mi_ray.diffusion.adapters import MergedAdapter, adapter_state, attach_adapter, load_adapter_state
@@ -115,15 +116,33 @@ def test_late_part_is_not_made_and_late_validation_uses_the_saved_policy(tiny_pi
     board.finished([late])
     assert board.wait([first, late], 0.01) == [first], "decided once"
     saved = storage.join(stage.policy_folder(str(tmp_path), 2), "adapter_model.safetensors")
-    storage.write_bytes(saved, loop_bytes(policy))
+    storage.write_bytes(saved, save(policy))
     (validation,) = plan.of_validation(2)
     assert generator(batch_of(plan.row(validation)))["shard"] == [plan.name(validation)]
 
 
-def loop_bytes(state: dict[str, torch.Tensor]) -> bytes:
-    from safetensors.torch import save
-
-    return save(state)
+def test_late_validation_of_the_base_model_is_made_by_an_actor_that_has_gone_on(tiny_pipeline, tmp_path):
+    """The actor that had the part was lost, and version 0 is no longer on the board. Without the part, the training
+    would wait for ever. Its images are those of the base model."""
+    config, source, board = run_config(tiny_pipeline, tmp_path), stored_prompts(tmp_path), FakeBoard()
+    plan, generator = plan_of(config, source), generator_of(config, source, tmp_path, board)
+    first = adapter_state(generator.policy.adapter.model)  # new: it changes nothing
+    storage.write_bytes(storage.join(stage.policy_folder(str(tmp_path), 0), "adapter_model.safetensors"), save(first))
+    for version in (0, 1, 2, 3):
+        board.publish(version, some_policy(config, version))
+    assert board.policy(0, 0.0)[0] == "past"
+    (lost,) = plan.of_validation(0)
+    generator.policy.load(some_policy(config, 3))
+    generator.loaded = (3, False)
+    assert generator(batch_of(plan.row(lost)))["shard"] == [plan.name(lost)]
+    assert board.wait([lost], None) == [lost]
+    expected = generator_of(config, source, tmp_path / "other", FakeBoard())
+    assert expected(batch_of(plan.row(lost)))["shard"] == [plan.name(lost)]
+    mine, theirs = (
+        storage.read_table(storage.join(str(folder), "candidates", plan.name(lost)))["score_mitune"].to_pylist()
+        for folder in (tmp_path, tmp_path / "other")
+    )
+    assert mine == pytest.approx(theirs, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- the board

@@ -1,5 +1,6 @@
 """The training of an online run: its data, and when it stops."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from mi_ray.diffusion.adapters import attach_adapter
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.inputs.online_plan import OnlinePlan, plan_of
 from mi_ray.runs import folder as run_folder
-from mi_ray.training.losses import Objective
-from mi_ray.training.online import OnlineSource, RunAway, best_version
+from mi_ray.training.losses import Objective, weights_of
+from mi_ray.training.online import OnlineSource, RunAway
+from mi_ray.training.validation import best_version
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,40 @@ def test_restarted_source_has_the_same_batches_and_versions(drawn):
     batch = again.parts(INNER, 0, 1)[0][0]()
     for name in ("x0", "noise", "timesteps", "advantages", "held"):
         assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+
+
+def test_measurements_of_the_policy_need_no_more_memory_than_a_training_step(drawn):
+    """The effective guidance and the probe use batches of at most finetune.batch_size rows, here one prompt."""
+    config, prompts, folder = drawn
+    source, objective = source_of(config, prompts, folder, board_of(plan_of(config, prompts), folder))
+    source.load({}, [])
+    assert source.open(0)
+    predict, sizes = objective.predict, []
+
+    def counted(batch, conditioning=None):
+        sizes.append(len(batch.x0))
+        return predict(batch, conditioning)
+
+    objective.predict = counted
+    assert source.effective_guidance() == pytest.approx(1, abs=1e-5)  # the policy is the base model
+    for values in objective.old:
+        values.add_(0.1)
+    gamma = source.effective_guidance()
+    assert set(sizes) == {config.finetune.batch_size}
+    overlap = square = 0.0
+    for draw, _ in source.parts(0, 0, 1):
+        batch = draw()
+        null = source.denoiser.encode_prompts([""]).expand(len(batch.x0))
+        with torch.no_grad():
+            base, empty = predict(batch), predict(batch, null)
+            with weights_of(objective.old, objective.parameters_trained):
+                policy = predict(batch)
+        overlap, square = overlap + ((policy - empty) * (base - empty)).sum(), square + (base - empty).square().sum()
+    assert gamma == pytest.approx(float(overlap / square), rel=1e-4)
+    assert abs(gamma - 1) > 1e-3
+    assert len(source.probe().x0) == config.finetune.batch_size
+    source.groups = []
+    assert math.isnan(source.effective_guidance())
 
 
 def test_random_rewards_need_no_scores_and_depend_only_on_the_seeds(tiny_pipeline, tmp_path):
@@ -217,3 +253,16 @@ def test_training_stops_if_the_self_score_falls(drawn, tmp_path):
         kept = best_version(judged, plan, str(tmp_path / "candidates"), [0, 2])
         assert kept["version"] == 0
         assert set(kept["validation"]) == {"0", "2"}
+
+
+def test_version_without_a_finite_reward_is_not_kept(drawn, tmp_path):
+    """The summary stays strict JSON. The mean of NaN is NaN, and any comparison with it is false."""
+    config, prompts, folder = drawn
+    config = config.model_copy(update={"online": config.online.model_copy(update={"updates": 6})})
+    plan = plan_of(config, prompts)
+    for version, reward in ((0, math.nan), (2, 1.0), (4, 2.0), (6, math.nan)):
+        for index in plan.of_validation(version):
+            rewritten(folder, tmp_path, plan, index, score_mitune=lambda v, r=reward: r)
+    candidates = str(tmp_path / "candidates")
+    assert best_version(config, plan, candidates, [0, 2, 4, 6]) == {"version": 4, "validation": {"2": 1.0, "4": 2.0}}
+    assert best_version(config, plan, candidates, [0, 6]) == {"version": 6, "validation": {}}

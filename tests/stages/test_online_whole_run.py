@@ -28,7 +28,7 @@ from mi_ray.runs import folder as run_folder
 from mi_ray.scoring.work import Work
 from mi_ray.stages import online as stage
 from mi_ray.training import loop
-from mi_ray.training.online import best_version
+from mi_ray.training.validation import best_version
 
 
 def in_process(config: RunConfig, source: str, folder: Path, board: FakeBoard | None = None) -> dict:
@@ -80,7 +80,7 @@ def test_updates_are_logged_and_checkpoints_are_saved_and_validated(undisturbed)
     assert held["seed"].nunique() == 2 * 2, "every version has the same seeds"
 
 
-def test_update_without_trained_prompts_is_skipped(tiny_pipeline, tmp_path):
+def test_update_without_trained_prompts_is_skipped(tiny_pipeline, tmp_path, capsys):
     """All rewards are equal. No prompts are held out, so the last version is kept."""
     online = {"validation_prompts": 0, "updates": 2, "reward_clip": 2.0}
     config, source = run_config(tiny_pipeline, tmp_path, online=online), stored_prompts(tmp_path)
@@ -98,6 +98,14 @@ def test_update_without_trained_prompts_is_skipped(tiny_pipeline, tmp_path):
     assert lines[1]["trained_prompts"] == 0
     assert lines[3]["trained_prompts"] == 1
     assert best_version(config, plan, str(tmp_path / "candidates"), [0, 2]) == {"version": 2, "validation": {}}
+    assert "nothing was trained" not in capsys.readouterr().out
+    one = config.model_copy(update={"online": config.online.model_copy(update={"updates": 1, "validate_every": 1})})
+    folder = tmp_path / "one"
+    for index in plan.of_update(0):
+        drawn = storage.read_table(str(tmp_path / "candidates" / plan.name(index)))
+        run_folder.commit(str(folder / "candidates"), plan_of(one, source).name(index), drawn, {})
+    assert in_process(one, source, folder)["outputs_changed"] is False
+    assert "warning: nothing was trained: no prompt has candidates with different" in capsys.readouterr().out
 
 
 def test_average_of_the_policies_is_saved_and_validated(tiny_pipeline, tmp_path):

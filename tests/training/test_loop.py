@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from peft import PeftModel
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -31,6 +32,7 @@ from mi_ray.runs import lease
 from mi_ray.storage import tables
 from mi_ray.training import loop as stage
 from mi_ray.training.losses import Batch, Objective, min_snr_weights
+from mi_ray.training.optimization import Training
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -182,6 +184,23 @@ def test_optimizer_step_clips_and_averages_gradients():
     assert mean.item() == pytest.approx(whole.item(), rel=1e-4)
     assert norm > 10
     assert moved.item() == pytest.approx(0.5, rel=1e-3)  # a step of SGD with learning rate 1 is the gradient
+
+
+def test_average_of_a_checkpoint_goes_to_the_device_of_the_weights(monkeypatch):
+    """A checkpoint is loaded on the CPU. The meta device stands for a GPU; weights there have no values to load."""
+    monkeypatch.setattr("mi_ray.training.optimization.adapter_state", lambda model: {})
+    monkeypatch.setattr("mi_ray.training.optimization.load_adapter_state", lambda model, state: None)
+
+    def training(device: str) -> Training:
+        layer = torch.nn.Linear(3, 1, device=device)
+        parameters = list(layer.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=1.0)
+        return Training(layer, optimizer, torch.amp.GradScaler("cpu", enabled=False), EMAModel(parameters, 0.9), [])
+
+    continued = training("meta")
+    continued.load(training("cpu").state())
+    assert {values.device.type for values in continued.average.shadow_params} == {"meta"}
+    continued.average.step(continued.model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------- with Ray

@@ -23,6 +23,11 @@ COLUMNS = {
 }
 
 
+def configured(run_dir, **select) -> RunConfig:
+    given = {"run_dir": str(run_dir), "prompts": {"file": "unused"}, "score": {"names": ["pmi"]}}
+    return RunConfig.model_validate(given | {"select": {"by": "pmi"} | select})
+
+
 def test_highest_score_ranks_first_and_non_finite_last():
     assert ranks(COLUMNS, "pmi", 0) == [1, 3, 0, 2]
 
@@ -118,6 +123,53 @@ def test_select_reports_if_no_candidate_is_good_enough(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"select\.min_score: no candidate has a score .* of 1\.0 or more"):
         select(config, str(tmp_path / "candidates"), str(tmp_path / "selected.parquet"), "pmi")
+
+
+def test_select_tells_the_error_if_every_candidate_has_one(tmp_path):
+    """Without select.min_score: the message names the error, not a limit that is not set."""
+    config, schema = configured(tmp_path, top_k=1), tables.candidates_schema(("pmi",))
+    row = dict.fromkeys(schema.names) | {"prompt_id": "p", "prompt": "a", "error": "no memory"}
+    storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist([row], schema=schema))
+    with pytest.raises(ConfigError, match=r"^run_dir: every candidate has an error, most often 'no memory'; remove"):
+        select(config, str(tmp_path / "candidates"), str(tmp_path / "selected.parquet"), "pmi")
+
+
+@pytest.mark.parametrize("by", ["pmi", "random"])
+def test_a_failed_candidate_leaves_its_place_to_one_that_has_latents(tmp_path, by):
+    """Generation stores the latents of the kept candidates. Selection must keep the same ones: it ranks without the
+    failed candidates. Here the latents of one candidate are not finite, but its score is."""
+    config, schema = configured(tmp_path, top_k=2), tables.candidates_schema(("pmi",))
+    blank, rows = dict.fromkeys(schema.names), []
+    for p in range(20):
+        pool = [
+            blank | {"prompt_id": f"p{p}", "prompt": "a", "candidate_index": c, "score_pmi": float(c)} for c in range(4)
+        ]
+        pool[3]["error"] = "the model's output is not finite"
+        columns = {name: [row[name] for row in pool] for name in schema.names}
+        for row, kept in zip(pool, keeps(columns, ranks(columns, by, config.seed), by, config.select), strict=True):
+            row |= {"latents": [1.0] if kept else None, "latents_shape": [1]}
+        assert sum(row["latents"] is not None for row in pool) == 2
+        rows += pool
+    storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist(rows, schema=schema))
+    destination = str(tmp_path / "selected.parquet")
+    assert select(config, str(tmp_path / "candidates"), destination, by) == {"prompts": 20, "kept": 40}
+    assert storage.read_table(destination)["latents"].null_count == 0
+
+
+def test_a_pruned_candidate_is_not_kept_in_place_of_a_failed_one(tmp_path):
+    """Of a pruned pool, the random control carries top_k candidates to the end. One of them has failed."""
+    config, schema = configured(tmp_path, top_k=1), tables.candidates_schema(("pmi",))
+    blank = dict.fromkeys(schema.names) | {"prompt": "a", "latents_shape": [1]}
+    rows = [blank | {"prompt_id": p, "candidate_index": c, "pruned_after": 3} for p in ("p", "q") for c in range(3)]
+    carried = ranks({name: [row[name] for row in rows[:3]] for name in schema.names}, "random", config.seed).index(0)
+    rows[carried] |= {"error": "the model's output is not finite"}
+    rows[3] |= {"pruned_after": None, "latents": [1.0]}
+    for row in rows[4:]:
+        row |= {"error": "no"}
+    storage.write_table(str(tmp_path / "candidates/part-0.parquet"), pa.Table.from_pylist(rows, schema=schema))
+    destination = str(tmp_path / "selected.parquet")
+    assert select(config, str(tmp_path / "candidates"), destination, "random") == {"prompts": 1, "kept": 1}
+    assert storage.read_table(destination)["latents"].to_pylist() == [[1.0]]
 
 
 def test_prompts_with_few_and_many_kept_have_equal_weight(tmp_path):
