@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -120,25 +121,25 @@ class OnlineSource:
         read = READ if self.transitions is None else (*READ, "transition_steps", "transitions")
         present = tables[0].column_names
         scores = [name for name in present if any(name in reward.columns([name]) for reward in self.rewards)]
-        rows = {name: [value for table in tables for value in table[name].to_pylist()] for name in (*read, *scores)}
-        self.groups = []
+        table = pa.concat_tables(tables).select([*read, *scores])
+        rows, self.groups = table.select(["prompt_id", "advantage", *scores]).to_pydict(), []
         for start, stop in prompts_of(rows["prompt_id"]):
             kept = [i for i in range(start, stop) if rows["advantage"][i] is not None]
             if kept:
-                self.groups.append(self._group({name: [rows[name][i] for i in kept] for name in read}))
+                self.groups.append(self._group(table.take(kept)))
         self.update = update
         values = raw_rewards(self.rewards, rows) if scores else np.full(1, np.nan)
         self._look(values[np.isfinite(values)], len(prompts_of(rows["prompt_id"])))
         return True
 
-    def _group(self, rows: dict[str, list]) -> Group:
-        shape, advantage = self.denoiser.latent_shape, torch.tensor(rows["advantage"], dtype=torch.float32)
-        x0 = torch.from_numpy(np.stack(rows["latents"]).astype(np.float32)).view(-1, *shape)
-        group = Group(rows["prompt_id"][0], rows["prompt"][0], x0, advantage)
+    def _group(self, rows: pa.Table) -> Group:
+        shape, advantage = self.denoiser.latent_shape, torch.tensor(rows["advantage"].to_pylist(), dtype=torch.float32)
+        x0 = _tensor(rows["latents"]).view(-1, *shape)
+        group = Group(rows["prompt_id"][0].as_py(), rows["prompt"][0].as_py(), x0, advantage)
         if self.transitions is None:
             return group
-        steps, stored = torch.tensor(rows["transition_steps"][0]), np.stack(rows["transitions"]).astype(np.float32)
-        return replace(group, steps=steps, transitions=torch.from_numpy(stored).view(len(x0), len(steps), 2, *shape))
+        steps, stored = torch.tensor(rows["transition_steps"][0].as_py()), _tensor(rows["transitions"])
+        return replace(group, steps=steps, transitions=stored.view(len(x0), len(steps), 2, *shape))
 
     def _look(self, rewards: np.ndarray, prompts: int):
         """Compute the logged values of an update, and check them.
@@ -357,3 +358,10 @@ class OnlineSource:
 def _generator(key: str) -> torch.Generator:
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def _tensor(column: pa.ChunkedArray) -> torch.Tensor:
+    """A column of lists of equal length as a tensor with one row per list, fp32. It makes no Python lists, which would
+    take seconds for the latents of a large model."""
+    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(values.astype(np.float32)).view(len(column), -1)

@@ -17,7 +17,9 @@ def validation_rewards(plan: OnlinePlan, candidates: str, version: int, rewards:
     for index in plan.of_validation(version):
         rows = storage.read_table(storage.join(candidates, plan.name(index))).to_pydict()
         values = raw_rewards(rewards, rows)
-        found += [np.nanmean(values[start:stop]) for start, stop in prompts_of(rows["prompt_id"])]
+        for start, stop in prompts_of(rows["prompt_id"]):
+            mean = finite_mean(values[start:stop])
+            found.append(mean if math.isfinite(mean) else math.nan)
     return np.array(found)
 
 
