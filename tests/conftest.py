@@ -36,6 +36,15 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="make test-long"))
 
 
+@pytest.fixture(autouse=True)
+def same_number_of_threads():
+    """A test that sets the number of threads does not change it for the tests after it."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def run_benchmark(monkeypatch, capsys):
     """Run a benchmark in this process, without the seconds of new imports: (script, *arguments) -> exit status, stdout

@@ -26,7 +26,9 @@ SMOKE = ["--config", "jobs/configs/calibrate-smoke.yaml"]
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> CalibrationConfig:
     monkeypatch.chdir(ROOT)
-    return load_config([*SMOKE, "--out", str(tmp_path / "band.yaml")], model=CalibrationConfig)[0]
+    # One thread: on busy cores, threads of one process wait for each other.
+    flags = ["--threads", "1", "--out", str(tmp_path / "band.yaml")]
+    return load_config([*SMOKE, *flags], model=CalibrationConfig)[0]
 
 
 def test_pipeline_uses_the_calibrated_band(config, tmp_path, capsys):
