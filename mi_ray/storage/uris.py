@@ -100,7 +100,11 @@ def list_names(uri: str) -> list[str]:
     if _store(uri) is gcs:
         return gcs.list_names(uri)
     system, path = filesystem(uri)
-    found = _with_retries(lambda: system.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+    select = pafs.FileSelector(path, allow_not_found=True)
+    try:
+        found = _with_retries(lambda: system.get_file_info(select))
+    except FileNotFoundError:  # Arrow lists the folder first, then looks whether it exists; it was created in between
+        found = _with_retries(lambda: system.get_file_info(select))
     return sorted(info.base_name for info in found)
 
 

@@ -122,5 +122,5 @@ def test_what_is_not_supported_is_named(config, named):
 
 
 def test_a_spacing_of_timesteps_is_refused(schedule):
-    with pytest.raises(ValueError, match=r"timestep_spacing 'leading'.*none"):
+    with pytest.raises(ValueError, match=r"timestep_spacing is 'leading'.*none"):
         solver_plan(schedule, "ddim", 5, "leading")

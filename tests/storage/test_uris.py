@@ -69,6 +69,21 @@ def test_files_are_found_and_read_back(root):
     assert storage.list_names(root) == ["round-0"]
 
 
+def test_a_folder_that_is_created_while_it_is_listed_is_listed(tmp_path, monkeypatch):
+    """Arrow lists a folder first, and then looks whether it exists."""
+    system, path = uris.filesystem(str(tmp_path / "lease"))
+
+    class Slow:
+        def get_file_info(self, select):
+            if not (tmp_path / "lease").exists():
+                storage.write_bytes(str(tmp_path / "lease" / "1.json"), b"{}")
+                raise FileNotFoundError("Cannot list directory")
+            return system.get_file_info(select)
+
+    monkeypatch.setattr(uris, "filesystem", lambda uri: (Slow(), path) if uri == path else (system, uri))
+    assert storage.list_names(path) == ["1.json"]
+
+
 def test_tables_are_read_back_in_the_order_of_their_names(root):
     folder = storage.join(root, "candidates")
     names = ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
