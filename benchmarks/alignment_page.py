@@ -14,6 +14,7 @@ from mi_ray.report.page import page_environment
 from mi_ray.report.statistics import prompt_mean
 
 SHOWN_PROMPTS = 8
+SPLITS = {"train": "training prompts", "test": "in distribution", "ood": "out of distribution"}
 # MI-TUNE (arXiv 2405.20759), table 1: SD-2.1-base on T2I-CompBench, mean BLIP-VQA over the categories, in per cent.
 PAPER_COLUMN = "blip_vqa"
 PAPER = {
@@ -32,7 +33,9 @@ _PAGE = """<!doctype html>
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: 3px 10px; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
-.wide { overflow-x: auto; } .images td { text-align: center; } .images img { image-rendering: auto; width: 96px; }
+main { max-width: 1560px; } main > p { max-width: 100ch; }
+.wide { overflow-x: auto; margin-bottom: 40px; }
+.images td { text-align: center; } .images img { image-rendering: auto; width: 96px; }
 </style></head><body><main>
 <h1>Alignment methods</h1>
 <p>{{ prompts }} prompts × {{ each }} seeds, the same for all rows. ± is half of the 95 % interval over prompts; gains
@@ -96,7 +99,7 @@ def _uri(content: bytes) -> str:
 
 def main_table(rows: list[dict], column: Column) -> list[list[str]]:
     """The cells of the table, first the headings; with the paper's values if the metric is its metric."""
-    splits = [key for key in _groups(rows) if key.removeprefix("gain_") in ("train", "test", "ood")]
+    splits = [key for key in _groups(rows) if key.removeprefix("gain_") in SPLITS]
     published = column.name == PAPER_COLUMN
     names = [
         "",
@@ -109,7 +112,7 @@ def main_table(rows: list[dict], column: Column) -> list[list[str]]:
         heading(column),
         f"gain,{unit_of_change(column)}",
     ]
-    names += [f"gain, {key.removeprefix('gain_')}" for key in splits]
+    names += [f"gain, {_group_name(key)}" for key in splits]
     names += ["range over trainings"] if any("lowest_gain_of_a_seed" in row for row in rows) else []
     names += [heading(PMI), "kernel distance", "diversity, % of base", "γ"]
     lines = [names + (["paper, %"] if published else [])]
@@ -142,8 +145,13 @@ def tried_table(tried: list[dict], column: Column) -> list[list[str]]:
 def category_table(rows: list[dict], column: Column) -> list[list[str]]:
     """The gain of each row in each category and split."""
     groups = _groups(rows)
-    lines = [["", *(f"{key.removeprefix('gain_')},{unit_of_change(column)}" for key in groups)]]
+    lines = [["", *(f"{_group_name(key)},{unit_of_change(column)}" for key in groups)]]
     return lines + [[row["method"], *(_change(row, key) for key in groups)] for row in rows if "gain" in row]
+
+
+def _group_name(key: str) -> str:
+    name = key.removeprefix("gain_")
+    return SPLITS.get(name, name)
 
 
 def _groups(rows: list[dict]) -> list[str]:
