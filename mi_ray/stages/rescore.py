@@ -26,9 +26,12 @@ def rescore(config: RescoreConfig, dry_run: bool = False) -> pd.DataFrame:
     """Write the scores of the candidates of every round, part by part; print and return a table that compares them.
 
     Raises:
-        ConfigError: the folder holds no run, or the run has no candidates yet.
+        ConfigError: the folder holds no run, or an online run, or the run has no candidates yet.
     """
     run, _ = read_run(config.run_dir)
+    if run.online.updates:
+        message = f"run_dir: {config.run_dir!r} is an online run, which stores no curves; use a run in rounds"
+        raise ConfigError([message])
     schedule, sampler = load_schedule(run.model.path, run.model.size), run.sampler
     plan = solver_plan(schedule, sampler.solver, sampler.num_inference_steps, sampler.timestep_spacing)
     folders = {

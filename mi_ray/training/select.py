@@ -71,28 +71,27 @@ def _finite(value: float | None, sign: int = 1) -> float:
     return sign * value if value is not None and np.isfinite(value) else -np.inf
 
 
-# The columns that decide the selection. Curves are never read. Latents are stored only for kept candidates.
-_COLUMNS_READ = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score", "latents"]
+# The columns that decide the selection. Curves are never read, and latents only of the kept candidates.
+_COLUMNS_READ = ["prompt_id", "candidate_index", "error", "pruned_after", "prune_score"]
 
 
 def _kept_of_part(uri: str, config: RunConfig, by: str, declared: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers and prompt ids of the kept rows of a part, both (k,).
 
-    All candidates of a prompt are in one part, in consecutive rows: a shard is written as a whole. A candidate without
-    latents is never kept: it was pruned, because a candidate that ranks before it had an error.
+    All candidates of a prompt are in one part, in consecutive rows: a shard is written as a whole. A pruned candidate
+    is never kept, also if a candidate that ranks before it has an error: generation did not store its latents.
     """
     columns = [*_COLUMNS_READ, *(c.name for c in declared), *(f"score_{name}" for name in config.score.names)]
     table = storage.read_table(uri, columns)
     rows = np.flatnonzero(pc.is_null(table["error"]).to_numpy())
     table = table.take(rows)
-    stored = pc.is_valid(table["latents"]).to_numpy()
-    table, ids = table.drop_columns("latents"), table["prompt_id"].to_numpy()
+    ids = table["prompt_id"].to_numpy()
     ends = np.flatnonzero(np.r_[ids[1:] != ids[:-1], True]) + 1 if len(ids) else []  # none: all candidates failed
     kept = np.zeros(len(ids), bool)
     for start, stop in pairwise([0, *ends]):
         of_prompt = table.slice(start, stop - start).to_pydict()
         kept[start:stop] = keeps(of_prompt, ranks(of_prompt, by, config.seed, declared), by, config.select)
-    kept &= stored
+    kept &= pc.is_null(table["pruned_after"]).to_numpy()
     return rows[kept], ids[kept]
 
 

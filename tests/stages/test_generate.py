@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from mi_ray import storage
 from mi_ray.config import TRAJECTORY_SCORES, RunConfig
 from mi_ray.config.rescore import RescoreConfig
+from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.information import pointwise
 from mi_ray.inputs.prompts import PROMPTS as PROMPTS_SCHEMA
@@ -136,6 +137,13 @@ def test_rescore_of_a_run_folder(tiny_pipeline, tmp_path, capsys):
     assert shown["score"].tolist() == asked["names"]
     assert shown["same first choice"].between(0, 1).all()
     assert "same first choice" in capsys.readouterr().out
+
+
+def test_rescore_refuses_an_online_run(tmp_path):
+    finetune = {"finetune": {"method": "nft"}, "online": {"updates": 2}, "rounds": 1}
+    storage.write_json(str(tmp_path / "run.json"), {"config": {"prompts": {"file": "unused"}} | finetune})
+    with pytest.raises(ConfigError, match="is an online run, which stores no curves; use a run in rounds"):
+        rescore(RescoreConfig(run_dir=str(tmp_path)))
 
 
 def test_rescore_refuses_pointwise_scores():

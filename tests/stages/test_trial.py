@@ -1,6 +1,7 @@
 """The trial before a run: its choice from measurements, and that it measures on the hardware of the actors."""
 
 import time
+from itertools import count
 
 import pytest
 import ray
@@ -50,14 +51,16 @@ def test_sweep_dtypes_tries_the_configured_dtype_first(tiny_pipeline):
         assert all(trial.seconds_per_evaluation > 0 for of_dtype in trials.values() for trial in of_dtype)
 
 
-def test_try_batch_runs_for_the_given_time(tiny_pipeline):
+def test_try_batch_runs_for_the_given_time(tiny_pipeline, monkeypatch):
     denoiser, calls = load_denoiser(str(tiny_pipeline)), []
     denoiser.network.register_forward_hook(lambda *_: calls.append(1))
     try_batch(denoiser, 2)
     assert len(calls) == 2  # one batch to warm up
+    clock = count(step=0.03)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))  # each batch takes 0.03 s
     measured = try_batch(denoiser, 2, seconds=0.2)
-    calls_in_time = 0.2 / (4 * measured.seconds_per_evaluation)
-    assert len(calls) - 3 == pytest.approx(calls_in_time, rel=0.25, abs=1)  # the last call ends after the time
+    assert len(calls) - 3 == 7  # the first number of batches that takes at least 0.2 s
+    assert measured.seconds_per_evaluation == pytest.approx(0.03 / 4)  # two candidates, both branches
 
 
 def test_settle_without_auto_runs_no_trial(monkeypatch):
