@@ -5,6 +5,7 @@ the base model at the guidance scale where it is best, on the same prompts and i
 process measures the time of the parts of an update.
 """
 
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -43,19 +44,20 @@ class OnlineBenchmark(Benchmark):
     the time of an update is spent outside the denoiser?"""
 
     config: LocalPath = Field(ROOT / "jobs" / "configs" / "shapes.yaml", description="config of the runs")
+    flags: str = Field("", description="further flags of the runs, such as '--online.updates 96'")
     run_dir: LocalPath = Field(ROOT / "runs" / "online", description="folder of the runs: seed-0, seed-1, ...")
     seeds: tuple[int, ...] = Field((0, 1, 2), description="seeds of the runs; (): only measure the time of updates")
     timed_updates: PositiveInt = Field(3, description="number of measured updates, after one to warm up")
 
     def answer(self) -> Findings:
-        seeds = () if self.smoke else self.seeds
+        seeds, settings = () if self.smoke else self.seeds, ["--config", str(self.config), *shlex.split(self.flags)]
         for seed in seeds:
-            command = [sys.executable, "jobs/pipeline.py", "--config", self.config, "--seed", str(seed)]
+            command = [sys.executable, "jobs/pipeline.py", *settings, "--seed", str(seed)]
             done = subprocess.run([*command, "--run-dir", self.run_dir / f"seed-{seed}"], cwd=ROOT)
             if done.returncode:
                 raise ValueError(f"the run of seed {seed} ended with exit status {done.returncode}")
         rows = gains([str(self.run_dir / f"seed-{seed}") for seed in seeds]) if seeds else []
-        config, _ = load_config(["--config", str(self.config)])
+        config, _ = load_config(settings)
         if self.smoke:
             config = config.model_copy(update={"online": config.online.model_copy(update=SMOKE)})
         times = time_of_updates(config, 1 if self.smoke else self.timed_updates)
