@@ -243,6 +243,7 @@ class AlignmentBenchmark(Benchmark):
         if not rounds:
             flags += ["--finetune.method", method]
             flags += ["--online.updates", str(self.updates)] if self.updates else []
+            flags += ["--online.decay", "[0, 0, 0]"] if method == "dpok" else []  # it samples with the trained weights
         if smoke:
             flags += (SMOKE_ROUNDS if rounds else SMOKE_ONLINE).split()
         name = "-".join([method, str(seed), *variant.split()])
