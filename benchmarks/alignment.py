@@ -243,7 +243,8 @@ class AlignmentBenchmark(Benchmark):
         if not rounds:
             flags += ["--finetune.method", method]
             flags += ["--online.updates", str(self.updates)] if self.updates else []
-            flags += ["--online.decay", "[0, 0, 0]"] if method == "dpok" else []  # it samples with the trained weights
+            # dpok trains on candidates of the current weights, not of an average or of an earlier policy.
+            flags += ["--online.decay", "[0, 0, 0]", "--online.lag", "0"] if method == "dpok" else []
         if smoke:
             flags += (SMOKE_ROUNDS if rounds else SMOKE_ONLINE).split()
         name = "-".join([method, str(seed), *variant.split()])

@@ -50,7 +50,8 @@ class OnlineBenchmark(Benchmark):
     timed_updates: PositiveInt = Field(3, description="number of measured updates, after one to warm up")
 
     def answer(self) -> Findings:
-        seeds, settings = () if self.smoke else self.seeds, ["--config", str(self.config), *shlex.split(self.flags)]
+        seeds = () if self.smoke else self.seeds
+        settings = ["--config", str(self.config), *shlex.split(self.flags)]
         for seed in seeds:
             command = [sys.executable, "jobs/pipeline.py", *settings, "--seed", str(seed)]
             done = subprocess.run([*command, "--run-dir", self.run_dir / f"seed-{seed}"], cwd=ROOT)
