@@ -7,14 +7,14 @@ from pathlib import Path
 import pandas as pd
 
 from mi_ray.alignment.metric import Column
-from mi_ray.report.columns import PMI, decimal, heading, scale, unit_of_change
+from mi_ray.report.columns import PMI, SPLITS, decimal, heading, scale, unit_of_change
 from mi_ray.report.figures import difference_plot, guidance_plot
 from mi_ray.report.guidance import SCALE
 from mi_ray.report.page import page_environment
 from mi_ray.report.statistics import prompt_mean
 
 SHOWN_PROMPTS = 8
-SPLITS = {"train": "training prompts", "test": "in distribution", "ood": "out of distribution"}
+SPLIT_NAMES = {"train": "training prompts", **SPLITS}
 # MI-TUNE (arXiv 2405.20759), table 1: SD-2.1-base on T2I-CompBench, mean BLIP-VQA over the categories, in per cent.
 PAPER_COLUMN = "blip_vqa"
 PAPER = {
@@ -99,7 +99,7 @@ def _uri(content: bytes) -> str:
 
 def main_table(rows: list[dict], column: Column) -> list[list[str]]:
     """The cells of the table, first the headings; with the paper's values if the metric is its metric."""
-    splits = [key for key in _groups(rows) if key.removeprefix("gain_") in SPLITS]
+    splits = [key for key in _groups(rows) if key.removeprefix("gain_") in SPLIT_NAMES]
     published = column.name == PAPER_COLUMN
     names = [
         "",
@@ -151,7 +151,7 @@ def category_table(rows: list[dict], column: Column) -> list[list[str]]:
 
 def _group_name(key: str) -> str:
     name = key.removeprefix("gain_")
-    return SPLITS.get(name, name)
+    return SPLIT_NAMES.get(name, name)
 
 
 def _groups(rows: list[dict]) -> list[str]:

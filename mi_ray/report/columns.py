@@ -4,6 +4,7 @@ from mi_ray.alignment.metric import Column
 
 # The base model's PMI. The report shows it after the metrics; without a metric it is the headline.
 PMI = Column("pmi", "log p(x|y) - log p(x) by the base model", "nats", model="the base model", nullable=True)
+SPLITS = {"test": "in distribution", "ood": "out of distribution"}  # of the prompts of the embedded world
 _LABELS = {"pmi": "PMI"}
 
 

@@ -16,6 +16,7 @@ from mi_ray.config import RunConfig
 from mi_ray.report import figures
 from mi_ray.report.columns import (
     PMI,
+    SPLITS,
     change,
     decimal,
     direction,
@@ -363,6 +364,7 @@ def render(report: dict, config: RunConfig) -> str:
         shown_errors=SHOWN_ERRORS,
         strip=STRIP,
         seeds_shown=SIDE_BY_SIDE_SEEDS,
+        splits=SPLITS,
     )
 
 
