@@ -21,6 +21,11 @@ def label(column: Column) -> str:
     return _LABELS.get(column.name, column.name.replace("_", " "))
 
 
+def group_name(grouping: str, name: str) -> str:
+    """The text for a group of prompts: a category has its own name. `grouping`: by_split or by_category."""
+    return SPLITS.get(name, name) if grouping == "by_split" else name
+
+
 def heading(column: Column) -> str:
     """Label and unit: "exact, %" or "PMI, nats"."""
     unit = "%" if is_share(column) else column.unit

@@ -16,10 +16,10 @@ from mi_ray.config import RunConfig
 from mi_ray.report import figures
 from mi_ray.report.columns import (
     PMI,
-    SPLITS,
     change,
     decimal,
     direction,
+    group_name,
     heading,
     is_share,
     label,
@@ -152,7 +152,7 @@ def alignment_table(report: dict) -> str:
         for name in alignment[models[0]][grouping]:
             results = [alignment[model][grouping].get(name, {}) for model in models]
             difference = pair[grouping].get(name, {}) if pair else {}
-            rows.append(row(f"  {heading(first)}, {name}", results, difference, first))
+            rows.append(row(f"  {heading(first)}, {group_name(grouping, name)}", results, difference, first))
     notes = [compared_at(report)] if report.get("guidance") else []
     if sizes := size(alignment[models[0]], columns):
         counts = f"{sizes['n_prompts']} prompts, {sizes['n_images']} images per model"
@@ -279,7 +279,8 @@ def plots(report: dict) -> dict:
     for column in _primary(report)[:1]:
         groups = {"all": comparison.get(column.name)}
         for grouping in ("by_split", "by_category"):
-            groups |= {name: result.get(column.name) for name, result in comparison.get(grouping, {}).items()}
+            compared = comparison.get(grouping, {}).items()
+            groups |= {group_name(grouping, name): result.get(column.name) for name, result in compared}
         groups = {name: result for name, result in groups.items() if result}
         if len(groups) > 1:
             drawn["differences"] = figures.difference_plot(groups, column)
@@ -364,7 +365,7 @@ def render(report: dict, config: RunConfig) -> str:
         shown_errors=SHOWN_ERRORS,
         strip=STRIP,
         seeds_shown=SIDE_BY_SIDE_SEEDS,
-        splits=SPLITS,
+        group_name=group_name,
     )
 
 

@@ -114,7 +114,7 @@ def test_alignment_table(run_dir, config):
     assert numbers[:2] == [f"{100 * report['alignment'][m]['exact']['value']:.1f}" for m in ("base", "tuned")]
     difference = report["comparison"]["tuned-base"]["exact"]["difference"]
     assert numbers[-1] == f"{100 * difference:+.1f}".replace("-", "−")
-    assert "ood" in table
+    assert "exact, %, out of distribution" in table
     assert "tuned − random" in table
 
 
