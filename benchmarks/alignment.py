@@ -16,6 +16,7 @@ The results are files in one folder. The same command continues an interrupted r
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from functools import cached_property
 from typing import get_args
 
@@ -25,16 +26,19 @@ import pyarrow as pa
 import torch
 from alignment_methods import (
     BASE,
+    MI_TUNE,
+    ROUNDS,
     TRIED_RATES,
     Arm,
+    TrainedMethod,
+    Training,
     best_of_arms,
     effective_guidance,
     guidance_arms,
     rate_flags,
-    train,
-    training_cost,
 )
 from alignment_page import write_page
+from alignment_rows import table_rows
 from gates import ROOT, Benchmark, Findings, Gate, LocalPath, main
 from pydantic import Field, NonNegativeInt, PositiveInt
 from tqdm import tqdm
@@ -53,7 +57,7 @@ from mi_ray.inputs.shard_plan import with_details
 from mi_ray.report.columns import PMI
 from mi_ray.report.columns import scale as scale_of
 from mi_ray.report.guidance import SCALE
-from mi_ray.report.statistics import cosine_diversity, diversity, kernel_distance, paired_difference, prompt_mean
+from mi_ray.report.statistics import prompt_mean
 from mi_ray.scoring.best_of import sampler_of
 from mi_ray.scoring.sampler import batch_at_size, derived_seed
 from mi_ray.scoring.scorer import Scorer
@@ -77,7 +81,8 @@ class AlignmentBenchmark(Benchmark):
 
     config: LocalPath = Field(CONFIGS / "shapes.yaml", description="config of the model, the prompts and the trainings")
     rounds_config: LocalPath = Field(
-        CONFIGS / "shapes-paper.yaml", description="config of the trainings of `supervised`, which has rounds"
+        CONFIGS / "shapes-paper.yaml",
+        description="config of the trainings with rounds, `supervised` and `mi-tune`, for the same model",
     )
     flags: str = Field(
         "", description="further flags of the config and of all trainings, such as '--evaluation.file FILE'"
@@ -85,7 +90,11 @@ class AlignmentBenchmark(Benchmark):
     run_dir: LocalPath = Field(ROOT / "runs" / "alignment", description="folder of all results")
     methods: tuple[GuidanceMethod, ...] = Field(GUIDANCE_METHODS, description="inference-time methods")
     best_of: bool = Field(True, description="best-of-N by pmi_negatives, with and without pruning")
-    training: tuple[MethodName, ...] = Field(get_args(MethodName), description="fine-tuning methods; []: none")
+    training: tuple[TrainedMethod, ...] = Field(
+        (*get_args(MethodName), "mi-tune"),
+        description="fine-tuning methods; `mi-tune` is `supervised` on the best image of each prompt by the score"
+        " `mitune`; []: none",
+    )
     training_seeds: tuple[int, ...] = Field((0, 1, 2), description="seeds of each training; three for a claim")
     guidance_scale: float | None = Field(
         None, gt=1, description="scale of the comparison; none: the best of guidance_scales for the base model"
@@ -109,22 +118,23 @@ class AlignmentBenchmark(Benchmark):
         return self._answer(smoke=False)
 
     def _answer(self, smoke: bool) -> Findings:
+        self._check_trainings(smoke)
         self._check_folder()
         scale = self.guidance_scale or self._best_scale()
         base, arms = Arm(BASE, self._sampler(scale)), self._arms(scale)
         trained = self._trained(scale, smoke)
         frames = {arm: self._draw(arm) for arm in (base.at(each) for each in self.guidance_scales)}
-        for at in self.guidance_scales if self.curves else (scale,):
+        for at in dict.fromkeys((*self.guidance_scales, scale)) if self.curves else (scale,):
             frames |= {arm.at(at): self._draw(arm.at(at)) for arm in (base, *arms, *trained)}
         gammas = {arm: self._gamma(arm, frames[base]) for arm in frames if arm.settings.guidance_scale == scale}
         for wanted in sorted({round(4 * gamma * scale) / 4 for gamma in gammas.values()} - {scale}):
             if wanted > 1:
                 frames |= {base.at(wanted): self._draw(base.at(wanted))}
-        rows = [self._row(name, of_name, frames, base, gammas) for name, of_name in _grouped(frames).items()]
+        rows = table_rows(frames, base, gammas, self.column, self.real_features, bool(self.run.evaluation.encoder))
         write_page(self.run_dir / "index.html", rows, frames, base, self.column, sys.argv, self.tried)
         seeds = min((row["training_seeds"] for row in rows if row["training_seeds"]), default=None)
         gates = {} if seeds is None else {"training_seeds_of_a_claim": Gate(seeds, minimum=SEEDS_OF_A_CLAIM)}
-        return Findings(rows, gates, {"tried": self.tried})
+        return Findings(rows, gates, {"tried": self.tried, "metrics": self._metric_details()})
 
     # ------------------------------------------------------------------------------------------ what is compared
     @cached_property
@@ -179,10 +189,26 @@ class AlignmentBenchmark(Benchmark):
             raise ValueError("\n".join(f"--methods: {fault}" for fault in faults))
         return denoiser
 
+    def _check_trainings(self, smoke: bool):
+        """Refuse flags and configs of trainings with faults, and trainings of another model, before anything starts."""
+        for method in self.training:
+            model = self._training(method, 0, 1.0, smoke)[1].settings().model.path
+            if model != self.run.model.path:
+                file = self.rounds_config if method in ROUNDS else self.config
+                raise ValueError(
+                    f"--rounds-config: {file} trains {model!r}, but --config has {self.run.model.path!r}; give a config"
+                    f" of this model, or leave {' and '.join(ROUNDS)} out of --training"
+                )
+
+    def _metric_details(self) -> list[dict]:
+        """Model, revision, template and library of every measured column."""
+        return [asdict(column) for metric in self.metrics.values() for column in metric.columns]
+
     def _check_folder(self):
-        """Store the settings of the images; refuse a folder with images of others."""
+        """Store the settings of the images and the models of the metrics; refuse a folder with images of others."""
         names = ("validation_prompts", "prompts", "images_per_prompt", "steps", "updates")
         settings = {"run": self.run.results_config(), **{name: getattr(self, name) for name in names}}
+        settings["metrics"] = self._metric_details()
         file, found = str(self.run_dir / "settings.json"), config_hash(settings)
         if storage.exists(file) and storage.read_json(file)["hash"] != found:
             raise ValueError(f"--run-dir: {self.run_dir} has images of other settings; give another folder")
@@ -226,30 +252,36 @@ class AlignmentBenchmark(Benchmark):
         if not self.training:
             return []
         (first, *others), tune = self.training_seeds, self.validation_prompts and not smoke
-        factors = TRIED_RATES if tune else (1.0,)
+        factors, sampler = TRIED_RATES if tune else (1.0,), self._sampler(scale)
+
+        def arm(method: TrainedMethod, seed: int, factor: float) -> Arm:
+            variant, training = self._training(method, seed, factor, smoke)
+            return Arm(method, sampler, training.run(), seed, variant, training.run_dir)
+
         arms, chosen = [], {}
         for method in self.training:
-            tried = {self._training(method, first, factor, scale, smoke): factor for factor in factors}
+            tried = {arm(method, first, factor): factor for factor in factors}
             arms.append(self._chosen(list(tried)))
             chosen[method] = tried[arms[-1]]
-        return arms + [self._training(m, seed, chosen[m], scale, smoke) for seed in others for m in self.training]
+        return arms + [arm(method, seed, chosen[method]) for seed in others for method in self.training]
 
-    def _training(self, method: MethodName, seed: int, factor: float, scale: float, smoke: bool) -> Arm:
-        rounds = method == "supervised"
+    def _training(self, method: TrainedMethod, seed: int, factor: float, smoke: bool) -> tuple[str, Training]:
+        """The training of a method with a multiple of its config's learning rate, and the name of this variant."""
+        rounds = method in ROUNDS
         config = self.rounds_config if rounds else self.config
-        rate = load_config(["--config", str(config), *shlex.split(self.flags)])[0].finetune.learning_rate
-        variant, flags = rate_flags(factor, rate)
-        flags = ["--seed", str(seed), "--evaluation.controls", "none", *flags, *shlex.split(self.flags)]
+        own = []
         if not rounds:
-            flags += ["--finetune.method", method]
-            flags += ["--online.updates", str(self.updates)] if self.updates else []
+            own += ["--online.updates", str(self.updates)] if self.updates else []
             # dpok trains on candidates of the current weights, not of an average or of an earlier policy.
-            flags += ["--online.decay", "[0, 0, 0]", "--online.lag", "0"] if method == "dpok" else []
+            own += ["--online.decay", "[0, 0, 0]", "--online.lag", "0"] if method == "dpok" else []
         if smoke:
-            flags += (SMOKE_ROUNDS if rounds else SMOKE_ONLINE).split()
-        name = "-".join([method, str(seed), *variant.split()])
-        run_dir = str(self.run_dir / "training" / name)
-        return Arm(method, self._sampler(scale), train(run_dir, config, flags), seed, variant, run_dir)
+            own += (SMOKE_ROUNDS if rounds else SMOKE_ONLINE).split()
+        own += shlex.split(MI_TUNE) if method == "mi-tune" else ["--finetune.method", method]
+        flags = ["--seed", str(seed), "--evaluation.controls", "none", *shlex.split(self.flags), *own]
+        training = Training(str(self.run_dir / "training" / f"{method}-{seed}"), config, tuple(flags))
+        variant, of_rate = rate_flags(factor, training.settings().finetune.learning_rate)
+        run_dir = "-".join([training.run_dir, *variant.split()])
+        return variant, Training(run_dir, config, (*flags, *of_rate))
 
     # ------------------------------------------------------------------------------------------ images
     def _draw(self, arm: Arm) -> pd.DataFrame:
@@ -318,44 +350,6 @@ class AlignmentBenchmark(Benchmark):
         some = base_images.groupby("prompt_id", sort=False).head(1).head(PROBED_PROMPTS)
         return effective_guidance(arm, self._model(arm), self.base, some, self.batch_size)
 
-    def _row(self, name: str, arms: list[Arm], frames: dict[Arm, pd.DataFrame], base: Arm, gammas: dict) -> dict:
-        """The results of a method, over all its training seeds: means, and paired differences to the base model."""
-        images, reference, column = pd.concat([frames[arm] for arm in arms]), frames[base], self.column
-        seeds, times = [arm.seed for arm in arms if arm.seed is not None], scale_of(column)
-        row = {"method": name, "settings": arms[0].variant, SCALE: arms[0].settings.guidance_scale}
-        row |= {"training_seeds": len(seeds)}
-        costs = [training_cost(arm.run_dir) for arm in arms if arm.run_dir]
-        row |= {name: _mean([cost[name] for cost in costs]) for name in (costs[0] if costs else ())}
-        row |= {"evaluations": images["evaluations"].mean(), "seconds": images["seconds"].mean()}
-        row[column.name] = times * prompt_mean(images, column.name)["value"]
-        groups = {"gain": images} | {f"gain_{k}": f for key in ("split", "category") for k, f in images.groupby(key)}
-        for label, some in groups.items() if arms[0] != base else ():
-            if found := paired_difference(some, reference, column.name):
-                half = None if found["high"] is None else times * (found["high"] - found["low"]) / 2
-                row |= {label: times * found["difference"], f"{label}_half": half}
-        if len(seeds) > 1:  # the gain of each training
-            each = [paired_difference(frames[arm], reference, column.name)["difference"] for arm in arms]
-            row |= {"lowest_gain_of_a_seed": times * min(each), "highest_gain_of_a_seed": times * max(each)}
-        row[PMI.name] = prompt_mean(images, PMI.name)["value"]
-        row["gamma"] = float(np.mean([gammas[arm] for arm in arms])) if arms[0] in gammas else None
-        row |= self._quality([frames[arm] for arm in arms], reference)
-        return row
-
-    def _quality(self, frames: list[pd.DataFrame], base: pd.DataFrame) -> dict:
-        """Kernel distance to real images, or to those of the base model, and diversity in per cent of the base model's;
-        means over the frames. As in the report."""
-        named, own = bool(self.run.evaluation.encoder), np.stack(base["features"])
-        real = own if self.real_features is None else self.real_features
-
-        def spread(images: pd.DataFrame) -> float | None:
-            features, ids = np.stack(images["features"]), images["prompt_id"].to_numpy()
-            return cosine_diversity(features, ids) if named else diversity(features, ids, own)
-
-        distances = [kernel_distance(np.stack(images["features"]), real, standard=not named) for images in frames]
-        spreads, whole = [spread(images) for images in frames], spread(base)
-        found = {"kernel_distance": _mean(distances), "diversity": _mean(spreads)}
-        return found | {"diversity": 100 * found["diversity"] / whole if whole and found["diversity"] else None}
-
     @cached_property
     def real_features(self) -> np.ndarray | None:
         """Features of real images of the prompts, if the first metric has them."""
@@ -375,19 +369,6 @@ def _spaced(table: pa.Table, count: int) -> tuple[pa.Table, pa.Table]:
     """At most `count` evenly spaced rows, and the others."""
     places = np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int)
     return table.take(places), table.take(np.setdiff1d(np.arange(len(table)), places))
-
-
-def _grouped(frames: dict[Arm, pd.DataFrame]) -> dict[str, list[Arm]]:
-    """The arms of each row: those that differ in the training seed only."""
-    groups: dict[str, list[Arm]] = {}
-    for arm in frames:
-        groups.setdefault(f"{arm.name} at {arm.settings.guidance_scale:g}", []).append(arm)
-    return groups
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,12 @@ from gates import ROOT
 from guidance import finished_run
 
 from mi_ray import storage
-from mi_ray.config import SamplerConfig
+from mi_ray.config import MethodName, RunConfig, SamplerConfig
+from mi_ray.config.command_line import load_config
+from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.denoisers import PipelineDenoiser
 from mi_ray.runs.cost import evaluations
+from mi_ray.runs.layout import SUMMARY
 from mi_ray.scoring.sampler import Sampler
 
 BASE = "base"
@@ -35,6 +39,13 @@ TRIED_SETTINGS = {
     "contrastive": ({}, {"contrastive_scale": 0.5}, {"contrastive_scale": 2.0}),
 }
 TRIED_RATES = (1.0, 1 / 3, 3.0)  # factors of finetune.learning_rate
+# The paper's selection and loss, for `rounds_config`: the best image of each prompt by its own score.
+MI_TUNE = (
+    "--score.names mitune --select.by mitune --select.top-k 1 --select.min-score none --select.balance false"
+    " --finetune.baseline 0"
+)
+ROUNDS = ("supervised", "mi-tune")  # methods with rounds; the others are online
+TrainedMethod = MethodName | Literal["mi-tune"]
 PROBED_STEPS = 4
 
 
@@ -84,27 +95,55 @@ def rate_flags(factor: float, learning_rate: float) -> tuple[str, list[str]]:
     return f"learning rate {factor * learning_rate:.1g}", ["--finetune.learning-rate", str(factor * learning_rate)]
 
 
-def train(run_dir: str, config: Path, flags: list[str]) -> str:
-    """Run jobs/finetune.py up to its end, unless the run is finished. Returns the adapter's local folder.
+@dataclass(frozen=True)
+class Training:
+    """A run of jobs/finetune.py."""
 
-    Raises:
-        ValueError: the training failed.
-    """
-    try:
-        return finished_run(run_dir)[1]["tuned"]
-    except ValueError:
-        command = [sys.executable, "jobs/finetune.py", "--config", str(config), "--run-dir", run_dir, *flags]
-    done = subprocess.run(command, cwd=ROOT)
-    if done.returncode:
-        raise ValueError(f"the training {run_dir} ended with exit status {done.returncode}")
-    return finished_run(run_dir)[1]["tuned"]
+    run_dir: str
+    config: Path
+    flags: tuple[str, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["--config", str(self.config), "--run-dir", self.run_dir, *self.flags]
+
+    def settings(self) -> RunConfig:
+        """The settings of the run.
+
+        Raises:
+            ValueError: with all faults of the config and the flags.
+        """
+        try:
+            return load_config(self.arguments)[0]
+        except ConfigError as error:
+            raise ValueError("\n".join(f"{Path(self.run_dir).name}: {fault}" for fault in error.faults)) from error
+
+    def run(self) -> str:
+        """Run the job up to its end, unless the run is finished. Returns the adapter's local folder.
+
+        Raises:
+            ValueError: the training failed, or the folder has a run with other settings.
+        """
+        try:
+            found, adapters = finished_run(self.run_dir)
+        except ValueError:
+            done = subprocess.run([sys.executable, "jobs/finetune.py", *self.arguments], cwd=ROOT)
+            if done.returncode:
+                raise ValueError(f"the training {self.run_dir} ended with exit status {done.returncode}") from None
+            found, adapters = finished_run(self.run_dir)
+        if found.hash() != self.settings().hash():
+            raise ValueError(f"--run-dir: {self.run_dir} has a training with other settings; give another folder")
+        return adapters["tuned"]
 
 
 def training_cost(run_dir: str) -> dict[str, float]:
     """Denoiser evaluations of a training with its candidates and scores, and the wall time of its stages in minutes. A
-    training pass counts as in `runs.cost`."""
-    config, _ = finished_run(run_dir)
+    training pass counts as in `runs.cost`. A training that has stopped itself counts up to there."""
+    config, adapters = finished_run(run_dir)
     spent, minutes = evaluations(config, 0, 0)["finetune"], 0.0
+    if config.online.updates:
+        done = storage.read_json(storage.join(adapters["tuned"], SUMMARY))["steps"]
+        spent = round(spent * done / (config.online.updates * config.online.inner_steps))
     for event in storage.iter_lines(storage.join(run_dir, "events.jsonl")):
         if event.get("stage", "evaluate").startswith("evaluate"):
             continue

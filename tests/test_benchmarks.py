@@ -1,5 +1,6 @@
 import copy
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -203,7 +204,8 @@ def test_alignment_benchmark_measures_effective_guidance(alignment, tiny_pipelin
 
 def test_alignment_benchmark_tabulates_gains_over_trainings(alignment, monkeypatch):
     """Two prompts in two splits, two trainings: one gains one image of four, the other two."""
-    from alignment_page import main_table
+    from alignment_page import category_table, main_table
+    from alignment_rows import table_rows
 
     monkeypatch.setattr(sys, "argv", ["alignment.py"])
     benchmark = alignment.AlignmentBenchmark()
@@ -212,7 +214,6 @@ def test_alignment_benchmark_tabulates_gains_over_trainings(alignment, monkeypat
         {"prompt_id": ["a", "a", "b", "b"], "split": ["test", "test", "ood", "ood"], "category": "color"}
         | {"seed": [1, 2, 3, 4], "pmi": 1.0, "evaluations": 24.0, "seconds": 0.5, "features": list(features)}
     )
-    benchmark.__dict__["real_features"] = features
     name = benchmark.column.name
     base = alignment.Arm("base", benchmark._sampler(4.0))
     one, two = (alignment.Arm("nft", base.settings, f"adapter-{seed}", seed) for seed in (0, 1))
@@ -221,17 +222,24 @@ def test_alignment_benchmark_tabulates_gains_over_trainings(alignment, monkeypat
         one: images.assign(**{name: [1.0, 1.0, 0.0, 0.0]}),
         two: images.assign(**{name: [1.0, 1.0, 1.0, 0.0]}),
     }
-    row = benchmark._row("nft at 4", [one, two], frames, base, {one: 1.1, two: 1.3})
+    gammas = {base: 1.0, one: 1.1, two: 1.3}
+    own, row = table_rows(frames, base, gammas, benchmark.column, features, named_encoder=False)
     assert (row["training_seeds"], row["evaluations"], row["seconds"]) == (2, 24, 0.5)
     assert (row[name], row["gain"]) == (62.5, 37.5)
     assert (row["gain_test"], row["gain_ood"], row["gain_color"]) == (50, 25, 37.5)
     assert (row["lowest_gain_of_a_seed"], row["highest_gain_of_a_seed"]) == (25, 50)
     assert (row["gamma"], row["diversity"]) == (pytest.approx(1.2), pytest.approx(100))
-    own = benchmark._row("base at 4", [base], frames, base, {base: 1.0})
     assert "gain" not in own
     lines = main_table([own, row], benchmark.column)
     assert len({len(line) for line in lines}) == 1
     assert "+25.0 to +50.0" in lines[2]
+
+    judged = Column("blip_vqa", "the paper's metric", "share")
+    renamed = {arm: frame.rename(columns={name: judged.name}) for arm, frame in frames.items()}
+    renamed |= {base.at(2.0): renamed[base]}
+    rows = table_rows(renamed, base, gammas, judged, features, named_encoder=False)
+    assert [line[-1] for line in main_table(rows, judged)] == ["paper, %", "45.81", "–", "–"]  # nft is not in the paper
+    assert category_table(rows, judged)[-1] == ["mi-tune in the paper", "", "", "+15.4"]
 
 
 def test_alignment_benchmark_chooses_settings_on_prompts_that_are_not_compared(alignment, monkeypatch, tmp_path):
@@ -267,11 +275,11 @@ def test_alignment_benchmark_trains_the_other_seeds_with_the_best_learning_rate(
     benchmark = alignment.AlignmentBenchmark(training=("nft", "dgpo"), training_seeds=(4, 5), updates=7)
     runs = []
 
-    def train(run_dir, config, flags):
-        runs.append((Path(run_dir).name, flags))
-        return run_dir
+    def run(training):
+        runs.append((Path(training.run_dir).name, training.flags))
+        return training.run_dir
 
-    monkeypatch.setattr(alignment, "train", train)
+    monkeypatch.setattr(alignment.Training, "run", run)
     best = {"nft": "learning rate 0.003", "dgpo": ""}
 
     def drawn(self, arm, folder, table):
@@ -319,6 +327,36 @@ def test_alignment_benchmark_counts_the_cost_of_a_training(alignment, tmp_path, 
     passes = 10 * 4 * config.finetune.gradient_accumulation * 3
     cost = alignment_methods.training_cost(str(tmp_path))
     assert cost == {"training_evaluations": 120 + passes, "training_minutes": 1.5}
+
+    # An online training that has stopped itself after a quarter of its steps.
+    online = config.model_copy(update={"online": config.online.model_copy(update={"updates": 8})})
+    monkeypatch.setattr(alignment_methods, "finished_run", lambda run_dir: (online, {"tuned": str(tmp_path)}))
+    monkeypatch.setattr(alignment_methods, "evaluations", lambda *arguments: {"finetune": 4000})
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 2 * online.online.inner_steps}))
+    assert alignment_methods.training_cost(str(tmp_path))["training_evaluations"] == 120 + 1000
+
+
+def test_alignment_benchmark_refuses_trainings_of_another_model_or_with_faults(alignment, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["alignment.py"])
+    other = tmp_path / "other.yaml"
+    other.write_text((ROOT / "jobs/configs/shapes-paper.yaml").read_text().replace("path: shapes", "path: mine"))
+    benchmark = alignment.AlignmentBenchmark(rounds_config=other, training=("mi-tune",))
+    with pytest.raises(ValueError, match=r"--rounds-config: .*other.yaml trains 'mine', but --config has 'shapes'"):
+        benchmark._check_trainings(smoke=False)
+    wrong = alignment.AlignmentBenchmark(flags="--finetune.ema-decay 2", training=("nft",))
+    with pytest.raises(ValueError, match=r"nft-0: finetune\.ema_decay"):
+        wrong._check_trainings(smoke=False)
+
+
+def test_alignment_benchmark_refuses_a_finished_training_with_other_settings(alignment, monkeypatch, tmp_path):
+    import alignment_methods
+
+    flags = ("--seed", "1")
+    found = alignment.Training(str(tmp_path), ROOT / "jobs/configs/shapes-paper.yaml", flags)
+    monkeypatch.setattr(alignment_methods, "finished_run", lambda run_dir: (found.settings(), {"tuned": "adapter"}))
+    assert found.run() == "adapter"
+    with pytest.raises(ValueError, match="has a training with other settings"):
+        alignment.Training(str(tmp_path), found.config, (*flags, *shlex.split(alignment.MI_TUNE))).run()
 
 
 @pytest.fixture
