@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -122,6 +122,31 @@ def _flag(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+def _takes_several(flag: str, model: type[BaseModel]) -> bool:
+    """Whether the field of a flag is a list."""
+    field = None
+    for part in flag.removeprefix("--").replace("-", "_").split("."):
+        field = model.model_fields.get(part)
+        if field is None:
+            return False
+        if _is_section(field):
+            model = field.annotation
+    return any(get_origin(kind) in (tuple, list) for kind in (field.annotation, *get_args(field.annotation)))
+
+
+def _one_value_each(arguments: list[str], model: type[BaseModel]) -> list[str]:
+    """The flags with one value each: `--field a b` of a list becomes `--field a --field b`."""
+    flags, before = [], ""
+    for argument in arguments:
+        flag = _flag(argument)
+        if argument.startswith("--"):
+            before = flag
+        elif before and flags[-1] != before and _takes_several(before, model):
+            flags.append(before)
+        flags.append(flag)
+    return flags
+
+
 def _unknown_arguments(unknown: list[str], model: type[BaseModel]) -> list[str]:
     """One message for each argument that matches no field. An argument after an unknown flag is its value."""
     faults = []
@@ -146,7 +171,7 @@ def load_config(
         ConfigError: with all faults of the files and the flags.
     """
     command = type("Command", (model, _CommandLine), {"__doc__": description or model.__doc__})
-    flags = [_flag(argument) for argument in arguments]
+    flags = _one_value_each(arguments, command)
     try:
         given = CliSettingsSource(command, cli_prog_name=Path(sys.argv[0]).name, cli_parse_args=flags)()
     except SettingsError as error:

@@ -176,6 +176,19 @@ def test_unknown_flags_are_refused_with_a_suggestion(argument, suggestion):
     assert fault.endswith(suggestion)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [("clip-score", "pick-score"), ("clip-score,pick-score",), ('["clip-score", "pick-score"]',)],
+)
+def test_a_list_has_one_or_several_values(given):
+    required = ("--run-dir", "a", "--prompts.file", "p.txt")
+    config, _ = load_config([*required, "--evaluation.alignment", *given, "--evaluation.guidance_scales", "2", "4"])
+    assert config.evaluation.alignment == ("clip-score", "pick-score")
+    assert config.evaluation.guidance_scales == (2, 4)
+    with pytest.raises(ConfigError, match="3: is not the value of any flag"):
+        load_config([*required, "--seed", "2", "3"])
+
+
 def test_unknown_keys_are_refused_with_a_suggestion(config_file):
     file = config_file("run_dir: a\nprompts: {file: p.txt, limits: 3}\nfinetunes: {rank: 4}\n")
     assert faults("--config", file) == [
