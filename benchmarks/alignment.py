@@ -16,7 +16,6 @@ The results are files in one folder. The same command continues an interrupted r
 import shlex
 import sys
 import time
-from dataclasses import asdict
 from functools import cached_property
 from typing import get_args
 
@@ -200,9 +199,9 @@ class AlignmentBenchmark(Benchmark):
                     f" of this model, or leave {' and '.join(ROUNDS)} out of --training"
                 )
 
-    def _metric_details(self) -> list[dict]:
+    def _metric_details(self) -> dict[str, dict[str, str]]:
         """Model, revision, template and library of every measured column."""
-        return [asdict(column) for metric in self.metrics.values() for column in metric.columns]
+        return {column.name: column.as_metadata() for metric in self.metrics.values() for column in metric.columns}
 
     def _check_folder(self):
         """Store the settings of the images and the models of the metrics; refuse a folder with images of others."""

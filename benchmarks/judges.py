@@ -60,7 +60,8 @@ class JudgesBenchmark(Benchmark):
                 row["auc_of_model_images"] = auc(own, is_right[here]) if mixed else None
                 rows.append(row | ({"milliseconds": milliseconds} if category == "all" else {}))
         lowest = min(row["prefers_right"] for row in rows if row["category"] == "all")
-        return Findings(rows, {"prefers_right_lowest": Gate(lowest, minimum=0.8)})
+        columns = {column.name: column.as_metadata() for metric in judges.values() for column in metric.columns}
+        return Findings(rows, {"prefers_right_lowest": Gate(lowest, minimum=0.8)}, {"judges": columns})
 
 
 def two_images(prompt: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -104,7 +104,8 @@ class SelectionBenchmark(Benchmark):
             rows.append(findings(best, column, name, Cost(), 0.0, truth, self.top_k))
         if self.figure:
             draw(rows, self.figure, truth)
-        return Findings(rows, gates(rows))
+        columns = {column.name: column.as_metadata() for metric in self._metrics.values() for column in metric.columns}
+        return Findings(rows, gates(rows), {"metrics": columns})
 
     @cached_property
     def _metrics(self) -> dict[str, Metric]:
@@ -153,6 +154,8 @@ class SelectionBenchmark(Benchmark):
                 began = time.perf_counter()
                 columns[SOLACE], evaluations = self._solace(denoiser, conditioning, index, trajectory, ids)
                 costs[SOLACE].add(evaluations, began, len(index))
+            if start == 0:  # the time to load the judges does not count
+                measure({name: self._metrics[name] for name in self.judges}, images[:1], flat[:1])
             for name in self.judges:
                 began, judge = time.perf_counter(), self._first(name)
                 found = measure({name: self._metrics[name]}, images, flat)[judge.name]
@@ -221,7 +224,8 @@ def findings(
     by_category = areas.groupby("category")["auc"].mean()
     row |= {f"auc_{category}": float(value) for category, value in by_category.items()}
     pooled = float(candidates[truth.name].mean())
-    return row | {"prompts": len(pools), "mixed_prompts": len(areas), f"pool_{truth.name}": pooled}
+    counts = {"candidates": len(measured), "prompts": len(pools), "mixed_prompts": len(areas)}
+    return row | counts | {f"pool_{truth.name}": pooled}
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float | None, float | None]:

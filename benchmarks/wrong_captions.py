@@ -23,6 +23,7 @@ from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.diffusion.sampling import Trajectory
 from mi_ray.inputs.pair_config import PairScoreConfig
 from mi_ray.inputs.prompts import read_prompts
+from mi_ray.inputs.shard_plan import with_details
 from mi_ray.language.sources import negatives_by
 from mi_ray.report.statistics import auc
 from mi_ray.scoring.machine import keep_memory
@@ -70,7 +71,8 @@ class WrongCaptionsBenchmark(Benchmark):
     )
     score: PairScoreConfig = Field(PairScoreConfig(), description="settings of the scores, as in jobs/score.py")
     cheaper: tuple[PositiveInt, ...] = Field(
-        (1, 3), description="numbers of noise samples of further margins, which take less time"
+        (1, 3, 5),
+        description="numbers of noise samples of further values of pmi and margin, which take less time",
     )
     judges: MetricNames = Field((), description="metrics as controls, by their first columns: a name or a list")
     seed: int = Field(30_000, description="seed of the pairs, different from the seeds of training")
@@ -82,14 +84,14 @@ class WrongCaptionsBenchmark(Benchmark):
             raise ValueError(f"model: {error}") from error
         keep_memory()
         count = SMOKE_PAIRS if self.smoke else self.pairs
-        judges = load_metrics(self.judges)
-        make = self._own_pairs if self.own else self._rendered_pairs
-        pairs = make(denoiser, count)
+        judges, truth = load_metrics(self.judges), self._truth()
+        pairs = self._own_pairs(denoiser, count, truth) if self.own else draw_pairs(count, self.wrong_share, self.seed)
         check_prompts(judges, [pair.caption for pair in pairs])
         scored, selectors = score_all(denoiser, self.score, pairs)
         for samples in self.cheaper:
             config = self.score.model_copy(update={"num_samples": samples, "shortlist": None})
-            selectors[f"margin, {samples} samples"] = score_pairs(denoiser, config, pairs)[1]["margin"]
+            found = score_pairs(denoiser, config, pairs)[1]
+            selectors |= {f"{name}, {samples} samples": found[name] for name in ("pmi", "margin")}
         selectors |= {name: judge_all(name, metric, pairs) for name, metric in judges.items()}
         rng = np.random.default_rng(0)
         wrong = np.array([pair.kind is not None for pair in pairs])
@@ -107,7 +109,23 @@ class WrongCaptionsBenchmark(Benchmark):
                 rows.append(row)
         rows += [verdict_row(pairs, scored, kind) for kind in ("all", *kinds)]
         best = max(row["auc"] for row in rows if row.get("corruption") == "all" and row["score"] in ("pmi", "margin"))
-        return Findings(rows, {"auc_of_the_best_score": Gate(best, minimum=0.95)})
+        columns = {column.name: column.as_metadata() for metric in judges.values() for column in metric.columns}
+        return Findings(rows, {"auc_of_the_best_score": Gate(best, minimum=0.95)}, {"judges": columns})
+
+    def _truth(self) -> dict[str, Metric]:
+        """The metric that says which images follow their prompts; empty without one.
+
+        Raises:
+            ValueError: its first column is not a yes or no.
+        """
+        truth = load_metrics([self.alignment] if self.own and self.alignment else [])
+        for metric in truth.values():
+            if metric.columns[0].unit != "yes/no":
+                raise ValueError(
+                    f"alignment: {self.alignment!r} does not answer with yes or no whether an image follows its prompt;"
+                    " give oracle, geneval-port or none"
+                )
+        return truth
 
     def _at_prevalence(self, values: np.ndarray, wrong: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
         """Area under precision-recall and precision among the worst, with bootstrap intervals."""
@@ -124,26 +142,23 @@ class WrongCaptionsBenchmark(Benchmark):
             found |= {f"{name}_low": low, f"{name}_high": high}
         return found
 
-    def _rendered_pairs(self, _: Denoiser, count: int) -> "list[LabelledPair]":
-        return draw_pairs(count, self.wrong_share, self.seed)
-
-    def _own_pairs(self, denoiser: Denoiser, count: int) -> "list[LabelledPair]":
+    def _own_pairs(self, denoiser: Denoiser, count: int, truth: dict[str, Metric]) -> "list[LabelledPair]":
         """Images of the model for the prompts of the file, one seed after another, until there are enough.
 
         Raises:
             ValueError: no prompt has a hard negative, or too few images follow their prompts.
         """
-        prompts = read_prompts(self.file, field="file", duplicates="drop")[0]["prompt"].to_pylist()
+        prompts = with_details(read_prompts(self.file, field="file", duplicates="drop")[0])
         make = negatives_by(self.score.negatives)
         negatives = {prompt: found for prompt in prompts if (found := make(prompt))}
         if not negatives:
             raise ValueError("file: none of its prompts can be changed into a hard negative; give other prompts")
-        truth = load_metrics([self.alignment] if self.alignment else [])
-        check_prompts(truth, prompts)
+        check_prompts(truth, list(negatives))
         rng = np.random.default_rng(self.seed)
         wrongs, pairs = rng.permutation(count) < round(count * self.wrong_share), []
         sampler = Sampler(denoiser, self.sampler, AT_ONCE)
-        order = rng.permutation(list(negatives)).tolist()
+        changeable = list(negatives)
+        order = [changeable[place] for place in rng.permutation(len(changeable))]
         for turn in range(MOST_TURNS):
             for start in range(0, len(order), AT_ONCE):
                 chunk = order[start : start + AT_ONCE]

@@ -167,6 +167,7 @@ def test_selection_benchmark_ranks_any_selector_by_a_graded_metric(selection):
     assert row["top1_right"] == pytest.approx((0.6 + 0.5) / 2)
     assert row["top2_right"] == pytest.approx(((0.6 + 0.9) / 2 + (0.5 + 0.2) / 2) / 2)
     assert (row["auc_color"], row["auc_shape"]) == (pytest.approx(5 / 6), 1)
+    assert row["candidates"] == 7  # one has no value
 
 
 @pytest.fixture
@@ -449,7 +450,7 @@ def test_images_of_the_model_get_captions_with_one_known_error(wrong_captions, m
     benchmark = wrong_captions.WrongCaptionsBenchmark(
         _cli_parse_args=False, own=True, file=str(tmp_path / "p.txt"), wrong_share=0.5, seed=4
     )
-    pairs = benchmark._own_pairs(None, 6)
+    pairs = benchmark._own_pairs(None, 6, {})
     assert calls == [4, 5, 6]  # two images of each turn are used
     wrong = [pair for pair in pairs if pair.kind]
     assert len(wrong) == 3
@@ -457,4 +458,7 @@ def test_images_of_the_model_get_captions_with_one_known_error(wrong_captions, m
     assert {pair.kind for pair in wrong} <= {"color", "shape", "texture", "count", "relation", "object"}
     assert all(pair.caption in prompts for pair in pairs if pair.kind is None)
     with pytest.raises(ValueError, match="after 20 images of each prompt, only 40 of 41 follow their prompts"):
-        benchmark._own_pairs(None, 41)
+        benchmark._own_pairs(None, 41, {})
+    graded = {"own": True, "alignment": "clip-score@shapes"}
+    with pytest.raises(ValueError, match="'clip-score@shapes' does not answer with yes or no"):
+        wrong_captions.WrongCaptionsBenchmark(_cli_parse_args=False, **graded)._truth()

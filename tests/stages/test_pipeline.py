@@ -29,7 +29,8 @@ SMOKE = ["--config", "jobs/configs/shapes-smoke.yaml"]
 TOTAL, HOURS, COST = r"total .* ([\d.]+) min", r"cost +([\d.]+) GPU-hours", r"at 4 each: ([\d.]+)"  # in the plan
 MINE = "dark_pixels:DarkPixels"  # a metric of the user
 CONTROLLED = ["--evaluation.controls", "random", "--finetune.baseline", "0.5"]
-CONTROLLED += [f"--{section}.alignment=oracle,{MINE}" for section in ("generate", "evaluation")]
+CONTROLLED += ["--generate.alignment", "oracle", MINE]
+CONTROLLED += ["--evaluation.alignment", "blip-vqa@shapes", "clip-score@shapes", "oracle", MINE]
 
 
 def job(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
@@ -60,12 +61,15 @@ class TestWholeRun:
             assert exact["n_images"] == 12
             assert "low" in exact
             assert "value" in report["alignment"][model]["pmi"]
-            assert report["alignment"][model]["dark_pixels"]["n_images"] == 12
+            for metric in ("blip_vqa", "clip_score", "dark_pixels"):
+                assert report["alignment"][model][metric]["n_images"] == 12
         assert {"generate_s", "finetune_s", "finetune_random_s", "evaluate_base_s", "total_s"} <= set(report["timing"])
         assert report["throughput"]["candidates_per_s"] > 0
         assert report["denoiser_evaluations"]["generate"] == 12 * 4 * 6 * 2
         assert report["training"]["tuned"]["outputs_changed"]
         assert report["errors"] == []
+        page = (run_dir / "report/index.html").read_text()
+        assert "<h1>blip vqa: " in page  # the first metric is the headline
 
     def test_diffusers_pipeline_makes_the_same_tuned_images(self, run_dir):
         row = pd.read_parquet(run_dir / "evaluation/tuned").iloc[0]
