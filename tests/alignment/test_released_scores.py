@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from mi_ray.alignment.blip_vqa import BlipVqa
+from mi_ray.alignment.clip_cosine import ClipCosine
 from mi_ray.alignment.english import PARSER
-from mi_ray.alignment.three_in_one_proxy import ClipCosine
 
 # {prompt and number of an image in examples/samples: (CLIP cosine, BLIP-VQA)} of commit 7710d05. The cosines are those
 # of examples/annotation_clip/vqa_result.json, which CLIPScore_eval/CLIP_similarity.py wrote. The others are those of
