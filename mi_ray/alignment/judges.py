@@ -78,10 +78,9 @@ class Model:
         try:
             return Path(hf_hub_download(hub_id, name, revision=revision))
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
             raise Unusable(
                 f"needs the model {hub_id!r}, which cannot be fetched from the hub: check the name and the network, or"
-                f" fetch it elsewhere and write name@FOLDER ({reason})"
+                f" fetch it elsewhere and write name@FOLDER ({reason(error)})"
             ) from error
 
     def _check(self, folder: Path):
