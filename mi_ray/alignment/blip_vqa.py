@@ -32,6 +32,7 @@ class BlipVqa(Judge):
     default = "Salesforce/blip-vqa-capfilt-large"
     model_class = "BlipForQuestionAnswering"
     model_types = ("blip",)
+    reader = "tokenizer"
     template = "{}?"
     declared = (
         Column(
@@ -50,10 +51,7 @@ class BlipVqa(Judge):
     def prepare(self):
         """Load the model and the tokenizer, once."""
         if self.blip is None:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
-            self.blip = self.load()
+            self.tokenizer, self.blip = self.load_reader(), self.load()
 
     def reads(self, prompt: str) -> bool:
         """True for every prompt. It also loads the parser, so that a missing one is reported before a run starts."""

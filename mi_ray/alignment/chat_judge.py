@@ -1,11 +1,15 @@
 """Metrics that are the probability of an answer of a vision-language chat model of transformers."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mi_ray.alignment.judges import Judge, device
 from mi_ray.alignment.metric import Unusable
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 
 class ChatJudge(Judge):
@@ -13,28 +17,29 @@ class ChatJudge(Judge):
 
     default = "Qwen/Qwen3-VL-8B-Instruct"
     model_class = "AutoModelForImageTextToText"
+    reader = "processor"
     batch_size = 8
     chat = None  # the model, loaded by `prepare`
     processor = None
 
     def prepare(self):
-        """Load the model and the processor, once.
+        """Load the model and the processor, once."""
+        if self.chat is None:
+            self.processor, self.chat = self.load_reader(), self.load("auto")
+            self.processor.tokenizer.padding_side = "left"  # so that the answer follows the last position
+
+    def load_reader(self) -> "ProcessorMixin":
+        """The processor of the model. That of Qwen3-VL needs torchvision (extra `chat`).
 
         Raises:
-            Unusable: the model is no chat model for images, or a library that its processor needs is missing.
+            Unusable: as `Model.load_reader`; the model is no chat model for images.
         """
-        if self.chat is None:
-            from transformers import AutoProcessor
-
-            try:
-                self.processor = AutoProcessor.from_pretrained(**self.source)
-                self.chat = self.load("auto")
-            except (ImportError, OSError) as error:  # the processor of Qwen3-VL needs torchvision
-                reason = " ".join(str(error).split())[:300]
-                raise Unusable(
-                    f"cannot load {self.model!r}: install what it needs, or complete it ({reason})"
-                ) from error
-            self.processor.tokenizer.padding_side = "left"  # so that the answer follows the last position
+        processor = super().load_reader()
+        if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+            raise Unusable(f"needs a model that reads images and texts, and {self.model!r} does not: give another")
+        if not processor.chat_template:
+            raise Unusable(f"needs a chat model, and {self.model!r} has no chat template: give another")
+        return processor
 
     def probabilities(self, images: np.ndarray, questions: list[str], answers: list[Iterable[str]]) -> list[float]:
         """The probability that the first token of the answer begins one of the given spellings.

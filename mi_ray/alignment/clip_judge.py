@@ -10,16 +10,14 @@ class Clip(Model):
 
     model_class = "CLIPModel"
     model_types = ("clip",)
+    reader = "tokenizer"
     clip = None  # CLIPModel, loaded by `prepare`
     tokenizer = None
 
     def prepare(self):
         """Load the model and the tokenizer, once."""
         if self.clip is None:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
-            self.clip = self.load()
+            self.tokenizer, self.clip = self.load_reader(), self.load()
 
 
 class ClipJudge(Clip, Judge):

@@ -47,6 +47,7 @@ class Detector(Judge):
 
     default = "google/owlv2-base-patch16-ensemble"
     model_types = tuple(FAMILIES)
+    reader = "tokenizer"
     network = None  # the model, loaded by `prepare`
     tokenizer = None
 
@@ -65,10 +66,7 @@ class Detector(Judge):
     def prepare(self):
         """Load the model and the tokenizer, once."""
         if self.network is None:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
-            self.network = self.load()
+            self.tokenizer, self.network = self.load_reader(), self.load()
 
     def detect(self, image: np.ndarray, names: Iterable[str]) -> dict[str, list[Detection]]:
         """The objects of an image (h, w, 3) uint8: {name: detections, the best first}."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mi_ray.alignment.judges import Model, described, device
-from mi_ray.alignment.metric import Column, Unusable
+from mi_ray.alignment.metric import Column
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ class Encoder(Model):
 
     default = "facebook/dinov2-base"
     model_class = "AutoModel"
+    reader = "image processor"
     network = None  # the model, loaded by `prepare`
     processor = None
 
@@ -33,20 +34,9 @@ class Encoder(Model):
         return described(Column("features", "image features of an encoder, for the quality measures"), self)
 
     def prepare(self):
-        """Load the model and its image processor, once.
-
-        Raises:
-            Unusable: the model has no image processor, or one that needs a missing library.
-        """
+        """Load the model and its image processor, once."""
         if self.network is None:
-            from transformers import AutoImageProcessor
-
-            try:
-                self.processor = AutoImageProcessor.from_pretrained(**self.source)
-            except (ImportError, OSError, ValueError) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise Unusable(f"cannot read the image processor of {self.model!r}: complete it ({reason})") from error
-            network = self.load()
+            self.processor, network = self.load_reader(), self.load()
             self.network = getattr(network, "vision_model", network)
 
     def features(self, images: np.ndarray) -> np.ndarray:

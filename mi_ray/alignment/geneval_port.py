@@ -45,6 +45,15 @@ class Segmenter(Model):
     model_types = ("mask2former",)
     network = None  # Mask2FormerForUniversalSegmentation, loaded by `prepare`
 
+    def check(self):
+        """As `Model.check`, and that the classes are COCO's 80.
+
+        Raises:
+            Unusable: as `Model.check`, or the model has another number of classes.
+        """
+        super().check()
+        self._check_classes()
+
     def prepare(self):
         """Load the model, once.
 
@@ -52,9 +61,14 @@ class Segmenter(Model):
             Unusable: its classes are not COCO's 80.
         """
         if self.network is None:
+            self._check_classes()
             self.network = self.load()
-            if (count := self.network.config.num_labels) != len(OBJECTS):
-                raise Unusable(f"needs a model with COCO's {len(OBJECTS)} classes, but {self.model!r} has {count}")
+
+    def _check_classes(self):
+        if (count := self._config().num_labels) != len(OBJECTS):
+            raise Unusable(
+                f"needs a model with COCO's {len(OBJECTS)} classes, but {self.model!r} has {count}: give another"
+            )
 
     def find(self, image: np.ndarray, threshold: float) -> dict[str, list[Found]]:
         """The objects of an image (h, w, 3) uint8 above a score: {class: at most `MOST`, the best first}.

@@ -3,15 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import is_zipfile
 
 import numpy as np
 
 from mi_ray.alignment.clip_judge import ClipJudge
-from mi_ray.alignment.judges import device, padded
+from mi_ray.alignment.judges import device, padded, reason
 from mi_ray.alignment.metric import Column, Unusable
 
 if TYPE_CHECKING:
     import torch
+    from transformers import CLIPModel
 
 CHECKPOINT = "HPS_v2.1_compressed.pt"
 ARCHITECTURE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model that was tuned: its config.json and its tokenizer
@@ -69,22 +71,46 @@ class HpsV21(ClipJudge):
         if Path(self.model).is_dir():
             super()._check_type(folder)
 
-    def prepare(self):
-        """Load the model and the tokenizer, once."""
-        if self.clip is None:
-            import torch
-            from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+    @property
+    def source(self) -> dict[str, str]:
+        """The architecture and the tokenizer, as arguments of from_pretrained."""
+        return self.built_from
 
-            checkpoint = self.folder / CHECKPOINT
-            if self.hub_id:
-                checkpoint = self._fetched(self.hub_id, CHECKPOINT, self.revision)
-            published = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            clip = CLIPModel(CLIPConfig.from_pretrained(**self.built_from))
-            try:
-                clip.load_state_dict(clip_weights(published.get("state_dict", published)))
-            except (KeyError, RuntimeError) as error:
-                raise Unusable(f"cannot use {checkpoint}: {' '.join(str(error).split())[:300]}") from error
-            self.tokenizer, self.clip = AutoTokenizer.from_pretrained(**self.built_from), clip.eval().to(device())
+    def _check_weights(self):
+        """Compare names and shapes of the checkpoint with the class. The values are not read."""
+        self._built("meta")
+
+    def load(self, dtype: str = "float32") -> "CLIPModel":
+        """The model with the published weights on its device, without dropout.
+
+        Raises:
+            Unusable: the checkpoint is damaged, or its weights do not fit the architecture.
+        """
+        import torch
+
+        return self._built("cpu").to(device(), getattr(torch, dtype))
+
+    def _built(self, place: str) -> "CLIPModel":
+        """The model with the published weights on cpu, or on meta, which has shapes and no values."""
+        import torch
+        from transformers import CLIPConfig, CLIPModel
+
+        checkpoint = self.folder / CHECKPOINT
+        if self.hub_id:
+            checkpoint = self._fetched(self.hub_id, CHECKPOINT, self.revision)
+        try:
+            # Only files in torch's zip form can be mapped into memory.
+            how = {"map_location": place, "mmap": is_zipfile(checkpoint), "weights_only": True}
+            published = torch.load(checkpoint, **how)
+            with torch.device(place):
+                clip = CLIPModel(CLIPConfig.from_pretrained(**self.source))
+            clip.load_state_dict(clip_weights(published.get("state_dict", published)))
+        except Exception as error:  # torch raises anything on a damaged or another file
+            raise Unusable(
+                f"cannot use {CHECKPOINT} of the model {self.model!r} ({reason(error)}): fetch it again, and the"
+                f" config.json of {ARCHITECTURE}"
+            ) from error
+        return clip.eval()
 
     def fitted(self, image: np.ndarray, size: int) -> np.ndarray:
         return padded(image, size)

@@ -18,9 +18,11 @@ from mi_ray.diffusion.hub import files_digest, hub_id
 
 if TYPE_CHECKING:
     import torch
+    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 EMBEDDED = "shapes"  # name of the judges of the embedded world, which are in the package by their model_type
+READERS = {"tokenizer": "AutoTokenizer", "processor": "AutoProcessor", "image processor": "AutoImageProcessor"}
 _REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is in the report
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, used by BLIP too
 
@@ -40,6 +42,7 @@ class Model:
     model_class: str  # of transformers
     model_types: tuple[str, ...] = ()  # values of model_type in the model's config.json; empty: any
     template: str | None = None  # text that the model gets for a prompt; None: it reads no text
+    reader: str | None = None  # what makes the model's input besides its class, a key of `READERS`; None: nothing
     weights: tuple[str, ...] = WEIGHTS  # names of files; the model has one of them
     config_file: str = "config.json"  # file of the hub repository that names the commit
     batch_size = 32  # images that the model reads at once
@@ -75,10 +78,9 @@ class Model:
         try:
             return Path(hf_hub_download(hub_id, name, revision=revision))
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
             raise Unusable(
                 f"needs the model {hub_id!r}, which cannot be fetched from the hub: check the name and the network, or"
-                f" fetch it elsewhere and write name@FOLDER ({reason})"
+                f" fetch it elsewhere and write name@FOLDER ({reason(error)})"
             ) from error
 
     def _check(self, folder: Path):
@@ -109,17 +111,25 @@ class Model:
         return {"pretrained_model_name_or_path": place} | ({"revision": self.revision} if self.hub_id else {})
 
     def check(self):
-        """Compare a local folder's safetensors with the model's class and configuration, without loading the values.
+        """Compare a local folder's weights with the class and the configuration, and load the tokenizer or processor.
+
+        The values of the weights are not loaded. Of a hub model only the tokenizer or processor is fetched.
 
         Raises:
-            Unusable: a file is damaged, the configuration describes no model, or some weights would be random.
+            Unusable: as `load_reader`; a file is damaged, the configuration describes no model, or some weights would
+                be random.
         """
-        names = () if self.hub_id else _weight_files(self.folder)
-        if not names:
+        if not self.hub_id:
+            self._check_weights()
+        if self.reader:
+            self.load_reader()
+
+    def _check_weights(self):
+        """Compare safetensors with the class, see `check`."""
+        if not (names := _weight_files(self.folder)):
             return
         import torch
         from safetensors import SafetensorError, safe_open
-        from transformers import AutoConfig
 
         weights = {}
         for name in names:
@@ -129,23 +139,63 @@ class Model:
             except (SafetensorError, OSError) as error:
                 raise Unusable(f"cannot read {name} of the model {self.model!r} ({error}): fetch it again") from error
             weights |= {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        config = self._config()
         try:
-            config, kind = AutoConfig.from_pretrained(self.folder), self._class()
+            kind = self._class()
             kind = kind._model_mapping[type(config)] if hasattr(kind, "_model_mapping") else kind
             place = {"config": config, "state_dict": weights, "device_map": {"": "meta"}}
             report = kind.from_pretrained(None, **place, **_REPORT)[1]
         except Exception as error:  # transformers raises anything on a wrong value
-            reason = " ".join(str(error).split())[:200]
-            raise Unusable(f"cannot build the model {self.model!r} from its config.json ({reason})") from error
+            raise self._wrong_config(error) from error
         self._refuse_lacking(report)
+
+    def _config(self) -> "PretrainedConfig":
+        """The configuration of the model.
+
+        Raises:
+            Unusable: it is no configuration of transformers.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder)
+        except Exception as error:  # as above
+            raise self._wrong_config(error) from error
+
+    def _wrong_config(self, error: Exception) -> Unusable:
+        return Unusable(
+            f"cannot build the model {self.model!r} from its config.json ({reason(error)}): fetch it again, or give"
+            " another model"
+        )
+
+    def load_reader(self) -> "PreTrainedTokenizerBase | ProcessorMixin | BaseImageProcessor":
+        """The tokenizer or the processor of the model.
+
+        Raises:
+            Unusable: it is missing or damaged, it has no vocabulary, or a library that it needs is missing.
+        """
+        import transformers
+
+        try:
+            reader = getattr(transformers, READERS[self.reader]).from_pretrained(**self.source)
+        except Exception as error:  # transformers and tokenizers raise anything on a wrong file
+            mend = "install the missing library" if isinstance(error, ImportError) else "complete its files"
+            raise Unusable(f"cannot load the {self.reader} of {self.model!r}: {mend} ({reason(error)})") from error
+        # Without its files transformers makes a tokenizer of special tokens only, for which all prompts are the same.
+        if self.reader == "tokenizer" and len(reader) <= len(set(reader.all_special_ids)):
+            raise Unusable(f"needs a tokenizer, and that of {self.model!r} has no vocabulary: complete its files")
+        return reader
 
     def load(self, dtype: str = "float32") -> "torch.nn.Module":
         """The model on its device, without dropout.
 
         Raises:
-            Unusable: its weights do not fit its class: some would be random.
+            Unusable: they cannot be read, or do not fit the class: some would be random.
         """
-        model, report = self._class().from_pretrained(**self.source, dtype=dtype, **_REPORT)
+        try:
+            model, report = self._class().from_pretrained(**self.source, dtype=dtype, **_REPORT)
+        except (ImportError, OSError) as error:
+            raise Unusable(f"cannot load the model {self.model!r}: complete its files ({reason(error)})") from error
         self._refuse_lacking(report)
         return model.eval().to(device())
 
@@ -247,6 +297,11 @@ def padded(image: np.ndarray, size: int) -> np.ndarray:
     top, left = (size - height) // 2, (size - width) // 2
     square[top : top + height, left : left + width] = resized(image, height, width)
     return square
+
+
+def reason(error: Exception) -> str:
+    """The beginning of the text of an error of another library, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _weight_files(folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 METRICS = {
     "oracle": "mi_ray.alignment.oracle:Oracle",
     "clip-score": "mi_ray.alignment.clip_score:ClipScore",
+    "clip-cosine": "mi_ray.alignment.clip_cosine:ClipCosine",
     "pick-score": "mi_ray.alignment.pick_score:PickScore",
     "hps-v2.1": "mi_ray.alignment.hps:HpsV21",
     "blip-vqa": "mi_ray.alignment.blip_vqa:BlipVqa",

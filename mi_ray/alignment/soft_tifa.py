@@ -9,6 +9,7 @@ import numpy as np
 
 from mi_ray.alignment.chat_judge import ChatJudge
 from mi_ray.alignment.metric import Column, Unusable, details_of
+from mi_ray.shapes.grammar import LONG_PHRASE, ObjectSpec, noun_phrase, parse
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -22,7 +23,8 @@ class SoftTifa(ChatJudge):
 
     The questions are the column `vqa_list` of the prompt set, a list of [question, answer], as in geneval2_data.jsonl.
     Those of DPG-Bench and DSG have the answer yes; what a question depends on is not used, so the value is no score of
-    these benchmarks.
+    these benchmarks. A prompt of the shapes grammar without this column has the questions of `shape_questions`, which
+    are ours.
 
     Args:
         argument: nothing, MODEL, FILE or FILE@MODEL. The file has the questions of prompts that have none: one JSON
@@ -37,7 +39,10 @@ class SoftTifa(ChatJudge):
         Column("soft_tifa_gm", "Soft-TIFA GM: geometric mean over questions", "share", 0, 1, nullable=True),
         Column("soft_tifa_am", "Soft-TIFA AM: arithmetic mean over questions", "share", 0, 1, nullable=True),
     )
-    reads_only = "prompts with questions: the column `vqa_list`, or soft-tifa@FILE with a file that has it"
+    reads_only = (
+        "prompts with questions: the column `vqa_list`, or soft-tifa@FILE with a file that has it (and prompts of the"
+        " shapes grammar)"
+    )
     file_questions: dict[str, list[tuple[str, str]]]  # of the file, by prompt
 
     def __init__(self, argument: str = ""):
@@ -60,10 +65,10 @@ class SoftTifa(ChatJudge):
         return bool(self.questions(prompt))
 
     def questions(self, prompt: str) -> list[tuple[str, str]]:
-        """The questions about a prompt with their answers: those of the file, else of the prompt set."""
+        """The questions about a prompt with their answers: those of the file, else of the prompt set or the grammar."""
         given = details_of(prompt).get("vqa_list", ())
         pairs = [(str(pair[0]), str(pair[1])) for pair in given if isinstance(pair, list) and len(pair) == 2]
-        return self.file_questions.get(prompt) or pairs
+        return self.file_questions.get(prompt) or pairs or shape_questions(prompt)
 
     def measure(self, images: np.ndarray, prompts: list[str]) -> dict[str, list[float | None]]:
         asked = [(row, *pair) for row, prompt in enumerate(prompts) for pair in self.questions(prompt)]
@@ -77,6 +82,31 @@ class SoftTifa(ChatJudge):
         with np.errstate(divide="ignore"):  # a probability of 0 makes the geometric mean 0
             geometric = [float(np.exp(np.log(ps).mean())) if ps else None for ps in found]
         return {"soft_tifa_gm": geometric, "soft_tifa_am": [float(np.mean(ps)) if ps else None for ps in found]}
+
+
+def shape_questions(prompt: str) -> list[tuple[str, str]]:
+    """The questions about a prompt of the shapes grammar with their answers; none about another prompt.
+
+    One about each kind of object with all its attributes, or about its number if the prompt says one, and one about the
+    relation.
+    """
+    try:
+        spec = parse(prompt)
+    except ValueError:
+        return []
+
+    def name(each: ObjectSpec, many: bool) -> str:
+        return noun_phrase(replace(each, count=1 + many), numeric=True).split(" ", 1)[1]  # without its number
+
+    if spec.numeric:
+        found = [(f"How many {name(each, True)} are there?", NUMBERS[each.count - 1]) for each in spec.objects]
+    else:
+        found = [(f"Is there {noun_phrase(each, numeric=False)}?", "Yes") for each in spec.objects]
+    if spec.relation:
+        first, second = (name(each, each.count > 1) for each in spec.objects[:2])
+        verb = "Are" if spec.objects[0].count > 1 else "Is"
+        found.append((f"{verb} the {first} {LONG_PHRASE[spec.relation]} the {second}?", "Yes"))
+    return found
 
 
 def spellings(question: str, answer: str) -> list[str]:

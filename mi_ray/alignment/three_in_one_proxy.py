@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mi_ray.alignment.blip_vqa import BlipVqa
-from mi_ray.alignment.clip_judge import ClipJudge
+from mi_ray.alignment.clip_cosine import ClipCosine
 from mi_ray.alignment.english import load_parser
 from mi_ray.alignment.judges import described, several
 from mi_ray.alignment.metric import Column, Metric, details_of
@@ -29,17 +29,6 @@ class ComplexSpatialProxy(SpatialProxy):
 
     def question(self, prompt: str) -> tuple[str | None, str | None, str | None]:
         return relation_of(prompt), *complex_objects(self.parse(prompt))
-
-
-class ClipCosine(ClipJudge):
-    """The cosine of a prompt and an image by CLIP, as in T2I-CompBench."""
-
-    default = "openai/clip-vit-base-patch32"
-    template = "{}"
-    declared = (Column("clip_cosine", "cosine of prompt and image by CLIP", low=-1, high=1),)
-
-    def measure(self, images: np.ndarray, prompts: list[str]) -> dict[str, list[float]]:
-        return {"clip_cosine": self.cosines(images, prompts).tolist()}
 
 
 class ThreeInOneProxy(Metric):

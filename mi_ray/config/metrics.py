@@ -9,9 +9,9 @@ from pydantic import AfterValidator, BeforeValidator
 from mi_ray.config.paths import model_place
 
 METRIC_NAMES = (
-    "oracle (only for prompts of the embedded world), clip-score, pick-score, hps-v2.1, blip-vqa, vqa-score, soft-tifa"
-    " or soft-tifa@QUESTIONS, spatial-proxy, numeracy-proxy, 3-in-1-proxy, geneval-port, or your own"
-    " package.module:Class (see README). name@MODEL takes another model than the default one: a local folder, or"
+    "oracle (only for prompts of the embedded world), clip-score, clip-cosine, pick-score, hps-v2.1, blip-vqa,"
+    " vqa-score, soft-tifa or soft-tifa@QUESTIONS, spatial-proxy, numeracy-proxy, 3-in-1-proxy, geneval-port, or your"
+    " own package.module:Class (see README). name@MODEL takes another model than the default one: a local folder, or"
     " owner/name or owner/name@revision of the hub; soft-tifa@QUESTIONS@MODEL; name@A+B for several models"
 )
 

@@ -49,6 +49,6 @@ def family_fault(method: GuidanceMethod, family: Family) -> str | None:
         return None
     names = ", ".join(each.title for each in families)
     return (
-        f"guidance_method {method} needs attention layers that {family.title} does not have: it works with {names};"
-        " take another method, such as contrastive, or none"
+        f"guidance_method {method} changes attention layers: it is implemented only for {names}, not for"
+        f" {family.title}; take another method, such as contrastive, or none"
     )

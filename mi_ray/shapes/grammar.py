@@ -27,7 +27,7 @@ UNSEEN_TEXTURE_SHAPE = frozenset({("striped", "star"), ("dotted", "cross")})
 
 _PHRASE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 _MIRRORED = {"right": "left", "below": "above"}
-_LONG_PHRASE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+LONG_PHRASE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 
 # Sentence forms by the structure of the specification. {a}, {b}, {c}: noun phrases; {r}, {long}: relation phrases.
 FORMS = {
@@ -89,7 +89,7 @@ def sentence(spec: SceneSpec, form: str) -> str:
     phrases = [noun_phrase(o, spec.numeric) for o in spec.objects]
     fields = dict(zip("abc", phrases, strict=False))
     if spec.relation:
-        fields |= {"r": _PHRASE[spec.relation], "long": _LONG_PHRASE[spec.relation]}
+        fields |= {"r": _PHRASE[spec.relation], "long": LONG_PHRASE[spec.relation]}
     text = form.format(**fields)
     if spec.numeric and spec.objects[0].count > 1:
         text = text.replace("there is", "there are")
@@ -112,7 +112,7 @@ def _patterns() -> list[tuple[re.Pattern, str, str | None]]:
                 for relation in relations:
                     fields = {key: f"(?P<{key}>{_NOUN})" for key in "abc"}
                     if relation:
-                        fields |= {"r": _PHRASE[relation], "long": _LONG_PHRASE[relation]}
+                        fields |= {"r": _PHRASE[relation], "long": LONG_PHRASE[relation]}
                     text = template.format(**fields).replace("there is", "there (?:is|are)")
                     patterns.append((re.compile(text), structure, relation))
     return patterns

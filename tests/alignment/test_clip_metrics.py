@@ -71,6 +71,13 @@ def test_clip_score_is_the_paper_s_equation_with_its_text(folder, images):
     assert found["clip_score"] == pytest.approx([2.5 * max(cosine, 0) for cosine in cosines], abs=1e-5)
 
 
+def test_clip_cosine_is_the_cosine_of_the_prompt_itself(folder, images):
+    found = measure(load_metrics([f"clip-cosine@{folder}"]), images, PROMPTS)
+    cosines = [by_hand(folder, central(image), token_ids(text)) for image, text in zip(images, PROMPTS, strict=True)]
+    assert min(cosines) < 0 < max(cosines)
+    assert found["clip_cosine"] == pytest.approx(cosines, abs=1e-5)
+
+
 def test_pick_score_is_the_cosine_times_the_logit_scale(folder, images):
     found = measure(load_metrics([f"pick-score@{folder}"]), images, PROMPTS)
     cosines = [by_hand(folder, central(image), token_ids(text)) for image, text in zip(images, PROMPTS, strict=True)]

@@ -115,9 +115,8 @@ def test_methods_with_attention_refuse_other_families():
     assert [m for m in GUIDANCE_METHODS if family_fault(m, sd)] == []
     refused = [m for m in GUIDANCE_METHODS if family_fault(m, flow)]
     assert refused == ["attend-and-excite", "structured", "semantic", "perturbed-attention"]
-    assert "it works with Stable Diffusion 1 and 2, Stable Diffusion XL, PixArt-Sigma;" in family_fault(
-        refused[-1], flow
-    )
+    names = "Stable Diffusion 1 and 2, Stable Diffusion XL, PixArt-Sigma"
+    assert f"is implemented only for {names}, not for Stable Diffusion 3" in family_fault(refused[-1], flow)
 
 
 # ------------------------------------------------------------------------------------------ CFG-Zero*
