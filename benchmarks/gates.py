@@ -1,7 +1,6 @@
 """The shared part of all benchmarks: command line, report as JSON and as a table, and gates."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, CliApp, CliToggleFlag, SettingsConfigDict
 
 from mi_ray.config.paths import absolute
+from mi_ray.scoring.machine import usable_cores
 from mi_ray.storage import write_json
 
 PACKAGES = ("mi-ray", "torch", "ray", "diffusers", "transformers", "peft", "numpy", "scipy", "pyarrow")
@@ -104,7 +104,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": _commit(),
     }

@@ -3,7 +3,6 @@ each runs in a separate process.
 """
 
 import multiprocessing
-import os
 import resource
 import tempfile
 import time
@@ -31,7 +30,7 @@ from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.diffusion.denoisers import Denoiser, load_denoiser
 from mi_ray.inputs.prompts import prompt_id
 from mi_ray.inputs.shard_plan import Shard
-from mi_ray.scoring.machine import keep_memory
+from mi_ray.scoring.machine import keep_memory, usable_cores
 from mi_ray.scoring.work import Work
 from mi_ray.stages.generate import CandidateGenerator
 from mi_ray.storage import tables
@@ -62,7 +61,7 @@ class ThroughputSettings(Benchmark):
     channels_last: bool = Field(True, description="memory layout of our UNet only, as `model.channels_last`")
     compile: Literal["default", "cuda-graphs"] | None = Field(None, description="for our UNet, as `model.compile`")
     actors: PositiveInt = Field(
-        1 if torch.cuda.is_available() else os.cpu_count(),
+        1 if torch.cuda.is_available() else usable_cores(),
         description="number of our processes, which share work and cores",
     )
     prompts: PositiveInt = Field(8, description="number of prompts")
@@ -127,7 +126,7 @@ class Actor:
     """One of our generating actors with its share of the prompts. Each implementation is one method."""
 
     def __init__(self, settings: ThroughputSettings, prompts: list[str], seeds: list[list[int]]):
-        threads = max(1, os.cpu_count() // settings.actors)
+        threads = max(1, usable_cores() // settings.actors)
         torch.set_num_threads(threads)
         keep_memory()
         self._folder = tempfile.TemporaryDirectory()

@@ -14,6 +14,11 @@ import torch
 STALLED_S = 3600.0  # longest time between model calls; torch.compile and a large batch on a CPU take less
 
 
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use: fewer than the machine has in a container, a job or `taskset`."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def take_cpus(count: float):
     """Use as many threads as requested CPUs, so that actors do not compete for cores."""
     torch.set_num_threads(max(1, int(count)))

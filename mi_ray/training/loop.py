@@ -6,7 +6,6 @@ A `Source` provides the data of a step: the kept candidates of a round, or the n
 import hashlib
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from mi_ray.diffusion.folders import load_network_on_meta
 from mi_ray.inputs.online_plan import plan_of
 from mi_ray.runs import lease
 from mi_ray.runs.layout import SUMMARY
-from mi_ray.scoring.machine import take_cpus
+from mi_ray.scoring.machine import take_cpus, usable_cores
 from mi_ray.storage import (
     exists,
     filesystem,
@@ -54,7 +53,8 @@ from mi_ray.training.training_set import KeptCandidates, read_training_set, trai
 
 CHECKPOINTS = "checkpoints"  # folder in an adapter's folder, during the training
 CHANGED = 1e-6  # relative change of an output that floating-point rounding can cause
-_QUIET = {
+_ENVIRONMENT = {  # of a worker process
+    "OMP_WAIT_POLICY": "passive",  # otherwise threads that wait for each other keep cores busy that others need
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise Ray prints every line twice
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -171,7 +171,7 @@ def train_loop(settings: dict) -> dict | None:
     if lost:
         return None
     refuse = partial(lease.refuse_if_superseded, settings["run_dir"], settings["token"], "the training's state")
-    cores = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    cores = max(1, usable_cores() // context.get_local_world_size())
     take_cpus(min(config.resources.train_cpus or cores, cores))
     began = time.monotonic()
 
@@ -380,7 +380,7 @@ def train(config: RunConfig, settings: dict) -> dict:
             storage_filesystem=system,
             failure_config=FailureConfig(max_failures=config.finetune.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            worker_runtime_env={"env_vars": _QUIET},
+            worker_runtime_env={"env_vars": _ENVIRONMENT},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     ).fit()

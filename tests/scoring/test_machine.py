@@ -1,5 +1,6 @@
 """A denoiser that cannot process large batches: they are halved for good, without changing candidates."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from mi_ray.config import SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.fitting import fitting
-from mi_ray.scoring.machine import take_share
+from mi_ray.scoring.machine import take_share, usable_cores
 from mi_ray.scoring.sampler import Sampler
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
@@ -107,3 +108,14 @@ def test_missing_gpu_is_reported(monkeypatch):
         take_share(1, 0.5)
     monkeypatch.setattr(torch.version, "cuda", None)  # torch without CUDA is used on purpose
     take_share(1, 0.5)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_a_process_counts_only_the_cores_that_it_may_use():
+    own = os.sched_getaffinity(0)
+    assert usable_cores() == len(own)
+    os.sched_setaffinity(0, {min(own)})
+    try:
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, own)
