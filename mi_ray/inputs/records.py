@@ -114,15 +114,26 @@ def form_of(uri: str, longest: int) -> Form:
     Raises:
         ValueError: the first line of a CSV or TSV file is not text.
     """
-    first = next((line for line in text.lines(uri, longest) if line.content.strip()), None)
+    lines = (line for line in text.lines(uri, longest) if line.content.strip())
+    first = next(lines, None)
     content = first.content.strip() if first else b""
     kind = format_of(uri)
     if kind in ("json", "jsonl"):
-        return Form("array" if content.startswith(b"[") else "jsonl")
+        # A whole array in the first of several lines is a row: a wrong one, which must not make the file unreadable.
+        row = not content.startswith(b"[") or (_is_json(content) and next(lines, None) is not None)
+        return Form("jsonl" if row else "array")
     header = first.decoded() if first else ""
     delimiter = "\t" if kind == "tsv" else max(_DELIMITERS, key=header.count)
     names = next(_csv_reader([header], delimiter), [])
     return Form("csv", tuple(text.clean(_unquoted(name, delimiter)) for name in names), delimiter)
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_records(uri: str, form: Form, longest: int, start: int = 0, number: int = 1) -> Iterator[Record]:

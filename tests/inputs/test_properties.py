@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pair_inputs import IMAGES, add
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
@@ -128,6 +128,7 @@ def test_any_bytes_as_prompts(lines, name):
 
 
 @hostile
+@example([[], {"prompt": "a cat"}], False)
 @given(st.lists(any_json | rows, max_size=6), st.booleans())
 def test_any_json_as_prompts(values, array):
     content = dumped(values) if array else b"\n".join(map(dumped, values))
