@@ -38,7 +38,7 @@ from alignment_methods import (
 )
 from alignment_page import write_page
 from alignment_rows import table_rows
-from gates import ROOT, Benchmark, Findings, Gate, LocalPath, main
+from gates import ROOT, Benchmark, Findings, Gate, LocalPath, main, metric_details
 from pydantic import Field, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
@@ -133,7 +133,7 @@ class AlignmentBenchmark(Benchmark):
         write_page(self.run_dir / "index.html", rows, frames, base, self.column, sys.argv, self.tried)
         seeds = min((row["training_seeds"] for row in rows if row["training_seeds"]), default=None)
         gates = {} if seeds is None else {"training_seeds_of_a_claim": Gate(seeds, minimum=SEEDS_OF_A_CLAIM)}
-        return Findings(rows, gates, {"tried": self.tried, "metrics": self._metric_details()})
+        return Findings(rows, gates, {"tried": self.tried, "metrics": metric_details(self.metrics)})
 
     # ------------------------------------------------------------------------------------------ what is compared
     @cached_property
@@ -193,21 +193,16 @@ class AlignmentBenchmark(Benchmark):
         for method in self.training:
             model = self._training(method, 0, 1.0, smoke)[1].settings().model.path
             if model != self.run.model.path:
-                file = self.rounds_config if method in ROUNDS else self.config
                 raise ValueError(
-                    f"--rounds-config: {file} trains {model!r}, but --config has {self.run.model.path!r}; give a config"
-                    f" of this model, or leave {' and '.join(ROUNDS)} out of --training"
+                    f"--rounds-config: {self.rounds_config} trains {model!r}, but --config has {self.run.model.path!r};"
+                    f" give a config of this model, or leave {' and '.join(ROUNDS)} out of --training"
                 )
-
-    def _metric_details(self) -> dict[str, dict[str, str]]:
-        """Model, revision, template and library of every measured column."""
-        return {column.name: column.as_metadata() for metric in self.metrics.values() for column in metric.columns}
 
     def _check_folder(self):
         """Store the settings of the images and the models of the metrics; refuse a folder with images of others."""
         names = ("validation_prompts", "prompts", "images_per_prompt", "steps", "updates")
         settings = {"run": self.run.results_config(), **{name: getattr(self, name) for name in names}}
-        settings["metrics"] = self._metric_details()
+        settings["metrics"] = metric_details(self.metrics)
         file, found = str(self.run_dir / "settings.json"), config_hash(settings)
         if storage.exists(file) and storage.read_json(file)["hash"] != found:
             raise ValueError(f"--run-dir: {self.run_dir} has images of other settings; give another folder")

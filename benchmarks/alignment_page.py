@@ -1,18 +1,15 @@
 """The page of benchmarks/alignment.py: the table, the figures and images of the same prompts and seeds."""
 
-import base64
-import io
 import shlex
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
 from mi_ray.alignment.metric import Column
 from mi_ray.report.columns import PMI, SPLITS, decimal, heading, scale, unit_of_change
 from mi_ray.report.figures import difference_plot, guidance_plot
 from mi_ray.report.guidance import SCALE
-from mi_ray.report.page import page_environment
+from mi_ray.report.page import image_source, page_environment
 from mi_ray.report.statistics import prompt_mean
 
 SHOWN_PROMPTS = 8
@@ -38,7 +35,6 @@ PAPER_CATEGORIES = {
     "non_spatial": (66.23, 67.77),
     "complex": (50.53, 54.17),
 }
-THUMBNAIL = 192  # pixels
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Alignment methods</title><style>
@@ -88,7 +84,7 @@ def write_page(
     for arm, frame in frames.items():
         if arm.settings.guidance_scale == best and arm.seed in (None, first):
             kept = chosen[["prompt_id", "seed"]].merge(frame, on=["prompt_id", "seed"], how="left")
-            strips.append((arm.name, [_uri(image) for image in kept["image"]]))
+            strips.append((arm.name, [image_source(image)[0] for image in kept["image"]]))
     page = page_environment().from_string(_PAGE)
     tables = [("Methods", main_table(rows, column)), ("By category", category_table(rows, column))]
     tables += [("Settings tried on the validation prompts", tried_table(tried, column))] if tried else []
@@ -104,16 +100,6 @@ def write_page(
         command=shlex.join(["python", "benchmarks/alignment.py", *arguments[1:]]),
     )
     path.write_text(text, encoding="utf-8")
-
-
-def _uri(content: bytes) -> str:
-    """Data URI of a PNG; a large one is made smaller."""
-    with Image.open(io.BytesIO(content)) as image:
-        if max(image.size) > THUMBNAIL:
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            image.save(smaller := io.BytesIO(), format="PNG")
-            content = smaller.getvalue()
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def main_table(rows: list[dict], column: Column) -> list[list[str]]:

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, CliApp, CliToggleFlag, SettingsConfigDict
 
+from mi_ray.alignment.metric import Metric
 from mi_ray.config.paths import absolute
 from mi_ray.scoring.machine import usable_cores
 from mi_ray.storage import write_json
@@ -96,6 +98,11 @@ def _refused(error: ValueError) -> int:
     for fault in str(error).splitlines():
         print(f"error: {fault}", file=sys.stderr)
     return 2
+
+
+def metric_details(metrics: Mapping[str, Metric]) -> dict[str, dict[str, str]]:
+    """Model, revision, template and library of every column of some metrics."""
+    return {column.name: column.as_metadata() for metric in metrics.values() for column in metric.columns}
 
 
 def environment() -> dict:

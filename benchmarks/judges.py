@@ -3,7 +3,7 @@
 import time
 
 import numpy as np
-from gates import Benchmark, Findings, Gate, main
+from gates import Benchmark, Findings, Gate, main, metric_details
 from pydantic import Field, PositiveInt
 from selection import DEMO
 from wrong_captions import AT_ONCE, generated
@@ -60,8 +60,8 @@ class JudgesBenchmark(Benchmark):
                 row["auc_of_model_images"] = auc(own, is_right[here]) if mixed else None
                 rows.append(row | ({"milliseconds": milliseconds} if category == "all" else {}))
         lowest = min(row["prefers_right"] for row in rows if row["category"] == "all")
-        columns = {column.name: column.as_metadata() for metric in judges.values() for column in metric.columns}
-        return Findings(rows, {"prefers_right_lowest": Gate(lowest, minimum=0.8)}, {"judges": columns})
+        gates = {"prefers_right_lowest": Gate(lowest, minimum=0.8)}
+        return Findings(rows, gates, {"judges": metric_details(judges)})
 
 
 def two_images(prompt: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

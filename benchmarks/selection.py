@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from gates import Benchmark, Findings, Gate, LocalPath, main
+from gates import Benchmark, Findings, Gate, LocalPath, main, metric_details
 from matplotlib.figure import Figure
 from pydantic import Field, PositiveInt
 from scipy.stats import bootstrap
@@ -104,8 +104,7 @@ class SelectionBenchmark(Benchmark):
             rows.append(findings(best, column, name, Cost(), 0.0, truth, self.top_k))
         if self.figure:
             draw(rows, self.figure, truth)
-        columns = {column.name: column.as_metadata() for metric in self._metrics.values() for column in metric.columns}
-        return Findings(rows, gates(rows), {"metrics": columns})
+        return Findings(rows, gates(rows), {"metrics": metric_details(self._metrics)})
 
     @cached_property
     def _metrics(self) -> dict[str, Metric]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gates import Benchmark, Findings, Gate, main
+from gates import Benchmark, Findings, Gate, main, metric_details
 from pydantic import Field, PositiveInt
 from pydantic_settings import CliToggleFlag
 
@@ -109,8 +109,8 @@ class WrongCaptionsBenchmark(Benchmark):
                 rows.append(row)
         rows += [verdict_row(pairs, scored, kind) for kind in ("all", *kinds)]
         best = max(row["auc"] for row in rows if row.get("corruption") == "all" and row["score"] in ("pmi", "margin"))
-        columns = {column.name: column.as_metadata() for metric in judges.values() for column in metric.columns}
-        return Findings(rows, {"auc_of_the_best_score": Gate(best, minimum=0.95)}, {"judges": columns})
+        gates = {"auc_of_the_best_score": Gate(best, minimum=0.95)}
+        return Findings(rows, gates, {"judges": metric_details(judges)})
 
     def _truth(self) -> dict[str, Metric]:
         """The metric that says which images follow their prompts; empty without one.

@@ -120,7 +120,7 @@ def form_of(uri: str, longest: int) -> Form:
     kind = format_of(uri)
     if kind in ("json", "jsonl"):
         # A whole array in the first of several lines is a row: a wrong one, which must not make the file unreadable.
-        row = not content.startswith(b"[") or (_is_json(content) and next(lines, None) is not None)
+        row = not content.startswith(b"[") or (next(lines, None) is not None and _is_json(content))
         return Form("jsonl" if row else "array")
     header = first.decoded() if first else ""
     delimiter = "\t" if kind == "tsv" else max(_DELIMITERS, key=header.count)

@@ -165,9 +165,8 @@ def alignment_table(report: dict) -> str:
 
 
 # ------------------------------------------------------------------------------------------ images
-def _tile(row: dict, column: Column | None = None) -> dict:
-    """The data of an image for the template: source, whether its pixels are shown crisp, and the mark of a column."""
-    content = row["image"]["bytes"]
+def image_source(content: bytes) -> tuple[str, bool]:
+    """Data URI of an encoded image, a large one as a thumbnail, and whether its pixels are shown crisp."""
     with Image.open(io.BytesIO(content)) as image:
         crisp = max(image.size) <= CRISP_SIDE
         kind = "png"
@@ -177,7 +176,12 @@ def _tile(row: dict, column: Column | None = None) -> dict:
             buffer = io.BytesIO()
             thumbnail.save(buffer, "JPEG", quality=88)
             content, kind = buffer.getvalue(), "jpeg"
-    source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", crisp
+
+
+def _tile(row: dict, column: Column | None = None) -> dict:
+    """The data of an image for the template: source, whether its pixels are shown crisp, and the mark of a column."""
+    source, crisp = image_source(row["image"]["bytes"])
     return {"source": source, "crisp": crisp, "mark": mark(column and row[column.name], column)}
 
 
