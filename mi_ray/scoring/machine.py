@@ -52,6 +52,34 @@ def keep_memory():
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+class Turn:
+    """Lets one shard of an actor compute at a time. A shard that waits for judges lets the next one compute."""
+
+    def __init__(self):
+        self._lock, self._shard = threading.Lock(), threading.local()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds for which the shard of this thread has had the turn."""
+        return time.perf_counter() - self._shard.began
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            self._shard.began = time.perf_counter()
+            yield
+
+    @contextmanager
+    def given_away(self) -> Iterator[None]:
+        began = time.perf_counter()
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+            self._shard.began += time.perf_counter() - began
+
+
 class Patience:
     """Ends this process if it hangs at a shard, so that Ray starts a new process for the shard.
 

@@ -49,12 +49,12 @@ class Evaluator:
         self.scorer = Scorer(self.base, only_pmi, batch_size, config.seed, []) if evaluation.pmi else None
         self.metrics = load_metrics(evaluation.alignment)
         self.reference = reference_of(self.metrics)
-        ask(judges, self.metrics)
         self.encoder = load_encoder(evaluation.encoder, self.base.encode_images)
         schema = tables.evaluation_schema(columns_of(self.metrics), self.encoder.column)
         self.write = ShardWriter(
             "evaluate", model, folder, schema, config, token, lambda: sum(denoiser.calls for denoiser in models)
         )
+        ask(judges, self.metrics, self.write.turn)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         return self.write(batch, self._rows)

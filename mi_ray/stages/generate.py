@@ -55,11 +55,11 @@ class CandidateGenerator:
         self.cut_scorer = cut_scorer(config, self.scorer, pool) if self.cuts else None
         self.metrics = load_metrics(config.generate.alignment)
         self.declared = columns_of(self.metrics)
-        ask(judges, self.metrics)
         schema = tables.candidates_schema(config.score.names, self.declared)
         self.write = ShardWriter(
             "generate", f"round {round_index}", folder, schema, config, token, lambda: self.denoiser.calls
         )
+        ask(judges, self.metrics, self.write.turn)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         return self.write(batch, self._rows)

@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 
 from mi_ray.alignment.metric import Metric, load_metrics
 from mi_ray.config import ResourcesConfig
-from mi_ray.scoring.machine import take_share
+from mi_ray.scoring.machine import Turn, take_share
 
 Judges = Sequence[ActorHandle]
 RETRIES = 3  # of a batch whose judge was lost
@@ -42,14 +42,16 @@ def judges_of(metrics: tuple[str, ...], resources: ResourcesConfig) -> Iterator[
             ray.kill(judge)
 
 
-def ask(judges: Judges, metrics: Mapping[str, Metric]):
-    """Let judges measure these metrics of this actor, in turn. Without judges, the actor measures them itself."""
+def ask(judges: Judges, metrics: Mapping[str, Metric], turn: Turn):
+    """Let judges measure an actor's metrics while its next shard has the turn. Without judges, it does it itself."""
     if not judges:
         return
-    turns = islice(cycle(judges), os.getpid() % len(judges), None)  # actors begin with different judges
+    order = islice(cycle(judges), os.getpid() % len(judges), None)  # actors begin with different judges
     for name, metric in metrics.items():
-        metric.measure = partial(_asked, turns, name)
+        metric.measure = partial(_asked, order, turn, name)
 
 
-def _asked(turns: Iterator[ActorHandle], name: str, images: np.ndarray, prompts: list[str]):
-    return ray.get(next(turns).measure.remote(name, images, prompts))
+def _asked(order: Iterator[ActorHandle], turn: Turn, name: str, images: np.ndarray, prompts: list[str]):
+    values = next(order).measure.remote(name, images, prompts)
+    with turn.given_away():
+        return ray.get(values)

@@ -79,9 +79,9 @@ class OnlineGenerator:
         self.folder, self.candidates, self.board = folder, storage.join(folder, CANDIDATES), board
         self.plan = plan_of(config, source)
         self.policy, self.loaded = PolicySampler(config, local_start(config)), (0, False)
-        ask(judges, self.policy.validation_metrics)
         schema = tables.online_schema(config.score.names, columns_of(self.policy.validation_metrics))
         self.write = ShardWriter("online", "policy", self.candidates, schema, config, token, lambda: self.policy.calls)
+        ask(judges, self.policy.validation_metrics, self.write.turn)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         (row,) = rows_of(batch)

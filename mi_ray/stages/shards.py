@@ -4,7 +4,6 @@ import logging
 import os
 import platform
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +21,7 @@ from mi_ray.inputs.shard_plan import Planned, Shard, ShardPlan, read_shard
 from mi_ray.inputs.text import excerpt
 from mi_ray.runs import folder as run_folder
 from mi_ray.runs import lease
-from mi_ray.scoring.machine import Patience
+from mi_ray.scoring.machine import Patience, Turn
 from mi_ray.scoring.work import Work
 from mi_ray.stages.judges import judges_of
 from mi_ray.stages.metrics import StageMetrics
@@ -73,11 +72,13 @@ class ShardWriter:
         self.metrics = StageMetrics(stage, model)
         self.patience = Patience(config.resources.shard_timeout_s, calls)
         self.table: storage.ParquetRows | None = None
+        self.turn = Turn()
 
     def __call__(self, batch: dict[str, np.ndarray], make_rows: Rows) -> dict[str, list]:
         """Process a Ray Data batch of one `ShardPlan.row`; the output row is the receipt of the shard."""
         (row,) = rows_of(batch)
-        receipt = run_folder.committed(self.folder, row["name"]) or self._make(self._shard(row), make_rows)
+        with self.turn():
+            receipt = run_folder.committed(self.folder, row["name"]) or self._make(self._shard(row), make_rows)
         facts = FACTS | {"index": row["index"], "shard": row["name"]}
         return {name: [receipt.get(name, fact)] for name, fact in facts.items()}
 
@@ -91,7 +92,7 @@ class ShardWriter:
         return read_shard(row, self.table)
 
     def _make(self, shard: Shard, make_rows: Rows) -> dict:
-        began, work = time.perf_counter(), Work()
+        work = Work()
         with self.patience():
             of_positions = partial(make_rows, shard, work=work)
             rows, failures = whole_or_one_by_one(of_positions, len(shard.prompts), self.commit.proven)
@@ -100,7 +101,7 @@ class ShardWriter:
         number = "candidate_index" if "candidate_index" in self.schema.names else "image_index"
         rows.sort(key=lambda row: (place[row["prompt_id"]], row.get("guidance_scale") or 0, row[number] or 0))
         table = pa.Table.from_pylist(rows, schema=self.schema)
-        mine, receipt = self.commit(shard.index, shard.name, table, work, time.perf_counter() - began)
+        mine, receipt = self.commit(shard.index, shard.name, table, work, self.turn.seconds)
         self.metrics.committed(mine, rows)
         return receipt
 
@@ -216,12 +217,13 @@ def error_row(schema: pa.Schema, shard: Shard, position: int, message: str) -> d
 
 # ------------------------------------------------------------------------------------------ in the driver
 def stream(
-    actor: type, constructor: dict, rows: list[dict], resources: ResourcesConfig, in_flight: int = 2
+    actor: type, constructor: dict, rows: list[dict], resources: ResourcesConfig, in_flight: int = 2, at_once: int = 1
 ) -> Iterator[dict]:
     """Run shards, one row each, through a pool of actors. Yield the receipt of each shard when it is written.
 
     Args:
         in_flight: number of shards that an actor holds, the next one beside the current one. A pool that grows needs 2.
+        at_once: number of shards that an actor begins in threads of its own, see `Turn`; it holds this many times more.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -239,7 +241,13 @@ def stream(
     dataset = dataset.map_batches(
         actor,
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=in_flight),
+        compute=ActorPoolStrategy(
+            min_size=least,
+            max_size=most,
+            max_tasks_in_flight_per_actor=in_flight * at_once,
+            max_concurrent_calls_per_actor=at_once,
+            enable_true_multi_threading=at_once > 1,
+        ),
         num_cpus=resources.cpus_per_actor,
         num_gpus=resources.gpus_per_actor,
         fn_constructor_kwargs=constructor,
@@ -267,12 +275,14 @@ def write_missing(
     unit: str = "prompt",
     in_flight: int = 2,
     metrics: tuple[str, ...] = (),
+    at_once: int = 1,
 ):
     """Write the missing parts of a folder, with a progress bar and an event for each part.
 
     Args:
         unit: unit of the progress bar.
         metrics: names of the metrics that judges measure, if there are judges.
+        at_once: number of shards that an actor begins if there are judges: one computes while others wait for values.
 
     Raises:
         lease.Lost: another driver has taken over the run.
@@ -298,7 +308,7 @@ def write_missing(
     with tqdm(total=total, initial=here, **bar) as progress, judges_of(metrics if todo else (), resources) as judges:
         constructor |= {"judges": judges} if judges else {}
         rows = [shards.row(index) for index in todo]
-        for done in stream(actor, constructor, rows, resources, in_flight) if rows else ():
+        for done in stream(actor, constructor, rows, resources, in_flight, at_once if judges else 1) if rows else ():
             lease.confirm(run_dir)
             if not done["shard"]:  # the shard is no longer needed
                 continue
@@ -315,7 +325,8 @@ def run_stage(
     if storage.exists(manifest_uri):
         return storage.read_json(manifest_uri)
     what = stage, model, actor, constructor, shards, folder, config.run_dir, config.resources
-    write_missing(*what, metrics=config.metrics)
+    # PyTorch keeps CUDA graphs per thread.
+    write_missing(*what, metrics=config.metrics, at_once=1 if config.model.compile == "cuda-graphs" else 2)
     manifest = {"shards": len(shards), "prompts": shards.prompts}
     storage.write_json(manifest_uri, manifest)
     return manifest

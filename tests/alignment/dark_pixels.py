@@ -1,5 +1,8 @@
 """A metric of a user, in its own file. The tests name it dark_pixels:DarkPixels."""
 
+import time
+from pathlib import Path
+
 from mi_ray.alignment.metric import Column, Metric, details_of
 
 
@@ -43,3 +46,18 @@ class Wanted(Metric):
 
     def measure(self, images, prompts):
         return {"wanted": [len(details_of(prompt)["include"]) for prompt in prompts]}
+
+
+class Patient(DarkPixels):
+    """Measures the first prompt only after a file exists, which is the text after @."""
+
+    def __init__(self, file):
+        self.file = Path(file)
+
+    def measure(self, images, prompts):
+        until = time.monotonic() + 60
+        while prompts[0] == "prompt 0" and not self.file.exists():
+            if time.monotonic() > until:
+                raise TimeoutError("the actor has not begun the next shard")
+            time.sleep(0.05)
+        return super().measure(images, prompts)

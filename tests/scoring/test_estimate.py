@@ -8,7 +8,7 @@ from mi_ray.config import FinetuneConfig, ModelConfig
 from mi_ray.config.command_line import load_config
 from mi_ray.config.section import ConfigError
 from mi_ray.diffusion.footprint import Counted, CountedTraining
-from mi_ray.scoring.estimate import CARDS, Card, ModelSizes, model_sizes, why_not_measured
+from mi_ray.scoring.estimate import CARDS, Card, ModelSizes, estimate, model_sizes, why_not_measured
 from mi_ray.stages.pipeline import Plan
 from mi_ray.stages.preflight import describe
 
@@ -84,6 +84,15 @@ def test_dry_run_without_weights_states_memory_batches_time_and_price(config):
         assert milliseconds == pytest.approx(1e3 * found.seconds(card), abs=0.006)
         assert hours == pytest.approx(total * found.seconds(card) / 3600, abs=0.006)
         assert cost == pytest.approx(3 * total * found.seconds(card) / 3600, abs=0.006)
+
+
+def test_dry_run_says_who_measures_the_metrics(config):
+    evaluation = config.evaluation.model_copy(update={"alignment": ("clip-score@shapes", "blip-vqa@shapes")})
+    shared = config.model_copy(update={"evaluation": evaluation})
+    own = shared.model_copy(update={"resources": config.resources.model_copy(update={"judge_actors": 2})})
+    text = [next(row for row in estimate(of, {}) if row.startswith("metrics")) for of in (shared, own)]
+    assert "clip-score@shapes, blip-vqa@shapes: measured by every generating actor" in text[0]
+    assert text[1].endswith("clip-score@shapes, blip-vqa@shapes: measured by 2 judges")
 
 
 def test_a_real_run_needs_weights(config):

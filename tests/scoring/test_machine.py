@@ -5,6 +5,8 @@ import platform
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from mi_ray.config import SamplerConfig, ScoreConfig
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.diffusion.fitting import fitting
-from mi_ray.scoring.machine import take_share, usable_cores
+from mi_ray.scoring.machine import Turn, take_share, usable_cores
 from mi_ray.scoring.sampler import Sampler
 from mi_ray.scoring.scorer import Scorer
 from mi_ray.scoring.work import Work
@@ -119,3 +121,44 @@ def test_a_process_counts_only_the_cores_that_it_may_use():
         assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, own)
+
+
+def test_a_shard_that_waits_gives_its_turn_away_and_its_waiting_is_not_counted():
+    turn, steps, seconds = Turn(), [], {}
+    waiting, computed = threading.Event(), threading.Event()
+
+    def first():
+        with turn():
+            steps.append("first computes")
+            with turn.given_away():
+                waiting.set()
+                assert computed.wait(60)
+                time.sleep(0.2)
+            steps.append("first goes on")
+            seconds["first"] = turn.seconds
+
+    def second():
+        assert waiting.wait(60)
+        with turn():
+            steps.append("second computes")
+            computed.set()
+            time.sleep(0.5)  # the first one has its values by now, but not the turn
+            steps.append("second is done")
+            seconds["second"] = turn.seconds
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert steps == ["first computes", "second computes", "second is done", "first goes on"]
+    assert 0.5 <= seconds["second"] < 30
+    assert seconds["first"] < 0.5  # it computed almost nothing, and waited for longer than that
+
+
+def test_an_error_while_waiting_leaves_the_turn_with_its_shard():
+    turn = Turn()
+    with pytest.raises(RuntimeError, match="lost"), turn(), turn.given_away():
+        raise RuntimeError("the judge was lost")
+    with turn():  # the turn is free again
+        assert turn.seconds < 0.5

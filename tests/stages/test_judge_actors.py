@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from mi_ray.alignment.metric import load_metrics, measure
 from mi_ray.config import ResourcesConfig
+from mi_ray.scoring.machine import Turn
 from mi_ray.stages import judges
 from mi_ray.stages.judges import Judge, ask, judges_of
 
@@ -19,14 +21,16 @@ SCRIPT = """
 import numpy as np, ray
 from mi_ray.alignment.metric import load_metrics, measure
 from mi_ray.config import ResourcesConfig
+from mi_ray.scoring.machine import Turn
 from mi_ray.stages.judges import ask, judges_of
 
 ray.init(log_to_driver=False, logging_level="error")
 names, images = ("dark_pixels:DarkPixels",), np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
 prompts = ["a red circle", "a blue star", "two hearts", "a cat"]
 local, metrics = load_metrics(names), load_metrics(names)
-with judges_of(names, ResourcesConfig(judge_actors=2, judge_cpus=0.5)) as judges:
-    ask(judges, metrics)
+turn = Turn()
+with judges_of(names, ResourcesConfig(judge_actors=2, judge_cpus=0.5)) as judges, turn():
+    ask(judges, metrics, turn)
     assert [measure(metrics, images, prompts) for _ in range(2)] == [measure(local, images, prompts)] * 2
     for judge in judges:
         ray.kill(judge, no_restart=False)
@@ -57,17 +61,18 @@ def asked(monkeypatch, dark_pixels):
 def test_judges_are_asked_in_turn_and_give_the_values_of_the_metric(asked):
     actors, places = asked
     expected = measure(load_metrics((MINE,)), IMAGES, PROMPTS)
-    metrics = load_metrics((MINE,))
-    ask(actors, metrics)
+    metrics, turn = load_metrics((MINE,)), Turn()
+    ask(actors, metrics, turn)
     for _ in range(4):
-        assert measure(metrics, IMAGES, PROMPTS) == expected
+        with turn():
+            assert measure(metrics, IMAGES, PROMPTS) == expected
     assert places == [(places[0] + i) % 3 for i in range(4)]
     assert metrics[MINE].columns == load_metrics((MINE,))[MINE].columns
 
 
 def test_without_judges_the_actor_measures_itself(asked):
     metrics = load_metrics((MINE,))
-    ask([], metrics)
+    ask([], metrics, Turn())
     measure(metrics, IMAGES, PROMPTS)
     assert asked[1] == []
     with judges_of((), ResourcesConfig(judge_actors=2)) as none:  # no metrics: no actor is started, Ray neither
@@ -83,3 +88,12 @@ def dark_pixels(monkeypatch, request):
 def test_judges_measure_in_processes_of_their_own_and_are_restarted(ray_head):
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=ray_head, capture_output=True, text=True)
     assert done.stdout.endswith("measured\n"), done.stderr[-2000:]
+
+
+@pytest.mark.ray
+def test_a_generating_actor_begins_the_next_shard_while_a_judge_measures(ray_head, tmp_path):
+    prompts = ["prompt 0", "prompt 1", "prompt 2"]
+    command = [sys.executable, str(Path(__file__).with_name("judged_run.py")), str(tmp_path), *prompts]
+    done = subprocess.run(command, env=ray_head, capture_output=True, text=True)
+    values = [f"{prompt} {50.0 * index} None" for index, prompt in enumerate(prompts)]
+    assert done.stdout.splitlines() == values, done.stderr[-2000:]

@@ -350,7 +350,7 @@ def test_wrong_settings_are_reported(arguments, reported):
 
 
 def test_scores_of_removed_inputs_are_removed(tiny_pipeline, tmp_path, monkeypatch, capsys):
-    def inline(actor, constructor, rows, resources, in_flight):
+    def inline(actor, constructor, rows, resources, in_flight, at_once):
         scorer = actor(**constructor)
         for row in rows:
             done = scorer({name: np.array([value], object) for name, value in row.items()})

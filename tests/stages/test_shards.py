@@ -53,7 +53,7 @@ class Writer:
 def stage(tmp_path, monkeypatch):
     """Run the stage with 3 shards of 4, 4 and 3 prompts. Returns its manifest."""
 
-    def inline(actor, constructor, rows, resources, in_flight):
+    def inline(actor, constructor, rows, resources, in_flight, at_once):
         writer = actor(**constructor)
         for row in rows:
             batch = {name: np.array([value], int if type(value) is int else object) for name, value in row.items()}
