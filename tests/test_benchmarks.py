@@ -462,3 +462,30 @@ def test_images_of_the_model_get_captions_with_one_known_error(wrong_captions, m
     graded = {"own": True, "alignment": "clip-score@shapes"}
     with pytest.raises(ValueError, match="'clip-score@shapes' does not answer with yes or no"):
         wrong_captions.WrongCaptionsBenchmark(_cli_parse_args=False, **graded)._truth()
+
+
+@pytest.fixture
+def sequential(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import sequential
+
+    return sequential
+
+
+def test_sequential_benchmark_replays_stored_errors(sequential):
+    """Two clear winners of four: both choices find them, the one in rounds with fewer evaluations."""
+    from mi_ray.information.probes import Design, draw_probes
+    from mi_ray.information.sequential import choose
+
+    probes = [draw_probes([n], 8, -4.0, 4.0, (2,), Design(levels="jittered")) for n in range(3)]
+    noise = torch.Generator().manual_seed(0)
+    errors = [torch.rand(4, 2, 8, generator=noise) for _ in probes]
+    for of_round in errors:
+        of_round[[1, 3], 0] -= 20.0  # the prompt explains candidates 1 and 3
+    assert set(sequential.fixed(errors, probes, 2)) == {1, 3}
+    found = choose(lambda number, rows: sequential.stored(errors, probes, number, rows), 4, 2, 0.9, 3)
+    assert set(found.chosen.tolist()) == {1, 3}
+    assert found.evaluations < 3 * 4 * 2 * 8
+    worth = np.array([[0.0, 1.0, 0.5, 1.0]])
+    row = sequential.row_of(np.repeat(worth, 2, 0), [[1, 3], [1, 3]], "some", [[1, 3], [1, 2]], 24.0, 1.0)
+    assert (row["percent"], row["points_lost"], row["same_choice"]) == (87.5, 12.5, 0.75)

@@ -7,9 +7,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from mi_ray.diffusion.conditioning import Conditioning
-from mi_ray.diffusion.schedules import Schedule
-from mi_ray.information.pointwise import PredictEpsilon, degrees_of_freedom, denoising_errors, integrate
+from mi_ray.information.pointwise import degrees_of_freedom, integrate
 from mi_ray.information.probes import Probes
 
 
@@ -26,17 +24,13 @@ class Choice:
 
 
 def choose(
-    predict_epsilon: PredictEpsilon,
-    schedule: Schedule,
-    latents: Tensor,
-    conditioning: Conditioning,
-    draw_round: Callable[[int], Probes],
+    evaluate: Callable[[int, Tensor], tuple[Tensor, Probes]],
+    count: int,
     top_k: int,
     confidence: float,
     max_rounds: int,
-    batch_size: int,
 ) -> Choice:
-    """Choose the top_k candidates of a pool by i_s in rounds. A decided candidate is not evaluated again.
+    """Choose the top_k of a prompt's `count` candidates by i_s in rounds. A decided candidate is not evaluated again.
 
     After each round, all pairs of undecided candidates are compared by their difference under the same noise samples.
     Let m be the number of places that are still free. A candidate is rejected if it is significantly worse than m or
@@ -45,33 +39,26 @@ def choose(
     of a wrong decision is at most 1 - confidence.
 
     Args:
-        latents: (N, *latent_shape) candidates of one prompt.
-        conditioning: of the prompt and the null prompt, two rows.
-        draw_round: round number 0, 1, ... -> its probes for one prompt, independent of those of other rounds.
+        evaluate: (round 0, 1, ..., candidates (n,)) -> their denoising errors under the prompt and the null prompt,
+            (n, 2, K), and the round's K probes, independent of those of other rounds.
 
     Raises:
         ValueError: top_k is not between 1 and N - 1.
     """
-    count = len(latents)
     if not 0 < top_k < count:
         raise ValueError(
             f"top_k is {top_k}: with {count} candidates there is nothing to choose; set a value from 1 to {count - 1}"
         )
-    total, variance = torch.zeros(2, count, device=latents.device)
-    pair_total, pair_variance = torch.zeros(2, count, count, device=latents.device)
+    total, variance = torch.zeros(2, count)
+    pair_total, pair_variance = torch.zeros(2, count, count)
     rounds = torch.zeros(count, dtype=torch.long)
     level = (1 - confidence) / (top_k * (count - top_k) * max_rounds)
-    branches = torch.tensor([[0, 1]])
     undecided, winners, evaluations, freedom = torch.arange(count), [], 0, 0
     for number in range(max_rounds):
-        probes = draw_round(number)
-        index = torch.zeros(len(undecided), dtype=torch.long)
-        errors = denoising_errors(
-            predict_epsilon, schedule, latents[undecided], index, conditioning, branches, probes, batch_size
-        )
+        errors, probes = evaluate(number, undecided)
         evaluations += errors.numel()
         freedom += degrees_of_freedom(probes)
-        gain = 0.5 * (errors[:, 1] - errors[:, 0])
+        gain = 0.5 * (errors[:, 1] - errors[:, 0]).cpu()
         estimate, pairs = integrate(gain, probes), integrate(gain[:, None] - gain, probes)
         total[undecided] += estimate.value
         variance[undecided] += estimate.standard_error.square()
@@ -82,21 +69,21 @@ def choose(
         quantile = stdtrit(freedom, 1 - level)
         beats = pair_total[block] > quantile * pair_variance[block].sqrt()  # false for NaN
         places = top_k - len(winners)
-        loses, wins = beats.sum(0).cpu() >= places, beats.sum(1).cpu() >= len(undecided) - places
+        loses, wins = beats.sum(0) >= places, beats.sum(1) >= len(undecided) - places
         winners += undecided[wins].tolist()
         undecided = undecided[~(wins | loses)]
         if len(winners) == top_k:
             break
     separated = len(winners) == top_k
-    value = total / rounds.to(total.device)
+    value = total / rounds
     if not separated:
-        order = value[undecided].argsort(descending=True).cpu()
+        order = value[undecided].argsort(descending=True)
         winners += undecided[order][: top_k - len(winners)].tolist()
     winners = torch.tensor(winners)
     return Choice(
-        chosen=winners[value[winners].argsort(descending=True).cpu()],
+        chosen=winners[value[winners].argsort(descending=True)],
         value=value,
-        standard_error=variance.sqrt() / rounds.to(total.device),
+        standard_error=variance.sqrt() / rounds,
         rounds=rounds,
         separated=separated,
         evaluations=evaluations,

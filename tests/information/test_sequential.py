@@ -5,6 +5,7 @@ import torch
 
 from mi_ray.diffusion.conditioning import Conditioning
 from mi_ray.information.closed_form import SCHEDULE, JointGaussian
+from mi_ray.information.pointwise import denoising_errors
 from mi_ray.information.probes import Design, draw_probes
 from mi_ray.information.sequential import choose
 
@@ -23,13 +24,13 @@ def pool_of(count: int, seed: int, spread: float = 1.0):
 
 
 def chosen_from(x, branches, top_k, confidence=0.95, seed=0, max_rounds=MOST):
-    def draw_round(number):
+    def evaluate(number, rows):
         of_round = 1000 * seed + number
-        return draw_probes([of_round], PER_ROUND, *BAND, (WORLD.dim,), DESIGN, level_seed=of_round)
+        probes = draw_probes([of_round], PER_ROUND, *BAND, (WORLD.dim,), DESIGN, level_seed=of_round)
+        prompt, both = torch.zeros(len(rows), dtype=torch.long), torch.tensor([[0, 1]])
+        return denoising_errors(WORLD.predict_epsilon, SCHEDULE, x[rows], prompt, branches, both, probes, 1024), probes
 
-    return choose(
-        WORLD.predict_epsilon, SCHEDULE, x, branches, draw_round, top_k, confidence, max_rounds, batch_size=1024
-    )
+    return choose(evaluate, len(x), top_k, confidence, max_rounds)
 
 
 def test_choice_reaches_its_confidence_with_fewer_evaluations():
