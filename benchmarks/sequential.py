@@ -1,4 +1,4 @@
-"""Noise samples in rounds: python benchmarks/sequential.py [--prompts N] [--top-k 1 4] [--out FILE.json] [--check]
+"""Noise samples in rounds: python benchmarks/sequential.py [--prompts N] [--top-k 1,4] [--out FILE.json] [--check]
 
 The best candidates of a prompt are chosen by pmi. Either all candidates get the same number of noise samples, or
 samples are added in rounds, and a candidate that is clearly among the best, or clearly not, gets no more of them
@@ -21,12 +21,12 @@ from mi_ray.config.metrics import MetricName
 from mi_ray.config.paths import ModelPath
 from mi_ray.diffusion.denoisers import load_denoiser
 from mi_ray.information import pointwise
-from mi_ray.information.probes import Probes, draw_probes
+from mi_ray.information.probes import Probes
 from mi_ray.information.sequential import choose
 from mi_ray.inputs.prompts import read_prompts
 from mi_ray.scoring.machine import keep_memory
 from mi_ray.scoring.sampler import Sampler, derived_seed
-from mi_ray.scoring.scorer import probe_design, probed_band
+from mi_ray.scoring.scorer import draw_probes_of
 from mi_ray.scoring.work import Work
 
 AIM, WITHIN = 1.5, 1.0  # target reduction of evaluations, and allowed loss in points
@@ -87,8 +87,8 @@ class SequentialBenchmark(Benchmark):
         denoiser = load_denoiser(self.model, self.dtype)
         metric = load_metrics([self.alignment])[self.alignment]
         sampler, column = Sampler(denoiser, self.sampler, self.batch_size), metric.columns[0]
-        score = ScoreConfig(names=("pmi",), **SETTINGS["pmi"])
-        band, null = probed_band(score, denoiser.schedule), denoiser.encode_prompts([""])
+        score = ScoreConfig(names=("pmi",), **SETTINGS["pmi"] | {"num_samples": self.samples})
+        null = denoiser.encode_prompts([""])
         worth, errors, probes = [], [], []
         for text in tqdm(texts, unit="prompt"):
             conditioning = denoiser.encode_prompts([text])
@@ -97,14 +97,7 @@ class SequentialBenchmark(Benchmark):
             found = metric.measure(denoiser.decode(latents), [text] * self.candidates)[column.name]
             worth.append(column.sign * np.array(found, float))
             of_rounds = [
-                draw_probes(
-                    [seed := derived_seed(self.seed, "round", number, text)],
-                    self.samples,
-                    *band,
-                    denoiser.latent_shape,
-                    probe_design(score),
-                    level_seed=seed,
-                )
+                draw_probes_of([text], score, derived_seed(self.seed, "round", number), denoiser)
                 for number in range(self.rounds)
             ]
             prompt, both = torch.zeros(self.candidates, dtype=torch.long), pointwise.beside(conditioning, null)

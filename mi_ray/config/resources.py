@@ -34,8 +34,9 @@ class ResourcesConfig(Section):
     shard_timeout_s: float | None = Field(
         None,
         gt=0,
-        description="seconds per shard after which an actor is stopped and another one gets the shard; none: stop an"
-        " actor that has not called the model for an hour",
+        description="seconds per shard after which an actor is stopped and another one gets the shard; with judges this"
+        " includes waiting while the actor computes another shard; none: stop an actor that has not called the model"
+        " for an hour",
     )
     lease_s: float = Field(
         40,

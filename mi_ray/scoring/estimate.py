@@ -156,13 +156,9 @@ def estimate(config: RunConfig, counts: dict[str, int]) -> list[str]:
     memory = ", ".join(f"{_bytes(sizes.weights(dtype))} in {dtype}" for dtype in ("float32", sizes.dtype))
     lines = [f"weights       {memory}; {_bytes(sizes.weights(sizes.dtype, False))} without text encoders"]
     if config.metrics:
-        judges = config.resources.judge_actors
-        share = (
-            "measured by every generating actor, which loads their models too; resources.judge_actors separates them"
-        )
-        lines.append(
-            f"metrics       {', '.join(config.metrics)}: {f'measured by {judges} judges' if judges else share}"
-        )
+        judges, alone = config.resources.judge_actors, "every generating actor, which loads their models too"
+        by = f"{judges} judges" if judges else f"{alone}; resources.judge_actors separates them"
+        lines.append(f"metrics       {', '.join(config.metrics)}: measured by {by}")
     if sizes.counted is None:
         return [*lines, "estimates     none: the activations of this model family cannot be counted"]
     lines += [
